@@ -1,0 +1,155 @@
+"""Run a grid of settings through one compiled program per static signature.
+
+A chunk of K settings is one call of the program: training (training.py) over stacked
+hyper-parameters and states. Within a device the settings run one after another (`sequential`) or
+side by side (`vectorised`); over several devices the chunk is sharded. The layout changes a result
+by no more than float rounding.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from clip_adapter.adapters.clip_adapter import Architecture
+from clip_adapter.adapters.training import (
+    HyperParameters,
+    RunState,
+    Schedule,
+    Task,
+    advance,
+    initial_state,
+)
+
+Layout = Literal["auto", "sequential", "vectorised"]
+Program = Callable[..., RunState]
+
+# Vectorising more settings than this no longer makes a step of any of them cheaper.
+LARGEST_CHUNK = 256
+# Of the free device memory, the share that a chunk may take.
+MEMORY_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some settings of a grid after training: `state` is stacked (K, …), row i is `indices[i]`."""
+
+    indices: list[int]
+    state: RunState
+
+
+class Engine:
+    """Compiles programs and keeps them; `compilations` counts them.
+
+    layout: `auto` takes `sequential` on a CPU, where one setting's parameters and moments fit the
+        cache and many do not, and `vectorised` elsewhere, where one setting does not fill the
+        device.
+    """
+
+    def __init__(self, layout: Layout = "auto") -> None:
+        self.layout = layout
+        self.mesh = Mesh(np.array(jax.devices()), ("settings",))
+        self.compilations = 0
+        self._programs: dict[Any, Program] = {}
+        if layout == "auto":
+            self.layout = "sequential" if jax.default_backend() == "cpu" else "vectorised"
+
+    def run(
+        self,
+        architecture: Architecture,
+        schedule: Schedule,
+        task: Task,
+        hypers: Sequence[HyperParameters],
+        stop: int | None = None,
+    ) -> Iterator[Chunk]:
+        """Train all settings from the start up to epoch `stop` (by default the last).
+
+        hypers: one HyperParameters of plain numbers per setting.
+        """
+        size = self._chunk_size(architecture, schedule, task, len(hypers))
+        program = self._program(architecture, schedule, task, size)
+        stop = schedule.epochs if stop is None else stop
+        blank = jax.eval_shape(partial(initial_state, architecture, schedule, task), _numbers())
+        for first in range(0, len(hypers), size):
+            indices = list(range(first, min(first + size, len(hypers))))
+            # The last chunk is filled up with copies, so that one program serves all.
+            filled = [hypers[min(first + i, len(hypers) - 1)] for i in range(size)]
+            stacked = HyperParameters(*(np.array(v, np.float32) for v in zip(*filled, strict=True)))
+            state = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), blank)
+            yield Chunk(indices, program(task, stacked, state, 0, stop))
+
+    def _chunk_size(
+        self, architecture: Architecture, schedule: Schedule, task: Task, settings: int
+    ) -> int:
+        devices = self.mesh.size
+        if self.layout == "sequential":
+            return devices
+        per_device = min(LARGEST_CHUNK, -(-settings // devices))
+        memory = self.mesh.devices.flat[0].memory_stats()
+        if memory:
+            free = memory["bytes_limit"] - memory["bytes_in_use"]
+            need = _setting_bytes(architecture, schedule, task)
+            per_device = max(1, min(per_device, int(free * MEMORY_SHARE / need)))
+        return devices * per_device
+
+    def _program(
+        self, architecture: Architecture, schedule: Schedule, task: Task, size: int
+    ) -> Program:
+        shapes = tuple(np.shape(array) for array in task)
+        signature = (architecture, schedule, shapes, size)
+        if signature not in self._programs:
+            self._programs[signature] = self._compile(architecture, schedule, task, size)
+            self.compilations += 1
+        return self._programs[signature]
+
+    def _compile(
+        self, architecture: Architecture, schedule: Schedule, task: Task, size: int
+    ) -> Program:
+        def chunk(
+            task: Task, hypers: HyperParameters, states: RunState, start: int, stop: int
+        ) -> RunState:
+            def one(pair: tuple[HyperParameters, RunState]) -> RunState:
+                return advance(architecture, schedule, task, *pair, start, stop)
+
+            if self.layout == "sequential":
+                return jax.lax.map(one, (hypers, states))
+            return jax.vmap(lambda *pair: one(pair))(hypers, states)
+
+        sharded = jax.shard_map(
+            chunk,
+            mesh=self.mesh,
+            in_specs=(P(), P("settings"), P("settings"), P(), P()),
+            out_specs=P("settings"),
+            check_vma=False,
+        )
+        program = jax.jit(sharded, donate_argnums=2)
+        hypers = _numbers(size)
+        states = jax.eval_shape(
+            jax.vmap(partial(initial_state, architecture, schedule, task)), hypers
+        )
+        epoch = jax.ShapeDtypeStruct((), jnp.int32)
+        with jax.default_matmul_precision("tensorfloat32"):
+            return program.lower(task, hypers, states, epoch, epoch).compile()
+
+
+def _numbers(*shape: int) -> HyperParameters:
+    return HyperParameters(*(jax.ShapeDtypeStruct(shape, jnp.float32) for _ in range(4)))
+
+
+def _setting_bytes(architecture: Architecture, schedule: Schedule, task: Task) -> int:
+    """Device memory of one setting: states in and out, gradients, activations of the widest batch.
+
+    An activation row is D wide about eight times over (features, hidden and blended values,
+    their normalised forms and gradients) and C wide about four times (logits to gradients).
+    """
+    state = jax.eval_shape(partial(initial_state, architecture, schedule, task), _numbers())
+    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    classes, dim = task.weights.shape
+    rows = max(schedule.batch_size, len(task.validation_labels), classes)
+    return 3 * state_bytes + rows * (8 * dim + 4 * classes) * 4

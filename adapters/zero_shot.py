@@ -1,0 +1,63 @@
+"""Zero-shot CLIP: the classifier weights as they are."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from clip_adapter.adapters.classifier import accuracy, cosine_logits, cross_entropy
+from clip_adapter.adapters.engine import Engine
+from clip_adapter.adapters.method import Arrays, Evaluation, Grid, Setting, blockwise
+from clip_adapter.adapters.training import Task
+
+_cosine_logits = jax.jit(cosine_logits)
+
+
+class ZeroShot:
+    """Nothing is fitted and nothing is chosen."""
+
+    unseen_classes = True
+
+    def search(self, grid: Grid, folds: Sequence[Task], engine: Engine) -> Iterator[Evaluation]:
+        started = time.perf_counter()
+        scores = []
+        for fold in folds:
+            features = fold.validation_features
+            logits = _cosine_logits(features, fold.weights, fold.logit_scale, fold.logit_bias)
+            nll = cross_entropy(logits, fold.validation_labels).mean()
+            scores.append([float(accuracy(logits, fold.validation_labels)), float(nll)])
+        history = np.mean(scores, axis=0, keepdims=True, dtype=np.float32)
+        yield Evaluation({}, [0], history, time.perf_counter() - started, dict)
+
+    def single(self, grid: Grid) -> Setting:
+        return {}
+
+    def fit(self, setting: Setting, epoch: int | None, task: Task, engine: Engine) -> Arrays:
+        return {}
+
+    def logits(
+        self,
+        setting: Setting,
+        arrays: Mapping[str, npt.NDArray[Any]],
+        features: npt.ArrayLike,
+        weights: npt.ArrayLike,
+        logit_scale: float,
+        logit_bias: float,
+    ) -> npt.NDArray[np.float32]:
+        classify = partial(
+            _cosine_logits, weights=weights, logit_scale=logit_scale, logit_bias=logit_bias
+        )
+        return blockwise(classify, features)
+
+    def describe(
+        self,
+        setting: Setting,
+        arrays: Mapping[str, npt.NDArray[Any]],
+        features: npt.ArrayLike,
+        weights: npt.ArrayLike,
+    ) -> dict[str, float]:
+        return {}

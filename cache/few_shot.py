@@ -1,0 +1,70 @@
+"""Few-shot subsets, drawn item for item as the literature draws them (CoOp, arXiv 2109.01134)."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_adapter.cache.errors import UserError
+
+Rows = npt.NDArray[np.int64]
+
+VALIDATION_SHOTS = 4
+
+
+@dataclass(frozen=True)
+class FewShotTask:
+    """The rows of one draw, in drawing order.
+
+    support: (S,) int64, rows of the train split.
+    validation: (M,) int64, rows of the val split; empty where the cache has none.
+    repeated_classes: labels with fewer than `shots` training images, drawn with repetition.
+    """
+
+    support: Rows
+    validation: Rows
+    repeated_classes: tuple[int, ...]
+
+
+def draw_few_shot(
+    train_labels: npt.ArrayLike, val_labels: npt.ArrayLike, *, shots: int, seed: int
+) -> FewShotTask:
+    """Draw the support set and the few-shot validation set of one (shots, seed).
+
+    The published protocol: one `random.Random(seed)`; group the training rows by label in order
+    of first appearance; `sample` `shots` per label, or `choices` (with repetition) where a label
+    has fewer; then, with the same generator, the same on the validation rows with
+    min(shots, 4) per label. The result depends on the order of the rows, which is why a cache
+    keeps its source's order.
+
+    train_labels, val_labels: (N,) and (M,) integers.
+    Raises UserError where no class has as many as `shots` training images.
+    """
+    rng = random.Random(seed)
+    train_groups = _rows_by_label(train_labels)
+    largest = max((len(rows) for rows in train_groups.values()), default=0)
+    if shots < 1 or shots > largest:
+        raise UserError(
+            f"--shots {shots} cannot be drawn: the largest class has {largest} training images; "
+            f"choose between 1 and {largest}."
+        )
+    support = _draw(rng, train_groups, shots)
+    validation = _draw(rng, _rows_by_label(val_labels), min(shots, VALIDATION_SHOTS))
+    repeated = tuple(sorted(c for c, rows in train_groups.items() if len(rows) < shots))
+    return FewShotTask(np.array(support, np.int64), np.array(validation, np.int64), repeated)
+
+
+def _rows_by_label(labels: npt.ArrayLike) -> dict[int, list[int]]:
+    groups: dict[int, list[int]] = {}
+    for row, label in enumerate(np.asarray(labels).tolist()):
+        groups.setdefault(label, []).append(row)
+    return groups
+
+
+def _draw(rng: random.Random, groups: dict[int, list[int]], count: int) -> Sequence[int]:
+    drawn: list[int] = []
+    for rows in groups.values():
+        drawn += rng.sample(rows, count) if len(rows) >= count else rng.choices(rows, k=count)
+    return drawn

@@ -1,0 +1,198 @@
+"""Read a feature cache, refusing with one sentence whatever cannot be trusted."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from clip_adapter.cache import layout
+from clip_adapter.cache.errors import UserError
+
+ATTRIBUTES = ("backbone", "preprocess", "dataset", "logit_scale", "logit_bias", "complete")
+
+
+@dataclass(frozen=True)
+class Images:
+    """One split: features (V, N, D) float32, un-normalised; labels (N,) int32; N ids."""
+
+    features: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int32]
+    ids: list[str]
+
+
+class FeatureCache:
+    """A complete feature cache of format version 1, opened for reading.
+
+    Opening checks the format, its version and completeness, and that all shapes agree; no
+    features are read until `images` or `text_features` asks for them, which also checks their
+    values.
+
+    Raises UserError for a file that is missing, not HDF5, foreign, newer, incomplete, or whose
+    shapes or values contradict the format.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise UserError(f"There is no feature cache at {path}; `extract` makes one.")
+        try:
+            self._file = h5py.File(self.path, "r")
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read as HDF5: it is damaged, truncated or something else; "
+                "make it again with `extract`."
+            ) from error
+        try:
+            self._check()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _check(self) -> None:
+        attrs = self._file.attrs
+        if attrs.get("format") != layout.FORMAT:
+            raise UserError(f"{self.path} is an HDF5 file but not a CLIP feature cache.")
+        if attrs.get("format_version") != layout.FORMAT_VERSION:
+            raise UserError(
+                f"{self.path} has format version {attrs.get('format_version')}, this program "
+                f"reads version {layout.FORMAT_VERSION}; update clip-adapter or extract again."
+            )
+        missing = [name for name in ATTRIBUTES if name not in attrs]
+        if missing or not attrs["complete"]:
+            raise self._broken(f"it is incomplete ({', '.join(missing) or 'marked so'})")
+        for name in ("backbone", "preprocess", "dataset"):
+            try:
+                json.loads(attrs[name])
+            except (TypeError, ValueError) as error:
+                raise self._broken(f"attribute {name} is not JSON") from error
+        if not np.isfinite([attrs["logit_scale"], attrs["logit_bias"]]).all():
+            raise self._broken("logit_scale and logit_bias are not finite numbers")
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        absent = [path for path in layout.dataset_paths(self._file) if path not in self._file]
+        if absent or not self.splits:
+            raise self._broken(f"it lacks {', '.join(absent) or 'images'}")
+        text = self._file["text/features"]
+        if text.ndim != 3 or text.shape[:2] != (len(self.class_names), len(self.templates)):
+            raise self._broken(f"text features {text.shape} disagree with the classes or templates")
+        for split in self.splits:
+            features = self._file[f"images/{split}/features"]
+            rows = {self._file[f"images/{split}/{name}"].shape for name in ("labels", "ids")}
+            if features.ndim != 3 or rows != {features.shape[1:2]} or not features.shape[1]:
+                raise self._broken(f"features, labels and ids of {split} disagree in shape")
+            if features.shape[2] != text.shape[2]:
+                raise self._broken(f"image and text features of {split} differ in width")
+            if features.dtype not in (np.float32, np.float16):
+                raise self._broken(f"features of {split} are {features.dtype}, not float32/float16")
+
+    def _broken(self, reason: str) -> UserError:
+        return UserError(f"{self.path} cannot be used: {reason}; make it again with `extract`.")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(split for split in layout.SPLITS if f"images/{split}" in self._file)
+
+    @property
+    def backbone(self) -> dict[str, Any]:
+        return json.loads(self._file.attrs["backbone"])
+
+    @property
+    def preprocess(self) -> dict[str, Any]:
+        return json.loads(self._file.attrs["preprocess"])
+
+    @property
+    def dataset(self) -> dict[str, Any]:
+        return json.loads(self._file.attrs["dataset"])
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `extract` was asked for, {} for a cache written by something else."""
+        return json.loads(self._file.attrs.get("arguments", "{}"))
+
+    @property
+    def content_sha256(self) -> str:
+        """Identity of the cached numbers (FORMAT.md), computed where the file does not state it."""
+        return self._file.attrs.get("content_sha256") or layout.content_sha256(self._file)
+
+    @property
+    def logit_scale(self) -> float:
+        """The multiplier itself (about 100 for CLIP), not its logarithm."""
+        return float(self._file.attrs["logit_scale"])
+
+    @property
+    def logit_bias(self) -> float:
+        return float(self._file.attrs["logit_bias"])
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        return self._strings("text/class_names")
+
+    @cached_property
+    def templates(self) -> list[str]:
+        return self._strings("text/templates")
+
+    def text_features(self) -> npt.NDArray[np.float32]:
+        """(C, P, D) float32, un-normalised."""
+        return self._values("text/features")
+
+    def shape(self, split: str) -> tuple[int, int, int]:
+        """(V, N, D) of a split's features."""
+        views, rows, dim = self._file[f"images/{split}/features"].shape
+        return views, rows, dim
+
+    def labels(self, split: str) -> npt.NDArray[np.int32]:
+        """(N,) int32, checked to lie within the classes."""
+        labels = self._read(f"images/{split}/labels").astype(np.int32)
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.class_names):
+            raise self._broken(f"labels of {split} lie outside the {len(self.class_names)} classes")
+        return labels
+
+    def images(self, split: str) -> Images:
+        """The features, labels and ids of one split.
+
+        Raises UserError where the cache has no such split, a checksum fails, a feature is NaN or
+        infinite, or a label lies outside the classes.
+        """
+        if split not in self.splits:
+            raise UserError(
+                f"{self.path} has no {split} split, only {', '.join(self.splits)}; "
+                "extract a data set with one."
+            )
+        features = self._values(f"images/{split}/features")
+        return Images(features, self.labels(split), self._strings(f"images/{split}/ids"))
+
+    def _values(self, path: str) -> npt.NDArray[np.float32]:
+        values = self._read(path).astype(np.float32)
+        if not np.isfinite(values).all():
+            raise self._broken(f"{path} holds values that are not finite")
+        return values
+
+    def _strings(self, path: str) -> list[str]:
+        return [value.decode() if isinstance(value, bytes) else value for value in self._read(path)]
+
+    def _read(self, path: str) -> np.ndarray:
+        try:
+            return self._file[path][...]
+        except OSError as error:
+            raise self._broken(f"{path} is damaged (its checksum does not match)") from error
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""How the commands speak: command line, errors, progress."""

@@ -1,0 +1,43 @@
+"""Run one command: dataclass in, exit code out."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+import tyro
+
+from clip_adapter.cache.errors import UserError
+
+Config = TypeVar("Config")
+
+EXIT_PARTIAL = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def run_command(
+    config_type: type[Config],
+    command: Callable[[Config], object],
+    program: str,
+    arguments: Sequence[str] | None = None,
+) -> NoReturn:
+    """Parse the arguments into `config_type`, call `command` with it and exit.
+
+    A UserError becomes its one sentence on standard error and exit code 2, as do arguments that
+    do not parse. An int that `command` returns is the exit code.
+    """
+    config = tyro.cli(
+        config_type,
+        prog=program,
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff),
+    )
+    try:
+        result = command(config)
+    except UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(result if isinstance(result, int) else 0)

@@ -1,0 +1,55 @@
+"""Progress: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+LINE_EVERY_SECONDS = 10.0
+
+Advance = Callable[[int, str], None]
+
+
+@contextmanager
+def progress(what: str, total: int, done: int = 0) -> Iterator[Advance]:
+    """Show how much of `total` is done on standard error while the block runs.
+
+    Yields `advance(count, note)`, which adds `count` and shows `note` beside the bar. Away from a
+    terminal a line is printed every ten seconds, and none for work that ends sooner.
+    """
+    if sys.stderr.isatty():
+        with _bar(what, total, done) as advance:
+            yield advance
+    else:
+        yield _lines(what, total, done)
+
+
+@contextmanager
+def _bar(what: str, total: int, done: int) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total, completed=done, note="")
+        yield lambda count, note="": bar.update(task, advance=count, note=note)
+
+
+def _lines(what: str, total: int, done: int) -> Advance:
+    last = time.monotonic()
+
+    def advance(count: int, note: str = "") -> None:
+        nonlocal done, last
+        done += count
+        if time.monotonic() - last >= LINE_EVERY_SECONDS:
+            last = time.monotonic()
+            print(f"{what}: {done}/{total} {note}".rstrip(), file=sys.stderr)
+
+    return advance

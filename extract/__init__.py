@@ -1,0 +1,1 @@
+"""Frozen CLIP backbones, data sets, prompts and the encode loop (PyTorch, never JAX)."""

@@ -1,0 +1,212 @@
+"""Frozen CLIP backbones through open_clip, by name and weights."""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import QuickGELU
+from PIL import Image
+
+from clip_adapter.cache.errors import UserError
+
+GLYPH_CLIP = "glyph-clip"
+GLYPH_CLIP_FOLDER = Path(__file__).parent / "glyph_clip"
+QUICKGELU = "-quickgelu"
+BPE_FILE = "bpe_merges.txt.gz"
+SCHEMAS = ("local-dir:", "hf-hub:")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen open_clip model in evaluation mode and what belongs to it.
+
+    preprocess: PIL image → (3, H, W) float32, the deterministic evaluation preprocessing.
+    tokenizer: list of strings → (B, context) int64.
+    identity: what the cache records; two backbones with one `weights_sha256` give one answer.
+    logit_scale: the multiplier itself. logit_bias: 0 for models without one.
+    """
+
+    model: torch.nn.Module
+    preprocess: Callable[[Image.Image], torch.Tensor]
+    tokenizer: Callable[[list[str]], torch.Tensor]
+    identity: dict[str, Any]
+    preprocess_config: dict[str, Any]
+    logit_scale: float
+    logit_bias: float
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How open_clip is asked: architecture or schema, weights (tag or file), activation.
+
+    With a schema the model's own configuration holds weights and activation.
+    """
+
+    model_name: str
+    weights: str | None
+    quick_gelu: bool
+
+
+def load_backbone(name: str, pretrained: str | None = None) -> Backbone:
+    """Load a backbone on the CPU in float32.
+
+    name: `glyph-clip`, an open_clip architecture, `local-dir:FOLDER` or `hf-hub:ORG/NAME`.
+    pretrained: a tag of open_clip's or a local file or folder; by default `openai` where that
+        exists. A tag fixes the activation: OpenAI's weights get QuickGELU, whatever the name says.
+
+    Raises UserError for unknown names (with the near matches), unknown tags, and weights that
+    cannot be had or do not fit.
+    """
+    recipe = _resolve(name, pretrained)
+    try:
+        model = open_clip.create_model(
+            recipe.model_name,
+            pretrained=recipe.weights,
+            force_quick_gelu=recipe.quick_gelu,
+            require_pretrained=True,
+        )
+        tokenizer = _tokenizer(recipe.model_name)
+    except (RuntimeError, OSError, ValueError, ImportError) as error:
+        raise UserError(_loading_failed(name, recipe, error)) from error
+    model.eval().requires_grad_(False)
+    config = dict(model.visual.preprocess_cfg)
+    bias = getattr(model, "logit_bias", None)
+    return Backbone(
+        model=model,
+        preprocess=image_transform_v2(PreprocessCfg(**config), is_train=False),
+        tokenizer=tokenizer,
+        identity={
+            "name": name,
+            "pretrained": _public_label(pretrained) or recipe.weights or name,
+            "weights_sha256": weights_sha256(model.state_dict()),
+            "open_clip_version": open_clip.__version__,
+            "embed_dim": _embed_dim(model, tokenizer),
+            "image_size": config["size"],
+            "quick_gelu": any(isinstance(module, QuickGELU) for module in model.modules()),
+        },
+        preprocess_config=config,
+        logit_scale=model.logit_scale.exp().item(),
+        logit_bias=0.0 if bias is None else bias.item(),
+    )
+
+
+def weights_sha256(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over all tensors by name: name, dtype, shape and bytes.
+
+    It identifies the weights themselves, whatever file format they came in.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _resolve(name: str, pretrained: str | None) -> _Recipe:
+    if name == GLYPH_CLIP or name.startswith(SCHEMAS):
+        if pretrained is not None:
+            raise UserError(f"--backbone {name} brings its own weights; leave --pretrained out.")
+        own = f"local-dir:{GLYPH_CLIP_FOLDER}" if name == GLYPH_CLIP else name
+        return _Recipe(own, None, quick_gelu=False)
+    if open_clip.get_model_config(name) is None:
+        known = [GLYPH_CLIP, *open_clip.list_models()]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        raise UserError(
+            f"Unknown backbone {name!r}; near matches: {', '.join(near) or 'none'} "
+            "(any open_clip name, local-dir:FOLDER or hf-hub:ORG/NAME works)."
+        )
+    architecture = _without_quickgelu(name)
+    tags = sorted(
+        {*list_pretrained_tags_by_model(architecture), *list_pretrained_tags_by_model(name)}
+    )
+    if pretrained is None:
+        if "openai" not in tags:
+            raise UserError(
+                f"Name the weights of {name} with --pretrained: a local file or one of "
+                f"{', '.join(tags) or '(open_clip has no tags for it)'}."
+            )
+        pretrained = "openai"
+    if pretrained in tags:
+        return _Recipe(architecture, pretrained, _tag_says_quick_gelu(architecture, pretrained))
+    path = Path(pretrained)
+    if path.is_dir():
+        return _Recipe(f"local-dir:{path}", None, quick_gelu=False)
+    if path.is_file():
+        tag = _tag_of_file(architecture, tags, path)
+        quick_gelu = (
+            _tag_says_quick_gelu(architecture, tag) if tag else name.endswith(QUICKGELU)
+        )
+        return _Recipe(architecture, str(path), quick_gelu)
+    raise UserError(
+        f"--pretrained {pretrained!r} is neither a file nor a folder nor a tag of {name}; "
+        f"its tags: {', '.join(tags) or 'none'}."
+    )
+
+
+def _without_quickgelu(name: str) -> str:
+    """The plain architecture of a `…-quickgelu` name, where open_clip has it."""
+    plain = name.removesuffix(QUICKGELU)
+    return plain if open_clip.get_model_config(plain) is not None else name
+
+
+def _tag_says_quick_gelu(architecture: str, tag: str) -> bool:
+    config = get_pretrained_cfg(architecture, tag) or get_pretrained_cfg(
+        architecture + QUICKGELU, tag
+    )
+    return bool(config.get("quick_gelu", False))
+
+
+def _tag_of_file(architecture: str, tags: list[str], path: Path) -> str | None:
+    """The tag whose published SHA-256 (whole, or its first digits) is the file's."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    for tag in tags:
+        config = get_pretrained_cfg(architecture, tag) or get_pretrained_cfg(
+            architecture + QUICKGELU, tag
+        )
+        published = re.findall(r"[0-9a-f]{8,64}(?=[/.])", config.get("url", ""))
+        if any(found.startswith(digits) for digits in published):
+            return tag
+    return None
+
+
+def _tokenizer(model_name: str) -> Callable[[list[str]], torch.Tensor]:
+    """open_clip's tokenizer for the model; a local folder may bring its own merges."""
+    folder = Path(model_name.removeprefix("local-dir:"))
+    merges = folder / BPE_FILE
+    if not (model_name.startswith("local-dir:") and merges.is_file()):
+        return open_clip.get_tokenizer(model_name)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    context_length = config["model_cfg"]["text_cfg"]["context_length"]
+    return open_clip.SimpleTokenizer(bpe_path=str(merges), context_length=context_length)
+
+
+@torch.inference_mode()
+def _embed_dim(
+    model: torch.nn.Module, tokenizer: Callable[[list[str]], torch.Tensor]
+) -> int:
+    return model.encode_text(tokenizer([""])).shape[-1]
+
+
+def _public_label(pretrained: str | None) -> str | None:
+    """A tag as it is, a path by its last part: folders of one machine mean nothing elsewhere."""
+    return Path(pretrained).name if pretrained and Path(pretrained).exists() else pretrained
+
+
+def _loading_failed(name: str, recipe: _Recipe, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    if recipe.weights and not Path(recipe.weights).exists():
+        return (
+            f"The weights {recipe.weights!r} of {name} could not be downloaded ({reason}); "
+            "on a machine without a network give a local file with --pretrained."
+        )
+    return f"The backbone {name} could not be loaded: {reason}"

@@ -1,0 +1,37 @@
+"""The 1,797 handwritten digits inside scikit-learn (UCI Optical Recognition of Digits, test part)."""
+
+from functools import partial
+
+import numpy as np
+import sklearn
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from clip_adapter.extract.datasets.source import ImageDataset, Split
+from clip_adapter.extract.datasets.splitting import SPLIT_SEED, stratified_parts
+
+CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TEMPLATES = ("a photo of the digit {}.",)
+FRACTIONS = {"train": 0.4, "val": 0.1, "test": 0.5}
+INK_MAX = 16.0
+
+
+def digits() -> ImageDataset:
+    """8 × 8 grey images, ink white on black, in a fixed stratified split (40 / 10 / 50 %)."""
+    bunch = load_digits()
+    pixels = np.rint(bunch.images / INK_MAX * 255).astype(np.uint8)
+    parts = stratified_parts(bunch.target, list(FRACTIONS.values()))
+    splits = {}
+    for (name, fraction), rows in zip(FRACTIONS.items(), parts, strict=True):
+        splits[name] = Split(
+            ids=[f"digits/{row:04d}" for row in rows],
+            labels=bunch.target[rows].astype(np.int32),
+            read=partial(_read, pixels[rows]),
+            origin=f"{fraction:.0%} of scikit-learn's digits, stratified, seed {SPLIT_SEED}",
+        )
+    provenance = {"name": "digits", "source": "scikit-learn", "version": sklearn.__version__}
+    return ImageDataset("digits", CLASS_NAMES, TEMPLATES, splits, provenance)
+
+
+def _read(pixels: np.ndarray, index: int) -> Image.Image:
+    return Image.fromarray(pixels[index])

@@ -1,0 +1,128 @@
+"""Seeded, stratified splits for sources that publish none."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.extract.datasets.source import SourceOptions, Split
+
+SPLIT_SEED = 0
+# What CoOp did with data sets that publish no splits (50 / 20 / 30 %), and with those that publish
+# no val (20 % of train).
+DEFAULT_FRACTIONS = {"val": 0.2, "test": 0.3}
+
+
+def complete_splits(
+    splits: Mapping[str, Split], class_names: Sequence[str], options: SourceOptions
+) -> dict[str, Split]:
+    """The splits in the order train, val, test, with what is missing made out of train.
+
+    A source with a val split but no test split is tested on the former, as the literature does
+    with ImageNet and Food-101. What is missing then is cut out of train, class by class, with the
+    fractions and the seed of `options`; a fraction of 0 makes no such split. A source without
+    train is left as it is.
+
+    Raises UserError for fractions that are impossible or ask for a split that is there already,
+    and for a class with too few images to be divided.
+    """
+    given = dict(splits)
+    if "test" not in given and "val" in given:
+        val = given.pop("val")
+        given["test"] = Split(val.ids, val.labels, val.read, f"{val.origin}, used as test split")
+    refuse_fractions(options, given)
+    fractions = _fractions(options, [name for name in DEFAULT_FRACTIONS if name not in given])
+    if "train" in given and fractions:
+        train = given.pop("train")
+        given.update(_divide(train, fractions, class_names, options.seed))
+    return {name: given[name] for name in ("train", "val", "test") if name in given}
+
+
+def refuse_fractions(options: SourceOptions, published: Mapping[str, Split]) -> None:
+    """Raises UserError where a fraction is asked for of a split that the source publishes."""
+    for name in DEFAULT_FRACTIONS:
+        if name in published and getattr(options, name) is not None:
+            raise UserError(f"This data set has a {name} split of its own; leave out --{name}.")
+
+
+def _fractions(options: SourceOptions, missing: Sequence[str]) -> dict[str, float]:
+    fractions = {}
+    for name in missing:
+        asked = getattr(options, name)
+        fractions[name] = DEFAULT_FRACTIONS[name] if asked is None else asked
+    if any(not 0 <= fraction < 1 for fraction in fractions.values()) or sum(fractions.values()) >= 1:
+        asked_for = " and ".join(f"--{name} {value:g}" for name, value in fractions.items())
+        raise UserError(
+            f"{asked_for} leave nothing to train on; give fractions from 0 that sum to less than 1."
+        )
+    return {name: fraction for name, fraction in fractions.items() if fraction > 0}
+
+
+def _divide(
+    train: Split, fractions: Mapping[str, float], class_names: Sequence[str], seed: int
+) -> dict[str, Split]:
+    rest = 1 - sum(fractions.values())
+    shares = {"train": rest, **fractions}
+    parts = dict(
+        zip(shares, stratified_parts(train.labels, list(shares.values()), seed), strict=True)
+    )
+    counts = np.bincount(train.labels, minlength=len(class_names))
+    for name in shares.keys() & {"train", "test"}:
+        left = np.bincount(train.labels[parts[name]], minlength=len(class_names))
+        for label in np.flatnonzero((counts > 0) & (left == 0)):
+            raise UserError(
+                f"Class {class_names[label]!r} has {counts[label]} images, too few to give "
+                f"{' and '.join(shares)} their share; add images to it or change --val and --test."
+            )
+    for name, part in parts.items():
+        if not len(part):
+            raise UserError(
+                f"{shares[name]:.0%} of every class is no image at all: the {name} split would be "
+                f"empty; raise --{name}, or give --{name} 0 to do without."
+            )
+    return {
+        name: take(
+            train, parts[name], f"{share:.0%} of {train.origin}, stratified by class, seed {seed}"
+        )
+        for name, share in shares.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Rows:
+    read: Callable[[int], Image.Image]
+    rows: npt.NDArray[np.int64]
+
+    def __call__(self, index: int) -> Image.Image:
+        return self.read(int(self.rows[index]))
+
+
+def take(split: Split, rows: npt.NDArray[np.int64], origin: str) -> Split:
+    """The given rows of a split, (M,) integers, in that order."""
+    ids = [split.ids[row] for row in rows]
+    return Split(ids, split.labels[rows], _Rows(split.read, rows), origin)
+
+
+def stratified_parts(
+    labels: npt.ArrayLike, fractions: list[float], seed: int = SPLIT_SEED
+) -> list[npt.NDArray[np.int64]]:
+    """Disjoint sets of rows, one per fraction, each class divided in the same proportions.
+
+    Within a class the rows are shuffled and cut at the rounded cumulative fractions; each part
+    is returned in ascending order, so that the source's order is kept.
+
+    labels: (N,) integers. fractions: non-negative, sum ≤ 1; a remainder belongs to no part.
+    """
+    labels = np.asarray(labels)
+    rng = np.random.default_rng(seed)
+    cuts = np.cumsum([0.0, *fractions])
+    parts: list[list[npt.NDArray[np.int64]]] = [[] for _ in fractions]
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        bounds = np.rint(cuts * len(rows)).astype(int)
+        for part, start, stop in zip(parts, bounds[:-1], bounds[1:], strict=True):
+            part.append(rows[start:stop])
+    return [np.sort(np.concatenate(part)) for part in parts]

@@ -1,0 +1,1 @@
+"""The commands a person runs on a cache: fit, predict, report, inspect."""

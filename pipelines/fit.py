@@ -1,0 +1,175 @@
+"""`fit`: train on cached features, select on validation, test once, save the adapter."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+from clip_adapter.cache.errors import UserError
+
+if TYPE_CHECKING:
+    from clip_adapter.adapters.method import Grid
+
+Ratio = float | Literal["learned", "hypernet"]
+MethodName = Literal["zero-shot", "linear-probe", "clip-adapter"]
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Fit a classifier on a feature cache, select on validation, test the selected one once.
+
+    Several values for a hyper-parameter make a grid. Defaults in brackets are those of `--preset
+    default` and `--preset paper`.
+    """
+
+    cache: Path = Path("features.h5")
+    """Feature cache that `extract` wrote."""
+    out: Path | None = None
+    """Run folder; by default a new one under runs/."""
+    method: MethodName = "clip-adapter"
+    """What to fit."""
+    baselines: tuple[MethodName, ...] = ("zero-shot", "linear-probe")
+    """Methods to run on the same tasks for comparison; give none to leave them out."""
+    branch: Literal["image", "text", "both"] = "image"
+    """Where the adapter sits."""
+    alpha: tuple[Ratio, ...] | None = None
+    """Residual ratio of the image adapter, in [0, 1]; or `learned`, or `hypernet` (predicted for
+    each image). [0.2 0.4 0.6 0.8; paper: 0.2]"""
+    beta: tuple[Ratio, ...] = (0.2,)
+    """Residual ratio of the text adapter, in the same forms (`hypernet`: for each class)."""
+    alpha_init: float = 0.5
+    """Where a learned or predicted alpha starts."""
+    beta_init: float = 0.5
+    """Where a learned or predicted beta starts."""
+    reduction: tuple[int, ...] = (4,)
+    """Bottleneck: the hidden width is D / reduction."""
+    lr: tuple[float, ...] | None = None
+    """Peak learning rate. [0.001; paper: 0.002]"""
+    weight_decay: tuple[float, ...] | None = None
+    """Weight decay. [0.01, decoupled; paper: 0.0005, L2]"""
+    epochs: int | None = None
+    """Passes over the support set. [100; paper: 200]"""
+    batch_size: int | None = None
+    """Images per step at most. [256; paper: 32]"""
+    evaluate_every: int = 5
+    """Epochs between evaluations on the validation set."""
+    preset: Literal["default", "paper"] = "default"
+    """`paper` trains as the official implementation does: SGD with momentum, a cosine schedule and
+    one constant warm-up epoch."""
+    shots: tuple[int | Literal["all"], ...] = (16,)
+    """Labelled images per class; `all` takes the whole train split."""
+    seeds: tuple[int, ...] = (1,)
+    """Seeds of the few-shot draws and of training."""
+    select: Literal["few-shot-val", "full-val", "cv", "none"] = "few-shot-val"
+    """Validation data that choose setting and epoch: min(shots, 4) per class as in CoOp, the whole
+    split, cross-validation on the support set, or none (one setting, its last epoch)."""
+    train_classes: Literal["all", "base"] = "all"
+    """`base` fits on the first half of the classes and tests on both halves."""
+
+    def grid(self) -> "Grid":
+        """The grid that the arguments and the preset describe.
+
+        Raises UserError for values out of range.
+        """
+        from clip_adapter.adapters.method import Grid
+        from clip_adapter.adapters.training import Schedule
+
+        paper = self.preset == "paper"
+        alpha = self.alpha or ((0.2,) if paper or self.select == "none" else Grid.alpha)
+        rates = self.lr or ((0.002,) if paper else Grid.learning_rate)
+        decays = self.weight_decay or ((5e-4,) if paper else Grid.weight_decay)
+        schedule = Schedule(
+            epochs=_given(self.epochs, 200 if paper else Schedule.epochs),
+            batch_size=_given(self.batch_size, 32 if paper else Schedule.batch_size),
+            evaluate_every=self.evaluate_every,
+            optimizer="sgd" if paper else "adamw",
+            warmup="constant" if paper else "linear",
+        )
+        _check_ratios("--alpha", alpha)
+        _check_ratios("--beta", self.beta)
+        _check_ratios("--alpha-init", (self.alpha_init,))
+        _check_ratios("--beta-init", (self.beta_init,))
+        _check_positive("--lr", rates)
+        _check_positive("--reduction", self.reduction)
+        _check_positive("--epochs", (schedule.epochs,))
+        _check_positive("--batch-size", (schedule.batch_size,))
+        _check_positive("--evaluate-every", (schedule.evaluate_every,))
+        if any(not 0 <= decay < float("inf") for decay in decays):
+            raise UserError("--weight-decay must be a number ≥ 0.")
+        return Grid(
+            branch=self.branch,
+            alpha=alpha,
+            beta=self.beta,
+            alpha_init=self.alpha_init,
+            beta_init=self.beta_init,
+            reduction=self.reduction,
+            learning_rate=rates,
+            weight_decay=decays,
+            schedule=schedule,
+        )
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a run found.
+
+    run: its folder. selected: a row per (method, shots, seed) with the chosen setting, its
+    validation metrics and its test accuracy. summary: a row per (method, shots) with mean and
+    standard deviation over seeds. Accuracies lie in [0, 1].
+    """
+
+    run: Path
+    selected: list[dict[str, Any]]
+    summary: list[dict[str, Any]]
+
+
+def fit(config: FitConfig) -> FitResult:
+    """Run `fit`.
+
+    Raises UserError for bad input; nothing is left behind under a final name then.
+    """
+    _check(config)
+    grid = config.grid()
+    from clip_adapter.pipelines.jax_setup import set_up_jax
+
+    set_up_jax()
+    from clip_adapter.pipelines.experiment import run_experiment
+
+    return run_experiment(config, grid)
+
+
+def _check(config: FitConfig) -> None:
+    if not config.shots or not config.seeds:
+        raise UserError("--shots and --seeds need at least one value.")
+    for shots in config.shots:
+        if isinstance(shots, int) and shots < 1:
+            raise UserError(f"--shots {shots} is no number of images; give 1 or more, or `all`.")
+    if min(config.seeds) < 0:
+        raise UserError("--seeds must not be negative.")
+    for name in ("shots", "seeds", "alpha", "beta", "reduction", "lr", "weight_decay"):
+        values = getattr(config, name) or ()
+        if len(set(values)) < len(values):
+            raise UserError(f"--{name.replace('_', '-')} names a value twice.")
+
+
+def _check_ratios(name: str, values: Sequence[Ratio]) -> None:
+    for value in values:
+        if not isinstance(value, str) and not 0 <= value <= 1:
+            raise UserError(f"{name} {value} is outside [0, 1], where a residual ratio lies.")
+
+
+def _check_positive(name: str, values: Sequence[float]) -> None:
+    for value in values:
+        if not 0 < value < float("inf"):
+            raise UserError(f"{name} {value} must be a positive number.")
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The console script `fit`."""
+    from clip_adapter.console.command import run_command
+
+    run_command(FitConfig, lambda config: fit(config) and None, "fit", arguments)

@@ -1,0 +1,119 @@
+"""What `fit` prints: results by number of shots, what was chosen, and how it was judged."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from clip_adapter.pipelines.fit import FitConfig
+    from clip_adapter.pipelines.tasks import Draw
+
+Row = dict[str, Any]
+
+SELECTION_WORDS = {
+    "few-shot-val": "min(shots, 4) validation images per class",
+    "full-val": "the whole validation split",
+    "cv": "cross-validation on the support set",
+    "none": "nothing (one setting, its last epoch)",
+}
+
+
+def print_run(
+    config: "FitConfig",
+    description: Sequence[str],
+    tasks: Sequence["Draw"],
+    selected: Sequence[Row],
+    summary: Sequence[Row],
+    compilations: int,
+) -> None:
+    """Print the whole report of a run on standard output."""
+    console = Console(width=110, highlight=False, soft_wrap=True)
+    for line in description:
+        console.print(line)
+    console.print(
+        f"selected on {SELECTION_WORDS[config.select]}; test computed for the selected setting only"
+    )
+    for line in _repetitions(tasks):
+        console.print(line)
+    console.print(_accuracy_table(config, summary))
+    console.print(_choice_table(config, selected))
+    console.print(f"{compilations} program{'s' * (compilations != 1)} compiled or loaded")
+
+
+def _accuracy_table(config: "FitConfig", summary: Sequence[Row]) -> Table:
+    """Test accuracy by number of shots and method."""
+    seeds = ", ".join(map(str, config.seeds))
+    spread = "mean ± standard deviation over" if len(config.seeds) > 1 else ""
+    table = Table(title=f"test accuracy (%), {spread} seed {seeds}", box=SIMPLE_HEAD)
+    methods = list(dict.fromkeys(row["method"] for row in summary))
+    kinds = {"test_accuracy": ""}
+    if config.train_classes == "base":
+        kinds = {"test_accuracy": " base", "new_accuracy": " new", "harmonic_mean": " H"}
+    table.add_column("shots", justify="right")
+    for method in methods:
+        for words in kinds.values():
+            table.add_column(method + words, justify="right")
+    for shots in config.shots:
+        rows = {row["method"]: row for row in summary if row["shots"] == shots}
+        cells = [_percent(rows[method], kind) for method in methods for kind in kinds]
+        table.add_row(str(shots), *cells)
+    return table
+
+
+def _choice_table(config: "FitConfig", selected: Sequence[Row]) -> Table:
+    """The settings that validation chose, task by task, and how flat the optimum is."""
+    table = Table(title=f"chosen settings of {config.method}", box=SIMPLE_HEAD)
+    rows = [row for row in selected if row["method"] == config.method]
+    names = [name for name in CHOICE_COLUMNS if any(row.get(name) is not None for row in rows)]
+    for heading in ("shots", "seed", *(CHOICE_COLUMNS[name] for name in names), "val %"):
+        table.add_column(heading, justify="right")
+    table.add_column("within one SE", justify="right")
+    for row in rows:
+        accuracy = "–" if row["val_accuracy"] is None else f"{100 * row['val_accuracy']:.2f}"
+        flat = f"{row['within_one_standard_error']} of {row['tried']}"
+        if row["failed"]:
+            flat += f", {row['failed']} diverged"
+        values = [_number(row.get(name)) for name in names]
+        table.add_row(str(row["shots"]), str(row["seed"]), *values, accuracy, row["note"] or flat)
+    return table
+
+
+CHOICE_COLUMNS = {
+    "alpha": "alpha",
+    "alpha_mean": "alpha mean",
+    "alpha_std": "± over images",
+    "beta": "beta",
+    "beta_mean": "beta mean",
+    "beta_std": "± over classes",
+    "reduction": "reduction",
+    "learning_rate": "lr",
+    "weight_decay": "decay",
+    "C": "C",
+    "epoch": "epoch",
+}
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _percent(row: Row, kind: str) -> str:
+    mean, deviation = row[f"{kind}_mean"], row[f"{kind}_std"]
+    if mean is None:
+        return "–"
+    return f"{100 * mean:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
+
+
+def _repetitions(tasks: Sequence["Draw"]) -> list[str]:
+    """A sentence per number of shots for classes that had too few images."""
+    counts = {drawn.shots: len(drawn.repeated_classes) for drawn in tasks}
+    return [
+        f"{count} classes have fewer than {shots} training images: drawn with repetition"
+        for shots, count in counts.items()
+        if count
+    ]
