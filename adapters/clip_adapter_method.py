@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import product
 from typing import Any
@@ -14,15 +14,16 @@ import numpy.typing as npt
 from flax import nnx
 
 from clip_adapter.adapters.clip_adapter import Architecture, ClipAdapter, abstract_adapter
-from clip_adapter.adapters.engine import Chunk, Engine
+from clip_adapter.adapters.engine import Chunk, Engine, Leaves
+from clip_adapter.adapters.halving import Leg, climb, halving_rungs
 from clip_adapter.adapters.method import (
     Arrays,
     Evaluation,
     Grid,
     Ratio,
+    Search,
     Setting,
     blockwise,
-    without_validation,
 )
 from clip_adapter.adapters.ratio import RatioKind
 from clip_adapter.adapters.training import HyperParameters, RunState, Schedule, Task
@@ -33,36 +34,52 @@ class ClipAdapterMethod:
 
     unseen_classes = True
 
-    def search(self, grid: Grid, folds: Sequence[Task], engine: Engine) -> Iterator[Evaluation]:
-        groups: dict[tuple[Architecture, Schedule], list[Setting]] = defaultdict(list)
-        for setting in settings(grid):
-            groups[static_part(setting)].append(setting)
+    def search(self, search: Search, engine: Engine) -> Iterator[Evaluation]:
+        """Every setting to the end, or by successive halving (halving.py)."""
+        tried = list(settings(search.grid))
+        schedule = search.grid.schedule
+        rungs = halving_rungs(schedule) if search.grid.halving else [schedule.epochs]
+        yield from climb(tried, rungs, search, partial(self._train, engine))
+
+    def _train(self, engine: Engine, leg: Leg) -> Iterator[tuple[int, Evaluation, list[Leaves]]]:
+        """Train each setting of a leg on every fold; yields its index, how it did, its states."""
+        groups: dict[tuple[Architecture, Schedule], list[int]] = defaultdict(list)
+        for index in leg.indices:
+            groups[static_part(leg.settings[index])].append(index)
         for static, members in groups.items():
-            hypers = [dynamic_part(setting) for setting in members]
-            runs = [engine.run(*static, fold, hypers) for fold in folds]
+            hypers = [dynamic_part(leg.settings[index]) for index in members]
+            runs = [
+                engine.run(
+                    *static,
+                    task,
+                    hypers,
+                    start=leg.start,
+                    stop=leg.stop,
+                    states=lambda position, fold=fold, members=members: leg.state(
+                        fold, members[position]
+                    ),
+                )
+                for fold, task in enumerate(leg.folds)
+            ]
             started = time.perf_counter()
             for chunks in zip(*runs, strict=True):
                 histories = np.mean([chunk.state.history for chunk in chunks], axis=0)
                 seconds = (time.perf_counter() - started) / len(chunks[0].indices)
-                for row, index in enumerate(chunks[0].indices):
-                    fetch = partial(_best_arrays, chunks[0], row) if len(folds) == 1 else None
-                    yield Evaluation(
-                        members[index],
-                        static[1].evaluated_epochs(),
-                        histories[row],
-                        seconds,
-                        fetch,
+                for row, position in enumerate(chunks[0].indices):
+                    index = members[position]
+                    kept = partial(_best_arrays, chunks[0], row) if len(chunks) == 1 else None
+                    evaluation = _evaluation(
+                        leg.settings[index], static[1], leg.stop, histories[row], seconds, kept
                     )
+                    yield index, evaluation, [chunk.row(row) for chunk in chunks]
                 started = time.perf_counter()
 
     def single(self, grid: Grid) -> Setting:
         return next(settings(grid))
 
     def fit(self, setting: Setting, epoch: int | None, task: Task, engine: Engine) -> Arrays:
-        architecture, schedule = static_part(setting)
-        task = without_validation(task)
-        hypers = [dynamic_part(setting)]
-        (chunk,) = engine.run(architecture, schedule, task, hypers, stop=epoch)
+        static = static_part(setting)
+        (chunk,) = engine.run(*static, task, [dynamic_part(setting)], stop=epoch)
         return _arrays(chunk.state.parameters, chunk.state.constants, 0)
 
     def logits(
@@ -179,6 +196,25 @@ def _kind(ratio: Ratio) -> RatioKind:
 def _number(setting: Setting, name: str) -> float:
     value = setting.get(name, 0.0)
     return setting[f"{name}_init"] if isinstance(value, str) else value
+
+
+def _evaluation(
+    setting: Setting,
+    schedule: Schedule,
+    epochs_run: int,
+    history: npt.NDArray[np.float32],
+    seconds: float,
+    arrays: Callable[[], Arrays] | None,
+) -> Evaluation:
+    """Judge a run by its best evaluated epoch so far; one NaN on the way marks it as diverged."""
+    epochs = [epoch for epoch in schedule.evaluated_epochs() if epoch <= epochs_run]
+    reached = history[: len(epochs)]
+    accuracy, nll = reached.T
+    best = np.lexsort((np.arange(len(epochs)), nll, -accuracy))[0]
+    judged_nll = float(nll[best]) if np.isfinite(reached).all() else float("nan")
+    return Evaluation(
+        setting, epochs_run, epochs[best], float(accuracy[best]), judged_nll, seconds, arrays
+    )
 
 
 def _best_arrays(chunk: Chunk, row: int) -> Arrays:

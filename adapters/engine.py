@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -29,6 +30,8 @@ from clip_adapter.adapters.training import (
 
 Layout = Literal["auto", "sequential", "vectorised"]
 Program = Callable[..., RunState]
+Leaves = list[npt.NDArray[Any]]
+"""A RunState on the host, as its leaves in tree order."""
 
 # Vectorising more settings than this no longer makes a step of any of them cheaper.
 LARGEST_CHUNK = 256
@@ -42,6 +45,10 @@ class Chunk:
 
     indices: list[int]
     state: RunState
+
+    def row(self, row: int) -> Leaves:
+        """The state of one setting, on the host."""
+        return [np.asarray(leaf[row]) for leaf in jax.tree.leaves(self.state)]
 
 
 class Engine:
@@ -66,23 +73,33 @@ class Engine:
         schedule: Schedule,
         task: Task,
         hypers: Sequence[HyperParameters],
+        *,
+        start: int = 0,
         stop: int | None = None,
+        states: Callable[[int], Leaves] | None = None,
     ) -> Iterator[Chunk]:
-        """Train all settings from the start up to epoch `stop` (by default the last).
+        """Train all settings from epoch `start` to `stop` (by default the last), chunk by chunk.
 
-        hypers: one HyperParameters of plain numbers per setting.
+        hypers: one HyperParameters of plain numbers per setting. states: index → its state at
+        `start`, needed where that is not 0.
         """
         size = self._chunk_size(architecture, schedule, task, len(hypers))
         program = self._program(architecture, schedule, task, size)
-        stop = schedule.epochs if stop is None else stop
         blank = jax.eval_shape(partial(initial_state, architecture, schedule, task), _numbers())
+        structure = jax.tree.structure(blank)
         for first in range(0, len(hypers), size):
             indices = list(range(first, min(first + size, len(hypers))))
             # The last chunk is filled up with copies, so that one program serves all.
-            filled = [hypers[min(first + i, len(hypers) - 1)] for i in range(size)]
-            stacked = HyperParameters(*(np.array(v, np.float32) for v in zip(*filled, strict=True)))
-            state = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), blank)
-            yield Chunk(indices, program(task, stacked, state, 0, stop))
+            filled = [min(first + offset, len(hypers) - 1) for offset in range(size)]
+            columns = zip(*(hypers[index] for index in filled), strict=True)
+            stacked = HyperParameters(*(np.array(column, np.float32) for column in columns))
+            if start and states:
+                leaves = zip(*(states(index) for index in filled), strict=True)
+                state = jax.tree.unflatten(structure, [np.stack(leaf) for leaf in leaves])
+            else:
+                state = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), leaf.dtype), blank)
+            end = schedule.epochs if stop is None else stop
+            yield Chunk(indices, program(task, stacked, state, start, end))
 
     def _chunk_size(
         self, architecture: Architecture, schedule: Schedule, task: Task, settings: int

@@ -18,7 +18,7 @@ from scipy.optimize import minimize
 
 from clip_adapter.adapters.classifier import accuracy, cross_entropy
 from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.method import Arrays, Evaluation, Grid, Setting, blockwise
+from clip_adapter.adapters.method import Arrays, Evaluation, Grid, Search, Setting, blockwise
 from clip_adapter.adapters.training import Task
 
 MAX_ITERATIONS = 1000
@@ -35,22 +35,22 @@ class LinearProbe:
 
     unseen_classes = False
 
-    def search(self, grid: Grid, folds: Sequence[Task], engine: Engine) -> Iterator[Evaluation]:
+    def search(self, search: Search, engine: Engine) -> Iterator[Evaluation]:
         sweep = Sweep()
         while (exponent := sweep.next()) is not None:
-            started = time.perf_counter()
             setting = {"C": 10.0**exponent}
-            fits = [self.fit(setting, None, fold, engine) for fold in folds]
-            history = np.mean([_judge(*pair) for pair in zip(fits, folds, strict=True)], axis=0)
-            evaluation = Evaluation(
-                setting,
-                [0],
-                history[None].astype(np.float32),
-                time.perf_counter() - started,
-                partial(dict, fits[0]) if len(folds) == 1 else None,
-            )
+            evaluation = search.known(setting, 0) or self._evaluate(setting, search.folds, engine)
             sweep.scores[exponent] = evaluation.score
             yield evaluation
+
+    def _evaluate(self, setting: Setting, folds: Sequence[Task], engine: Engine) -> Evaluation:
+        started = time.perf_counter()
+        fits = [self.fit(setting, None, fold, engine) for fold in folds]
+        scores = [_judge(*pair) for pair in zip(fits, folds, strict=True)]
+        mean_accuracy, mean_nll = np.mean(scores, axis=0).tolist()
+        seconds = time.perf_counter() - started
+        kept = partial(dict, fits[0]) if len(folds) == 1 else None
+        return Evaluation(setting, 0, 0, mean_accuracy, mean_nll, seconds, kept)
 
     def single(self, grid: Grid) -> Setting:
         return {"C": DEFAULT_C}

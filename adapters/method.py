@@ -1,7 +1,7 @@
 """What a method is: a way to turn a support set into a classifier, judged on validation data."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.adapters.clip_adapter import Branch
-from clip_adapter.adapters.engine import Engine
+from clip_adapter.adapters.engine import Engine, Leaves
 from clip_adapter.adapters.training import Schedule, Task
 
 Ratio = float | Literal["learned", "hypernet"]
@@ -29,7 +29,8 @@ class Grid:
     """The hyper-parameters to try: tuples make a product, single values hold for all settings.
 
     alpha, beta: residual ratios of the image and the text adapter; `learned` and `hypernet` start
-        from alpha_init and beta_init.
+        from alpha_init and beta_init. halving: successive halving instead of every setting to the
+        end.
     """
 
     branch: Branch = "image"
@@ -41,41 +42,53 @@ class Grid:
     learning_rate: tuple[float, ...] = (1e-3,)
     weight_decay: tuple[float, ...] = (1e-2,)
     schedule: Schedule = Schedule()
+    halving: bool = False
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """How a setting did on the validation data.
 
-    epochs: the E epochs after which it was evaluated. history: (E, 2), accuracy in [0, 1] and
-    negative log-likelihood, means over the folds. arrays: fetches what was fitted, as it was after
-    the best of those epochs; None where there were several folds.
+    epochs_run: how long it was trained. epoch: the best of its evaluated epochs: highest accuracy,
+    then lowest negative log-likelihood, then earliest. accuracy in [0, 1] and nll: means over the
+    folds at that epoch; an nll that is not finite marks a setting that diverged.
+    arrays: fetches what was fitted, as it was at `epoch`; None where that was not kept.
     """
 
     setting: Setting
-    epochs: Sequence[int]
-    history: npt.NDArray[np.float32]
+    epochs_run: int
+    epoch: int
+    accuracy: float
+    nll: float
     seconds: float
-    arrays: Callable[[], Arrays] | None
+    arrays: Callable[[], Arrays] | None = None
 
     @property
     def failed(self) -> bool:
-        """Whether training diverged (a negative log-likelihood that is not finite)."""
-        return not np.isfinite(self.history[:, 1]).all()
-
-    @property
-    def best(self) -> int:
-        """Index of the best epoch: highest accuracy, then lowest NLL, then earliest."""
-        return max(range(len(self.epochs)), key=lambda index: (*self._score(index), -index))
+        return not np.isfinite(self.nll)
 
     @property
     def score(self) -> tuple[float, float]:
-        """(accuracy, −NLL) at the best epoch, (−∞, −∞) for a failed setting; larger is better."""
-        return (-np.inf, -np.inf) if self.failed else self._score(self.best)
+        """(accuracy, −NLL), (−∞, −∞) for a setting that diverged; larger is better."""
+        return (-np.inf, -np.inf) if self.failed else (self.accuracy, -self.nll)
 
-    def _score(self, index: int) -> tuple[float, float]:
-        accuracy, nll = self.history[index].tolist()
-        return accuracy, -nll
+
+Known = Callable[[Setting, int], Evaluation | None]
+"""What an interrupted run found already for a setting after so many epochs."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a method searches: a grid, judged on folds (support sets with validation sets).
+
+    known: evaluations that need not be repeated. states: a place for the states of runs that may
+    go on, by name.
+    """
+
+    grid: Grid
+    folds: Sequence[Task]
+    known: Known = lambda setting, epochs_run: None
+    states: MutableMapping[str, Leaves] = field(default_factory=dict)
 
 
 class Method(Protocol):
@@ -84,14 +97,17 @@ class Method(Protocol):
     unseen_classes: bool
     """Whether it can classify classes that had no support images."""
 
-    def search(self, grid: Grid, folds: Sequence[Task], engine: Engine) -> Iterator[Evaluation]:
-        """Try settings, each on every fold (a support set with its validation set)."""
+    def search(self, search: Search, engine: Engine) -> Iterator[Evaluation]:
+        """Try settings, each on every fold. Those that ran to the end may be chosen."""
 
     def single(self, grid: Grid) -> Setting:
         """The setting to take when there is nothing to choose by."""
 
     def fit(self, setting: Setting, epoch: int | None, task: Task, engine: Engine) -> Arrays:
-        """Fit one setting on the support set, up to `epoch` (None: the end)."""
+        """Fit one setting on the support set, up to `epoch` (None: the end).
+
+        On the task it was judged on, this gives the arrays that the search had.
+        """
 
     def logits(
         self,
@@ -112,13 +128,6 @@ class Method(Protocol):
         weights: npt.ArrayLike,
     ) -> dict[str, float]:
         """Numbers by name that say what was learned, judged on features (N, D)."""
-
-
-def without_validation(task: Task) -> Task:
-    return task._replace(
-        validation_features=task.validation_features[:0],
-        validation_labels=task.validation_labels[:0],
-    )
 
 
 def blockwise(

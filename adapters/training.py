@@ -30,7 +30,7 @@ class Schedule:
         After the warm-up it falls to zero along a half cosine.
     """
 
-    epochs: int = 100
+    epochs: int = 200
     batch_size: int = 256
     evaluate_every: int = 5
     optimizer: Literal["adamw", "sgd"] = "adamw"

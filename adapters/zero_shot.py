@@ -1,7 +1,7 @@
 """Zero-shot CLIP: the classifier weights as they are."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from clip_adapter.adapters.classifier import accuracy, cosine_logits, cross_entropy
 from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.method import Arrays, Evaluation, Grid, Setting, blockwise
+from clip_adapter.adapters.method import Arrays, Evaluation, Grid, Search, Setting, blockwise
 from clip_adapter.adapters.training import Task
 
 _cosine_logits = jax.jit(cosine_logits)
@@ -22,16 +22,16 @@ class ZeroShot:
 
     unseen_classes = True
 
-    def search(self, grid: Grid, folds: Sequence[Task], engine: Engine) -> Iterator[Evaluation]:
+    def search(self, search: Search, engine: Engine) -> Iterator[Evaluation]:
         started = time.perf_counter()
         scores = []
-        for fold in folds:
+        for fold in search.folds:
             features = fold.validation_features
             logits = _cosine_logits(features, fold.weights, fold.logit_scale, fold.logit_bias)
             nll = cross_entropy(logits, fold.validation_labels).mean()
             scores.append([float(accuracy(logits, fold.validation_labels)), float(nll)])
-        history = np.mean(scores, axis=0, keepdims=True, dtype=np.float32)
-        yield Evaluation({}, [0], history, time.perf_counter() - started, dict)
+        mean_accuracy, mean_nll = np.mean(scores, axis=0).tolist()
+        yield Evaluation({}, 0, 0, mean_accuracy, mean_nll, time.perf_counter() - started, dict)
 
     def single(self, grid: Grid) -> Setting:
         return {}

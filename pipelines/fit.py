@@ -1,7 +1,8 @@
 """`fit`: train on cached features, select on validation, test once, save the adapter."""
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -48,7 +49,7 @@ class FitConfig:
     weight_decay: tuple[float, ...] | None = None
     """Weight decay. [0.01, decoupled; paper: 0.0005, L2]"""
     epochs: int | None = None
-    """Passes over the support set. [100; paper: 200]"""
+    """Passes over the support set. [200]"""
     batch_size: int | None = None
     """Images per step at most. [256; paper: 32]"""
     evaluate_every: int = 5
@@ -65,6 +66,19 @@ class FitConfig:
     split, cross-validation on the support set, or none (one setting, its last epoch)."""
     train_classes: Literal["all", "base"] = "all"
     """`base` fits on the first half of the classes and tests on both halves."""
+    search: Literal["full", "halving"] = "full"
+    """`halving` gives every setting a tenth of the epochs and lets the best third go on, twice."""
+    layout: Literal["auto", "sequential", "vectorised"] = "auto"
+    """How settings share a device: one after another (auto on a CPU) or side by side."""
+    resume: Path | None = None
+    """Run folder of an interrupted `fit` to go on with; takes its arguments from there."""
+
+    def arguments(self) -> dict[str, Any]:
+        """What decides the results, as JSON."""
+        values = asdict(self)
+        for name in ("out", "resume"):
+            del values[name]
+        return values | {"cache": str(self.cache)}
 
     def grid(self) -> "Grid":
         """The grid that the arguments and the preset describe.
@@ -79,7 +93,7 @@ class FitConfig:
         rates = self.lr or ((0.002,) if paper else Grid.learning_rate)
         decays = self.weight_decay or ((5e-4,) if paper else Grid.weight_decay)
         schedule = Schedule(
-            epochs=_given(self.epochs, 200 if paper else Schedule.epochs),
+            epochs=_given(self.epochs, Schedule.epochs),
             batch_size=_given(self.batch_size, 32 if paper else Schedule.batch_size),
             evaluate_every=self.evaluate_every,
             optimizer="sgd" if paper else "adamw",
@@ -106,6 +120,7 @@ class FitConfig:
             learning_rate=rates,
             weight_decay=decays,
             schedule=schedule,
+            halving=self.search == "halving",
         )
 
 
@@ -114,7 +129,7 @@ class FitResult:
     """What a run found.
 
     run: its folder. selected: a row per (method, shots, seed) with the chosen setting, its
-    validation metrics and its test accuracy. summary: a row per (method, shots) with mean and
+    validation metrics and its test accuracy (None without a test split). summary: a row per (method, shots) with mean and
     standard deviation over seeds. Accuracies lie in [0, 1].
     """
 
@@ -126,16 +141,50 @@ class FitResult:
 def fit(config: FitConfig) -> FitResult:
     """Run `fit`.
 
-    Raises UserError for bad input; nothing is left behind under a final name then.
+    Raises UserError for bad input, before anything is written.
     """
-    _check(config)
-    grid = config.grid()
     from clip_adapter.pipelines.jax_setup import set_up_jax
 
+    run = config.resume or config.out
+    if config.resume:
+        config = _resumed(config, config.resume)
+    _check(config)
+    grid = config.grid()
     set_up_jax()
     from clip_adapter.pipelines.experiment import run_experiment
+    from clip_adapter.pipelines.run_folder import new_run_path
 
-    return run_experiment(config, grid)
+    run = run or new_run_path()
+    try:
+        return run_experiment(config, grid, run, resume=config.resume is not None)
+    except KeyboardInterrupt:
+        print(f"\nWhat is finished is kept; go on with: fit --resume {run}", file=sys.stderr)
+        raise
+
+
+def _resumed(config: FitConfig, run: Path) -> FitConfig:
+    """The configuration of the run; arguments given beside --resume must be the run's own.
+
+    Raises UserError where they are not, or where there is no run.
+    """
+    import json
+
+    from clip_adapter.pipelines.run_folder import read_arguments
+
+    stated = read_arguments(run)
+    stated.pop("cache_sha256", None)
+    given = json.loads(json.dumps(config.arguments()))
+    default = json.loads(json.dumps(FitConfig().arguments()))
+    differing = [
+        name for name in given if given[name] != default[name] and given[name] != stated.get(name)
+    ]
+    if differing or stated.keys() != default.keys():
+        raise UserError(
+            f"{run} was started with other arguments ({', '.join(differing) or 'another version'});"
+            " give --resume alone to go on with it."
+        )
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in stated.items()}
+    return FitConfig(**values | {"cache": Path(values["cache"]), "resume": run})
 
 
 def _check(config: FitConfig) -> None:

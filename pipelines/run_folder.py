@@ -1,13 +1,25 @@
-"""What a run leaves behind: results.csv, selected.csv, summary.csv, tasks.json and adapters."""
+"""What a run leaves behind, written so that a killed run can go on.
+
+run.json        the arguments, the version and the cache's identity
+tasks.json      the ids of every support and validation set, in drawing order
+results.csv     a row per fit, appended as it ends (under halving: per setting and rung)
+selected.jsonl  a line per method and task: the chosen setting and its test accuracy
+summary.csv     a row per method and number of shots, written last
+adapter.*, adapters/   the fitted adapters
+"""
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from safetensors.numpy import load_file, save
+
+from clip_adapter.adapters.engine import Leaves
+from clip_adapter.adapters.method import Evaluation, Setting
 from clip_adapter.cache import atomic
 from clip_adapter.cache.errors import UserError
 
@@ -27,52 +39,84 @@ SETTING_COLUMNS = (
     "evaluate_every",
     "C",
 )
-RESULT_COLUMNS = (
-    "method",
-    "shots",
-    "seed",
-    *SETTING_COLUMNS,
-    "best_epoch",
-    "val_accuracy",
-    "val_nll",
-    "status",
-    "seconds",
-)
+TASK_COLUMNS = ("method", "shots", "seed")
+OUTCOME_COLUMNS = ("epochs_run", "best_epoch", "val_accuracy", "val_nll", "status", "seconds")
+RESULT_COLUMNS = (*TASK_COLUMNS, *SETTING_COLUMNS, *OUTCOME_COLUMNS)
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 
 
 class RunFolder:
-    """A new folder for one run.
+    """The folder of one run, new or gone on with.
 
-    Raises UserError where it cannot be made or already holds a run.
+    arguments: what the run was asked for, as JSON; a folder that holds a run with others is refused.
+    Raises UserError where the folder cannot be written, already holds a run (and `resume` is
+    false), or holds a run with other arguments.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path or _new_name(Path("runs"))
-        if (self.path / "results.csv").exists():
-            raise UserError(f"{self.path} already holds a run; choose another --out.")
+    def __init__(self, path: Path, arguments: Row, *, resume: bool) -> None:
+        self.path = path
+        self._known: dict[tuple[str, ...], Row] = {}
+        stated = path / "run.json"
+        if stated.exists() != resume:
+            raise UserError(
+                f"{path} holds no run to go on with."
+                if resume
+                else f"{path} already holds a run; choose another --out, or --resume it."
+            )
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._results: TextIO = (self.path / "results.csv").open("w", newline="")
+            if resume:
+                _check_same(path, json.loads(stated.read_text()), arguments)
+                self._known = {_key(row, row["epochs_run"]): row for row in self._read_results()}
+            else:
+                path.mkdir(parents=True, exist_ok=True)
+                (path / "results.csv").write_text(",".join(RESULT_COLUMNS) + "\n")
+                (path / "selected.jsonl").write_text("")
+                atomic.write_text(stated, json.dumps(arguments, indent=1))
+            self._results = (path / "results.csv").open("a", newline="")
         except OSError as error:
-            raise UserError(f"Cannot write to {self.path}: {error.strerror}.") from error
-        self._writer = csv.DictWriter(self._results, RESULT_COLUMNS, restval="")
-        self._writer.writeheader()
+            raise UserError(f"Cannot write to {path}: {error.strerror}.") from error
+        self._writer = csv.DictWriter(self._results, RESULT_COLUMNS, lineterminator="\n")
+
+    def _read_results(self) -> list[Row]:
+        """The complete rows of results.csv; a last line that was cut off is removed."""
+        path = self.path / "results.csv"
+        text = path.read_text()
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            atomic.write_text(path, whole)
+        return list(csv.DictReader(StringIO(whole)))
+
+    def selected(self) -> list[Row]:
+        """The rows of selected.jsonl."""
+        lines = (self.path / "selected.jsonl").read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def add_selected(self, row: Row) -> None:
+        rows = [*self.selected(), row]
+        atomic.write_text(
+            self.path / "selected.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
+        )
+
+    def record(self, task: Row) -> "TaskRecord":
+        """The part of the record that belongs to a task (method, shots, seed)."""
+        return TaskRecord(self, task)
+
+    def known(self, task: Row, setting: Setting, epochs_run: int) -> Row | None:
+        return self._known.get(_key(task | setting, epochs_run))
 
     def add_result(self, row: Row) -> None:
-        """Append a fit to results.csv; it is on disk when this returns."""
+        """Append a fit to results.csv; it is with the operating system when this returns."""
         self._writer.writerow(row)
         self._results.flush()
 
-    def write_table(self, name: str, rows: Sequence[Row]) -> None:
-        """Write `name` with all columns that occur, in order of appearance."""
+    def write_summary(self, rows: Sequence[Row]) -> None:
         columns = list(dict.fromkeys(column for row in rows for column in row))
         text = StringIO(newline="")
-        writer = csv.DictWriter(text, columns, restval="")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        atomic.write_text(self.path / name, text.getvalue())
+        atomic.write_text(self.path / "summary.csv", text.getvalue())
 
     def write_json(self, name: str, document: Any) -> None:
         atomic.write_text(self.path / name, json.dumps(document, indent=1))
@@ -81,8 +125,107 @@ class RunFolder:
         self._results.close()
 
 
-def _new_name(parent: Path) -> Path:
+class TaskRecord:
+    """What a search on one task has found (a selection.Record)."""
+
+    def __init__(self, folder: RunFolder, task: Row) -> None:
+        self._folder = folder
+        self._task = task
+        name = "-".join(str(task[column]) for column in TASK_COLUMNS)
+        self.states: MutableMapping[str, Leaves] = StateFolder(folder.path / "halving" / name)
+
+    def known(self, setting: Setting, epochs_run: int) -> Evaluation | None:
+        row = self._folder.known(self._task, setting, epochs_run)
+        return row and Evaluation(
+            setting,
+            epochs_run,
+            int(row["best_epoch"]),
+            float(row["val_accuracy"]),
+            float(row["val_nll"]),
+            float(row["seconds"]),
+        )
+
+    def add(self, evaluation: Evaluation) -> None:
+        if self.known(evaluation.setting, evaluation.epochs_run):
+            return
+        self._folder.add_result(
+            self._task
+            | evaluation.setting
+            | {
+                "epochs_run": evaluation.epochs_run,
+                "best_epoch": evaluation.epoch,
+                "val_accuracy": evaluation.accuracy,
+                "val_nll": evaluation.nll,
+                "status": "failed" if evaluation.failed else "ok",
+                "seconds": round(evaluation.seconds, 4),
+            }
+        )
+
+
+class StateFolder(MutableMapping[str, Leaves]):
+    """States of runs that may go on, one file each; the folder is there only while it has any."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
+
+    def __getitem__(self, name: str) -> Leaves:
+        if not self._path(name).exists():
+            raise KeyError(name)
+        tensors = load_file(self._path(name))
+        return [tensors[str(index)] for index in range(len(tensors))]
+
+    def __setitem__(self, name: str, leaves: Leaves) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        content = save({str(index): leaf for index, leaf in enumerate(leaves)})
+        atomic.write_bytes(self._path(name), content)
+
+    def __delitem__(self, name: str) -> None:
+        if not self._path(name).exists():
+            raise KeyError(name)
+        self._path(name).unlink()
+        if not any(self._folder.iterdir()):
+            self._folder.rmdir()
+            if not any(self._folder.parent.iterdir()):
+                self._folder.parent.rmdir()
+
+    def __iter__(self) -> Iterator[str]:
+        return (path.stem for path in self._folder.glob("*.safetensors"))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def new_run_path(parent: Path = Path("runs")) -> Path:
     """runs/<UTC time>, with a number behind it where that is taken."""
     stem = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     candidates = (parent / (stem if n == 0 else f"{stem}-{n}") for n in range(1000))
     return next(path for path in candidates if not path.exists())
+
+
+def read_arguments(path: Path) -> Row:
+    """What the run in this folder was asked for.
+
+    Raises UserError where there is none.
+    """
+    try:
+        return json.loads((path / "run.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{path} holds no run to go on with (no readable run.json).") from None
+
+
+def _key(row: Row, epochs_run: int | str) -> tuple[str, ...]:
+    values = [row.get(column, "") for column in (*TASK_COLUMNS, *SETTING_COLUMNS)]
+    return (*map(str, values), str(epochs_run))
+
+
+def _check_same(path: Path, earlier: Row, now: Row) -> None:
+    now = json.loads(json.dumps(now))
+    differing = sorted(k for k in earlier.keys() | now.keys() if earlier.get(k) != now.get(k))
+    if differing:
+        raise UserError(
+            f"{path} holds a run with other arguments ({', '.join(differing)} differ); "
+            "give --resume alone, or start a new run."
+        )

@@ -1,14 +1,26 @@
 """Choose a setting and an epoch, on validation data only, and fit it."""
 
-from collections.abc import Callable
+import json
+from collections.abc import MutableMapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.method import Arrays, Evaluation, Grid, Method, Setting
-from clip_adapter.cache.errors import UserError
+from clip_adapter.adapters.engine import Engine, Leaves
+from clip_adapter.adapters.method import Arrays, Evaluation, Grid, Method, Search, Setting
 from clip_adapter.pipelines.tasks import CachedData, Draw, Selection, folds, whole_task
+
+
+class Record(Protocol):
+    """What a search has found so far, kept where an interruption does not reach it."""
+
+    @property
+    def states(self) -> MutableMapping[str, Leaves]: ...
+
+    def known(self, setting: Setting, epochs_run: int) -> Evaluation | None: ...
+
+    def add(self, evaluation: Evaluation) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -37,12 +49,12 @@ def choose(
     drawn: Draw,
     rule: Selection,
     engine: Engine,
-    on_evaluation: Callable[[Evaluation], None],
-) -> Chosen:
+    record: Record,
+) -> Chosen | None:
     """Search the grid and fit the setting with the best validation accuracy (ties: lowest NLL).
 
-    on_evaluation: called with each evaluation as it is made.
-    Raises UserError where every setting diverged.
+    record: what is known of an interrupted run and where new evaluations go.
+    Returns None where every setting diverged.
     """
     task = whole_task(data, drawn)
     parts = folds(data, drawn) if rule == "cv" else [task]
@@ -51,29 +63,36 @@ def choose(
         note = "" if rule == "none" else "a class has one image, cv impossible: defaults taken"
         return Chosen(setting, None, method.fit(setting, None, task, engine), note=note)
     best: Evaluation | None = None
-    scores: list[float] = []
-    for evaluation in method.search(grid, parts, engine):
-        on_evaluation(evaluation)
-        scores.append(evaluation.score[0])
-        if not evaluation.failed and (best is None or evaluation.score > best.score):
+    latest: dict[str, Evaluation] = {}
+    search = Search(grid, parts, record.known, record.states)
+    for evaluation in method.search(search, engine):
+        record.add(evaluation)
+        latest[json.dumps(evaluation.setting)] = evaluation
+        if _is_better(evaluation, best):
             best = evaluation
     if best is None:
-        raise UserError(
-            f"All {len(scores)} settings diverged at {drawn.shots} shots, seed {drawn.seed}; "
-            "try a smaller --lr."
-        )
-    epoch = best.epochs[best.best]
-    arrays = best.arrays() if best.arrays else method.fit(best.setting, epoch, task, engine)
+        return None
+    arrays = best.arrays() if best.arrays else method.fit(best.setting, best.epoch, task, engine)
+    scores = [evaluation.score[0] for evaluation in latest.values()]
     judged = sum(len(part.validation_labels) for part in parts)
     return Chosen(
         best.setting,
-        epoch,
+        best.epoch,
         arrays,
         best,
         tried=len(scores),
         failed=int(np.isneginf(scores).sum()),
         flat=_within_one_standard_error(scores, best.score[0], judged),
     )
+
+
+def _is_better(evaluation: Evaluation, best: Evaluation | None) -> bool:
+    """Whether to choose this one instead: it ran longer, or as long with a better score."""
+    if evaluation.failed:
+        return False
+    if best is None:
+        return True
+    return (evaluation.epochs_run, evaluation.score) > (best.epochs_run, best.score)
 
 
 def _within_one_standard_error(scores: list[float], best: float, images: int) -> int:

@@ -72,13 +72,18 @@ def _choice_table(config: "FitConfig", selected: Sequence[Row]) -> Table:
         table.add_column(heading, justify="right")
     table.add_column("within one SE", justify="right")
     for row in rows:
-        accuracy = "–" if row["val_accuracy"] is None else f"{100 * row['val_accuracy']:.2f}"
-        flat = f"{row['within_one_standard_error']} of {row['tried']}"
-        if row["failed"]:
-            flat += f", {row['failed']} diverged"
         values = [_number(row.get(name)) for name in names]
-        table.add_row(str(row["shots"]), str(row["seed"]), *values, accuracy, row["note"] or flat)
+        accuracy = f"{100 * row['val_accuracy']:.2f}" if "val_accuracy" in row else "–"
+        table.add_row(str(row["shots"]), str(row["seed"]), *values, accuracy, _flatness(row))
     return table
+
+
+def _flatness(row: Row) -> str:
+    """How many of the settings tried are within one standard error of the best."""
+    if "within_one_standard_error" not in row:
+        return row.get("note", "nothing to choose")
+    diverged = f", {row['diverged']} diverged" if row["diverged"] else ""
+    return f"{row['within_one_standard_error']} of {row['tried']}{diverged}"
 
 
 CHOICE_COLUMNS = {
@@ -103,7 +108,7 @@ def _number(value: Any) -> str:
 
 
 def _percent(row: Row, kind: str) -> str:
-    mean, deviation = row[f"{kind}_mean"], row[f"{kind}_std"]
+    mean, deviation = row.get(f"{kind}_mean"), row.get(f"{kind}_std")
     if mean is None:
         return "–"
     return f"{100 * mean:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")

@@ -1,0 +1,103 @@
+"""Successive halving: run every setting a little, let the best third go on, repeat.
+
+Karnin et al. (ICML 2013), Jamieson & Talwalkar (arXiv 1502.07943). Every setting follows one
+full-length schedule from its start; survivors go on where they stopped. A full grid is the same
+climb with a single rung.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from clip_adapter.adapters.engine import Leaves
+from clip_adapter.adapters.method import Evaluation, Search, Setting
+from clip_adapter.adapters.training import Schedule, Task
+
+ETA = 3
+FIRST_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Leg:
+    """Settings to be trained from epoch `start` to `stop`, by their indices in `settings`.
+
+    state: (fold, index) → the state at `start`; not called where `start` is 0.
+    """
+
+    settings: Sequence[Setting]
+    indices: Sequence[int]
+    folds: Sequence[Task]
+    start: int
+    stop: int
+    state: Callable[[int, int], Leaves]
+
+
+Train = Callable[[Leg], Iterator[tuple[int, Evaluation, list[Leaves]]]]
+
+
+def halving_rungs(schedule: Schedule) -> list[int]:
+    """Epochs at which settings are compared: 10 % of the schedule, then three times as many.
+
+    Each rung ends at an evaluation; the last is the schedule's end, and takes in a rung that would
+    leave less than a third of the epochs behind it.
+    """
+    every = schedule.evaluate_every
+    rungs = []
+    share = FIRST_SHARE
+    while share * ETA**0.5 < 1:
+        rung = max(every, round(share * schedule.epochs / every) * every)
+        if rung < schedule.epochs and rung not in rungs:
+            rungs.append(rung)
+        share *= ETA
+    return [*rungs, schedule.epochs]
+
+
+def climb(
+    settings: Sequence[Setting], rungs: Sequence[int], search: Search, train: Train
+) -> Iterator[Evaluation]:
+    """Train all settings to the first rung, the best third of them to the second, and so on.
+
+    Ranked by validation accuracy, ties by negative log-likelihood, then by position. A setting
+    that diverged never goes on. Yields an evaluation per setting and rung.
+    """
+    indices = list(range(len(settings)))
+    start = 0
+    for rung, stop in enumerate(rungs):
+        survivors = 0 if stop == rungs[-1] else -(-len(indices) // ETA)
+        found: dict[int, Evaluation] = {}
+        for index in indices:
+            known = search.known(settings[index], stop)
+            if known:
+                found[index] = known
+                yield known
+        leg = Leg(
+            settings,
+            [index for index in indices if index not in found],
+            search.folds,
+            start,
+            stop,
+            lambda fold, index, rung=rung: search.states[_name(rung - 1, fold, index)],
+        )
+        for index, evaluation, states in train(leg):
+            found[index] = evaluation
+            going_on = _best(found, survivors)
+            if index in going_on:
+                for fold, state in enumerate(states):
+                    search.states[_name(rung, fold, index)] = state
+            yield evaluation
+        previous, indices, start = indices, _best(found, survivors), stop
+        for index in previous:
+            for fold in range(len(search.folds)):
+                search.states.pop(_name(rung - 1, fold, index), None)
+                if index not in indices:
+                    search.states.pop(_name(rung, fold, index), None)
+
+
+def _best(found: dict[int, Evaluation], count: int) -> list[int]:
+    """The `count` best of the settings found so far that did not diverge, in grid order."""
+    sound = [index for index, evaluation in found.items() if not evaluation.failed]
+    ranked = sorted(sound, key=lambda i: (-found[i].score[0], -found[i].score[1], i))
+    return sorted(ranked[:count])
+
+
+def _name(rung: int, fold: int, index: int) -> str:
+    return f"rung-{rung}-fold-{fold}-setting-{index}"
