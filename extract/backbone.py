@@ -35,7 +35,7 @@ class Backbone:
     logit_scale: the multiplier itself. logit_bias: 0 for models without one.
     """
 
-    model: torch.nn.Module
+    model: open_clip.CLIP | open_clip.CustomTextCLIP
     preprocess: Callable[[Image.Image], torch.Tensor]
     tokenizer: Callable[[list[str]], torch.Tensor]
     identity: dict[str, Any]
@@ -107,7 +107,7 @@ def weights_sha256(state: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -142,9 +142,7 @@ def _resolve(name: str, pretrained: str | None) -> _Recipe:
         return _Recipe(f"local-dir:{path}", None, quick_gelu=False)
     if path.is_file():
         tag = _tag_of_file(architecture, tags, path)
-        quick_gelu = (
-            _tag_says_quick_gelu(architecture, tag) if tag else name.endswith(QUICKGELU)
-        )
+        quick_gelu = _tag_says_quick_gelu(architecture, tag) if tag else name.endswith(QUICKGELU)
         return _Recipe(architecture, str(path), quick_gelu)
     raise UserError(
         f"--pretrained {pretrained!r} is neither a file nor a folder nor a tag of {name}; "
@@ -191,9 +189,7 @@ def _tokenizer(model_name: str) -> Callable[[list[str]], torch.Tensor]:
 
 
 @torch.inference_mode()
-def _embed_dim(
-    model: torch.nn.Module, tokenizer: Callable[[list[str]], torch.Tensor]
-) -> int:
+def _embed_dim(model: open_clip.CLIP, tokenizer: Callable[[list[str]], torch.Tensor]) -> int:
     return model.encode_text(tokenizer([""])).shape[-1]
 
 

@@ -11,7 +11,7 @@ from clip_adapter.cache.errors import UserError
 if TYPE_CHECKING:
     from clip_adapter.cache.writer import CacheWriter
     from clip_adapter.extract.backbone import Backbone
-    from clip_adapter.extract.datasets.source import ImageDataset
+    from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class ExtractConfig:
     """Encode a data set once with a frozen CLIP and write its features to one HDF5 file."""
 
     dataset: str = "digits"
-    """Data set: digits (embedded), a name from the literature such as oxford_pets, or
-    tfds:BUILDER."""
+    """Data set: digits (embedded), a name of the literature such as oxford_pets,
+    tfds:BUILDER[/CONFIG], coop:FOLDER, folder:FOLDER, csv:FILE, or hf:ORG/NAME."""
     backbone: str = "glyph-clip"
     """CLIP model: glyph-clip (embedded, a demonstration), an open_clip name such as RN50,
     local-dir:FOLDER or hf-hub:ORG/NAME."""
@@ -33,6 +33,17 @@ class ExtractConfig:
     """Prompt templates with {} for the class name; by default the data set's own."""
     data_dir: Path | None = None
     """Where TensorFlow Datasets keeps its data; by default its own folder."""
+    data_root: Path | None = None
+    """Folder that holds data sets in CoOp's layout; a name found there is taken with its published
+    split."""
+    image_root: Path | None = None
+    """What relative paths in a csv: table start from; by default the table's folder."""
+    val: float | None = None
+    """Share of the training images that becomes val where the data set has none. [0.2; 0: none]"""
+    test: float | None = None
+    """The same for test. [0.3]"""
+    split_seed: int = 0
+    """Seed of that division."""
     batch_size: int = 64
     """Images per forward pass."""
     workers: int = os.cpu_count() or 1
@@ -42,6 +53,18 @@ class ExtractConfig:
     force: bool = False
     """Overwrite an existing cache or an interrupted run."""
 
+    def source_options(self) -> "SourceOptions":
+        from clip_adapter.extract.datasets.source import SourceOptions
+
+        return SourceOptions(
+            data_dir=self.data_dir,
+            data_root=self.data_root,
+            image_root=self.image_root,
+            val=self.val,
+            test=self.test,
+            seed=self.split_seed,
+        )
+
     def identity(self) -> dict[str, Any]:
         """The arguments that decide what the cache holds, as JSON."""
         return {
@@ -49,6 +72,11 @@ class ExtractConfig:
             "backbone": self.backbone,
             "pretrained": self.pretrained,
             "templates": list(self.templates),
+            "data_root": None if self.data_root is None else str(self.data_root),
+            "image_root": None if self.image_root is None else str(self.image_root),
+            "val": self.val,
+            "test": self.test,
+            "split_seed": self.split_seed,
         }
 
 
@@ -67,7 +95,7 @@ def extract(config: ExtractConfig) -> Path:
     from clip_adapter.extract.prompts import check_templates
 
     check_templates(config.templates)
-    dataset = open_dataset(config.dataset, config.data_dir)
+    dataset = open_dataset(config.dataset, config.source_options())
     from clip_adapter.extract.backbone import load_backbone
 
     backbone = load_backbone(config.backbone, config.pretrained)

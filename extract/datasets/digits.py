@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits inside scikit-learn (UCI Optical Recognition of Digits, test part)."""
+"""The 1,797 handwritten digits inside scikit-learn (UCI Optical Recognition of Digits)."""
 
 from functools import partial
 

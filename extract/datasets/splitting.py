@@ -42,10 +42,14 @@ def complete_splits(
 
 
 def refuse_fractions(options: SourceOptions, published: Mapping[str, Split]) -> None:
-    """Raises UserError where a fraction is asked for of a split that the source publishes."""
+    """Raises UserError where a fraction is asked for that the published splits have no use for."""
     for name in DEFAULT_FRACTIONS:
-        if name in published and getattr(options, name) is not None:
+        if getattr(options, name) is None:
+            continue
+        if name in published:
             raise UserError(f"This data set has a {name} split of its own; leave out --{name}.")
+        if "train" not in published:
+            raise UserError(f"This data set is for testing only; leave out --{name}.")
 
 
 def _fractions(options: SourceOptions, missing: Sequence[str]) -> dict[str, float]:
@@ -53,7 +57,10 @@ def _fractions(options: SourceOptions, missing: Sequence[str]) -> dict[str, floa
     for name in missing:
         asked = getattr(options, name)
         fractions[name] = DEFAULT_FRACTIONS[name] if asked is None else asked
-    if any(not 0 <= fraction < 1 for fraction in fractions.values()) or sum(fractions.values()) >= 1:
+    if (
+        any(not 0 <= fraction < 1 for fraction in fractions.values())
+        or sum(fractions.values()) >= 1
+    ):
         asked_for = " and ".join(f"--{name} {value:g}" for name, value in fractions.items())
         raise UserError(
             f"{asked_for} leave nothing to train on; give fractions from 0 that sum to less than 1."
@@ -72,7 +79,7 @@ def _divide(
     counts = np.bincount(train.labels, minlength=len(class_names))
     for name in shares.keys() & {"train", "test"}:
         left = np.bincount(train.labels[parts[name]], minlength=len(class_names))
-        for label in np.flatnonzero((counts > 0) & (left == 0)):
+        for label in np.flatnonzero((counts > 0) & (left == 0)).tolist():
             raise UserError(
                 f"Class {class_names[label]!r} has {counts[label]} images, too few to give "
                 f"{' and '.join(shares)} their share; add images to it or change --val and --test."

@@ -1,0 +1,186 @@
+"""CoOp's folder layout with its published splits (arXiv 2109.01134, DATASETS.md of its repository).
+
+A data set's folder holds its images and, next to them, a split file: JSON of
+`{"train": [[path, label, class name], …], "val": …, "test": …}` for most, text lists for
+FGVC-Aircraft, and nothing for ImageNet and its variants, whose folders are the labels. The order of
+the rows is the file's, so that few-shot draws equal the published ones.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.extract.datasets.catalogue import CatalogueEntry, load_catalogue
+from clip_adapter.extract.datasets.image_files import (
+    ImageFiles,
+    images_below,
+    require_files,
+    unreadable,
+    visible_folders,
+)
+from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions, Split
+from clip_adapter.extract.datasets.splitting import complete_splits
+
+Rows = list[tuple[str, int]]
+SPLITS = ("train", "val", "test")
+ARTICLE = "see DATASETS.md in github.com/KaiyangZhou/CoOp"
+
+
+def open_coop(folder: Path, options: SourceOptions) -> ImageDataset:
+    """The data set of the literature that lies in `folder`; ids are the paths in its split file.
+
+    It is told by the folder's name, or by the split file that lies there. ImageNet has no val
+    split here (CoOp validates on its test images; we don't) unless `options` ask for a fraction
+    of train.
+
+    Raises UserError where the folder, its split file or some of its images are missing, saying
+    what belongs where, and for a split file that contradicts itself.
+    """
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}; put CoOp's layout there ({ARTICLE}).")
+    entry = _recognised(folder)
+    class_names: Sequence[str] = entry.class_names
+    if entry.coop_split_file:
+        rows, class_names = _read_split_file(folder / entry.coop_split_file, entry)
+        origin = _published(entry, rows)
+    elif entry.coop_lists:
+        rows, class_names = _read_lists(folder, entry)
+        origin = "published lists of images per split"
+    else:
+        rows, origin = _read_folders(folder, entry), "one folder of images per class"
+        if "train" in rows and options.val is None:
+            options = replace(options, val=0.0)
+    root = folder / entry.coop_images
+    paths = [path for split in rows.values() for path, _ in split]
+    require_files(root, paths, f"extract the images there ({ARTICLE})")
+    splits = {name: _split(root, split, f"{name}: {origin}") for name, split in rows.items()}
+    provenance = {"name": entry.name, "source": "CoOp layout", "version": entry.coop_split_file}
+    return ImageDataset(
+        entry.name,
+        class_names,
+        entry.templates,
+        complete_splits(splits, class_names, options),
+        provenance,
+    )
+
+
+def coop_instructions(entry: CatalogueEntry, root: Path | None) -> str:
+    """What to put where, for a data set that can be had in CoOp's layout only."""
+    files = entry.coop_split_file or ", ".join(
+        [*entry.coop_lists.values(), str(entry.coop_classes_file)]
+    )
+    place = root or Path("DATA_ROOT")
+    return (
+        f"put its images into {place / entry.coop_dir / entry.coop_images} and {files} into "
+        f"{place / entry.coop_dir} ({ARTICLE}), and give --data-root {place}"
+    )
+
+
+def _recognised(folder: Path) -> CatalogueEntry:
+    entries = load_catalogue().values()
+    name = folder.resolve().name
+    by_name = [e for e in entries if name == e.coop_dir]
+    by_file = [e for e in entries if e.coop_split_file and (folder / e.coop_split_file).is_file()]
+    if not by_name + by_file:
+        known = ", ".join(e.coop_dir for e in entries)
+        raise UserError(
+            f"{folder} is not recognised as a data set in CoOp's layout: it holds no "
+            f"split_zhou_*.json file and is not called one of {known}; for any other folder of "
+            f"images use folder:{folder}."
+        )
+    return (by_name + by_file)[0]
+
+
+def _read_split_file(path: Path, entry: CatalogueEntry) -> tuple[dict[str, Rows], list[str]]:
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+        rows = {s: [(str(p), int(label)) for p, label, _ in stored[s]] for s in SPLITS}
+        named = {(int(label), str(name)) for s in SPLITS for _, label, name in stored[s]}
+    except FileNotFoundError:
+        raise UserError(
+            f"{path.parent} has no {path.name}; download it and put it there ({ARTICLE})."
+        ) from None
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not a split file of CoOp's (lists of path, label, class name under train, "
+            f"val and test): {error!r}; download it again ({ARTICLE})."
+        ) from error
+    labels = [label for label, _ in sorted(named)]
+    if labels != list(range(entry.classes)):
+        raise UserError(
+            f"{path} has {len(labels)} pairs of label and class name, where {entry.name} has "
+            f"{entry.classes} classes; download it again ({ARTICLE})."
+        )
+    return rows, [name for _, name in sorted(named)]
+
+
+def _published(entry: CatalogueEntry, rows: Mapping[str, Rows]) -> str:
+    sizes = {name: len(split) for name, split in rows.items()}
+    if entry.coop_split_sizes and sizes != dict(entry.coop_split_sizes):
+        return f"{entry.coop_split_file}, which has not the sizes of the published split"
+    return f"published split {entry.coop_split_file}"
+
+
+def _read_lists(folder: Path, entry: CatalogueEntry) -> tuple[dict[str, Rows], list[str]]:
+    class_names = _lines(folder / str(entry.coop_classes_file))
+    labels = {name: label for label, name in enumerate(class_names)}
+    if len(labels) != entry.classes:
+        raise UserError(
+            f"{folder / str(entry.coop_classes_file)} names {len(labels)} classes, where "
+            f"{entry.name} has {entry.classes}; put the original file there ({ARTICLE})."
+        )
+    rows: dict[str, Rows] = {}
+    for split, name in entry.coop_lists.items():
+        rows[split] = []
+        for line in _lines(folder / name):
+            image, _, class_name = line.partition(" ")
+            if class_name not in labels:
+                raise UserError(
+                    f"{folder / name} has the line {line!r}, whose class is not in "
+                    f"{entry.coop_classes_file}; put the original files there ({ARTICLE})."
+                )
+            rows[split].append((f"{image}.jpg", labels[class_name]))
+    return rows, class_names
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}; put it there ({ARTICLE}).") from None
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def _read_folders(folder: Path, entry: CatalogueEntry) -> dict[str, Rows]:
+    rows: dict[str, Rows] = {}
+    for split, inner in entry.coop_folders.items():
+        if not (folder / inner).is_dir():
+            raise UserError(
+                f"{folder} has no folder {inner} with one folder of images per class; "
+                f"put it there ({ARTICLE})."
+            )
+        names = visible_folders(folder / inner)
+        if len(names) != entry.classes:
+            raise UserError(
+                f"{folder / inner} has {len(names)} class folders, where {entry.name} has "
+                f"{entry.classes}; put all of them there ({ARTICLE})."
+            )
+        rows[split] = [
+            (f"{inner}/{name}/{path}", label)
+            for label, name in enumerate(names)
+            for path in images_below(folder / inner / name)
+        ]
+    return rows
+
+
+def _split(root: Path, rows: Rows, origin: str) -> Split:
+    paths = [path for path, _ in rows]
+    labels = np.array([label for _, label in rows], np.int32)
+    return Split(paths, labels, ImageFiles(root, paths), origin)

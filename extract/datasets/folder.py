@@ -1,0 +1,95 @@
+"""A folder of images: sub-folders for the splits, or straight away one folder per class."""
+
+from pathlib import Path
+
+import numpy as np
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.extract.datasets.image_files import (
+    ImageFiles,
+    images_below,
+    is_image,
+    natural_order,
+    visible_folders,
+)
+from clip_adapter.extract.datasets.source import (
+    DEFAULT_TEMPLATES,
+    SPLIT_NAMES,
+    ImageDataset,
+    SourceOptions,
+    Split,
+)
+from clip_adapter.extract.datasets.splitting import complete_splits
+
+ClassImages = dict[str, list[str]]
+
+
+def open_folder(root: Path, options: SourceOptions) -> ImageDataset:
+    """The images below `root`; ids are their paths relative to it, with forward slashes.
+
+    `root` holds train, val (or valid, validation) and test folders with one folder per class each,
+    or one folder per class itself. The folders' names are the class names, in natural order
+    (class2 before class10). Splits that are missing are made as `complete_splits` says.
+
+    Raises UserError for a folder that cannot be read or holds no class folders, for two folders
+    that mean the same split, and for classes with too few images.
+    """
+    if not root.is_dir():
+        raise UserError(f"There is no folder {root}; give the folder that holds your images.")
+    folders = {name: root / inner for name, inner in _split_folders(root).items()}
+    origins = {name: f"folder {place.name}" for name, place in folders.items()}
+    if not folders:
+        folders, origins = {"train": root}, {"train": "one folder per class"}
+    found = {name: _class_images(root, place) for name, place in folders.items()}
+    class_names = sorted({c for images in found.values() for c in images}, key=natural_order)
+    if not class_names:
+        raise UserError(
+            f"{root} holds no folders; put the images of every class into a folder with its name."
+        )
+    splits = {
+        name: _split(root, images, class_names, origins[name]) for name, images in found.items()
+    }
+    return ImageDataset(
+        root.resolve().name,
+        class_names,
+        DEFAULT_TEMPLATES,
+        complete_splits(splits, class_names, options),
+        {"name": root.resolve().name, "source": "folder", "version": None},
+    )
+
+
+def _split_folders(root: Path) -> dict[str, str]:
+    """Split → folder. A folder called train counts only where it holds folders and no images
+    itself, since a train can also be a class of things."""
+    chosen: dict[str, str] = {}
+    for inner in visible_folders(root):
+        split = SPLIT_NAMES.get(inner.lower())
+        if split is None or not _holds_only_folders(root / inner):
+            continue
+        if split in chosen:
+            raise UserError(
+                f"{root} holds {chosen[split]} and {inner}, which both mean the {split} split; "
+                "keep one of them."
+            )
+        chosen[split] = inner
+    return chosen
+
+
+def _holds_only_folders(folder: Path) -> bool:
+    return bool(visible_folders(folder)) and not any(is_image(e.name) for e in folder.iterdir())
+
+
+def _class_images(root: Path, folder: Path) -> ClassImages:
+    prefix = folder.relative_to(root).as_posix()
+    prefix = "" if prefix == "." else f"{prefix}/"
+    return {
+        name: [f"{prefix}{name}/{path}" for path in images_below(folder / name)]
+        for name in visible_folders(folder)
+    }
+
+
+def _split(root: Path, images: ClassImages, class_names: list[str], origin: str) -> Split:
+    label = {name: index for index, name in enumerate(class_names)}
+    paths = [path for name in images for path in images[name]]
+    labels = [label[name] for name in images for _ in images[name]]
+    return Split(paths, np.array(labels, np.int32), ImageFiles(root, paths), origin)

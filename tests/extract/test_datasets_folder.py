@@ -1,0 +1,159 @@
+"""Folders of images: what counts as a class, a split, an image."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.extract.datasets.registry import open_dataset
+from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions
+from tests.extract.data_set_archives import grey, write_image
+
+
+def open_folder(root: Path, **options: float) -> ImageDataset:
+    return open_dataset(f"folder:{root}", SourceOptions(**options))  # type: ignore[arg-type]
+
+
+def flat(root: Path, **images: int) -> Path:
+    """One folder per class; an image's grey value is its number."""
+    for name, count in images.items():
+        for number in range(count):
+            write_image(root / name / f"{number}.jpg", number)
+    return root
+
+
+def test_one_folder_per_class_is_divided_class_by_class(tmp_path: Path) -> None:
+    data = open_folder(flat(tmp_path / "mine", class_10=20, class_2=10))
+    assert data.name == "mine"
+    assert data.class_names == ["class_2", "class_10"], "natural order, underscores kept"
+    assert {name: Counter(s.labels.tolist()) for name, s in data.splits.items()} == {
+        "train": {0: 5, 1: 10},
+        "val": {0: 2, 1: 4},
+        "test": {0: 3, 1: 6},
+    }
+    ids = [identity for split in data.splits.values() for identity in split.ids]
+    assert len(set(ids)) == 30
+    test = data.splits["test"]
+    assert [f"{grey(test.read(row))}.jpg" for row in range(9)] == [
+        i.split("/")[1] for i in test.ids
+    ]
+    assert test.ids[0].startswith("class_2/")
+    assert test.origin == "30% of one folder per class, stratified by class, seed 0"
+
+
+def test_fractions_and_seed_are_the_users(tmp_path: Path) -> None:
+    root = flat(tmp_path, a=20, b=20)
+    first = open_folder(root, val=0.1, test=0.5)
+    assert [len(split.ids) for split in first.splits.values()] == [16, 4, 20]
+    assert first.splits["train"].ids == open_folder(root, val=0.1, test=0.5).splits["train"].ids
+    other = open_folder(root, val=0.1, test=0.5, seed=1)
+    assert other.splits["train"].ids != first.splits["train"].ids
+    assert list(open_folder(root, val=0.0).splits) == ["train", "test"]
+
+
+def test_split_folders_are_taken_as_they_are_under_any_usual_name(tmp_path: Path) -> None:
+    for split, count in (("Train", 3), ("validation", 2), ("test", 1)):
+        flat(tmp_path / split, cat=count, dog=count)
+    write_image(tmp_path / "notes" / "scan.png")
+    data = open_folder(tmp_path)
+    assert {name: list(split.ids) for name, split in data.splits.items()}["test"] == [
+        "test/cat/0.jpg",
+        "test/dog/0.jpg",
+    ]
+    assert [len(split.ids) for split in data.splits.values()] == [6, 4, 2]
+    assert data.splits["val"].origin == "folder validation"
+    with pytest.raises(UserError, match=r"val split of its own"):
+        open_folder(tmp_path, val=0.2)
+    flat(tmp_path / "valid", cat=1)
+    with pytest.raises(UserError, match=r"valid and validation, which both mean the val split"):
+        open_folder(tmp_path)
+
+
+def test_without_test_folder_the_val_folder_is_the_test_split(tmp_path: Path) -> None:
+    flat(tmp_path / "train", cat=10, dog=10)
+    flat(tmp_path / "val", cat=4, dog=4)
+    data = open_folder(tmp_path)
+    assert {name: len(split.ids) for name, split in data.splits.items()} == {
+        "train": 16,
+        "val": 4,
+        "test": 8,
+    }
+    assert data.splits["test"].origin == "folder val, used as test split"
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    data = open_folder(flat(tmp_path, bus=6, train=6, test=6))
+    assert data.class_names == ["bus", "test", "train"]
+    assert sum(len(split.ids) for split in data.splits.values()) == 18
+
+
+def test_images_are_found_at_any_depth_by_extension_and_hidden_ones_are_not(tmp_path: Path) -> None:
+    flat(tmp_path, a=6, b=6)
+    for name in ("deep/er/x.JPEG", "y.PnG", "z.tiff", "w.webp", "v.ppm", "u.BMP", "t.gif"):
+        write_image(tmp_path / "a" / name)
+    for name in (".hidden.jpg", ".thumbs/1.jpg", "readme.txt", "jpg"):
+        write_image(tmp_path / "b" / name)
+    (tmp_path / "b" / "loop").symlink_to(tmp_path / "b")
+    data = open_folder(tmp_path)
+    ids = [identity for split in data.splits.values() for identity in split.ids]
+    assert len(ids) == 6 + 7 + 6
+    assert "a/deep/er/x.JPEG" in ids
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ({"a": 6}, r"has 1 classes \('a'\); at least two are needed"),
+        ({"a": 6, "b": 1}, r"Class 'b' has 1 images, too few to give train and val and test"),
+        ({"a": 2, "b": 2}, r"the val split would be empty; raise --val, or give --val 0"),
+        ({}, r"holds no folders; put the images of every class into a folder"),
+    ],
+)
+def test_too_little_is_one_sentence(images: dict[str, int], message: str, tmp_path: Path) -> None:
+    flat(tmp_path, **images)
+    with pytest.raises(UserError, match=message):
+        open_folder(tmp_path)
+
+
+def test_classes_without_images_are_named(tmp_path: Path) -> None:
+    flat(tmp_path / "flat", a=6, b=6)
+    (tmp_path / "flat" / "empty").mkdir()
+    with pytest.raises(UserError, match=r"No training images for class 'empty'"):
+        open_folder(tmp_path / "flat")
+    flat(tmp_path / "split" / "train", a=2, b=2)
+    flat(tmp_path / "split" / "test", a=2, zebra=2)
+    with pytest.raises(UserError, match=r"No training images for class 'zebra'"):
+        open_folder(tmp_path / "split", val=0.5)
+
+
+@pytest.mark.parametrize(("val", "test"), [(0.5, 0.5), (-0.1, 0.5), (0.1, 1.0)])
+def test_impossible_fractions(val: float, test: float, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--val .* and --test .* leave nothing to train on"):
+        open_folder(flat(tmp_path, a=10, b=10), val=val, test=test)
+
+
+def test_names_that_are_not_unicode_are_refused_by_name(tmp_path: Path) -> None:
+    flat(tmp_path, a=10, b=10)
+    write_image(tmp_path / "a" / os.fsdecode(b"caf\xe9.jpg"))
+    with pytest.raises(UserError, match=r"'a/caf\\udce9.jpg' is not valid UTF-8") as error:
+        open_folder(tmp_path)
+    str(error.value).encode()
+
+
+def test_a_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Permissions don't hold for root, so the system call itself is made to refuse."""
+    root = flat(tmp_path, a=6, b=6)
+    scandir = os.scandir
+
+    def refuse(path: Path) -> object:
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=rf"Cannot read {root}/b: Permission denied; check"):
+        open_folder(root)

@@ -1,0 +1,101 @@
+"""Data sets that the package `datasets` can read, from local folders."""
+
+import io
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from PIL import Image
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.extract.datasets.registry import open_dataset
+from tests.extract.data_set_archives import grey, image_bytes, write_image
+
+CLASSES = ["pug", "boxer"]
+
+
+def save(folder: Path, features: dict[str, Any], **splits: dict[str, list[Any]]) -> Path:
+    tables = {
+        name: datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        for name, columns in splits.items()
+    }
+    datasets.DatasetDict(tables).save_to_disk(folder)
+    return folder
+
+
+def columns(labels: list[int], first: int = 0) -> dict[str, list[Any]]:
+    pictures = [{"bytes": image_bytes(first + n, "PNG"), "path": None} for n in range(len(labels))]
+    return {"picture": pictures, "breed": labels}
+
+
+FEATURES = {"picture": datasets.Image(), "breed": datasets.ClassLabel(names=CLASSES)}
+
+
+def test_columns_are_found_by_type_and_unlabelled_splits_are_not_used(tmp_path: Path) -> None:
+    folder = save(
+        tmp_path / "dogs",
+        FEATURES,
+        train=columns([1, 0] * 5, 10),
+        validation=columns([0, 1, 1], 50),
+        test=columns([-1, -1], 70),
+    )
+    data = open_dataset(f"hf:{folder}")
+    assert data.class_names == CLASSES
+    assert {name: len(split.ids) for name, split in data.splits.items()} == {
+        "train": 8,
+        "val": 2,
+        "test": 3,
+    }
+    assert list(data.splits["test"].ids) == ["validation/0", "validation/1", "validation/2"]
+    assert data.splits["test"].labels.tolist() == [0, 1, 1]
+    assert [grey(data.splits["test"].read(row)) for row in range(3)] == [50, 51, 52]
+    val = pickle.loads(pickle.dumps(data.splits["val"]))
+    assert [f"train/{grey(val.read(row)) - 10}" for row in range(2)] == list(val.ids)
+
+
+def test_images_are_given_as_stored(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("CMYK", (8, 8)).save(buffer, "JPEG")
+    stored = {"bytes": buffer.getvalue(), "path": None}
+    train = {"picture": [stored] * 20, "breed": [0, 1] * 10}
+    data = open_dataset(f"hf:{save(tmp_path / 'cmyk', FEATURES, train=train)}")
+    assert data.splits["train"].read(0).mode == "CMYK"
+
+
+def test_a_folder_that_load_dataset_understands(tmp_path: Path) -> None:
+    for name, value in (("pug", 3), ("boxer", 5)):
+        for number in range(10):
+            write_image(tmp_path / "train" / name / f"{number}.jpg", value)
+    data = open_dataset(f"hf:{tmp_path}")
+    assert data.class_names == ["boxer", "pug"]
+    train = data.splits["train"]
+    assert [grey(train.read(row)) for row in range(10)] == [(5, 3)[n] for n in train.labels]
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ({**FEATURES, "mask": datasets.Image()}, r"has 2 columns of type Image \(picture, mask\)"),
+        ({"picture": datasets.Image()}, r"has 0 columns of type ClassLabel \(none\)"),
+    ],
+)
+def test_other_columns_than_one_of_each_are_refused(
+    features: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    train = {name: columns([0])["picture" if name != "breed" else name] for name in features}
+    with pytest.raises(UserError, match=message):
+        open_dataset(f"hf:{save(tmp_path / 'odd', features, train=train)}")
+
+
+def test_what_cannot_be_loaded_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"hf:.*empty cannot be loaded: .*; check the name"):
+        (tmp_path / "empty").mkdir()
+        open_dataset(f"hf:{tmp_path / 'empty'}")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'clip-adapter\[hf\]'"):
+        open_dataset("hf:org/name")

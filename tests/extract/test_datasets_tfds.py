@@ -1,0 +1,255 @@
+"""The real builders of TensorFlow Datasets, with small archives in the place of the internet."""
+
+import pickle
+import socket
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.extract.datasets import tfds_without_tensorflow
+from clip_adapter.extract.datasets.catalogue import load_catalogue
+from clip_adapter.extract.datasets.registry import open_dataset
+from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions
+from clip_adapter.extract.datasets.tfds_builders import LEFT_OUT, _label_map
+from tests.extract.data_set_archives import (
+    caltech_archive,
+    dtd_archive,
+    eurosat_archive,
+    grey,
+    pets_archives,
+    serve,
+)
+
+CATALOGUE = load_catalogue()
+
+
+def builders_names(builder: str) -> list[str]:
+    return list(tfds.builder(builder).info.features["label"].names)
+
+
+def pets_rows(first: int, per_class: int) -> list[tuple[str, int]]:
+    names = builders_names("oxford_iiit_pet")
+    return [
+        (f"{name}_{number}", label)
+        for number in range(first, first + per_class)
+        for label, name in enumerate(names, 1)
+    ]
+
+
+@pytest.fixture
+def without_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where TensorFlow is not installed."""
+    monkeypatch.setattr(tfds_without_tensorflow, "find_spec", lambda name: None)
+
+
+def test_pets_are_prepared_and_read_without_tensorflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_tensorflow: None
+) -> None:
+    lists = {"trainval": pets_rows(200, 5), "test": pets_rows(300, 2)}
+    serve(monkeypatch, "oxford_iiit_pet", pets_archives(tmp_path, lists))
+    data = open_dataset("oxford_pets", SourceOptions(data_dir=tmp_path / "tfds"))
+
+    assert data.class_names == CATALOGUE["oxford_pets"].class_names
+    assert data.templates == ("a photo of a {}, a type of pet.",)
+    sizes = {name: Counter(split.labels.tolist()) for name, split in data.splits.items()}
+    assert sizes == {
+        "train": Counter({label: 4 for label in range(37)}),
+        "val": Counter({label: 1 for label in range(37)}),
+        "test": Counter({label: 2 for label in range(37)}),
+    }
+    published = {f"{image}.jpg" for image, _ in lists["trainval"]}
+    assert {*data.splits["train"].ids, *data.splits["val"].ids} == published
+    assert "80% of train split of tfds:oxford_iiit_pet/4.0.0" in data.splits["train"].origin
+    assert "20% of train split" in data.splits["val"].origin
+    assert "seed 0" in data.splits["val"].origin
+    for split in data.splits.values():
+        assert [grey(split.read(row)) - 1 for row in range(5)] == split.labels[:5].tolist()
+
+
+def test_a_prepared_copy_is_read_again_without_network_in_the_same_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_tensorflow: None
+) -> None:
+    options = SourceOptions(data_dir=tmp_path / "tfds")
+    names = builders_names("dtd")
+    with monkeypatch.context() as patch:
+        serve(patch, "dtd", dtd_archive(tmp_path, names))
+        first = open_dataset("dtd", options)
+    again = open_dataset("dtd", options)
+
+    for split, colour in (("train", 10), ("val", 20), ("test", 30)):
+        assert again.splits[split].ids == first.splits[split].ids
+        assert grey(again.splits[split].read(0)) == colour
+    assert again.splits["val"].origin == "validation split of tfds:dtd/3.0.1"
+    assert again.splits["train"].ids[0].split("/")[0] == names[again.splits["train"].labels[0]]
+    with pytest.raises(UserError, match=r"has a val split of its own; leave out --val"):
+        open_dataset("dtd", SourceOptions(data_dir=tmp_path / "tfds", val=0.1))
+
+
+def test_a_copy_prepared_as_tfrecord_is_not_taken_for_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_tensorflow: None
+) -> None:
+    options = SourceOptions(data_dir=tmp_path / "tfds")
+    serve(monkeypatch, "dtd", dtd_archive(tmp_path, builders_names("dtd")))
+    open_dataset("dtd", options)
+    description = tmp_path / "tfds" / "dtd" / "3.0.1" / "dataset_info.json"
+    description.write_text(description.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match=r"cannot be read without TensorFlow; choose another"):
+        open_dataset("dtd", options)
+
+
+@pytest.fixture
+def eurosat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_tensorflow: None
+) -> ImageDataset:
+    archive = eurosat_archive(tmp_path, builders_names("eurosat/rgb"), 10)
+    serve(monkeypatch, "eurosat/rgb", archive)
+    return open_dataset("eurosat", SourceOptions(data_dir=tmp_path / "tfds", seed=7))
+
+
+def test_a_builder_with_one_split_is_divided_and_says_so(eurosat: ImageDataset) -> None:
+    assert {name: len(split.labels) for name, split in eurosat.splits.items()} == {
+        "train": 50,
+        "val": 20,
+        "test": 30,
+    }
+    ids = [identity for split in eurosat.splits.values() for identity in split.ids]
+    assert len(set(ids)) == 100
+    assert eurosat.splits["test"].origin == (
+        "30% of train split of tfds:eurosat/rgb/2.0.0, stratified by class, seed 7"
+    )
+    assert (
+        eurosat.class_names[eurosat.splits["val"].labels[0]].split()[0]
+        in (eurosat.splits["val"].ids[0])
+    ), "EuroSAT's long class names are matched with the builder's short ones"
+    assert eurosat.provenance["class_names_matched"] == "by name"
+
+
+def test_images_are_read_by_many_threads_and_after_pickling(eurosat: ImageDataset) -> None:
+    split = eurosat.splits["train"]
+    expected = [int(identity.split("_")[1].removesuffix(".jpg")) for identity in split.ids]
+    packed = pickle.dumps(split.read)
+    assert len(packed) < 5000
+    read = pickle.loads(packed)
+    with ThreadPoolExecutor(8) as pool:
+        values = list(pool.map(lambda row: grey(read(row % 50)), range(400)))
+    assert values == expected * 8
+
+
+def test_caltech101_leaves_out_background_and_easy_faces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_tensorflow: None
+) -> None:
+    folders = [name.capitalize() for name in builders_names("caltech101")]
+    serve(monkeypatch, "caltech101", caltech_archive(tmp_path, folders))
+    data = open_dataset("caltech101", SourceOptions(data_dir=tmp_path / "tfds"))
+
+    assert len(data.class_names) == 100
+    assert {name: len(split.labels) for name, split in data.splits.items()} == {
+        "train": 2400,
+        "val": 600,
+        "test": 100,
+    }
+    classes_in_ids = {identity.split("/")[0] for identity in data.splits["test"].ids}
+    assert not classes_in_ids & {"background_google", "faces_easy"}
+    named = dict(zip(data.splits["test"].labels.tolist(), data.splits["test"].ids, strict=True))
+    assert named[data.class_names.index("face")].startswith("faces/")
+    assert named[data.class_names.index("yin_yang")].startswith("yin_yang/")
+
+
+def test_a_broken_pet_needs_tensorflow_and_the_message_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_tensorflow: None
+) -> None:
+    """The builder re-encodes twelve images, by name, with tf.image; beagle_116 is one of them."""
+    lists = {"trainval": [*pets_rows(200, 1), ("beagle_116", 5)], "test": pets_rows(300, 1)}
+    serve(monkeypatch, "oxford_iiit_pet", pets_archives(tmp_path, lists))
+    with pytest.raises(
+        UserError,
+        match=r"needs the package tensorflow to be prepared .* pip install 'clip-adapter\[tfds\]'",
+    ):
+        open_dataset("oxford_pets", SourceOptions(data_dir=tmp_path / "tfds"))
+
+
+def test_file_operations_are_taken_away_again(without_tensorflow: None) -> None:
+    from tensorflow_datasets.core.utils import lazy_imports_utils
+
+    with tfds_without_tensorflow.file_operations_for_tfds():
+        assert lazy_imports_utils.tensorflow.io.gfile.exists("/")
+    assert "_module" not in vars(lazy_imports_utils.tensorflow)
+
+
+def test_without_network_it_fails_at_once_and_says_what_else_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*arguments: object) -> None:
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    with pytest.raises(UserError, match=r"thor.robots.ox.ac.uk, .* --data-dir .*coop:FOLDER"):
+        open_dataset("oxford_pets", SourceOptions(data_dir=tmp_path))
+
+
+def test_a_download_that_breaks_off_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise ConnectionError("connection reset\nby peer")
+
+    serve(monkeypatch, "dtd", {})
+    monkeypatch.setattr(
+        "tensorflow_datasets.core.download.downloader._Downloader._sync_download", broken
+    )
+    with pytest.raises(UserError, match=r"could not be downloaded and prepared: connection reset;"):
+        open_dataset("dtd", SourceOptions(data_dir=tmp_path))
+
+
+def test_imagenet_says_which_files_to_download_by_hand(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"ILSVRC2012_img_train.tar .*downloads/manual"):
+        open_dataset("imagenet", SourceOptions(data_dir=tmp_path))
+
+
+def test_unknown_builders_and_builders_without_images() -> None:
+    with pytest.raises(UserError, match=r"no builder 'eurosatt'; near matches: eurosat"):
+        open_dataset("tfds:eurosatt")
+    with pytest.raises(UserError, match=r"tfds:eurosat/blue cannot be opened: "):
+        open_dataset("tfds:eurosat/blue")
+
+
+@pytest.mark.parametrize("name", [name for name, entry in CATALOGUE.items() if entry.tfds])
+def test_every_catalogued_builder_matches_the_literatures_classes(name: str) -> None:
+    """Labels by name where the names say the same; ImageNet's and SUN397's by order."""
+    entry = CATALOGUE[name]
+    theirs = builders_names(str(entry.tfds))
+    matched, labels = _label_map(theirs, entry)
+
+    kept = [label for label in labels if label != LEFT_OUT]
+    assert sorted(kept) == list(range(entry.classes))
+    assert matched == ("by order" if name.startswith(("imagenet", "sun")) else "by name")
+    if name == "sun397":
+        for written, label in zip(theirs, labels, strict=True):
+            assert set(entry.class_names[label].split()) == set(written.split("/")[2:])
+    if name.startswith("imagenet"):
+        assert theirs == sorted(theirs), "ImageNet's classes are in the order of their WordNet ids"
+        position = labels.index(kept[-1])
+        assert entry.class_names[kept[-1]] == CATALOGUE["imagenet"].class_names[position]
+
+
+def test_renamed_classes_of_a_builder_are_not_guessed() -> None:
+    entry = CATALOGUE["oxford_pets"]
+    with pytest.raises(UserError, match=r"has 36 classes, where oxford_pets has 37"):
+        _label_map(builders_names("oxford_iiit_pet")[1:], entry)
+    matched, labels = _label_map([f"breed {number}" for number in range(37)], entry)
+    assert (matched, labels) == ("by order", list(range(37)))
+
+
+def test_permuted_labels_are_put_into_the_literatures_order() -> None:
+    entry = CATALOGUE["eurosat"]
+    shuffled = np.random.default_rng(0).permutation(builders_names("eurosat/rgb")).tolist()
+    matched, labels = _label_map(shuffled, entry)
+    assert matched == "by name"
+    assert entry.class_names[labels[shuffled.index("SeaLake")]] == "Sea or Lake"
+    assert entry.class_names[labels[shuffled.index("Forest")]] == "Forest"
