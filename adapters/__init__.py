@@ -1,1 +1,1 @@
-"""What is fitted: Flax NNX modules, pure functions on arrays, the training engine (never PyTorch)."""
+"""What is fitted: Flax NNX modules, pure functions, the training engine (never PyTorch)."""

@@ -15,7 +15,7 @@ from flax import nnx
 
 from clip_adapter.adapters.clip_adapter import Architecture, ClipAdapter, abstract_adapter
 from clip_adapter.adapters.engine import Chunk, Engine, Leaves
-from clip_adapter.adapters.halving import Leg, climb, halving_rungs
+from clip_adapter.adapters.halving import Leg, climb, halving_rungs, survivors
 from clip_adapter.adapters.method import (
     Arrays,
     Evaluation,
@@ -37,9 +37,7 @@ class ClipAdapterMethod:
     def search(self, search: Search, engine: Engine) -> Iterator[Evaluation]:
         """Every setting to the end, or by successive halving (halving.py)."""
         tried = list(settings(search.grid))
-        schedule = search.grid.schedule
-        rungs = halving_rungs(schedule) if search.grid.halving else [schedule.epochs]
-        yield from climb(tried, rungs, search, partial(self._train, engine))
+        yield from climb(tried, _rungs(search.grid), search, partial(self._train, engine))
 
     def _train(self, engine: Engine, leg: Leg) -> Iterator[tuple[int, Evaluation, list[Leaves]]]:
         """Train each setting of a leg on every fold; yields its index, how it did, its states."""
@@ -55,9 +53,7 @@ class ClipAdapterMethod:
                     hypers,
                     start=leg.start,
                     stop=leg.stop,
-                    states=lambda position, fold=fold, members=members: leg.state(
-                        fold, members[position]
-                    ),
+                    states=[partial(leg.state, fold, index) for index in members],
                 )
                 for fold, task in enumerate(leg.folds)
             ]
@@ -73,6 +69,10 @@ class ClipAdapterMethod:
                     )
                     yield index, evaluation, [chunk.row(row) for chunk in chunks]
                 started = time.perf_counter()
+
+    def evaluations(self, grid: Grid) -> int:
+        count = sum(1 for _ in settings(grid))
+        return sum(survivors(count, _rungs(grid)))
 
     def single(self, grid: Grid) -> Setting:
         return next(settings(grid))
@@ -161,6 +161,10 @@ def settings(grid: Grid) -> Iterator[Setting]:
         }
 
 
+def _rungs(grid: Grid) -> list[int]:
+    return halving_rungs(grid.schedule) if grid.halving else [grid.schedule.epochs]
+
+
 def static_part(setting: Setting) -> tuple[Architecture, Schedule]:
     """What selects the compiled program."""
     architecture = Architecture(
@@ -226,9 +230,12 @@ def _arrays(parameters: nnx.State, constants: nnx.State, row: int) -> Arrays:
     """Row `row` of stacked states as arrays by path, such as `image/bottleneck/down/kernel`."""
     merged = nnx.merge_state(parameters, constants)
     return {
-        "/".join(path): np.asarray(variable[...][row])
-        for path, variable in nnx.to_flat_state(merged)
+        _name(path): np.asarray(variable[...][row]) for path, variable in nnx.to_flat_state(merged)
     }
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return "/".join(map(str, path))
 
 
 def _filled(
@@ -239,7 +246,7 @@ def _filled(
     Raises ValueError where names or shapes are not the adapter's.
     """
     graph, blank = nnx.split(abstract_adapter(static_part(setting)[0], dim))
-    flat = {"/".join(path): (path, variable) for path, variable in nnx.to_flat_state(blank)}
+    flat = {_name(path): (path, variable) for path, variable in nnx.to_flat_state(blank)}
     shapes = {name: variable.get_value().shape for name, (_, variable) in flat.items()}
     if shapes != {name: array.shape for name, array in arrays.items()}:
         raise ValueError("the arrays are not those of the adapter's architecture")

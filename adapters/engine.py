@@ -76,12 +76,12 @@ class Engine:
         *,
         start: int = 0,
         stop: int | None = None,
-        states: Callable[[int], Leaves] | None = None,
+        states: Sequence[Callable[[], Leaves]] = (),
     ) -> Iterator[Chunk]:
         """Train all settings from epoch `start` to `stop` (by default the last), chunk by chunk.
 
-        hypers: one HyperParameters of plain numbers per setting. states: index → its state at
-        `start`, needed where that is not 0.
+        hypers: one HyperParameters of plain numbers per setting. states: one function per setting
+        that gives its state at `start`, needed where that is not 0.
         """
         size = self._chunk_size(architecture, schedule, task, len(hypers))
         program = self._program(architecture, schedule, task, size)
@@ -93,8 +93,8 @@ class Engine:
             filled = [min(first + offset, len(hypers) - 1) for offset in range(size)]
             columns = zip(*(hypers[index] for index in filled), strict=True)
             stacked = HyperParameters(*(np.array(column, np.float32) for column in columns))
-            if start and states:
-                leaves = zip(*(states(index) for index in filled), strict=True)
+            if start:
+                leaves = zip(*(states[index]() for index in filled), strict=True)
                 state = jax.tree.unflatten(structure, [np.stack(leaf) for leaf in leaves])
             else:
                 state = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), leaf.dtype), blank)
@@ -156,7 +156,9 @@ class Engine:
 
 
 def _numbers(*shape: int) -> HyperParameters:
-    return HyperParameters(*(jax.ShapeDtypeStruct(shape, jnp.float32) for _ in range(4)))
+    """Abstract HyperParameters."""
+    numbers: list[Any] = [jax.ShapeDtypeStruct(shape, jnp.float32)] * len(HyperParameters._fields)
+    return HyperParameters(*numbers)
 
 
 def _setting_bytes(architecture: Architecture, schedule: Schedule, task: Task) -> int:

@@ -7,6 +7,7 @@ climb with a single rung.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from clip_adapter.adapters.engine import Leaves
 from clip_adapter.adapters.method import Evaluation, Search, Setting
@@ -51,6 +52,14 @@ def halving_rungs(schedule: Schedule) -> list[int]:
     return [*rungs, schedule.epochs]
 
 
+def survivors(settings: int, rungs: Sequence[int]) -> list[int]:
+    """How many settings each rung trains."""
+    counts = [settings]
+    for _ in rungs[1:]:
+        counts.append(-(-counts[-1] // ETA))
+    return counts
+
+
 def climb(
     settings: Sequence[Setting], rungs: Sequence[int], search: Search, train: Train
 ) -> Iterator[Evaluation]:
@@ -60,9 +69,10 @@ def climb(
     that diverged never goes on. Yields an evaluation per setting and rung.
     """
     indices = list(range(len(settings)))
+    counts = [*survivors(len(settings), rungs), 0]
     start = 0
     for rung, stop in enumerate(rungs):
-        survivors = 0 if stop == rungs[-1] else -(-len(indices) // ETA)
+        going_on = counts[rung + 1]
         found: dict[int, Evaluation] = {}
         for index in indices:
             known = search.known(settings[index], stop)
@@ -75,16 +85,15 @@ def climb(
             search.folds,
             start,
             stop,
-            lambda fold, index, rung=rung: search.states[_name(rung - 1, fold, index)],
+            partial(_state, search, rung - 1),
         )
         for index, evaluation, states in train(leg):
             found[index] = evaluation
-            going_on = _best(found, survivors)
-            if index in going_on:
+            if index in _best(found, going_on):
                 for fold, state in enumerate(states):
                     search.states[_name(rung, fold, index)] = state
             yield evaluation
-        previous, indices, start = indices, _best(found, survivors), stop
+        previous, indices, start = indices, _best(found, going_on), stop
         for index in previous:
             for fold in range(len(search.folds)):
                 search.states.pop(_name(rung - 1, fold, index), None)
@@ -97,6 +106,10 @@ def _best(found: dict[int, Evaluation], count: int) -> list[int]:
     sound = [index for index, evaluation in found.items() if not evaluation.failed]
     ranked = sorted(sound, key=lambda i: (-found[i].score[0], -found[i].score[1], i))
     return sorted(ranked[:count])
+
+
+def _state(search: Search, rung: int, fold: int, index: int) -> Leaves:
+    return search.states[_name(rung, fold, index)]
 
 
 def _name(rung: int, fold: int, index: int) -> str:

@@ -6,7 +6,7 @@ by a coarse grid that is refined around its peak.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,8 +49,11 @@ class LinearProbe:
         scores = [_judge(*pair) for pair in zip(fits, folds, strict=True)]
         mean_accuracy, mean_nll = np.mean(scores, axis=0).tolist()
         seconds = time.perf_counter() - started
-        kept = partial(dict, fits[0]) if len(folds) == 1 else None
+        kept = partial(Arrays, fits[0]) if len(folds) == 1 else None
         return Evaluation(setting, 0, 0, mean_accuracy, mean_nll, seconds, kept)
+
+    def evaluations(self, grid: Grid) -> int:
+        return Sweep.LONGEST
 
     def single(self, grid: Grid) -> Setting:
         return {"C": DEFAULT_C}
@@ -86,6 +89,9 @@ class Sweep:
     the distance, down to eight steps per decade. `scores` maps the exponents tried to their scores
     (larger is better); ties go to the smaller exponent, the stronger regularisation.
     """
+
+    # Every halving of the distance tries both neighbours, unless the best lies at an end.
+    LONGEST = len(COARSE_EXPONENTS) + 2 * int(np.log2(2 * STEPS_PER_DECADE))
 
     def __init__(self) -> None:
         self.scores: dict[float, tuple[float, float]] = {}

@@ -41,7 +41,7 @@ class Grid:
     reduction: tuple[int, ...] = (4,)
     learning_rate: tuple[float, ...] = (1e-3,)
     weight_decay: tuple[float, ...] = (1e-2,)
-    schedule: Schedule = Schedule()
+    schedule: Schedule = field(default_factory=Schedule)
     halving: bool = False
 
 
@@ -99,6 +99,9 @@ class Method(Protocol):
 
     def search(self, search: Search, engine: Engine) -> Iterator[Evaluation]:
         """Try settings, each on every fold. Those that ran to the end may be chosen."""
+
+    def evaluations(self, grid: Grid) -> int:
+        """How many evaluations `search` makes."""
 
     def single(self, grid: Grid) -> Setting:
         """The setting to take when there is nothing to choose by."""

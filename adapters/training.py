@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 
 from clip_adapter.adapters import classifier
 from clip_adapter.adapters.clip_adapter import Architecture, ClipAdapter, abstract_adapter
@@ -47,15 +48,15 @@ class Schedule:
 
 
 class HyperParameters(NamedTuple):
-    """What a compiled program takes as numbers: each () float32, stacked (K,) in a grid.
+    """What a compiled program takes as numbers: each a float or () float32, stacked (K,) in a grid.
 
     alpha, beta: the fixed residual ratios, or the values learned ones start from, in [0, 1].
     """
 
-    alpha: jax.Array
-    beta: jax.Array
-    learning_rate: jax.Array
-    weight_decay: jax.Array
+    alpha: ArrayLike
+    beta: ArrayLike
+    learning_rate: ArrayLike
+    weight_decay: ArrayLike
 
 
 class Task(NamedTuple):
@@ -100,8 +101,8 @@ def advance(
     task: Task,
     hyper: HyperParameters,
     state: RunState,
-    start: jax.Array,
-    stop: jax.Array,
+    start: ArrayLike,
+    stop: ArrayLike,
 ) -> RunState:
     """Train from epoch `start` to epoch `stop`; `start` 0 initialises and ignores `state`."""
     epoch = partial(_epoch, architecture, schedule, task, hyper)
@@ -117,8 +118,9 @@ def initial_state(
     """The state before the first epoch."""
     dim = task.weights.shape[1]
     key = jax.random.fold_in(jax.random.key(task.seed), 0)
-    model = ClipAdapter(architecture, dim, hyper.alpha, hyper.beta, rngs=nnx.Rngs(key))
-    _, parameters, constants = nnx.split(model, nnx.Param, Constant)
+    ratios = jnp.asarray(hyper.alpha), jnp.asarray(hyper.beta)
+    model = ClipAdapter(architecture, dim, *ratios, rngs=nnx.Rngs(key))
+    _, parameters, constants = nnx.split(model, nnx.Param, Constant)  # type: ignore[misc]
     return RunState(
         parameters=parameters,
         constants=constants,
@@ -266,13 +268,11 @@ def _optimizer(
     rate = partial(_learning_rate, schedule, steps, hyper.learning_rate)
     if schedule.optimizer == "adamw":
         return optax.adamw(rate, weight_decay=hyper.weight_decay)
-    return optax.chain(
-        optax.add_decayed_weights(hyper.weight_decay), optax.sgd(rate, momentum=0.9)
-    )
+    return optax.chain(optax.add_decayed_weights(hyper.weight_decay), optax.sgd(rate, momentum=0.9))
 
 
 def _learning_rate(
-    schedule: Schedule, steps_per_epoch: int, peak: jax.Array, step: jax.Array
+    schedule: Schedule, steps_per_epoch: int, peak: ArrayLike, step: jax.Array
 ) -> jax.Array:
     total = schedule.epochs * steps_per_epoch
     if schedule.warmup == "constant":
@@ -282,4 +282,4 @@ def _learning_rate(
         return jnp.where(epoch < 1, 1e-5, peak * cosine)
     warm = min(100, total // 10)
     cosine = 0.5 * (1 + jnp.cos(jnp.pi * (step - warm) / max(1, total - warm)))
-    return peak * jnp.where(step < warm, (step + 1) / max(1, warm), cosine)
+    return jnp.asarray(peak) * jnp.where(step < warm, (step + 1) / max(1, warm), cosine)

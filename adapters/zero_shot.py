@@ -33,6 +33,9 @@ class ZeroShot:
         mean_accuracy, mean_nll = np.mean(scores, axis=0).tolist()
         yield Evaluation({}, 0, 0, mean_accuracy, mean_nll, time.perf_counter() - started, dict)
 
+    def evaluations(self, grid: Grid) -> int:
+        return 1
+
     def single(self, grid: Grid) -> Setting:
         return {}
 

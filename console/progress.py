@@ -27,8 +27,13 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Advance]:
 @contextmanager
 def _bar(what: str, total: int, done: int) -> Iterator[Advance]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -39,7 +44,11 @@ def _bar(what: str, total: int, done: int) -> Iterator[Advance]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total, completed=done, note="")
-        yield lambda count, note="": bar.update(task, advance=count, note=note)
+
+        def advance(count: int, note: str = "") -> None:
+            bar.update(task, advance=count, note=note)
+
+        yield advance
 
 
 def _lines(what: str, total: int, done: int) -> Advance:

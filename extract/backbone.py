@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -48,12 +49,14 @@ class Backbone:
 class _Recipe:
     """How open_clip is asked: architecture or schema, weights (tag or file), activation.
 
-    With a schema the model's own configuration holds weights and activation.
+    With a schema the model's own configuration holds weights and activation. `published`: the
+    weights are a file that open_clip lists with its whole SHA-256.
     """
 
     model_name: str
     weights: str | None
     quick_gelu: bool
+    published: bool = False
 
 
 def load_backbone(name: str, pretrained: str | None = None) -> Backbone:
@@ -73,9 +76,11 @@ def load_backbone(name: str, pretrained: str | None = None) -> Backbone:
             pretrained=recipe.weights,
             force_quick_gelu=recipe.quick_gelu,
             require_pretrained=True,
+            # OpenAI's files are programs (TorchScript): run only those known by their hash.
+            weights_only=not recipe.published,
         )
         tokenizer = _tokenizer(recipe.model_name)
-    except (RuntimeError, OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a damaged file or folder makes open_clip raise almost anything
         raise UserError(_loading_failed(name, recipe, error)) from error
     model.eval().requires_grad_(False)
     config = dict(model.visual.preprocess_cfg)
@@ -141,9 +146,9 @@ def _resolve(name: str, pretrained: str | None) -> _Recipe:
     if path.is_dir():
         return _Recipe(f"local-dir:{path}", None, quick_gelu=False)
     if path.is_file():
-        tag = _tag_of_file(architecture, tags, path)
+        tag, published = _tag_of_file(architecture, tags, path)
         quick_gelu = _tag_says_quick_gelu(architecture, tag) if tag else name.endswith(QUICKGELU)
-        return _Recipe(architecture, str(path), quick_gelu)
+        return _Recipe(architecture, str(path), quick_gelu, published)
     raise UserError(
         f"--pretrained {pretrained!r} is neither a file nor a folder nor a tag of {name}; "
         f"its tags: {', '.join(tags) or 'none'}."
@@ -163,8 +168,9 @@ def _tag_says_quick_gelu(architecture: str, tag: str) -> bool:
     return bool(config.get("quick_gelu", False))
 
 
-def _tag_of_file(architecture: str, tags: list[str], path: Path) -> str | None:
-    """The tag whose published SHA-256 (whole, or its first digits) is the file's."""
+def _tag_of_file(architecture: str, tags: list[str], path: Path) -> tuple[str | None, bool]:
+    """The tag whose published SHA-256 (or its first digits) is the file's, and whether the whole
+    hash is published."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     for tag in tags:
@@ -173,8 +179,8 @@ def _tag_of_file(architecture: str, tags: list[str], path: Path) -> str | None:
         )
         published = re.findall(r"[0-9a-f]{8,64}(?=[/.])", config.get("url", ""))
         if any(found.startswith(digits) for digits in published):
-            return tag
-    return None
+            return tag, found in published
+    return None, False
 
 
 def _tokenizer(model_name: str) -> Callable[[list[str]], torch.Tensor]:
@@ -199,10 +205,25 @@ def _public_label(pretrained: str | None) -> str | None:
 
 
 def _loading_failed(name: str, recipe: _Recipe, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    weights = Path(recipe.weights or "")
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            f"{weights.name or name} is damaged or holds Python code beside the weights, which is "
+            "not run; give a .safetensors file or a saved state dict."
+        )
+    if "TorchScript" in str(error):
+        return (
+            f"{weights.name or name} is a TorchScript program and none of those that OpenAI "
+            f"published for {name}; give a .safetensors file or a saved state dict."
+        )
+    if isinstance(error, RuntimeError | OSError | ValueError | ImportError):
+        reason = " ".join(str(error).split())[:200]
+    else:
+        reason = f"that holds no weights that open_clip can read ({error!r:.80})"
     if recipe.weights and not Path(recipe.weights).exists():
         return (
             f"The weights {recipe.weights!r} of {name} could not be downloaded ({reason}); "
             "on a machine without a network give a local file with --pretrained."
         )
-    return f"The backbone {name} could not be loaded: {reason}"
+    source = f" from {weights.name}" if weights.name else ""
+    return f"The backbone {name} could not be loaded{source}: {reason}"

@@ -175,7 +175,7 @@ def _already_there(config: ExtractConfig) -> bool:
     from clip_adapter.cache.reader import FeatureCache
 
     with FeatureCache(config.out) as cache:
-        earlier = cache.arguments
+        earlier = ExtractConfig().identity() | cache.arguments
     now = config.identity()
     if earlier == now:
         return True

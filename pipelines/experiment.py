@@ -16,6 +16,7 @@ from clip_adapter.console.progress import progress
 from clip_adapter.pipelines import tables
 from clip_adapter.pipelines.adapter_file import save_adapter
 from clip_adapter.pipelines.fit import FitConfig, FitResult
+from clip_adapter.pipelines.plot import plot_grid
 from clip_adapter.pipelines.provenance import Provenance
 from clip_adapter.pipelines.run_folder import RunFolder
 from clip_adapter.pipelines.runner import Runner
@@ -40,27 +41,31 @@ def run_experiment(config: FitConfig, grid: Grid, run: Path, *, resume: bool) ->
     methods = [name for name in METHODS if name in {config.method, *config.baselines}]
     base_to_new = config.train_classes == "base"
     runners = [
-        Runner(name, grid, config.select, base_to_new, engine, data, provenance)
-        for name in methods
+        Runner(name, grid, config.select, base_to_new, engine, data, provenance) for name in methods
     ]
     finished = {(row["method"], row["shots"], row["seed"]) for row in folder.selected()}
-    with progress("fit", len(tasks) * len(runners), len(finished)) as advance:
+    sizes = {name: METHODS[name].evaluations(grid) for name in methods}
+    done = sum(sizes[name] for name, _, _ in finished)
+    with progress("fit", len(tasks) * sum(sizes.values()), done) as advance:
         for drawn in tasks:
             for runner in runners:
                 task = {"method": runner.method, "shots": drawn.shots, "seed": drawn.seed}
                 if tuple(task.values()) in finished:
                     continue
-                row, adapter = runner.run(drawn, folder.record(task))
+                record = folder.record(task, advance)
+                row, adapter = runner.run(drawn, record)
                 if adapter and runner.method == config.method:
                     save_adapter(folder.path / _task_folder(drawn), adapter)
                     if drawn is _kept(tasks):
                         save_adapter(folder.path, adapter)
                 folder.add_selected(row)
-                advance(1, f"{runner.method}, {drawn.shots} shots, seed {drawn.seed}")
+                # A search may end early (a sweep at an end of its range) or not be needed.
+                advance(sizes[runner.method] - record.evaluations, runner.method)
     folder.close()
     selected = folder.selected()
     summary = _summarise(selected)
     folder.write_summary(summary)
+    plot_grid(folder.path, config.method, grid)
     tables.print_run(config, provenance.lines(), tasks, selected, summary, engine.compilations)
     if not (folder.path / "adapter.json").exists():
         raise UserError(f"Every setting of {config.method} diverged; try a smaller --lr.")

@@ -129,8 +129,8 @@ class FitResult:
     """What a run found.
 
     run: its folder. selected: a row per (method, shots, seed) with the chosen setting, its
-    validation metrics and its test accuracy (None without a test split). summary: a row per (method, shots) with mean and
-    standard deviation over seeds. Accuracies lie in [0, 1].
+    validation metrics and its test accuracy (None without a test split). summary: a row per
+    (method, shots) with mean and standard deviation over seeds. Accuracies lie in [0, 1].
     """
 
     run: Path
@@ -183,8 +183,10 @@ def _resumed(config: FitConfig, run: Path) -> FitConfig:
             f"{run} was started with other arguments ({', '.join(differing) or 'another version'});"
             " give --resume alone to go on with it."
         )
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in stated.items()}
-    return FitConfig(**values | {"cache": Path(values["cache"]), "resume": run})
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()
+    }
+    return FitConfig(**values | {"cache": Path(stated["cache"]), "resume": run})
 
 
 def _check(config: FitConfig) -> None:

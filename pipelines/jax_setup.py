@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def set_up_jax() -> None:
-    """Keep compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR is set."""
+    """Keep compiled programs in the user's cache folder, or in JAX_COMPILATION_CACHE_DIR."""
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -22,6 +22,7 @@ from clip_adapter.adapters.engine import Leaves
 from clip_adapter.adapters.method import Evaluation, Setting
 from clip_adapter.cache import atomic
 from clip_adapter.cache.errors import UserError
+from clip_adapter.console.progress import Advance
 
 SETTING_COLUMNS = (
     "branch",
@@ -49,7 +50,7 @@ Row = dict[str, Any]
 class RunFolder:
     """The folder of one run, new or gone on with.
 
-    arguments: what the run was asked for, as JSON; a folder that holds a run with others is refused.
+    arguments: what the run was asked for, as JSON.
     Raises UserError where the folder cannot be written, already holds a run (and `resume` is
     false), or holds a run with other arguments.
     """
@@ -98,9 +99,9 @@ class RunFolder:
             self.path / "selected.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
         )
 
-    def record(self, task: Row) -> "TaskRecord":
+    def record(self, task: Row, advance: Advance) -> "TaskRecord":
         """The part of the record that belongs to a task (method, shots, seed)."""
-        return TaskRecord(self, task)
+        return TaskRecord(self, task, advance)
 
     def known(self, task: Row, setting: Setting, epochs_run: int) -> Row | None:
         return self._known.get(_key(task | setting, epochs_run))
@@ -128,15 +129,20 @@ class RunFolder:
 class TaskRecord:
     """What a search on one task has found (a selection.Record)."""
 
-    def __init__(self, folder: RunFolder, task: Row) -> None:
+    def __init__(self, folder: RunFolder, task: Row, advance: Advance) -> None:
         self._folder = folder
         self._task = task
+        self._advance = advance
+        self._best = 0.0
+        self.evaluations = 0
         name = "-".join(str(task[column]) for column in TASK_COLUMNS)
         self.states: MutableMapping[str, Leaves] = StateFolder(folder.path / "halving" / name)
 
     def known(self, setting: Setting, epochs_run: int) -> Evaluation | None:
         row = self._folder.known(self._task, setting, epochs_run)
-        return row and Evaluation(
+        if row is None:
+            return None
+        return Evaluation(
             setting,
             epochs_run,
             int(row["best_epoch"]),
@@ -146,6 +152,9 @@ class TaskRecord:
         )
 
     def add(self, evaluation: Evaluation) -> None:
+        self.evaluations += 1
+        self._best = max(self._best, evaluation.score[0])
+        self._advance(1, f"{self._task['shots']} shots, best val {100 * self._best:.1f} %")
         if self.known(evaluation.setting, evaluation.epochs_run):
             return
         self._folder.add_result(

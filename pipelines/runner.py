@@ -43,9 +43,7 @@ class Runner:
         if chosen is None:
             return row | {"note": "every setting diverged; try a smaller --lr"}, None
         row |= self._choice(chosen)
-        row |= method.describe(
-            chosen.setting, chosen.arrays, data.train.features[0], data.weights
-        )
+        row |= method.describe(chosen.setting, chosen.arrays, data.train.features[0], data.weights)
         row["test_accuracy"] = base = self._test_accuracy(data, chosen)
         if self.base_to_new and method.unseen_classes:
             row["new_accuracy"] = new = self._test_accuracy(new_half(self.data), chosen)

@@ -177,7 +177,9 @@ def base_half(data: CachedData, drawn: Draw) -> tuple[CachedData, Draw]:
     reduced = replace(
         drawn, support=drawn.support[data.train.labels[drawn.support] < base], validation=val_rows
     )
-    return replace(data, test=_test_part(data, slice(0, base)), weights=data.weights[:base]), reduced
+    return replace(
+        data, test=_test_part(data, slice(0, base)), weights=data.weights[:base]
+    ), reduced
 
 
 def new_half(data: CachedData) -> CachedData:
