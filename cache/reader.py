@@ -1,6 +1,8 @@
 """Read a feature cache, refusing with one sentence whatever cannot be trusted."""
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +17,34 @@ from clip_adapter.cache import layout
 from clip_adapter.cache.errors import UserError
 
 ATTRIBUTES = ("backbone", "preprocess", "dataset", "logit_scale", "logit_bias", "complete")
+JSON_ATTRIBUTES = ("backbone", "preprocess", "dataset", "arguments")
+# What h5py raises where the bytes of a file contradict each other.
+DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError)
+
+
+def _is_json_object(text: Any) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _is_fixed_utf8(dtype: np.dtype) -> bool:
+    string = h5py.check_string_dtype(dtype)
+    return string is not None and string.encoding == "utf-8" and string.length is not None
+
+
+_TYPES: dict[str, Callable[[np.dtype], bool]] = {
+    "features": lambda dtype: dtype in (np.float32, np.float16),
+    "labels": lambda dtype: dtype == np.int32,
+    "ids": _is_fixed_utf8,
+    "class_names": _is_fixed_utf8,
+    "templates": _is_fixed_utf8,
+}
 
 
 @dataclass(frozen=True)
@@ -50,47 +80,63 @@ class FeatureCache:
             ) from error
         try:
             self._check()
-        except BaseException:
+        except BaseException as error:
             self._file.close()
+            if isinstance(error, DAMAGE) and not isinstance(error, UserError):
+                raise self._broken("its structure is damaged") from error
             raise
 
     def _check(self) -> None:
-        attrs = self._file.attrs
-        if attrs.get("format") != layout.FORMAT:
-            raise UserError(f"{self.path} is an HDF5 file but not a CLIP feature cache.")
-        if attrs.get("format_version") != layout.FORMAT_VERSION:
+        if self._scalar("format") != layout.FORMAT:
             raise UserError(
-                f"{self.path} has format version {attrs.get('format_version')}, this program "
+                f"{self.path} is an HDF5 file but not a CLIP feature cache; `extract` makes one."
+            )
+        if self._scalar("format_version") != layout.FORMAT_VERSION:
+            raise UserError(
+                f"{self.path} has format version {self._scalar('format_version')}, this program "
                 f"reads version {layout.FORMAT_VERSION}; update clip-adapter or extract again."
             )
-        missing = [name for name in ATTRIBUTES if name not in attrs]
-        if missing or not attrs["complete"]:
+        missing = [name for name in ATTRIBUTES if name not in self._file.attrs]
+        if missing or not self._scalar("complete"):
             raise self._broken(f"it is incomplete ({', '.join(missing) or 'marked so'})")
-        for name in ("backbone", "preprocess", "dataset"):
-            try:
-                json.loads(attrs[name])
-            except (TypeError, ValueError) as error:
-                raise self._broken(f"attribute {name} is not JSON") from error
-        if not np.isfinite([attrs["logit_scale"], attrs["logit_bias"]]).all():
-            raise self._broken("logit_scale and logit_bias are not finite numbers")
-        self._check_shapes()
+        for name in JSON_ATTRIBUTES:
+            if name in self._file.attrs and not _is_json_object(self._scalar(name)):
+                raise self._broken(f"attribute {name} is not a JSON object")
+        for name in ("logit_scale", "logit_bias"):
+            value = self._scalar(name)
+            if not isinstance(value, np.number) or not np.isfinite(value):
+                raise self._broken(f"attribute {name} is not a finite number")
+        if not _is_sha256(self._file.attrs.get("content_sha256", "0" * 64)):
+            raise self._broken("attribute content_sha256 is not a SHA-256")
+        self._check_datasets()
 
-    def _check_shapes(self) -> None:
-        absent = [path for path in layout.dataset_paths(self._file) if path not in self._file]
+    def _scalar(self, name: str) -> Any:
+        """An attribute of one value, None for an array or none."""
+        value = self._file.attrs.get(name)
+        return None if isinstance(value, np.ndarray) else value
+
+    def _check_datasets(self) -> None:
+        paths = layout.dataset_paths(self._file)
+        absent = [path for path in paths if not isinstance(self._file.get(path), h5py.Dataset)]
         if absent or not self.splits:
             raise self._broken(f"it lacks {', '.join(absent) or 'images'}")
+        for path in paths:
+            dataset = self._file[path]
+            kind = path.rpartition("/")[2]
+            if not _TYPES[kind](dataset.dtype):
+                raise self._broken(f"{path} has a type that the format does not know")
+            if dataset.ndim != (3 if kind == "features" else 1) or 0 in dataset.shape:
+                raise self._broken(f"{path} has the shape {dataset.shape}")
         text = self._file["text/features"]
-        if text.ndim != 3 or text.shape[:2] != (len(self.class_names), len(self.templates)):
+        if text.shape[:2] != (len(self.class_names), len(self.templates)):
             raise self._broken(f"text features {text.shape} disagree with the classes or templates")
         for split in self.splits:
             features = self._file[f"images/{split}/features"]
             rows = {self._file[f"images/{split}/{name}"].shape for name in ("labels", "ids")}
-            if features.ndim != 3 or rows != {features.shape[1:2]} or not features.shape[1]:
+            if rows != {features.shape[1:2]}:
                 raise self._broken(f"features, labels and ids of {split} disagree in shape")
             if features.shape[2] != text.shape[2]:
                 raise self._broken(f"image and text features of {split} differ in width")
-            if features.dtype not in (np.float32, np.float16):
-                raise self._broken(f"features of {split} are {features.dtype}, not float32/float16")
 
     def _broken(self, reason: str) -> UserError:
         return UserError(f"{self.path} cannot be used: {reason}; make it again with `extract`.")
@@ -149,8 +195,8 @@ class FeatureCache:
 
     def labels(self, split: str) -> npt.NDArray[np.int32]:
         """(N,) int32, checked to lie within the classes."""
-        labels = self._read(f"images/{split}/labels").astype(np.int32)
-        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.class_names):
+        labels = self._read(f"images/{split}/labels")
+        if not 0 <= labels.min() <= labels.max() < len(self.class_names):
             raise self._broken(f"labels of {split} lie outside the {len(self.class_names)} classes")
         return labels
 
@@ -175,12 +221,15 @@ class FeatureCache:
         return values
 
     def _strings(self, path: str) -> list[str]:
-        return [value.decode() if isinstance(value, bytes) else value for value in self._read(path)]
+        try:
+            return [value.decode() for value in self._read(path)]
+        except UnicodeDecodeError as error:
+            raise self._broken(f"{path} is not UTF-8") from error
 
     def _read(self, path: str) -> np.ndarray:
         try:
             return self._file[path][...]
-        except OSError as error:
+        except DAMAGE as error:
             raise self._broken(f"{path} is damaged (its checksum does not match)") from error
 
     def close(self) -> None:

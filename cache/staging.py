@@ -2,8 +2,8 @@
 
 HDF5 cannot promise that: a process killed while it writes may leave a file that does not open.
 So rows are staged in a plain binary file beside a journal of JSON lines. A batch counts once its
-journal line is complete; whatever lies beyond the last complete line is cut off when the pair is
-opened again. The HDF5 file is assembled from staged rows at the end.
+journal line is complete and its rows are there; whatever lies beyond the last such batch is cut
+off when the pair is opened again. The HDF5 file is assembled from staged rows at the end.
 """
 
 import json
@@ -30,11 +30,15 @@ class StagedRows:
         self._journal: BinaryIO = _open_for_update(self._journal_path)
         self.rows = 0
         journal_end = 0
+        rows_on_disk = self._data.seek(0, os.SEEK_END) // self._row_bytes
         for line in self._journal:
             if not line.endswith(b"\n"):
                 break
+            rows = json.loads(line)["rows"]
+            if rows > rows_on_disk:
+                break
             journal_end += len(line)
-            self.rows = json.loads(line)["rows"]
+            self.rows = rows
         self._cut(self._journal, journal_end)
         self._cut(self._data, self.rows * self._row_bytes)
 

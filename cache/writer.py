@@ -4,9 +4,10 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,6 +44,8 @@ class CacheWriter:
         self._views = views
         self._folder = path.with_name(path.name + ".partial")
         self._staged: dict[str, StagedRows] = {}
+        if path.is_dir():
+            raise UserError(f"Cannot write {path}: it is a folder; name a file.")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._folder.mkdir(exist_ok=True)
@@ -89,14 +92,10 @@ class CacheWriter:
 
     def consumed(self, split: str) -> int:
         """Source images of a split that are dealt with already, skipped ones included."""
-        journal = self._folder / f"{split}.journal"
-        if not journal.exists():
+        if not self._has(split):
             return 0
-        with journal.open("rb") as lines:
-            return sum(
-                len(record["ids"]) + len(record["skipped"])
-                for record in (json.loads(line) for line in lines if line.endswith(b"\n"))
-            )
+        records = self._reopened(split).records()
+        return sum(len(record["ids"]) + len(record["skipped"]) for record in records)
 
     def append_images(
         self,
@@ -110,7 +109,14 @@ class CacheWriter:
 
         features: (B, V, D) float32 or float16, un-normalised; V is `views` for train, else 1.
         labels: (B,) integers. ids: B strings. skipped: ids of images that could not be read.
+        Raises UserError for features that are not finite and ids that the file cannot hold, before
+        anything of the batch is staged.
         """
+        views = self._views if split == "train" else 1
+        if features.shape[:2] != (len(ids), views) or np.shape(labels) != (len(ids),):
+            raise ValueError(f"{features.shape} features of {len(ids)} images, {views} views")
+        _check_strings([*ids, *skipped])
+        _check_features(features, ids)
         record = {
             "labels": np.asarray(labels, np.int32).tolist(),
             "ids": list(ids),
@@ -119,7 +125,14 @@ class CacheWriter:
         self._stage(split, features).append(features, record)
 
     def append_text(self, features: np.ndarray, class_names: Sequence[str]) -> None:
-        """Add the text features of some classes, (B, P, D), un-normalised."""
+        """Add the text features of some classes, (B, P, D), un-normalised.
+
+        Raises UserError as `append_images` does.
+        """
+        if len(features) != len(class_names):
+            raise ValueError(f"text features of {len(features)} for {len(class_names)} classes")
+        _check_strings(class_names)
+        _check_features(features, class_names)
         self._stage(layout.TEXT, features).append(features, {"class_names": list(class_names)})
 
     def text_rows(self) -> int:
@@ -140,9 +153,7 @@ class CacheWriter:
         if name not in self._staged:
             shape = json.loads((self._folder / f"{name}.shape").read_text())
             dtype = np.dtype(shape["dtype"])
-            self._staged[name] = StagedRows(
-                self._folder, name, shape["inner"], shape["dim"], dtype
-            )
+            self._staged[name] = StagedRows(self._folder, name, shape["inner"], shape["dim"], dtype)
         return self._staged[name]
 
     def finish(
@@ -155,9 +166,21 @@ class CacheWriter:
         logit_scale: float,
         logit_bias: float,
     ) -> None:
-        """Assemble the HDF5 file, give it its final name and remove the staging folder."""
+        """Assemble the HDF5 file, give it its final name and remove the staging folder.
+
+        Raises UserError for a split without a readable image, and templates that the file cannot
+        hold.
+        """
+        _check_strings(templates)
+        if self._reopened(layout.TEXT).inner != len(templates):
+            raise ValueError(f"{len(templates)} templates, others than those of the text features")
+        for split in layout.SPLITS:
+            if self._has(split) and not self._reopened(split).rows:
+                raise UserError(f"The {split} split has no image that could be read.")
         assembled = self._folder / "assembled.h5"
-        with h5py.File(assembled, "w") as file:
+        # HDF5 1.10's file format, unlike the default of h5py, puts checksums on the metadata too:
+        # one wrong byte there can turn a chunk into zeros or HDF5 into an endless loop.
+        with h5py.File(assembled, "w", libver=("v110", "v110")) as file:
             for split in layout.SPLITS:
                 if self._has(split):
                     self._assemble_split(file, split)
@@ -179,8 +202,8 @@ class CacheWriter:
         with assembled.open("rb") as whole:
             os.fsync(whole.fileno())
         assembled.replace(self.path)
+        shutil.rmtree(self._folder)  # before the lock goes, so that nobody starts in there
         self.close()
-        shutil.rmtree(self._folder)
 
     def _assemble_split(self, file: h5py.File, split: str) -> None:
         staged = self._reopened(split)
@@ -196,12 +219,14 @@ class CacheWriter:
         for start in range(0, staged.rows, rows):
             stop = min(start + rows, staged.rows)
             features[:, start:stop] = staged.read(start, stop).transpose(1, 0, 2)
-        labels = [label for record in staged.records() for label in record["labels"]]
-        group.create_dataset("labels", data=np.array(labels, np.int32), fletcher32=True, chunks=True)
-        _write_strings(group, "ids", (i for record in staged.records() for i in record["ids"]))
-        skipped = [i for record in staged.records() for i in record["skipped"]]
-        if skipped:
-            _write_strings(group, "skipped", skipped)
+
+        def listed(key: str) -> Iterator[Any]:
+            return (value for record in staged.records() for value in record[key])
+
+        _write_list(group, "labels", listed("labels"), staged.rows, np.dtype(np.int32))
+        _write_strings(group, "ids", lambda: listed("ids"))
+        if any(True for _ in listed("skipped")):
+            _write_strings(group, "skipped", lambda: listed("skipped"))
 
     def _assemble_text(self, file: h5py.File, templates: Sequence[str]) -> None:
         staged = self._reopened(layout.TEXT)
@@ -210,8 +235,8 @@ class CacheWriter:
             "features", data=staged.read(0, staged.rows), fletcher32=True, chunks=True
         )
         names = [name for record in staged.records() for name in record["class_names"]]
-        _write_strings(group, "class_names", names)
-        _write_strings(group, "templates", templates)
+        _write_strings(group, "class_names", lambda: names)
+        _write_strings(group, "templates", lambda: templates)
 
     def close(self) -> None:
         """Let go of the files; what is staged stays for the next run."""
@@ -232,10 +257,44 @@ class CacheWriter:
         self.close()
 
 
-def _write_strings(group: h5py.Group, name: str, strings: Iterable[str]) -> None:
-    """Fixed-length UTF-8, which unlike variable-length strings is covered by the checksum."""
-    encoded = [string.encode() for string in strings]
-    length = max((len(string) for string in encoded), default=1)
-    values = np.array(encoded, dtype=f"S{max(1, length)}")
-    dtype = h5py.string_dtype("utf-8", max(1, length))
-    group.create_dataset(name, data=values.astype(dtype), fletcher32=True, chunks=True)
+def _check_strings(strings: Iterable[str]) -> None:
+    """Raises UserError for strings that a fixed-length UTF-8 field would not give back."""
+    for string in strings:
+        if "\0" in string or any("\ud800" <= character <= "\udfff" for character in string):
+            raise UserError(
+                f"{string!r} cannot be stored: it holds a NUL or is not valid Unicode; rename it."
+            )
+
+
+def _check_features(features: np.ndarray, names: Sequence[str]) -> None:
+    if features.dtype not in (np.float32, np.float16):
+        raise ValueError(f"features are {features.dtype}, not float32 or float16")
+    finite = np.isfinite(features).all(axis=(1, 2))
+    if not finite.all():
+        raise UserError(
+            f"The features of {names[int(finite.argmin())]!r} are not finite numbers; "
+            "the weights are damaged or overflow in this precision."
+        )
+
+
+def _write_strings(group: h5py.Group, name: str, strings: Callable[[], Iterable[str]]) -> None:
+    """Fixed-length UTF-8, which unlike variable-length strings is covered by the checksum.
+
+    strings: called twice, to find the length and to write, so that they need not be in memory.
+    """
+    count, length = 0, 1
+    for string in strings():
+        count, length = count + 1, max(length, len(string.encode()))
+    encoded = (string.encode() for string in strings())
+    _write_list(group, name, encoded, count, h5py.string_dtype("utf-8", length))
+
+
+def _write_list(
+    group: h5py.Group, name: str, values: Iterable[Any], count: int, dtype: np.dtype
+) -> None:
+    """A one-dimensional dataset, written a chunk at a time."""
+    rows = layout.chunk_rows(count, dtype.itemsize)
+    dataset = group.create_dataset(name, (count,), dtype, chunks=(rows,), fletcher32=True)
+    remaining = iter(values)
+    for start in range(0, count, rows):
+        dataset[start : start + rows] = np.array(list(islice(remaining, rows)), dtype)

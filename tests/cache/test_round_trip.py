@@ -1,0 +1,258 @@
+"""What the writer is given, the reader gives back."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+import clip_adapter.cache.writer
+from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.writer import CacheWriter
+
+FORMAT_PAGE = Path(clip_adapter.cache.writer.__file__).with_name("FORMAT.md")
+FINISH = {"backbone": {"name": "b"}, "preprocess": {}, "dataset": {"name": "d"}}
+# Everything but what the format excludes: NUL, and surrogates, which are not Unicode text.
+strings = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
+odd_strings = strings | st.sampled_from(["", " ", " a ", "ä" * 40, "\n", "\x85\u2028", "🙂"])
+
+
+@st.composite
+def caches(draw: st.DrawFn) -> dict:
+    dim, classes, templates = (draw(st.integers(1, n)) for n in (6, 5, 3))
+    dtype = draw(st.sampled_from([np.float16, np.float32]))
+    width = 8 * np.dtype(dtype).itemsize
+    values = st.floats(width=width, allow_nan=False, allow_infinity=False)
+
+    def some(*shape: int) -> np.ndarray:
+        return draw(arrays.arrays(dtype, shape, elements=values))
+
+    def several(count: int) -> list[str]:
+        return draw(st.lists(odd_strings, min_size=count, max_size=count))
+
+    views = draw(st.integers(1, 3))
+    splits = {}
+    for name in draw(st.sets(st.sampled_from(["train", "val", "test"]), min_size=1)):
+        rows = draw(st.integers(1, 9))
+        labels = draw(st.lists(st.integers(0, classes - 1), min_size=rows, max_size=rows))
+        shape = (rows, views if name == "train" else 1, dim)
+        splits[name] = (some(*shape), labels, several(rows))
+    return {
+        "views": views,
+        "splits": splits,
+        "text": some(classes, templates, dim),
+        "class_names": several(classes),
+        "templates": several(templates),
+        "batch": draw(st.integers(1, 9)),
+        "scale": draw(st.floats(0, 200)),
+        "bias": draw(st.floats(-20, 20)),
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(caches())
+def test_round_trip(given: dict) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "features.h5"
+        with CacheWriter(path, {"a": 1}, views=given["views"]) as writer:
+            for row, name in enumerate(given["class_names"]):
+                writer.append_text(given["text"][row : row + 1], [name])
+            for split, (features, labels, ids) in given["splits"].items():
+                for start in range(0, len(ids), given["batch"]):
+                    batch = slice(start, start + given["batch"])
+                    writer.append_images(split, features[batch], labels[batch], ids[batch])
+            writer.finish(
+                **FINISH,
+                templates=given["templates"],
+                logit_scale=given["scale"],
+                logit_bias=given["bias"],
+            )
+        with FeatureCache(path) as cache:
+            assert set(cache.splits) == set(given["splits"])
+            for split, (features, labels, ids) in given["splits"].items():
+                images = cache.images(split)
+                assert cache.shape(split) == images.features.shape
+                assert images.features.dtype == np.float32
+                np.testing.assert_array_equal(images.features, features.transpose(1, 0, 2))
+                assert images.labels.tolist() == labels
+                assert images.labels.dtype == np.int32
+                assert images.ids == ids
+            np.testing.assert_array_equal(cache.text_features(), given["text"])
+            assert cache.class_names == given["class_names"]
+            assert cache.templates == given["templates"]
+            assert (cache.logit_scale, cache.logit_bias) == (given["scale"], given["bias"])
+            assert (cache.backbone, cache.dataset) == (FINISH["backbone"], FINISH["dataset"])
+            assert (cache.preprocess, cache.arguments) == ({}, {"a": 1})
+
+
+@pytest.mark.parametrize("bad", ["a\0", "\0", "a\0b", "caf\udce9.jpg"])
+def test_strings_that_the_file_would_not_give_back_are_refused(tmp_path: Path, bad: str) -> None:
+    one = np.ones((1, 1, 2), np.float32)
+    with CacheWriter(tmp_path / "features.h5", {}, views=1) as writer:
+        with pytest.raises(UserError, match="cannot be stored"):
+            writer.append_images("train", one, [0], [bad])
+        with pytest.raises(UserError, match="cannot be stored"):
+            writer.append_images("train", one[:0], [], [], skipped=[bad])
+        with pytest.raises(UserError, match="cannot be stored"):
+            writer.append_text(one, [bad])
+        assert (writer.consumed("train"), writer.text_rows()) == (0, 0)
+        writer.append_text(one, ["good"])
+        with pytest.raises(UserError, match="cannot be stored"):
+            writer.finish(**FINISH, templates=[bad], logit_scale=1, logit_bias=0)
+    assert not (tmp_path / "features.h5").exists()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> None:
+    values = np.ones((3, 1, 2), np.float16)
+    values[1, 0, 1] = bad
+    with CacheWriter(tmp_path / "features.h5", {}, views=1) as writer:
+        with pytest.raises(UserError, match="'y' are not finite"):
+            writer.append_images("train", values, [0, 0, 0], ["x", "y", "z"])
+        assert writer.consumed("train") == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "ids"),
+    [((2, 1, 4), [0], ["a"]), ((1, 1, 4), [0, 1], ["a"]), ((1, 2, 4), [0], ["a"])],
+)
+def test_batches_that_contradict_themselves_are_refused(
+    tmp_path: Path, shape: tuple[int, int, int], labels: list[int], ids: list[str]
+) -> None:
+    with (
+        CacheWriter(tmp_path / "features.h5", {}, views=1) as writer,
+        pytest.raises(ValueError, match="features of"),
+    ):
+        writer.append_images("test", np.ones(shape, np.float32), labels, ids)
+
+
+def test_a_split_in_which_every_image_was_skipped_is_refused(tmp_path: Path) -> None:
+    with CacheWriter(tmp_path / "features.h5", {}, views=1) as writer:
+        writer.append_text(np.ones((1, 1, 2), np.float32), ["a"])
+        writer.append_images("val", np.ones((0, 1, 2), np.float32), [], [], skipped=["x", "y"])
+        assert writer.consumed("val") == 2
+        with pytest.raises(UserError, match="val split has no image that could be read"):
+            writer.finish(**FINISH, templates=["{}"], logit_scale=1, logit_bias=0)
+    assert not (tmp_path / "features.h5").exists()
+
+
+def foreign_cache(path: Path, dtype: type = np.float16) -> dict[str, np.ndarray]:
+    """A cache written with h5py alone, as a stranger would after reading FORMAT.md."""
+    rng = np.random.default_rng(0)
+    values = {
+        "images/train/features": rng.normal(size=(2, 7, 3)).astype(dtype),
+        "images/train/labels": np.array([0, 1, 1, 0, 1, 0, 0], np.int32),
+        "images/train/ids": np.array([f"bild/ü{i}".encode() for i in range(7)]),
+        "text/features": rng.normal(size=(2, 2, 3)).astype(np.float32),
+        "text/class_names": np.array([b"Katze ", "狗".encode()]),
+        "text/templates": np.array([b"a {}", b""]),
+    }
+    with h5py.File(path, "w") as file:
+        for name, value in values.items():
+            kind = value.dtype
+            if kind.kind == "S":
+                kind = h5py.string_dtype("utf-8", kind.itemsize)
+            file.create_dataset(name, data=value.astype(kind), chunks=True, fletcher32=True)
+        file.attrs["format"] = "clip-feature-cache"
+        file.attrs["format_version"] = 1
+        file.attrs["created_at"] = "2024-01-01T00:00:00+00:00"
+        file.attrs["writer"] = "somebody else"
+        file.attrs["backbone"] = '{"name": "x"}'
+        file.attrs["preprocess"] = "{}"
+        file.attrs["dataset"] = '{"name": "y"}'
+        file.attrs["logit_scale"] = 100.0
+        file.attrs["logit_bias"] = 0.0
+        file.attrs["complete"] = True
+    return values
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_file_written_from_the_specification_alone_is_read(tmp_path: Path, dtype: type) -> None:
+    values = foreign_cache(tmp_path / "foreign.h5", dtype)
+    digest = hashlib.sha256()
+    for name, value in values.items():
+        digest.update(f"{name} {value.shape}\n".encode() + value.tobytes())
+    with FeatureCache(tmp_path / "foreign.h5") as cache:
+        images = cache.images("train")
+        np.testing.assert_array_equal(images.features, values["images/train/features"])
+        assert images.labels.tolist() == [0, 1, 1, 0, 1, 0, 0]
+        assert images.ids[3] == "bild/ü3"
+        np.testing.assert_array_equal(cache.text_features(), values["text/features"])
+        assert cache.class_names == ["Katze ", "狗"]
+        assert cache.templates == ["a {}", ""]
+        assert cache.splits == ("train",)
+        assert cache.arguments == {}
+        assert cache.content_sha256 == digest.hexdigest()
+
+
+def test_the_written_file_is_what_the_specification_says(digits_cache: Path) -> None:
+    digest = hashlib.sha256()
+    with h5py.File(digits_cache) as file:
+        attributes = re.findall(r"^\| `(\w+)` \| ", FORMAT_PAGE.read_text(), re.MULTILINE)
+        assert set(file.attrs) == set(attributes)
+        for split in ("train", "val", "test"):
+            assert set(file[f"images/{split}"]) == {"features", "labels", "ids"}
+            assert file[f"images/{split}/features"].dtype == np.float32
+            assert file[f"images/{split}/labels"].dtype == np.int32
+        paths = [f"images/{s}/{n}" for s in ("train", "val", "test") for n in
+                 ("features", "labels", "ids")]  # fmt: skip
+        paths += ["text/features", "text/class_names", "text/templates"]
+        for path in paths:
+            assert file[path].fletcher32
+            if path.rpartition("/")[2] in ("ids", "class_names", "templates"):
+                kind = h5py.check_string_dtype(file[path].dtype)
+                assert kind.encoding == "utf-8"
+                assert kind.length == max(len(value) for value in file[path][:])
+            digest.update(f"{path} {file[path].shape}\n".encode() + file[path][:].tobytes())
+        assert file.attrs["content_sha256"] == digest.hexdigest()
+        assert file["images/train/features"].chunks == (1, 719, 128)
+
+
+def test_the_reader_on_the_page_runs(digits_cache: Path) -> None:
+    example = re.search(r"```python\n(.*?)```", FORMAT_PAGE.read_text(), re.DOTALL)
+    assert example
+    finished = subprocess.run(
+        [sys.executable, "-c", example[1]], cwd=digits_cache.parent, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    name, accuracy = finished.stdout.split()[0], float(finished.stdout.split()[-1])
+    assert name == "glyph-clip"
+    assert 0.2 < accuracy < 0.95  # zero-shot: well above chance, well below perfect
+
+
+GROWING = """
+import sys
+import numpy as np
+from pathlib import Path
+from clip_adapter.cache.writer import CacheWriter
+
+rows, batch = int(sys.argv[1]), 5000
+with CacheWriter(Path(sys.argv[2]), {}, views=1) as writer:
+    writer.append_text(np.ones((2, 1, 8), np.float32), ["a", "b"])
+    for start in range(0, rows, batch):
+        ids = [f"some/folder/of/images/{row:012d}.jpg" for row in range(start, start + batch)]
+        values = np.ones((batch, 1, 8), np.float32)
+        writer.append_images("train", values, [0] * batch, ids)
+    writer.finish(templates=["{}"], backbone={}, preprocess={}, dataset={}, logit_scale=1,
+                  logit_bias=0)
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    def peak(rows: int) -> int:
+        arguments = [sys.executable, "-c", GROWING, str(rows), str(tmp_path / f"{rows}.h5")]
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+        return int(subprocess.check_output(arguments, env=environment))
+
+    assert peak(600_000) < 1.05 * peak(300_000)

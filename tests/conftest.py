@@ -1,0 +1,13 @@
+"""What several rooms' tests share."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def digits_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of the embedded default, as `extract` makes it."""
+    from clip_adapter.extract.command import ExtractConfig, extract
+
+    return extract(ExtractConfig(out=tmp_path_factory.mktemp("digits") / "features.h5"))
