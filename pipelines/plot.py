@@ -28,16 +28,18 @@ def plot_grid(run: Path, method: str, grid: Grid) -> None:
     figure = Figure(figsize=(1 + 3 * len(panels), 3.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     values = [accuracy for cells in panels.values() for accuracy in cells.values()]
+    middle = (min(values) + max(values)) / 2
     for axis, (shots, cells) in zip(axes, panels.items(), strict=True):
         ratios = sorted({cell[0] for cell in cells})
         rates = sorted({cell[1] for cell in cells})
         table = [[cells.get((r, rate), np.nan) for r in ratios] for rate in rates]
         axis.imshow(table, origin="lower", aspect="auto", vmin=min(values), vmax=max(values))
         for (row, column), accuracy in np.ndenumerate(table):
-            axis.text(column, row, f"{accuracy:.1f}", ha="center", va="center", color="white")
+            color = "black" if accuracy > middle else "white"
+            axis.text(column, row, f"{accuracy:.1f}", ha="center", va="center", color=color)
         axis.set_xticks(range(len(ratios)), [f"{value:g}" for value in ratios])
         axis.set_yticks(range(len(rates)), [f"{value:g}" for value in rates])
-        axis.set_title(f"{shots} shots")
+        axis.set_title(f"{shots} shot{'s' * (shots != '1')}")
         axis.set_xlabel(ratio)
     axes[0].set_ylabel("learning rate")
     figure.suptitle("validation accuracy (%)")

@@ -58,7 +58,7 @@ def _accuracy_table(config: "FitConfig", summary: Sequence[Row]) -> Table:
             table.add_column(method + words, justify="right")
     for shots in config.shots:
         rows = {row["method"]: row for row in summary if row["shots"] == shots}
-        cells = [_percent(rows[method], kind) for method in methods for kind in kinds]
+        cells = [percent(rows[method], kind) for method in methods for kind in kinds]
         table.add_row(str(shots), *cells)
     return table
 
@@ -107,7 +107,8 @@ def _number(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _percent(row: Row, kind: str) -> str:
+def percent(row: Row, kind: str) -> str:
+    """Mean and standard deviation of a summary row, in %."""
     mean, deviation = row.get(f"{kind}_mean"), row.get(f"{kind}_std")
     if mean is None:
         return "–"

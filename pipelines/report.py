@@ -1,0 +1,103 @@
+"""`clip-adapter report`: the results of several runs side by side."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tyro
+
+from clip_adapter.cache.errors import UserError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Print the test accuracies of finished runs side by side."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders that `fit` wrote."""
+
+
+def report(config: ReportConfig) -> None:
+    """Print a table: a row for each number of shots, a column for each method of each run.
+
+    A column is named after its method and the arguments in which the runs differ; a baseline that
+    several runs have stands there once.
+
+    Raises UserError for a folder without a finished run, and for runs on different caches.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from clip_adapter.pipelines.tables import percent
+
+    if not config.runs:
+        raise UserError("Name at least one run folder.")
+    runs = [_read(path) for path in config.runs]
+    if len({arguments["cache_sha256"] for arguments, _ in runs}) > 1:
+        raise UserError("These runs were made on different caches; compare runs on one.")
+    columns: dict[str, dict[str, Row]] = {}
+    for arguments, rows in runs:
+        for row in rows:
+            own = row["method"] == arguments["method"]
+            name = row["method"] + (_difference(arguments, runs) if own else "")
+            columns.setdefault(name, {})[row["shots"]] = row
+    table = Table(title="test accuracy (%), mean ± standard deviation over seeds", box=SIMPLE_HEAD)
+    table.add_column("shots", justify="right")
+    for name in columns:
+        table.add_column(name.replace(" ", "\n", 1), justify="right")
+    for shots in dict.fromkeys(shots for column in columns.values() for shots in column):
+        cells = [percent(column.get(shots, {}), "test_accuracy") for column in columns.values()]
+        table.add_row(shots, *cells)
+    Console(width=max(80, 16 * len(columns) + 10), highlight=False).print(table)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    from clip_adapter.pipelines.run_folder import read_arguments
+
+    arguments = read_arguments(path)
+    try:
+        with (path / "summary.csv").open(newline="") as file:
+            return arguments, [_numbers(row) for row in csv.DictReader(file)]
+    except OSError:
+        raise UserError(
+            f"{path} holds a run that has not finished; go on with: fit --resume {path}"
+        ) from None
+
+
+def _numbers(row: dict[str, str]) -> Row:
+    """A row of summary.csv with its means and deviations as numbers, None where empty."""
+    measures = {name: value for name, value in row.items() if name.endswith(("_mean", "_std"))}
+    return row | {name: float(value) if value else None for name, value in measures.items()}
+
+
+def _difference(arguments: dict[str, Any], runs: Sequence[tuple[dict[str, Any], Any]]) -> str:
+    """The arguments in which the runs differ, as ` name value`, but for what cannot matter here."""
+    ignored = {"baselines", "layout", "cache", "shots", "seeds"}
+    differing = [
+        name
+        for name in arguments
+        if name not in ignored and any(other[name] != arguments[name] for other, _ in runs)
+    ]
+    # Where no alpha was given, `fit` selects it.
+    values = arguments | ({"alpha": [0.2, 0.8]} if arguments["alpha"] is None else {})
+    return "".join(f" {name} {_words(values[name])}" for name in differing)
+
+
+def _words(value: Any) -> str:
+    if value is None:
+        return "default"
+    if isinstance(value, list):
+        return "selected" if len(value) > 1 else str(value[0])
+    return str(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The command `clip-adapter report`."""
+    from clip_adapter.console.command import run_command
+
+    run_command(ReportConfig, report, "clip-adapter report", arguments)
