@@ -1,11 +1,13 @@
 """A fitted adapter on disk: `adapter.json`, which says what it is, and `adapter.safetensors`.
 
-Neither file can execute anything; the JSON carries the SHA-256 of the arrays.
+Neither file can execute anything. The JSON carries the SHA-256 of the arrays and of its own
+content, so that a change to either file is noticed.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,20 @@ from safetensors.numpy import load, save
 
 from clip_adapter.cache import atomic
 from clip_adapter.cache.errors import UserError
+from clip_adapter.pipelines.adapter_layout import (
+    RATIOS,
+    array_shapes,
+    check_setting,
+    is_number,
+)
 
 FORMAT = "clip-adapter"
 FORMAT_VERSION = 1
+INFO_FILE = "adapter.json"
+ARRAYS_FILE = "adapter.safetensors"
 WEIGHTS = "weights"
+ARRAYS_SHA256 = "safetensors_sha256"
+OWN_SHA256 = "sha256"
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,8 @@ class AdapterInfo:
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """info; arrays: what was fitted; weights: (C, D), the zero-shot classifier weights."""
+    """info; arrays: what was fitted, float32; weights: (C, D) float32, the zero-shot classifier
+    weights."""
 
     info: AdapterInfo
     arrays: Mapping[str, npt.NDArray[Any]]
@@ -57,56 +70,154 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
     """Write the two files into `folder`, the JSON last: an adapter without it is none."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {**adapter.arrays, WEIGHTS: adapter.weights}
-    content = save({name: np.ascontiguousarray(array) for name, array in tensors.items()})
-    temporary = folder / "adapter.safetensors.new"
+    content = save({name: np.asarray(array, order="C") for name, array in tensors.items()})
+    temporary = folder / f"{ARRAYS_FILE}.new"
     temporary.write_bytes(content)
-    temporary.replace(folder / "adapter.safetensors")
+    temporary.replace(folder / ARRAYS_FILE)
     document = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "safetensors_sha256": hashlib.sha256(content).hexdigest(),
+        ARRAYS_SHA256: hashlib.sha256(content).hexdigest(),
         **asdict(adapter.info),
     }
-    atomic.write_text(folder / "adapter.json", json.dumps(document, indent=1))
+    document = json.loads(json.dumps(document))
+    document[OWN_SHA256] = document_sha256(document)
+    atomic.write_text(folder / INFO_FILE, json.dumps(document, indent=1))
+
+
+def document_sha256(document: Mapping[str, Any]) -> str:
+    """SHA-256 of the document without its own hash, as JSON with sorted keys."""
+    content = {name: value for name, value in document.items() if name != OWN_SHA256}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def load_adapter(run: Path) -> SavedAdapter:
     """Read an adapter from its folder (or the path of one of its two files).
 
-    Raises UserError for files that are missing, foreign, newer, damaged or changed.
+    Whatever it returns can be used: types, ranges, names, shapes and values are checked against
+    each other. Raises UserError for files that are missing, foreign, newer, damaged or changed.
     """
-    folder = run.parent if run.is_file() else run
-    info, stated_sha256 = _read_info(folder / "adapter.json")
-    path = folder / "adapter.safetensors"
-    try:
-        content = path.read_bytes()
-        tensors = load(content)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is missing or damaged; fit the adapter again.") from error
-    if hashlib.sha256(content).hexdigest() != stated_sha256:
-        raise UserError(f"{path} was changed after adapter.json was written; fit it again.")
-    weights = tensors.pop(WEIGHTS, None)
-    if weights is None or weights.ndim != 2 or len(weights) != len(info.class_names):
-        raise UserError(f"{path} does not hold the classifier weights of its classes.")
+    if run.name in (INFO_FILE, ARRAYS_FILE):
+        run = run.parent
+    document = _read_document(run / INFO_FILE)
+    info = _checked_info(run / INFO_FILE, document)
+    path = run / ARRAYS_FILE
+    tensors = _read_tensors(path, document[ARRAYS_SHA256])
+    _check_arrays(path, info, tensors)
+    weights = tensors.pop(WEIGHTS)
     return SavedAdapter(info, tensors, weights)
 
 
-def _read_info(path: Path) -> tuple[AdapterInfo, str]:
+def _read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"There is no adapter at {path.parent} (no adapter.json).") from None
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"There is no adapter at {path.parent} (no {INFO_FILE}).") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON; fit the adapter again.") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{path} does not describe an adapter of clip-adapter.")
-    if document.get("format_version") != FORMAT_VERSION:
+    version = document.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {document.get('format_version')}, this program reads "
-            f"version {FORMAT_VERSION}; update clip-adapter."
+            f"{path} has format version {reprlib.repr(version)}, this program reads version "
+            f"{FORMAT_VERSION}; update clip-adapter or fit the adapter again."
         )
-    names = [field.name for field in fields(AdapterInfo)]
-    missing = [name for name in [*names, "safetensors_sha256"] if name not in document]
+    names = [*(field.name for field in fields(AdapterInfo)), ARRAYS_SHA256, OWN_SHA256]
+    missing = [name for name in names if name not in document]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}; fit the adapter again.")
-    return AdapterInfo(**{name: document[name] for name in names}), document["safetensors_sha256"]
+    if document[OWN_SHA256] != document_sha256(document):
+        raise UserError(f"{path} was changed after it was written; fit the adapter again.")
+    return document
+
+
+def _checked_info(path: Path, document: Mapping[str, Any]) -> AdapterInfo:
+    for field in fields(AdapterInfo):
+        wanted, fits = _TYPES[field.name]
+        if not fits(document[field.name]):
+            value = reprlib.repr(document[field.name])
+            raise UserError(f"{path}: {field.name} is {value}, not {wanted}.")
+    values = {field.name: document[field.name] for field in fields(AdapterInfo)}
+    # JSON may write a number without its point; JAX takes no integer of more than 32 bits.
+    numbers = {name: float(document[name]) for name in ("logit_scale", "logit_bias")}
+    info = AdapterInfo(**values | numbers)
+    try:
+        check_setting(info.method, info.setting)
+    except ValueError as error:
+        raise UserError(f"{path} describes no adapter that can be used: {error}.") from error
+    return info
+
+
+def _is_string(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _are_strings(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_string, value))
+
+
+_TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "method": ("a string", _is_string),
+    "setting": ("an object", _is_object),
+    "class_names": ("a list of strings", _are_strings),
+    "templates": ("a list of strings", _are_strings),
+    "logit_scale": ("a number", is_number),
+    "logit_bias": ("a number", is_number),
+    "backbone": ("an object", _is_object),
+    "preprocess": ("an object", _is_object),
+    "dataset": ("an object", _is_object),
+    "cache_sha256": ("a string", _is_string),
+    "fitted": ("an object", _is_object),
+}
+
+
+def _read_tensors(path: Path, stated_sha256: object) -> dict[str, npt.NDArray[Any]]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}); fit the adapter again."
+        ) from error
+    if hashlib.sha256(content).hexdigest() != stated_sha256:
+        raise UserError(
+            f"{path} is not the file that {INFO_FILE} was written for: it is damaged or was "
+            "changed; fit the adapter again."
+        )
+    try:
+        return load(content)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a safetensors file of numbers that NumPy has.") from error
+
+
+def _check_arrays(path: Path, info: AdapterInfo, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Raises UserError where the arrays are not those that the setting implies."""
+    weights = tensors.get(WEIGHTS)
+    if weights is None or weights.ndim != 2 or len(weights) != len(info.class_names):
+        raise UserError(f"{path} does not hold the classifier weights of its classes.")
+    dim = weights.shape[1]
+    expected = array_shapes(info.method, info.setting, len(weights), dim)
+    expected[WEIGHTS] = (len(weights), max(1, dim))
+    for name in sorted(expected.keys() | tensors.keys()):
+        wanted = f"{expected[name]} float32" if name in expected else "nothing"
+        found = f"{tensors[name].shape} {tensors[name].dtype}" if name in tensors else "nothing"
+        if found != wanted:
+            raise UserError(
+                f"{path} does not fit {INFO_FILE}: {reprlib.repr(name)} should be {wanted} and is "
+                f"{found}; fit the adapter again."
+            )
+        if not np.isfinite(tensors[name]).all():
+            raise UserError(f"{path}: {name} holds values that are not finite; fit it again.")
+    for branch, ratio in RATIOS.items():
+        value = tensors.get(f"{branch}/ratio/value")
+        if value is not None and value != np.float32(info.setting[ratio]):
+            raise UserError(
+                f"{path} does not fit {INFO_FILE}: {ratio} is {value} in one and "
+                f"{info.setting[ratio]} in the other; fit the adapter again."
+            )

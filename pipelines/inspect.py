@@ -1,0 +1,169 @@
+"""`inspect`: what is in a cache or an adapter, on one screen."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, NoReturn
+
+import h5py
+import numpy as np
+import tyro
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.console.command import run_command
+from clip_adapter.pipelines.adapter_file import ARRAYS_FILE, INFO_FILE, SavedAdapter, load_adapter
+from clip_adapter.pipelines.adapter_layout import RATIOS
+from clip_adapter.pipelines.plain_text import printable
+
+FIRST_CLASSES = 5
+FIRST_TEMPLATES = 2
+LONGEST_VALUE = 160
+
+Facts = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Say what is in a feature cache or a fitted adapter, on one screen."""
+
+    file: tyro.conf.Positional[Path]
+    """Feature cache, run folder, adapter.json or adapter.safetensors."""
+
+
+def inspect(config: InspectConfig) -> Facts:
+    """(name, value) pairs that describe the file, in reading order.
+
+    Of a cache no features are read, whatever its size. Raises UserError for a file that is missing
+    or neither a cache nor an adapter, or that `FeatureCache` or `load_adapter` refuses.
+    """
+    path = config.file
+    if not path.exists():
+        raise UserError(f"{path} does not exist; name a feature cache or a run folder.")
+    if path.is_dir() or path.name in (INFO_FILE, ARRAYS_FILE):
+        return _adapter_facts(path, load_adapter(path))
+    if not h5py.is_hdf5(path):
+        raise UserError(
+            f"{path} is neither a feature cache nor an adapter (a run folder, {INFO_FILE} or "
+            f"{ARRAYS_FILE}), or it is damaged."
+        )
+    with FeatureCache(path) as cache:
+        return _cache_facts(cache)
+
+
+def _cache_facts(cache: FeatureCache) -> Facts:
+    with h5py.File(cache.path, "r") as file:
+        stated = dict(file.attrs)
+        dtype = file["text/features"].dtype
+    facts = [
+        ("file", f"{cache.path}, {_size(cache.path.stat().st_size)}"),
+        ("what", f"feature cache, format version {stated['format_version']}"),
+        ("made by", f"{stated.get('writer', 'unknown')}, {stated.get('created_at', 'undated')}"),
+        ("content", f"SHA-256 {stated.get('content_sha256', 'not stated')}"),
+    ]
+    facts += [(f"images/{split}", _split_words(cache, split)) for split in cache.splits]
+    facts += [
+        ("text", f"{len(cache.class_names)} classes × {len(cache.templates)} templates, {dtype}"),
+        *_origin_facts(cache.class_names, cache.templates, cache.backbone, cache.preprocess),
+        ("data set", _words(cache.dataset)),
+        ("logits", _logit_words(cache.logit_scale, cache.logit_bias)),
+    ]
+    return facts
+
+
+def _split_words(cache: FeatureCache, split: str) -> str:
+    views, rows, dim = cache.shape(split)
+    counts = np.bincount(cache.labels(split), minlength=len(cache.class_names))
+    each = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()}–{counts.max()}"
+    views_words = f", {views} views" if views > 1 else ""
+    return f"{rows} images, {each} per class, width {dim}{views_words}"
+
+
+def _adapter_facts(path: Path, adapter: SavedAdapter) -> Facts:
+    folder = path if path.is_dir() else path.parent
+    info = adapter.info
+    size = sum((folder / name).stat().st_size for name in (INFO_FILE, ARRAYS_FILE))
+    numbers = sum(array.size for array in adapter.arrays.values())
+    return [
+        ("file", f"{folder}, {_size(size)}"),
+        ("what", f"adapter of {info.method}, {numbers} fitted numbers"),
+        ("setting", _words(info.setting) or "none"),
+        *_ratio_facts(adapter),
+        ("fitted", _words(info.fitted)),
+        *_origin_facts(info.class_names, info.templates, info.backbone, info.preprocess),
+        ("data set", _words(info.dataset)),
+        ("cache", f"content SHA-256 {info.cache_sha256}"),
+        ("logits", _logit_words(info.logit_scale, info.logit_bias)),
+    ]
+
+
+def _ratio_facts(adapter: SavedAdapter) -> Facts:
+    """The value of a learned ratio, which the setting does not say."""
+    return [
+        (f"learned {ratio}", f"{1 / (1 + np.exp(-float(adapter.arrays[name]))):.3f}")
+        for branch, ratio in RATIOS.items()
+        if adapter.info.setting.get(ratio) == "learned"
+        and (name := f"{branch}/ratio/logit") in adapter.arrays
+    ]
+
+
+def _origin_facts(
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    backbone: Mapping[str, Any],
+    preprocess: Mapping[str, Any],
+) -> Facts:
+    return [
+        ("classes", _first(class_names, FIRST_CLASSES)),
+        ("templates", _first(templates, FIRST_TEMPLATES)),
+        ("backbone", _words(backbone)),
+        ("preprocess", _words(preprocess)),
+    ]
+
+
+def _first(values: Sequence[str], count: int) -> str:
+    """The first few values and how many there are."""
+    shown = ", ".join(_shortened(value) for value in values[:count])
+    return f"{len(values)}: {shown}{', …' if len(values) > count else ''}"
+
+
+def _words(document: Mapping[str, Any]) -> str:
+    """A JSON object in words: `name value, name value`, nested names joined with a point."""
+    return ", ".join(f"{name} {value}" for name, value in _flat(document))
+
+
+def _flat(document: Mapping[str, Any], prefix: str = "") -> Facts:
+    nested = (
+        _flat(value, f"{prefix}{name}.")
+        if isinstance(value, dict)
+        else [(prefix + name, _shortened(str(value)))]
+        for name, value in document.items()
+        if value is not None
+    )
+    return list(chain.from_iterable(nested))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 1] + "…"
+
+
+def _logit_words(scale: float, bias: float) -> str:
+    return f"scale {scale:g}" + (f", bias {bias:g}" if bias else "")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+
+
+def print_facts(config: InspectConfig) -> None:
+    """Run `inspect` and print what it finds."""
+    facts = inspect(config)
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        print(f"{name:{width}}  {printable(value)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The command `clip-adapter inspect`."""
+    run_command(InspectConfig, print_facts, "inspect", arguments)

@@ -1,0 +1,199 @@
+"""`predict`: classify image files with a fitted adapter."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from stat import S_ISDIR
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+import tyro
+from PIL import Image, UnidentifiedImageError
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.console.command import EXIT_PARTIAL, run_command
+from clip_adapter.console.progress import Advance, progress
+from clip_adapter.extract.datasets.image_files import images_below, unreadable
+from clip_adapter.pipelines.plain_text import printable
+from clip_adapter.pipelines.prediction_formats import FORMATS, Prediction
+
+if TYPE_CHECKING:
+    import torch
+
+    from clip_adapter.pipelines.adapted_clip import AdaptedClip
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Classify image files with a fitted adapter and the backbone it was fitted for.
+
+    A probability is a share of the softmax over the adapter's classes, for models with a logit bias
+    (SigLIP) too: an adapter is fitted to tell its classes apart, and that is what softmax says. The
+    sigmoid of such a model's own head would say whether one caption fits one image.
+    """
+
+    paths: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files, and folders to search for them."""
+    adapter: Path
+    """Run folder that `fit` wrote, or one of the adapter's two files."""
+    pretrained: str | None = None
+    """Where the backbone's weights lie now, if they were given as a local file or folder."""
+    top: int = 3
+    """How many classes to name for each image."""
+    format: Literal["table", "csv", "json"] = "table"
+    """json: one array with an object per image."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    workers: int = os.cpu_count() or 1
+    """Threads that decode images."""
+    device: str = "auto"
+    """PyTorch device; auto takes a GPU where there is one."""
+
+
+class Predictions:
+    """Iterable over one Prediction per path, in their order.
+
+    They are computed batch by batch, anew for each iteration: memory does not grow with their
+    number.
+    """
+
+    def __init__(self, model: "AdaptedClip", paths: Sequence[Path], config: PredictConfig) -> None:
+        self.paths = paths
+        self.class_names = model.class_names
+        self._model = model
+        self._config = config
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[Prediction]:
+        """Images are decoded in threads, up to two batches ahead of the model."""
+        size = self._config.batch_size
+        paths = iter(self.paths)
+        with ThreadPoolExecutor(self._config.workers) as pool:
+            ahead = [pool.submit(self._decode, path) for path in islice(paths, 3 * size)]
+            while ahead:
+                batch = [future.result() for future in ahead[:size]]
+                ahead = ahead[size:] + [pool.submit(self._decode, p) for p in islice(paths, size)]
+                yield from self._classify(batch)
+
+    def _decode(self, path: Path) -> "tuple[Path, torch.Tensor | str]":
+        """The preprocessed image, or why there is none."""
+        try:
+            with Image.open(path) as image:
+                return path, self._model.preprocess(image)
+        except UnidentifiedImageError:
+            return path, "not an image file that Pillow knows"
+        # Pillow's decoders raise nearly anything on damaged data (struct.error, SyntaxError …).
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            return path, reason
+
+    def _classify(self, batch: "Sequence[tuple[Path, torch.Tensor | str]]") -> Iterator[Prediction]:
+        images = [image for _, image in batch if not isinstance(image, str)]
+        tops = iter(self._tops(images) if images else [])
+        for path, image in batch:
+            if isinstance(image, str):
+                yield Prediction(path, unreadable=image)
+            else:
+                yield Prediction(path, next(tops))
+
+    def _tops(self, images: "Sequence[torch.Tensor]") -> "list[tuple[tuple[str, float], ...]]":
+        import torch
+
+        device = next(self._model.parameters()).device
+        with torch.inference_mode():
+            logits = self._model(torch.stack(list(images)).to(device))
+            count = min(self._config.top, len(self.class_names))
+            probabilities, classes = logits.double().softmax(dim=1).topk(count)
+        return [
+            tuple((self.class_names[c], p) for c, p in zip(*row, strict=True))
+            for row in zip(classes.tolist(), probabilities.tolist(), strict=True)
+        ]
+
+
+def predict(config: PredictConfig) -> Predictions:
+    """Load the adapter and its backbone, find the images, and return what classifies them.
+
+    Raises UserError for a path that does not exist, when there is no image at all, for numbers
+    below one, and where adapter and backbone cannot be had or do not belong together. An image that
+    cannot be read is no error: its Prediction says so.
+    """
+    if min(config.top, config.batch_size, config.workers) < 1:
+        raise UserError("--top, --batch-size and --workers must be at least 1.")
+    paths = image_files(config.paths)
+
+    from clip_adapter.pipelines.adapted_clip import AdaptedClip
+
+    device = _device(config.device)
+    model = AdaptedClip.from_run(config.adapter, device=device, pretrained=config.pretrained)
+    return Predictions(model, paths, config)
+
+
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """The files among `paths` and the image files below the folders among them, in their order.
+
+    Raises UserError for a path that does not exist or cannot be read, and if nothing is found.
+    """
+    found: list[Path] = []
+    for path in paths:
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            raise unreadable(path, error) from error
+        found += [path / inner for inner in images_below(path)] if S_ISDIR(mode) else [path]
+    if not found:
+        places = ", ".join(map(str, paths)) or "nothing"
+        raise UserError(f"There is no image file in {places}; name image files or their folder.")
+    return found
+
+
+def _device(name: str) -> "torch.device":
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} is not available: {str(error).splitlines()[0]}") from None
+
+
+def print_predictions(config: PredictConfig) -> int:
+    """Run `predict`, print what it finds as it comes, and return the exit code."""
+    predictions = predict(config)
+    unreadable_count = 0
+    out = sys.stdout  # bound here, because a progress bar on standard error takes sys.stdout over
+    # Where the rows appear on a terminal, they show the progress themselves.
+    bar = nullcontext(_no_advance) if out.isatty() else progress("predict", len(predictions))
+
+    def readable(advance: Advance) -> Iterator[Prediction]:
+        nonlocal unreadable_count
+        for prediction in predictions:
+            if prediction.unreadable is None:
+                yield prediction
+            else:
+                unreadable_count += 1
+                name = printable(str(prediction.path))
+                print(f"{name} skipped: {prediction.unreadable}", file=sys.stderr)
+            advance(1, "")
+
+    with bar as advance:
+        FORMATS[config.format](out, predictions, readable(advance))
+    if unreadable_count:
+        total = len(predictions)
+        print(f"predict: {unreadable_count} of {total} images cannot be read", file=sys.stderr)
+    return EXIT_PARTIAL if unreadable_count else 0
+
+
+def _no_advance(count: int, note: str) -> None:
+    """Progress that nobody sees."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The command `clip-adapter predict`."""
+    run_command(PredictConfig, print_predictions, "predict", arguments)

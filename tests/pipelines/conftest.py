@@ -1,0 +1,159 @@
+"""Adapters of every method and variant, fitted on real digits through the embedded backbone."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from clip_adapter.adapters.classifier import classifier_weights
+from clip_adapter.adapters.clip_adapter import Branch
+from clip_adapter.adapters.engine import Engine
+from clip_adapter.adapters.method import Arrays, Grid, Setting
+from clip_adapter.adapters.methods import METHODS
+from clip_adapter.adapters.training import Schedule, Task
+from clip_adapter.extract.backbone import Backbone, load_backbone
+from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter
+from clip_adapter.pipelines.jax_setup import set_up_jax
+
+CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+TEMPLATES = ["a photo of the digit {}.", "the digit {}"]
+SUPPORT = 40
+# What a scikit-learn estimator draws from random_state=1.
+SEED = np.random.RandomState(1).randint(2**31 - 1)
+
+KINDS = ("fixed", "learned", "hypernet")
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Digit images through glyph-clip. images: (N, 3, 32, 32), preprocessed. features: (N, D)."""
+
+    pictures: list[Image.Image]
+    labels: np.ndarray
+    images: torch.Tensor
+    features: np.ndarray
+    text_features: np.ndarray
+    weights: np.ndarray
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kept_programs() -> None:
+    """Compiled programs are kept between runs of the tests, as the commands keep them."""
+    set_up_jax()
+
+
+@pytest.fixture(scope="session")
+def glyph_clip() -> Backbone:
+    return load_backbone("glyph-clip")
+
+
+@pytest.fixture(scope="session")
+def digits(glyph_clip: Backbone) -> Digits:
+    bunch = load_digits()
+    pixels = np.rint(bunch.images[:120] / 16 * 255).astype(np.uint8)
+    pictures = [Image.fromarray(image) for image in pixels]
+    images = torch.stack([glyph_clip.preprocess(picture) for picture in pictures])
+    prompts = [template.format(name) for name in CLASS_NAMES for template in TEMPLATES]
+    with torch.inference_mode():
+        features = glyph_clip.model.encode_image(images).numpy()
+        text = glyph_clip.model.encode_text(glyph_clip.tokenizer(prompts)).numpy()
+    text = text.reshape(len(CLASS_NAMES), len(TEMPLATES), -1)
+    weights = np.asarray(classifier_weights(jnp.asarray(text)))
+    return Digits(pictures, bunch.target[:120], images, features, text, weights)
+
+
+@pytest.fixture(scope="session")
+def saved_adapters(glyph_clip: Backbone, digits: Digits) -> Mapping[str, SavedAdapter]:
+    """Every method, branch and kind of ratio, by name: `zero-shot`, `image-fixed` ….
+
+    An adapter of one branch is that half of the one fitted with both.
+    """
+    task = Task(
+        features=jnp.asarray(digits.features[None, :SUPPORT]),
+        labels=jnp.asarray(digits.labels[:SUPPORT], jnp.int32),
+        validation_features=jnp.zeros((0, digits.features.shape[1])),
+        validation_labels=jnp.zeros(0, jnp.int32),
+        weights=jnp.asarray(digits.weights),
+        logit_scale=jnp.float32(glyph_clip.logit_scale),
+        logit_bias=jnp.float32(0.5),
+        seed=jnp.int32(SEED),
+    )
+    engine = Engine()
+
+    def fitted(method: str, setting: Setting) -> Arrays:
+        return METHODS[method].fit(setting, None, task, engine)
+
+    def adapter(method: str, setting: Setting, arrays: Arrays) -> SavedAdapter:
+        info = AdapterInfo(
+            method=method,
+            setting=setting,
+            class_names=CLASS_NAMES,
+            templates=TEMPLATES,
+            logit_scale=glyph_clip.logit_scale,
+            logit_bias=0.5,
+            backbone=json.loads(json.dumps(glyph_clip.identity)),
+            preprocess=json.loads(json.dumps(glyph_clip.preprocess_config)),
+            dataset={"name": "digits"},
+            cache_sha256=hashlib.sha256(b"a cache").hexdigest(),
+            fitted={"shots": 4, "seed": SEED, "select": "none", "epoch": None},
+        )
+        return SavedAdapter(info, arrays, digits.weights)
+
+    def setting(branch: Branch, kind: str) -> Setting:
+        grid = Grid(
+            branch=branch,
+            alpha=(0.6 if kind == "fixed" else kind,),
+            beta=(0.3 if kind == "fixed" else kind,),
+            schedule=Schedule(epochs=10, batch_size=16, evaluate_every=10),
+        )
+        return METHODS["clip-adapter"].single(grid)
+
+    adapters = {}
+    for method in ("zero-shot", "linear-probe"):
+        chosen = METHODS[method].single(Grid())
+        adapters[method] = adapter(method, chosen, fitted(method, chosen))
+    for kind in KINDS:
+        both = fitted("clip-adapter", setting("both", kind))
+        adapters[f"both-{kind}"] = adapter("clip-adapter", setting("both", kind), both)
+        for branch in ("image", "text"):
+            half = {name: array for name, array in both.items() if name.startswith(branch)}
+            chosen = setting(branch, kind)
+            adapters[f"{branch}-{kind}"] = adapter("clip-adapter", chosen, half)
+    return adapters
+
+
+@pytest.fixture(scope="session")
+def flax_logits() -> Callable[[SavedAdapter, np.ndarray], np.ndarray]:
+    """adapter, features (N, D) → the logits (N, C) of the training side."""
+
+    def logits(adapter: SavedAdapter, features: np.ndarray) -> np.ndarray:
+        info = adapter.info
+        return METHODS[info.method].logits(
+            info.setting,
+            adapter.arrays,
+            features,
+            adapter.weights,
+            info.logit_scale,
+            info.logit_bias,
+        )
+
+    return logits
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path, digits: Digits) -> Path:
+    """Image files of the first digits, some in a sub-folder: <tmp>/images/00.png …, more/10.png."""
+    folder = tmp_path / "images"
+    (folder / "more").mkdir(parents=True)
+    for index, picture in enumerate(digits.pictures[:12]):
+        place = folder / "more" if index >= 10 else folder
+        picture.save(place / f"{index:02}.png")
+    return folder

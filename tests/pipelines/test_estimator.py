@@ -1,0 +1,171 @@
+"""ClipAdapterClassifier keeps scikit-learn's contract and trains what the engine trains."""
+
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import softmax
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils.estimator_checks import check_estimator
+
+from clip_adapter.adapters.classifier import cosine_logits
+from clip_adapter.pipelines.adapter_file import SavedAdapter
+from clip_adapter.pipelines.estimator import ClipAdapterClassifier
+
+# What scikit-learn skips by itself where its optional companions are not there.
+SKIPPED_BY_SCIKIT_LEARN = {
+    "check_array_api_input",  # needs SCIPY_ARRAY_API in the environment
+    "check_classifier_data_not_an_array",  # needs pandas
+}
+
+
+def test_scikit_learns_estimator_checks() -> None:
+    """All of them, none excepted; without text features, as the checks make up their classes."""
+    results = check_estimator(ClipAdapterClassifier(), on_skip=None, on_fail=None)
+    failed = {r["check_name"]: r["exception"] for r in results if r["status"] == "failed"}
+    assert failed == {}
+    skipped = {r["check_name"] for r in results if r["status"] == "skipped"}
+    assert skipped <= SKIPPED_BY_SCIKIT_LEARN
+    assert sum(r["status"] == "passed" for r in results) > 45
+
+
+@pytest.fixture
+def X(digits: Any) -> np.ndarray:
+    return digits.features[:40]
+
+
+@pytest.fixture
+def y(digits: Any) -> np.ndarray:
+    return digits.labels[:40]
+
+
+def quick(digits: Any, **changes: Any) -> ClipAdapterClassifier:
+    """A classifier with the schedule of the saved adapters, so that programs are shared."""
+    parameters = {
+        "text_features": digits.text_features,
+        "epochs": 10,
+        "batch_size": 16,
+        "alpha": 0.6,
+        "random_state": 1,
+    }
+    return ClipAdapterClassifier(**(parameters | changes))
+
+
+def test_alpha_zero_is_zero_shot_exactly(digits: Any, X: np.ndarray, y: np.ndarray) -> None:
+    model = quick(digits, alpha=0.0, logit_scale=20.0, logit_bias=3.0).fit(X, y)
+    logits = cosine_logits(jnp.asarray(digits.features), jnp.asarray(digits.weights), 20.0, 3.0)
+    expected = softmax(np.asarray(logits, np.float64), axis=1)
+    np.testing.assert_allclose(model.predict_proba(digits.features), expected, atol=1e-6)
+    assert np.array_equal(model.predict(digits.features), np.asarray(logits).argmax(axis=1))
+
+
+def test_fitting_beats_zero_shot_on_images_not_seen(
+    digits: Any, X: np.ndarray, y: np.ndarray
+) -> None:
+    new_X, new_y = digits.features[40:], digits.labels[40:]
+    zero_shot = quick(digits, alpha=0.0).fit(X, y).score(new_X, new_y)
+    assert quick(digits, learning_rate=0.01).fit(X, y).score(new_X, new_y) > zero_shot + 0.05
+
+
+def test_without_text_the_class_means_are_adapted(
+    digits: Any, X: np.ndarray, y: np.ndarray
+) -> None:
+    model = quick(digits, text_features=None, alpha=0.0).fit(X, y)
+    unit = X / np.linalg.norm(X, axis=1, keepdims=True)
+    means = np.stack([unit[y == label].mean(axis=0) for label in range(10)])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    assert np.array_equal(model.predict(X), (unit @ means.T).argmax(axis=1))
+
+
+def test_text_rows_follow_the_classes_they_are_named_for(
+    digits: Any, X: np.ndarray, y: np.ndarray
+) -> None:
+    names = np.array(["nought", "one", "two", "three", "four", "five", "six", "7", "8", "9"])
+    plain = quick(digits).fit(X, y)
+    order = np.random.default_rng(0).permutation(10)
+    named = quick(digits, text_features=digits.text_features[order], classes=names[order].tolist())
+    named.fit(X, names[y])
+    assert named.classes_.tolist() == sorted(names)
+    # The order of classes changes only the order of sums.
+    assert np.mean(named.predict(X) == names[plain.predict(X)]) > 0.97
+    seven = named.weights_[named.classes_.tolist().index("7")]
+    np.testing.assert_allclose(seven, digits.weights[7], atol=1e-6)
+
+
+def test_classes_without_images_can_be_predicted(digits: Any, X: np.ndarray, y: np.ndarray) -> None:
+    seen = y < 5
+    model = quick(digits, classes=range(10)).fit(X[seen], y[seen])
+    assert set(range(5, 10)) & set(model.predict(X[~seen]).tolist())
+    assert model.predict_proba(X).shape == (40, 10)
+
+
+def test_one_template_needs_no_axis(digits: Any, X: np.ndarray, y: np.ndarray) -> None:
+    flat = quick(digits, text_features=7 * digits.weights).fit(X, y)
+    np.testing.assert_allclose(flat.weights_, digits.weights, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["both-fixed", "both-hypernet"])
+def test_it_trains_what_the_engine_trains(
+    digits: Any, X: np.ndarray, y: np.ndarray, saved_adapters: Mapping[str, SavedAdapter], name: str
+) -> None:
+    info, arrays = saved_adapters[name].info, saved_adapters[name].arrays
+    setting = {key: value for key, value in info.setting.items() if key != "evaluate_every"}
+    scale = {"logit_scale": info.logit_scale, "logit_bias": info.logit_bias}
+    model = quick(digits, **setting, **scale).fit(X, y)
+    assert model.arrays_.keys() == arrays.keys()
+    assert all(np.array_equal(model.arrays_[key], array) for key, array in arrays.items())
+
+
+def test_pipeline_grid_search_clone_and_pickle(digits: Any, X: np.ndarray, y: np.ndarray) -> None:
+    pipeline = make_pipeline(FunctionTransformer(), quick(digits))
+    name = "clipadapterclassifier__alpha"
+    search = GridSearchCV(pipeline, {name: [0.0, 0.6]}, cv=StratifiedKFold(2), error_score="raise")
+    search.fit(X, y)
+    assert search.best_params_[name] in (0.0, 0.6)
+    assert len(set(search.cv_results_["mean_test_score"])) == 2
+    model = search.best_estimator_[-1]
+    assert clone(model).get_params()["alpha"] == search.best_params_[name]
+    with pytest.raises(NotFittedError):
+        clone(model).predict(X)
+    again = pickle.loads(pickle.dumps(model))
+    assert np.array_equal(again.predict_proba(X), model.predict_proba(X))
+
+
+def test_random_state_decides(digits: Any, X: np.ndarray, y: np.ndarray) -> None:
+    one, same, other = (quick(digits, random_state=s).fit(X, y) for s in (1, 1, 2))
+    assert np.array_equal(one.predict_proba(X), same.predict_proba(X))
+    assert not np.array_equal(one.predict_proba(X), other.predict_proba(X))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"alpha": 1.5}, r"alpha is 1.5, not a number in \[0, 1\]"),
+        ({"alpha": "guessed"}, "alpha is 'guessed'"),
+        ({"branch": "audio"}, "branch is 'audio'"),
+        ({"branch": "both", "beta": -0.1}, "beta is -0.1"),
+        ({"reduction": 0}, "reduction is 0"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"optimizer": "adam"}, "optimizer is 'adam'"),
+        ({"text_features": np.ones((10, 64))}, r"text_features has the shape \(10, 64\)"),
+        ({"text_features": np.ones((9, 128))}, "10 classes and 128 features"),
+        ({"text_features": np.full((10, 128), np.nan)}, "NaN"),
+        ({"classes": range(1, 11)}, r"y holds labels that are not among classes: \[0\]"),
+        ({"classes": [0, 0, *range(2, 10)]}, "names a label twice"),
+        ({"classes": range(10), "text_features": None}, "give those too"),
+        ({"learning_rate": 1e30}, "diverged"),
+    ],
+)
+def test_bad_parameters_are_named(
+    digits: Any, X: np.ndarray, y: np.ndarray, changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        quick(digits, **changes).fit(X, y)

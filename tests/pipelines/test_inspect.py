@@ -1,0 +1,170 @@
+"""`clip-adapter inspect` on caches and adapters."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.pipelines.adapter_file import SavedAdapter, save_adapter
+from clip_adapter.pipelines.inspect import InspectConfig, inspect, main
+
+CLASSES = 1000
+TEMPLATES = [f"photo {n} of a {{}}" for n in range(80)]
+
+
+@pytest.fixture(scope="module")
+def cache_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with as many classes and templates as ImageNet's."""
+    path = tmp_path_factory.mktemp("cache") / "features.h5"
+    rng = np.random.default_rng(0)
+    names = [f"class {n}" for n in range(CLASSES)]
+    names[3] = "evil\x1b[2J\nclass"
+    with CacheWriter(path, {"dataset": "made up"}, views=2) as writer:
+        writer.append_text(rng.normal(size=(CLASSES, len(TEMPLATES), 4)).astype(np.float32), names)
+        for split, each, views in (("train", 2, 2), ("test", 1, 1)):
+            labels = np.repeat(np.arange(CLASSES), each)
+            labels = labels[:-1] if split == "train" else labels
+            features = rng.normal(size=(len(labels), views, 4)).astype(np.float32)
+            ids = [f"{split}/{n}.jpg" for n in range(len(labels))]
+            writer.append_images(split, features, labels, ids)
+        writer.finish(
+            templates=TEMPLATES,
+            backbone={"name": "RN50", "pretrained": "openai", "weights_sha256": "ab" * 32},
+            preprocess={"size": 224},
+            dataset={"name": "made-up", "splits": {"test": "the first half"}},
+            logit_scale=100.0,
+            logit_bias=-12.5,
+        )
+    return path
+
+
+def facts(path: Path) -> dict[str, str]:
+    return dict(inspect(InspectConfig(path)))
+
+
+def test_a_cache_in_words(cache_path: Path) -> None:
+    found = facts(cache_path)
+    assert found["images/train"] == "1999 images, 1–2 per class, width 4, 2 views"
+    assert found["images/test"] == "1000 images, 1 per class, width 4"
+    assert "images/val" not in found
+    assert found["text"] == "1000 classes × 80 templates, float32"
+    assert found["classes"].startswith("1000: class 0, class 1, class 2, ")
+    assert found["templates"] == "80: photo 0 of a {}, photo 1 of a {}, …"
+    assert found["backbone"] == f"name RN50, pretrained openai, weights_sha256 {'ab' * 32}"
+    assert found["data set"] == "name made-up, splits.test the first half"
+    assert found["logits"] == "scale 100, bias -12.5"
+    assert "clip-adapter" in found["made by"]
+    with FeatureCache(cache_path) as cache:
+        assert cache.content_sha256 in found["content"]
+
+
+def test_no_features_are_read(cache_path: Path, tmp_path: Path) -> None:
+    """The checksums of damaged features would tell."""
+    damaged = tmp_path / "features.h5"
+    content = bytearray(cache_path.read_bytes())
+    with h5py.File(cache_path) as file:
+        for path in ("images/train/features", "images/test/features", "text/features"):
+            content[file[path].id.get_chunk_info(0).byte_offset] ^= 1
+    damaged.write_bytes(content)
+    with FeatureCache(damaged) as cache:
+        with pytest.raises(UserError, match="damaged"):
+            cache.images("train")
+        with pytest.raises(UserError, match="damaged"):
+            cache.text_features()
+    same = [name for name in facts(cache_path) if name != "file"]
+    assert [facts(damaged)[name] for name in same] == [facts(cache_path)[name] for name in same]
+
+
+def test_a_cache_of_another_writer_is_not_hashed(cache_path: Path, tmp_path: Path) -> None:
+    """Without a stated hash, stating one would need the features."""
+    path = tmp_path / "features.h5"
+    path.write_bytes(cache_path.read_bytes())
+    with h5py.File(path, "r+") as file:
+        for name in ("content_sha256", "writer", "created_at", "arguments"):
+            del file.attrs[name]
+    assert facts(path)["content"] == "SHA-256 not stated"
+    assert facts(path)["made by"] == "unknown, undated"
+
+
+@pytest.mark.parametrize("name", ["both-fixed", "image-learned", "text-hypernet", "linear-probe"])
+def test_an_adapter_in_words(
+    tmp_path: Path, saved_adapters: Mapping[str, SavedAdapter], name: str
+) -> None:
+    adapter = saved_adapters[name]
+    save_adapter(tmp_path, adapter)
+    found = facts(tmp_path)
+    assert found == facts(tmp_path / "adapter.json") == facts(tmp_path / "adapter.safetensors")
+    numbers = sum(array.size for array in adapter.arrays.values())
+    assert found["what"] == f"adapter of {adapter.info.method}, {numbers} fitted numbers"
+    for key, value in adapter.info.setting.items():
+        assert f"{key} {value}" in found["setting"]
+    assert found["fitted"] == f"shots 4, seed {adapter.info.fitted['seed']}, select none"
+    assert found["classes"] == "10: zero, one, two, three, four, …"
+    assert adapter.info.backbone["weights_sha256"] in found["backbone"]
+    assert adapter.info.cache_sha256 in found["cache"]
+    if name == "image-learned":
+        logit = float(adapter.arrays["image/ratio/logit"])
+        assert float(found["learned alpha"]) == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-3)
+    else:
+        assert not any(key.startswith("learned") for key in found)
+
+
+def test_it_fits_on_one_screen(
+    cache_path: Path,
+    tmp_path: Path,
+    saved_adapters: Mapping[str, SavedAdapter],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    adapter = saved_adapters["both-learned"]
+    long = dataclasses.replace(adapter.info, dataset={"notes": "x" * 10_000}, templates=TEMPLATES)
+    save_adapter(tmp_path, dataclasses.replace(adapter, info=long))
+    for path in (cache_path, tmp_path):
+        with pytest.raises(SystemExit) as ended:
+            main([str(path)])
+        assert ended.value.code == 0
+        printed = capsys.readouterr().out
+        screen_lines = sum(-(-len(line) // 80) for line in printed.splitlines())
+        assert 10 < screen_lines <= 40
+        assert "\x1b" not in printed
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda path, cache: None, "does not exist"),
+        (lambda path, cache: path.mkdir(), "no adapter at"),
+        (lambda path, cache: path.write_text("hello"), "neither a feature cache nor an adapter"),
+        (lambda path, cache: path.write_bytes(cache[: len(cache) // 2]), "cannot be read as HDF5"),
+        (lambda path, cache: h5py.File(path, "w").close(), "not a CLIP feature cache"),
+    ],
+)
+def test_what_is_neither_is_refused(
+    tmp_path: Path,
+    cache_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    make: object,
+    sentence: str,
+) -> None:
+    assert callable(make)
+    make(tmp_path / "thing", cache_path.read_bytes())
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path / "thing")])
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out) == (2, "")
+    assert sentence in printed.err
+
+
+def test_a_changed_adapter_is_refused(
+    tmp_path: Path, saved_adapters: Mapping[str, SavedAdapter]
+) -> None:
+    save_adapter(tmp_path, saved_adapters["image-fixed"])
+    text = (tmp_path / "adapter.json").read_text()
+    (tmp_path / "adapter.json").write_text(text.replace('"alpha": 0.6', '"alpha": 0.2'))
+    with pytest.raises(UserError, match="changed after it was written"):
+        facts(tmp_path)
