@@ -74,11 +74,11 @@ class FitConfig:
     """Run folder of an interrupted `fit` to go on with; takes its arguments from there."""
 
     def arguments(self) -> dict[str, Any]:
-        """What decides the results, as JSON."""
+        """What decides the results, as JSON; the values of alpha are spelled out."""
         values = asdict(self)
         for name in ("out", "resume"):
             del values[name]
-        return values | {"cache": str(self.cache)}
+        return values | {"cache": str(self.cache), "alpha": list(self.grid().alpha)}
 
     def grid(self) -> "Grid":
         """The grid that the arguments and the preset describe.

@@ -83,9 +83,7 @@ def _difference(arguments: dict[str, Any], runs: Sequence[tuple[dict[str, Any], 
         for name in arguments
         if name not in ignored and any(other[name] != arguments[name] for other, _ in runs)
     ]
-    # Where no alpha was given, `fit` selects it.
-    values = arguments | ({"alpha": [0.2, 0.8]} if arguments["alpha"] is None else {})
-    return "".join(f" {name} {_words(values[name])}" for name in differing)
+    return "".join(f" {name} {_words(arguments[name])}" for name in differing)
 
 
 def _words(value: Any) -> str:
