@@ -9,11 +9,13 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.backbone import Backbone, load_backbone
+from clip_adapter.extract.images import read_rgb
 from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter, load_adapter
 from clip_adapter.pipelines.adapter_layout import branches
 
@@ -31,7 +33,6 @@ class AdaptedClip(nn.Module):
     `.to(device)`, `state_dict` and `torch.export` work as for any other.
 
     class_names: C strings, the columns of the logits.
-    preprocess: PIL image → (3, H, W) float32, what the images have to go through.
     """
 
     def __init__(self, backbone: Backbone, adapter: SavedAdapter) -> None:
@@ -40,7 +41,7 @@ class AdaptedClip(nn.Module):
         _check_same(backbone, adapter.info)
         self.clip = backbone.model
         self.head = make_head(adapter)
-        self.preprocess = backbone.preprocess
+        self._transform = backbone.preprocess
         self.class_names = tuple(adapter.info.class_names)
         self.requires_grad_(False).eval()
 
@@ -62,6 +63,13 @@ class AdaptedClip(nn.Module):
         """
         adapter = load_adapter(Path(run))
         return cls(_recorded_backbone(adapter.info, pretrained), adapter).to(device)
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """What the encoder takes, (3, H, W) float32 on the CPU, of a picture of any mode.
+
+        Raises BadImage for one that `extract` would not take either.
+        """
+        return self._transform(read_rgb(image.copy))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (B, C) of preprocessed images (B, 3, H, W)."""

@@ -19,59 +19,66 @@ MethodName = Literal["zero-shot", "linear-probe", "clip-adapter"]
 class FitConfig:
     """Fit a classifier on a feature cache, select on validation, test the selected one once.
 
-    Several values for a hyper-parameter make a grid. Defaults in brackets are those of `--preset
-    default` and `--preset paper`.
+    Several values for a hyper-parameter make a grid. Where nothing is given for one, the preset
+    decides; its values stand in square brackets.
+
+    Attributes:
+        cache: Feature cache that `extract` wrote.
+        out: Run folder; by default a new one under runs/.
+        method: What to fit.
+        baselines: Methods to run on the same tasks for comparison; none after the option leaves
+            them out.
+        branch: Where the adapter sits.
+        alpha: Residual ratio of the image adapter in [0, 1]; `learned` trains one, `hypernet`
+            predicts one for each image. [0.2 0.4 0.6 0.8; paper or --select none: 0.2]
+        beta: Residual ratio of the text adapter, in the same forms; `hypernet` predicts one for
+            each class.
+        alpha_init: Where a learned or predicted alpha starts.
+        beta_init: Where a learned or predicted beta starts.
+        reduction: Bottleneck: the hidden width is D / reduction.
+        lr: Peak learning rate. [0.001; paper: 0.002]
+        weight_decay: Weight decay. [0.01, decoupled; paper: 0.0005, L2]
+        epochs: Passes over the support set.
+        batch_size: Images per step at most. [256; paper: 32]
+        evaluate_every: Epochs between evaluations on the validation set.
+        preset: How to train; `paper` does as the official implementation: SGD with momentum, a
+            cosine schedule and one constant warm-up epoch.
+        shots: Labelled images per class; `all` takes the whole train split.
+        seeds: Seeds of the few-shot draws and of training.
+        select: Validation data that choose setting and epoch: min(shots, 4) images per class as
+            in CoOp, the whole split, cross-validation on the support set, or none, which takes
+            one setting and its last epoch.
+        train_classes: Classes to fit on; `base` takes the first half and tests on both halves.
+        search: How far to train settings; `halving` gives each a tenth of the epochs and lets
+            the best third go on, twice.
+        layout: How settings share a device: one after another, as auto does on a CPU, or side by
+            side.
+        resume: Run folder of an interrupted `fit` to go on with; takes its arguments from there.
     """
 
     cache: Path = Path("features.h5")
-    """Feature cache that `extract` wrote."""
     out: Path | None = None
-    """Run folder; by default a new one under runs/."""
     method: MethodName = "clip-adapter"
-    """What to fit."""
     baselines: tuple[MethodName, ...] = ("zero-shot", "linear-probe")
-    """Methods to run on the same tasks for comparison; give none to leave them out."""
     branch: Literal["image", "text", "both"] = "image"
-    """Where the adapter sits."""
-    alpha: tuple[Ratio, ...] | None = None
-    """Residual ratio of the image adapter, in [0, 1]; or `learned`, or `hypernet` (predicted for
-    each image). [0.2 0.4 0.6 0.8; paper: 0.2]"""
+    alpha: tuple[Ratio, ...] = ()
     beta: tuple[Ratio, ...] = (0.2,)
-    """Residual ratio of the text adapter, in the same forms (`hypernet`: for each class)."""
     alpha_init: float = 0.5
-    """Where a learned or predicted alpha starts."""
     beta_init: float = 0.5
-    """Where a learned or predicted beta starts."""
     reduction: tuple[int, ...] = (4,)
-    """Bottleneck: the hidden width is D / reduction."""
-    lr: tuple[float, ...] | None = None
-    """Peak learning rate. [0.001; paper: 0.002]"""
-    weight_decay: tuple[float, ...] | None = None
-    """Weight decay. [0.01, decoupled; paper: 0.0005, L2]"""
-    epochs: int | None = None
-    """Passes over the support set. [200]"""
+    lr: tuple[float, ...] = ()
+    weight_decay: tuple[float, ...] = ()
+    epochs: int = 200
     batch_size: int | None = None
-    """Images per step at most. [256; paper: 32]"""
     evaluate_every: int = 5
-    """Epochs between evaluations on the validation set."""
     preset: Literal["default", "paper"] = "default"
-    """`paper` trains as the official implementation does: SGD with momentum, a cosine schedule and
-    one constant warm-up epoch."""
     shots: tuple[int | Literal["all"], ...] = (16,)
-    """Labelled images per class; `all` takes the whole train split."""
     seeds: tuple[int, ...] = (1,)
-    """Seeds of the few-shot draws and of training."""
     select: Literal["few-shot-val", "full-val", "cv", "none"] = "few-shot-val"
-    """Validation data that choose setting and epoch: min(shots, 4) per class as in CoOp, the whole
-    split, cross-validation on the support set, or none (one setting, its last epoch)."""
     train_classes: Literal["all", "base"] = "all"
-    """`base` fits on the first half of the classes and tests on both halves."""
     search: Literal["full", "halving"] = "full"
-    """`halving` gives every setting a tenth of the epochs and lets the best third go on, twice."""
     layout: Literal["auto", "sequential", "vectorised"] = "auto"
-    """How settings share a device: one after another (auto on a CPU) or side by side."""
     resume: Path | None = None
-    """Run folder of an interrupted `fit` to go on with; takes its arguments from there."""
 
     def arguments(self) -> dict[str, Any]:
         """What decides the results, as JSON; the values of alpha are spelled out."""
@@ -92,9 +99,10 @@ class FitConfig:
         alpha = self.alpha or ((0.2,) if paper or self.select == "none" else Grid.alpha)
         rates = self.lr or ((0.002,) if paper else Grid.learning_rate)
         decays = self.weight_decay or ((5e-4,) if paper else Grid.weight_decay)
+        batch_size = 32 if paper else Schedule.batch_size
         schedule = Schedule(
-            epochs=_given(self.epochs, Schedule.epochs),
-            batch_size=_given(self.batch_size, 32 if paper else Schedule.batch_size),
+            epochs=self.epochs,
+            batch_size=batch_size if self.batch_size is None else self.batch_size,
             evaluate_every=self.evaluate_every,
             optimizer="sgd" if paper else "adamw",
             warmup="constant" if paper else "linear",
@@ -198,7 +206,7 @@ def _check(config: FitConfig) -> None:
     if min(config.seeds) < 0:
         raise UserError("--seeds must not be negative.")
     for name in ("shots", "seeds", "alpha", "beta", "reduction", "lr", "weight_decay"):
-        values = getattr(config, name) or ()
+        values = getattr(config, name)
         if len(set(values)) < len(values):
             raise UserError(f"--{name.replace('_', '-')} names a value twice.")
 
@@ -213,10 +221,6 @@ def _check_positive(name: str, values: Sequence[float]) -> None:
     for value in values:
         if not 0 < value < float("inf"):
             raise UserError(f"{name} {value} must be a positive number.")
-
-
-def _given(value: int | None, default: int) -> int:
-    return default if value is None else value
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

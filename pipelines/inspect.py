@@ -137,7 +137,7 @@ def _flat(document: Mapping[str, Any], prefix: str = "") -> Facts:
     nested = (
         _flat(value, f"{prefix}{name}.")
         if isinstance(value, dict)
-        else [(prefix + name, _shortened(str(value)))]
+        else [(prefix + name, f"{value:.6g}" if type(value) is float else _shortened(str(value)))]
         for name, value in document.items()
         if value is not None
     )

@@ -6,18 +6,20 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from stat import S_ISDIR
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 import tyro
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.console.command import EXIT_PARTIAL, run_command
 from clip_adapter.console.progress import Advance, progress
 from clip_adapter.extract.datasets.image_files import images_below, unreadable
+from clip_adapter.extract.images import BadImage, read_rgb
 from clip_adapter.pipelines.plain_text import printable
 from clip_adapter.pipelines.prediction_formats import FORMATS, Prediction
 
@@ -32,8 +34,8 @@ class PredictConfig:
     """Classify image files with a fitted adapter and the backbone it was fitted for.
 
     A probability is a share of the softmax over the adapter's classes, for models with a logit bias
-    (SigLIP) too: an adapter is fitted to tell its classes apart, and that is what softmax says. The
-    sigmoid of such a model's own head would say whether one caption fits one image.
+    (SigLIP) too: an adapter is fitted to tell its classes apart, and that is what softmax says;
+    the sigmoid of such a model's own head would say whether one caption fits one image.
     """
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
@@ -84,14 +86,11 @@ class Predictions:
     def _decode(self, path: Path) -> "tuple[Path, torch.Tensor | str]":
         """The preprocessed image, or why there is none."""
         try:
-            with Image.open(path) as image:
-                return path, self._model.preprocess(image)
-        except UnidentifiedImageError:
-            return path, "not an image file that Pillow knows"
-        # Pillow's decoders raise nearly anything on damaged data (struct.error, SyntaxError …).
-        except Exception as error:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            return path, reason
+            return path, self._model.preprocess(read_rgb(partial(Image.open, path)))
+        except BadImage as error:
+            return path, str(error)
+        except OSError as error:
+            return path, error.strerror or str(error)
 
     def _classify(self, batch: "Sequence[tuple[Path, torch.Tensor | str]]") -> Iterator[Prediction]:
         images = [image for _, image in batch if not isinstance(image, str)]
@@ -127,9 +126,10 @@ def predict(config: PredictConfig) -> Predictions:
         raise UserError("--top, --batch-size and --workers must be at least 1.")
     paths = image_files(config.paths)
 
+    from clip_adapter.extract.device import find_device
     from clip_adapter.pipelines.adapted_clip import AdaptedClip
 
-    device = _device(config.device)
+    device = find_device(config.device)
     model = AdaptedClip.from_run(config.adapter, device=device, pretrained=config.pretrained)
     return Predictions(model, paths, config)
 
@@ -150,17 +150,6 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
         places = ", ".join(map(str, paths)) or "nothing"
         raise UserError(f"There is no image file in {places}; name image files or their folder.")
     return found
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} is not available: {str(error).splitlines()[0]}") from None
 
 
 def print_predictions(config: PredictConfig) -> int:

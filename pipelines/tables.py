@@ -46,8 +46,9 @@ def print_run(
 def _accuracy_table(config: "FitConfig", summary: Sequence[Row]) -> Table:
     """Test accuracy by number of shots and method."""
     seeds = ", ".join(map(str, config.seeds))
-    spread = "mean ± standard deviation over" if len(config.seeds) > 1 else ""
-    table = Table(title=f"test accuracy (%), {spread} seed {seeds}", box=SIMPLE_HEAD)
+    several = len(config.seeds) > 1
+    over = f"mean ± standard deviation over seeds {seeds}" if several else f"seed {seeds}"
+    table = Table(title=f"test accuracy (%), {over}", box=SIMPLE_HEAD)
     methods = list(dict.fromkeys(row["method"] for row in summary))
     kinds = {"test_accuracy": ""}
     if config.train_classes == "base":

@@ -1,0 +1,190 @@
+"""Time fitting against PyTorch: python benchmarks/fit.py --help
+
+Both sides run in one process, alternating, on the same arrays and the same work: as many settings,
+steps and evaluations. A figure is the median of the rounds, with the smallest and the largest
+behind it; a ratio above 1 means that ours is faster.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import torch
+from idle import machine, require_idle
+from synthetic import LOGIT_SCALE, SyntheticTask, synthetic_task
+from torch_opponents import Setting, Tensors, Work, train_eager, train_ensemble
+
+from clip_adapter.adapters.clip_adapter_method import ClipAdapterMethod
+from clip_adapter.adapters.engine import Engine
+from clip_adapter.adapters.method import Evaluation, Grid, Search
+from clip_adapter.adapters.training import Schedule, Task
+from clip_adapter.pipelines.jax_setup import set_up_jax
+
+DIM, CLASSES, SHOTS, REDUCTION = 1024, 64, 16, 4
+GRID = {
+    "alpha": (0.2, 0.4, 0.6, 0.8),
+    "learning_rate": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
+    "weight_decay": (0.0, 1e-2, 1e-1),
+}
+Side = Callable[[], object]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    works = {"one": one_fit, "grid": grid, "process": whole_process}
+    parser.add_argument("work", nargs="*", choices=[*works, []], help="by default all")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each comparison")
+    parser.add_argument("--epochs", type=int, default=20, help="epochs of every run")
+    arguments = parser.parse_args()
+    require_idle()
+    set_up_jax()
+    print(machine(), f"| JAX on {jax.devices()[0].device_kind}", f"| {torch_device()} in PyTorch\n")
+    peak = gemm_peak()
+    print(f"matrix product, best of JAX and PyTorch: {peak / 1e9:.0f} GFLOP/s")
+    for name in arguments.work or works:
+        works[name](arguments.rounds, arguments.epochs, peak)
+    require_idle()
+
+
+def one_fit(rounds: int, epochs: int, peak: float) -> None:
+    task = synthetic_task(DIM, CLASSES, SHOTS, 4)
+    for batch_size in (256, 32):
+        work = Work(epochs, batch_size)
+        setting = Setting(0.6, 1e-3, 1e-2)
+        tensors = Tensors(task, torch_device())
+        sides = {"ours": ours(task, work, [setting])}
+        sides |= opponents(tensors, [setting], work)
+        print(f"\none fit, batch {batch_size}, {epochs} epochs of {len(task.labels)} images")
+        medians = alternate(sides, rounds)
+        steps = epochs * len(task.labels) // batch_size
+        flops = 10 * batch_size * DIM * (DIM // REDUCTION) * steps
+        print(f"  ours reaches {flops / medians['ours'] / peak:.0%} of the matrix product's rate")
+
+
+def grid(rounds: int, epochs: int, peak: float) -> None:
+    task = synthetic_task(DIM, CLASSES, SHOTS, 4)
+    work = Work(epochs, 256)
+    settings = [Setting(*values) for values in product(*GRID.values())]
+    tensors = Tensors(task, torch_device())
+    full, halving = ours(task, work, settings), ours(task, work, settings, halving=True)
+    print(f"\na grid of {len(settings)}, batch 256, {epochs} epochs")
+    sides = {"ours": full, "ours, halving": halving} | opponents(tensors, settings, work)
+    if torch.cuda.is_available() or len(settings) * DIM <= 2**17:
+        sides["torch.func ensemble"] = lambda: train_ensemble(tensors, settings, work)
+    alternate(sides, rounds)
+    chosen, best = (max(e.accuracy for e in side() if e.epochs_run == epochs) for side in (halving, full))
+    print(f"  validation accuracy of the chosen setting: {chosen:.4f} halving, {best:.4f} full")
+
+
+def whole_process(rounds: int, epochs: int, peak: float) -> None:
+    """`fit` on the embedded cache against a minimal PyTorch script, imports included."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "features.h5"
+        commands = Path(sys.executable).parent
+        subprocess.run([commands / "extract", "--out", cache], check=True, capture_output=True)
+        script = Path(__file__).parent / "minimal_torch_fit.py"
+        count = iter(range(10**6))
+
+        def fit() -> None:
+            options = ["--alpha", "0.6", "--baselines", "--out", Path(folder) / str(next(count))]
+            command = [commands / "fit", "--cache", cache, *options]
+            subprocess.run(command, check=True, capture_output=True)
+
+        def minimal() -> None:
+            subprocess.run([sys.executable, script, cache], check=True, capture_output=True)
+
+        print("\nfit as a whole process on the embedded cache, 200 epochs, 16 shots")
+        alternate({"ours": fit, "minimal PyTorch script": minimal}, rounds)
+
+
+def ours(
+    task: SyntheticTask, work: Work, settings: list[Setting], *, halving: bool = False
+) -> Callable[[], list[Evaluation]]:
+    arrays = Task(
+        features=jnp.asarray(task.features[None]),
+        labels=jnp.asarray(task.labels),
+        validation_features=jnp.asarray(task.validation_features),
+        validation_labels=jnp.asarray(task.validation_labels),
+        weights=jnp.asarray(task.weights),
+        logit_scale=jnp.float32(LOGIT_SCALE),
+        logit_bias=jnp.float32(0),
+        seed=jnp.int32(0),
+    )
+    columns = {
+        name: tuple(dict.fromkeys(getattr(s, name) for s in settings)) for name in GRID
+    }
+    schedule = Schedule(work.epochs, work.batch_size, work.evaluate_every)
+    searched = Grid(**columns, schedule=schedule, halving=halving)  # type: ignore[arg-type]
+    engine = Engine()
+    method = ClipAdapterMethod()
+    return lambda: list(method.search(Search(searched, [arrays]), engine))
+
+
+def opponents(tensors: Tensors, settings: list[Setting], work: Work) -> dict[str, Side]:
+    """Eager with as many threads as cores and, on a CPU, with one; and torch.compile."""
+    cores = torch.get_num_threads()
+
+    def run(threads: int, compiled: bool) -> Side:
+        def side() -> None:
+            torch.set_num_threads(threads)
+            for setting in settings:
+                train_eager(tensors, setting, work, compiled=compiled)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            torch.set_num_threads(cores)
+
+        return side
+
+    sides = {"PyTorch eager": run(cores, False), "PyTorch compiled": run(cores, True)}
+    if not torch.cuda.is_available():
+        sides["PyTorch eager, 1 thread"] = run(1, False)
+    return sides
+
+
+def alternate(sides: dict[str, Side], rounds: int) -> dict[str, float]:
+    """Run the sides in turn, print medians, spreads and ratios; the first call is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for side in sides.values():
+        side()
+    for _ in range(rounds):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            times[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, values in times.items():
+        spread = f"({min(values):.3f} … {max(values):.3f})"
+        ratio = medians[name] / medians["ours"]
+        print(f"  {name:26} {medians[name]:8.3f} s {spread:22} {ratio:6.2f}")
+    return medians
+
+
+def gemm_peak() -> float:
+    """FLOP/s of a 1024³ product in float32, the better of the two libraries."""
+    size, best = 1024, float("inf")
+    a, b = jnp.ones((2, size, size)), torch.ones(2, size, size, device=torch_device())
+    product_of = jax.jit(lambda x: x[0] @ x[1])
+    for side in (lambda: product_of(a).block_until_ready(), lambda: (b[0] @ b[1]).sum().item()):
+        side()
+        for _ in range(20):
+            started = time.perf_counter()
+            side()
+            best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def torch_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+if __name__ == "__main__":
+    main()

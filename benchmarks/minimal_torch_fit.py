@@ -1,0 +1,71 @@
+"""What `fit --alpha 0.6 --baselines` does, as a short PyTorch script: the opponent in fit.py."""
+
+import random
+import sys
+
+import h5py
+import torch
+from torch.nn.functional import cross_entropy, normalize
+from torch_opponents import adapter, rate_factor
+
+SHOTS, EPOCHS, BATCH, EVERY, ALPHA = 16, 200, 256, 5, 0.6
+
+
+def draw(labels: torch.Tensor, shots: int, rng: random.Random) -> list[int]:
+    groups: dict[int, list[int]] = {}
+    for row, label in enumerate(labels.tolist()):
+        groups.setdefault(label, []).append(row)
+    return [row for rows in groups.values() for row in rng.sample(rows, shots)]
+
+
+def main() -> None:
+    with h5py.File(sys.argv[1]) as file:
+        splits = {
+            name: (
+                torch.from_numpy(file[f"images/{name}/features"][0]),
+                torch.from_numpy(file[f"images/{name}/labels"][...]).long(),
+            )
+            for name in ("train", "val", "test")
+        }
+        text = torch.from_numpy(file["text/features"][...])
+        scale = float(file.attrs["logit_scale"])
+    weights = normalize(normalize(text, dim=-1).mean(1), dim=-1)
+    rng = random.Random(1)
+    support = draw(splits["train"][1], SHOTS, rng)
+    chosen = draw(splits["val"][1], 4, rng)
+    features, labels = (part[support] for part in splits["train"])
+    val_features, val_labels = (part[chosen] for part in splits["val"])
+    torch.manual_seed(1)
+    model = adapter(features.shape[1])
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-2, fused=True)
+    total = EPOCHS * -(-len(labels) // BATCH)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, total))
+
+    def logits(rows: torch.Tensor) -> torch.Tensor:
+        return scale * normalize(ALPHA * model(rows) + (1 - ALPHA) * rows, dim=-1) @ weights.T
+
+    best, kept = -1.0, {}
+    for epoch in range(EPOCHS):
+        for rows in torch.randperm(len(labels)).split(BATCH):
+            loss = cross_entropy(logits(features[rows]), labels[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        if (epoch + 1) % EVERY == 0:
+            with torch.inference_mode():
+                accuracy = (logits(val_features).argmax(1) == val_labels).float().mean().item()
+            if accuracy > best:
+                best = accuracy
+                kept = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(kept)
+    with torch.inference_mode():
+        test_features, test_labels = splits["test"]
+        accuracy = (logits(test_features).argmax(1) == test_labels).float().mean().item()
+        zero_shot = scale * normalize(test_features, dim=-1) @ weights.T
+        baseline = (zero_shot.argmax(1) == test_labels).float().mean().item()
+    print(f"zero-shot {baseline:.4f}, adapter {accuracy:.4f}")
+
+
+if __name__ == "__main__":
+    main()
