@@ -26,8 +26,8 @@ Ratio = float | Literal["learned", "hypernet"]
 class ClipAdapterClassifier(ClassifierMixin, BaseEstimator):
     """CLIP-Adapter (arXiv 2110.04544) as a scikit-learn classifier.
 
-    `fit` is the training of the command `fit` on all rows it is given, to the last epoch: choosing
-    hyper-parameters is left to GridSearchCV.
+    `fit` is the training of the command `fit`, with its defaults, on all rows it is given, to the
+    last epoch: choosing hyper-parameters is left to GridSearchCV.
 
     Parameters
     ----------
@@ -73,16 +73,16 @@ class ClipAdapterClassifier(ClassifierMixin, BaseEstimator):
         classes: Sequence[object] | None = None,
         branch: Literal["image", "text", "both"] = "image",
         alpha: Ratio = 0.2,
-        beta: Ratio = 0.2,
-        alpha_init: float = 0.5,
-        beta_init: float = 0.5,
-        reduction: int = 4,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 1e-2,
-        epochs: int = 100,
-        batch_size: int = 256,
-        optimizer: Literal["adamw", "sgd"] = "adamw",
-        warmup: Literal["linear", "constant"] = "linear",
+        beta: Ratio = Grid.beta[0],
+        alpha_init: float = Grid.alpha_init,
+        beta_init: float = Grid.beta_init,
+        reduction: int = Grid.reduction[0],
+        learning_rate: float = Grid.learning_rate[0],
+        weight_decay: float = Grid.weight_decay[0],
+        epochs: int = Schedule.epochs,
+        batch_size: int = Schedule.batch_size,
+        optimizer: Literal["adamw", "sgd"] = Schedule.optimizer,
+        warmup: Literal["linear", "constant"] = Schedule.warmup,
         logit_scale: float = 100.0,
         logit_bias: float = 0.0,
         random_state: int | np.random.RandomState | None = None,

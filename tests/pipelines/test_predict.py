@@ -87,6 +87,18 @@ def test_order_and_results_do_not_depend_on_batches(
         np.testing.assert_allclose([p for _, p in part.top], [p for _, p in one.top], atol=1e-4)
 
 
+def test_images_are_decoded_as_extract_decodes_them(run: Path, tmp_path: Path, digits: Any) -> None:
+    """Transparent over white and 16 bits scaled to 8, where Pillow alone does neither."""
+    grey = np.asarray(digits.pictures[3])
+    Image.fromarray(grey).save(tmp_path / "1.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "2.png")
+    alpha = Image.fromarray(255 - grey)  # black ink, the paper white only beneath
+    Image.merge("LA", (Image.new("L", alpha.size), alpha)).save(tmp_path / "3.png")
+    found = list(predict(PredictConfig(tuple(sorted(tmp_path.glob("*.png"))), run)))
+    assert len(found) == 3
+    assert found[0].top == found[1].top == found[2].top
+
+
 def test_images_are_read_as_they_are_needed(run: Path, image_folder: Path) -> None:
     predictions = predict(PredictConfig((image_folder,), run, batch_size=1, workers=1))
     first, *others = iter_removing_last(predictions, image_folder / "more" / "11.png")
