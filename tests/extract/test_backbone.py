@@ -140,16 +140,13 @@ def save_as_openai_does(state: dict[str, torch.Tensor], path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated; the published files remain
-def test_a_program_as_openai_publishes_it_is_run_only_if_its_hash_is_published(
+def test_a_published_file_of_openai_loads_with_its_activation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = random_model("ViT-B-32", quick_gelu=True)
     trained.load_state_dict({k: v.half().float() for k, v in trained.state_dict().items()})
     path = tmp_path / "ViT-B-32.pt"
     save_as_openai_does(trained.state_dict(), path)
-    refused("ViT-B-32", str(path), r"ViT-B-32.pt is a TorchScript program .* none of those")
-    publish(monkeypatch, "openai", path, 8)
-    refused("ViT-B-32", str(path), r"ViT-B-32.pt is a TorchScript program .* none of those")
     publish(monkeypatch, "openai", path, 64)
     backbone = load_backbone("ViT-B-32", str(path))
     assert backbone.identity["quick_gelu"] is True
