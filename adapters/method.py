@@ -136,11 +136,15 @@ class Method(Protocol):
 def blockwise(
     function: Callable[[jax.Array], jax.Array], features: npt.ArrayLike
 ) -> npt.NDArray[np.float32]:
-    """function(features), (N, D) → (N, C), in blocks of always the same shape."""
+    """function(features), (N, D) → (N, C), in blocks of always the same shape.
+
+    In full float32, also where matrix products would be rounded to fewer bits by default (GPU).
+    """
     rows = np.asarray(features, np.float32)
     blocks = []
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK]
         filled = np.pad(block, ((0, BLOCK - len(block)), (0, 0)))
-        blocks.append(np.asarray(function(jnp.asarray(filled)))[: len(block)])
+        with jax.default_matmul_precision("float32"):
+            blocks.append(np.asarray(function(jnp.asarray(filled)))[: len(block)])
     return np.concatenate(blocks)
