@@ -22,7 +22,9 @@ from clip_adapter.adapters.method import Arrays, Evaluation, Grid, Search, Setti
 from clip_adapter.adapters.training import Task
 
 MAX_ITERATIONS = 1000
-GRADIENT_TOLERANCE = 1e-6
+# Of the objective below. Few-shot features are separable, and there the mean loss at the minimum
+# shrinks as C grows: 1e-6 ended 37 % above the minimum at C = 1e4, this ends within 0.01 %.
+GRADIENT_TOLERANCE = 1e-8
 STEPS_PER_DECADE = 8
 COARSE_EXPONENTS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 

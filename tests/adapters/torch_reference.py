@@ -1,0 +1,65 @@
+"""CLIP-Adapter written again from the paper's formulas, in float64 PyTorch.
+
+Parameters are a dict of tensors by the names that a saved adapter has: `image/bottleneck/down/
+kernel` (D, D/r), `image/bottleneck/up/kernel` (D/r, D), `image/ratio/value`, and so on.
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+Parameters = Mapping[str, torch.Tensor]
+
+
+def tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.tensor(np.asarray(array), dtype=torch.float64) for name, array in arrays.items()
+    }
+
+
+def normalised(x: torch.Tensor) -> torch.Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def ratio(parameters: Parameters, side: str, kind: str, x: torch.Tensor) -> torch.Tensor:
+    if kind == "fixed":
+        return parameters[f"{side}/ratio/value"]
+    logit = parameters[f"{side}/ratio/logit"]
+    if kind == "learned":
+        return torch.sigmoid(logit)
+    hidden = torch.relu(normalised(x) @ parameters[f"{side}/ratio/hidden/kernel"])
+    return torch.sigmoid(hidden @ parameters[f"{side}/ratio/direction"] + logit)
+
+
+def blended(parameters: Parameters, side: str, kind: str, x: torch.Tensor) -> torch.Tensor:
+    """ρ·A(x) + (1 − ρ)·x, A(x) = ReLU(ReLU(x W1) W2)."""
+    down = parameters[f"{side}/bottleneck/down/kernel"]
+    up = parameters[f"{side}/bottleneck/up/kernel"]
+    share = ratio(parameters, side, kind, x)
+    return share * torch.relu(torch.relu(x @ down) @ up) + (1 - share) * x
+
+
+def logits(
+    parameters: Parameters,
+    branch: str,
+    kind: str,
+    features: torch.Tensor,
+    weights: torch.Tensor,
+    scale: float,
+    bias: float,
+) -> torch.Tensor:
+    if branch != "text":
+        features = blended(parameters, "image", kind, features)
+    if branch != "image":
+        weights = blended(parameters, "text", kind, weights)
+    return scale * normalised(features) @ normalised(weights).T + bias
+
+
+def warmed_up_cosine(step: int, total: int) -> float:
+    """A rise over a tenth of the steps, at most 100, then half a cosine to zero."""
+    warm = min(100, total // 10)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
