@@ -57,7 +57,7 @@ class Runner:
         row |= {"select": self.rule, "tried": chosen.tried, "diverged": chosen.failed}
         if chosen.evaluation:
             row |= {
-                "epoch": chosen.epoch,
+                "epoch": chosen.epoch or None,
                 "val_accuracy": chosen.evaluation.accuracy,
                 "val_nll": chosen.evaluation.nll,
                 "within_one_standard_error": chosen.flat,

@@ -65,15 +65,25 @@ def _accuracy_table(config: "FitConfig", summary: Sequence[Row]) -> Table:
 
 
 def _choice_table(config: "FitConfig", selected: Sequence[Row]) -> Table:
-    """The settings that validation chose, task by task, and how flat the optimum is."""
+    """What validation chose, task by task, and how flat the optimum is.
+
+    Ratios and epochs always, other hyper-parameters where several values were tried.
+    """
     table = Table(title=f"chosen settings of {config.method}", box=SIMPLE_HEAD)
     rows = [row for row in selected if row["method"] == config.method]
-    names = [name for name in CHOICE_COLUMNS if any(row.get(name) is not None for row in rows)]
-    for heading in ("shots", "seed", *(CHOICE_COLUMNS[name] for name in names), "val %"):
+    tried = {"reduction": config.reduction, "learning_rate": config.lr}
+    tried |= {"weight_decay": config.weight_decay}
+    names = [
+        name
+        for name in CHOICE_COLUMNS
+        if any(row.get(name) is not None for row in rows) and len(tried.get(name, "ab")) > 1
+    ]
+    for heading in ("shots", "seed", *(CHOICE_COLUMNS[name] for name in names)):
         table.add_column(heading, justify="right")
+    table.add_column("val %", justify="right")
     table.add_column("within one SE", justify="right")
     for row in rows:
-        values = [_number(row.get(name)) for name in names]
+        values = [_value(row, name) for name in names]
         accuracy = f"{100 * row['val_accuracy']:.2f}" if "val_accuracy" in row else "–"
         table.add_row(str(row["shots"]), str(row["seed"]), *values, accuracy, _flatness(row))
     return table
@@ -89,11 +99,7 @@ def _flatness(row: Row) -> str:
 
 CHOICE_COLUMNS = {
     "alpha": "alpha",
-    "alpha_mean": "alpha mean",
-    "alpha_std": "± over images",
     "beta": "beta",
-    "beta_mean": "beta mean",
-    "beta_std": "± over classes",
     "reduction": "reduction",
     "learning_rate": "lr",
     "weight_decay": "decay",
@@ -102,9 +108,14 @@ CHOICE_COLUMNS = {
 }
 
 
-def _number(value: Any) -> str:
+def _value(row: Row, name: str) -> str:
+    """A chosen value; of a learned ratio its mean, and its deviation where it varies."""
+    value = row.get(name)
     if value is None:
         return "–"
+    if f"{name}_mean" in row:
+        varies = f" ± {row[f'{name}_std']:.3f}" if value == "hypernet" else ""
+        return f"{value} {row[f'{name}_mean']:.3f}{varies}"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
