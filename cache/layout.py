@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 
 FORMAT = "clip-feature-cache"
+PART_FORMAT = "clip-feature-cache-part"
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
 TEXT = "text"

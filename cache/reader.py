@@ -87,6 +87,10 @@ class FeatureCache:
             raise
 
     def _check(self) -> None:
+        if self._scalar("format") == layout.PART_FORMAT:
+            raise UserError(
+                f"{self.path} is one part of a cache; join the parts with `clip-adapter merge`."
+            )
         if self._scalar("format") != layout.FORMAT:
             raise UserError(
                 f"{self.path} is an HDF5 file but not a CLIP feature cache; `extract` makes one."

@@ -4,7 +4,9 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
@@ -21,6 +23,20 @@ from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.staging import StagedRows
 
 ARGUMENTS = "arguments.json"
+DIGESTS = "digests"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of a cache a file holds.
+
+    index: from 1 to `of`; the first one has the text features. rows: for each split of the data
+    set the first row of the part, the row behind its last, and how many rows the split has.
+    """
+
+    index: int
+    of: int
+    rows: Mapping[str, tuple[int, int, int]]
 
 
 class CacheWriter:
@@ -104,13 +120,15 @@ class CacheWriter:
         labels: npt.ArrayLike,
         ids: Sequence[str],
         skipped: Sequence[str] = (),
+        digests: npt.NDArray[np.uint64] | None = None,
     ) -> None:
         """Add a batch of images to a split.
 
         features: (B, V, D) float32 or float16, un-normalised; V is `views` for train, else 1.
         labels: (B,) integers. ids: B strings. skipped: ids of images that could not be read.
+        digests: (B,) hashes of the images' pixels, for all batches of a split or for none.
         Raises UserError for features that are not finite and ids that the file cannot hold, before
-        anything of the batch is staged.
+        anything of the batch is staged, and where the disk is full.
         """
         views = self._views if split == "train" else 1
         if features.shape[:2] != (len(ids), views) or np.shape(labels) != (len(ids),):
@@ -122,22 +140,67 @@ class CacheWriter:
             "ids": list(ids),
             "skipped": list(skipped),
         }
-        self._stage(split, features).append(features, record)
+        if digests is not None:
+            record[DIGESTS] = digests.tolist()
+        with self._writing():
+            self._stage(split, features).append(features, record)
 
-    def append_text(self, features: np.ndarray, class_names: Sequence[str]) -> None:
+    def append_text(
+        self,
+        features: np.ndarray,
+        class_names: Sequence[str],
+        prompts: Sequence[Sequence[str]] | None = None,
+    ) -> None:
         """Add the text features of some classes, (B, P, D), un-normalised.
 
+        prompts: (B, P) what was encoded, "" for rows that fill up a class with fewer prompts than
+            others (FORMAT.md says with what); for all classes or for none.
         Raises UserError as `append_images` does.
         """
         if len(features) != len(class_names):
             raise ValueError(f"text features of {len(features)} for {len(class_names)} classes")
         _check_strings(class_names)
         _check_features(features, class_names)
-        self._stage(layout.TEXT, features).append(features, {"class_names": list(class_names)})
+        record: dict[str, Any] = {"class_names": list(class_names)}
+        if prompts is not None:
+            for row in prompts:
+                _check_strings(row)
+            record["prompts"] = [list(row) for row in prompts]
+        with self._writing():
+            self._stage(layout.TEXT, features).append(features, record)
 
     def text_rows(self) -> int:
         """Classes whose text features are staged already."""
         return self._reopened(layout.TEXT).rows if self._has(layout.TEXT) else 0
+
+    def digests(self, split: str) -> npt.NDArray[np.uint64]:
+        """The digests of a split's images so far, (N,), empty where none were given."""
+        return np.fromiter(self._listed(split, DIGESTS), np.uint64)
+
+    def ids(self, split: str) -> Iterator[str]:
+        """The ids of a split's images so far, in order."""
+        return self._listed(split, "ids")
+
+    def _listed(self, split: str, key: str) -> Iterator[Any]:
+        if not self._has(split):
+            return iter(())
+        return (
+            value for record in self._reopened(split).records() for value in record.get(key, ())
+        )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns errors of the disk into a sentence."""
+        try:
+            yield
+        # HDF5 raises RuntimeError where it fails to write on closing.
+        except (OSError, RuntimeError) as error:
+            number = getattr(error, "errno", None)
+            reason = os.strerror(number) if number else " ".join(str(error).split())[:200]
+            raise UserError(
+                f"Cannot write {self.path}: {reason}; what is encoded is kept beside it, and the "
+                "same command goes on from there."
+            ) from error
 
     def _has(self, name: str) -> bool:
         return name in self._staged or (self._folder / f"{name}.shape").exists()
@@ -165,18 +228,41 @@ class CacheWriter:
         dataset: dict[str, Any],
         logit_scale: float,
         logit_bias: float,
+        part: Part | None = None,
     ) -> None:
         """Assemble the HDF5 file, give it its final name and remove the staging folder.
 
-        Raises UserError for a split without a readable image, and templates that the file cannot
-        hold.
+        part: make a part of a cache, for `merge_parts`. It may hold no image of a split.
+        Raises UserError for a split without a readable image, templates that the file cannot hold,
+        and a full disk.
         """
         _check_strings(templates)
-        if self._reopened(layout.TEXT).inner != len(templates):
+        if self._has(layout.TEXT) and self._reopened(layout.TEXT).inner != len(templates):
             raise ValueError(f"{len(templates)} templates, others than those of the text features")
         for split in layout.SPLITS:
-            if self._has(split) and not self._reopened(split).rows:
+            if part is None and self._has(split) and not self._reopened(split).rows:
                 raise UserError(f"The {split} split has no image that could be read.")
+        attributes = {
+            "format": layout.FORMAT if part is None else layout.PART_FORMAT,
+            "format_version": layout.FORMAT_VERSION,
+            "complete": True,
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "writer": f"clip-adapter {version('clip-adapter')}",
+            "backbone": json.dumps(backbone),
+            "preprocess": json.dumps(preprocess),
+            "dataset": json.dumps(dataset),
+            "logit_scale": float(logit_scale),
+            "logit_bias": float(logit_bias),
+            "arguments": json.dumps(self.arguments, sort_keys=True),
+        }
+        if part is not None:
+            attributes |= {"part": json.dumps(asdict(part)), "templates": json.dumps([*templates])}
+        with self._writing():
+            self._assemble(attributes, templates, part is None)
+            shutil.rmtree(self._folder)  # before the lock goes, so that nobody starts in there
+        self.close()
+
+    def _assemble(self, attributes: dict[str, Any], templates: Sequence[str], whole: bool) -> None:
         assembled = self._folder / "assembled.h5"
         # HDF5 1.10's file format, unlike the default of h5py, puts checksums on the metadata too:
         # one wrong byte there can turn a chunk into zeros or HDF5 into an endless loop.
@@ -184,26 +270,14 @@ class CacheWriter:
             for split in layout.SPLITS:
                 if self._has(split):
                     self._assemble_split(file, split)
-            self._assemble_text(file, templates)
-            file.attrs.update(
-                format=layout.FORMAT,
-                format_version=layout.FORMAT_VERSION,
-                complete=True,
-                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                writer=f"clip-adapter {version('clip-adapter')}",
-                backbone=json.dumps(backbone),
-                preprocess=json.dumps(preprocess),
-                dataset=json.dumps(dataset),
-                logit_scale=float(logit_scale),
-                logit_bias=float(logit_bias),
-                arguments=json.dumps(self.arguments, sort_keys=True),
-                content_sha256=layout.content_sha256(file),
-            )
-        with assembled.open("rb") as whole:
-            os.fsync(whole.fileno())
+            if self._has(layout.TEXT):
+                self._assemble_text(file, templates)
+            file.attrs.update(attributes)
+            if whole:
+                file.attrs["content_sha256"] = layout.content_sha256(file)
+        with assembled.open("rb") as finished:
+            os.fsync(finished.fileno())
         assembled.replace(self.path)
-        shutil.rmtree(self._folder)  # before the lock goes, so that nobody starts in there
-        self.close()
 
     def _assemble_split(self, file: h5py.File, split: str) -> None:
         staged = self._reopened(split)
@@ -213,20 +287,21 @@ class CacheWriter:
             "features",
             (staged.inner, staged.rows, staged.dim),
             staged.dtype,
+            maxshape=(staged.inner, staged.rows or None, staged.dim),
             chunks=(1, rows, staged.dim),
             fletcher32=True,
         )
         for start in range(0, staged.rows, rows):
             stop = min(start + rows, staged.rows)
             features[:, start:stop] = staged.read(start, stop).transpose(1, 0, 2)
-
-        def listed(key: str) -> Iterator[Any]:
-            return (value for record in staged.records() for value in record[key])
-
-        _write_list(group, "labels", listed("labels"), staged.rows, np.dtype(np.int32))
-        _write_strings(group, "ids", lambda: listed("ids"))
-        if any(True for _ in listed("skipped")):
-            _write_strings(group, "skipped", lambda: listed("skipped"))
+        labels = self._listed(split, "labels")
+        _write_list(group, "labels", labels, staged.rows, np.dtype(np.int32))
+        _write_strings(group, "ids", lambda: self._listed(split, "ids"))
+        if any(True for _ in self._listed(split, DIGESTS)):
+            digests = self._listed(split, DIGESTS)
+            _write_list(group, DIGESTS, digests, staged.rows, np.dtype(np.uint64))
+        if any(True for _ in self._listed(split, "skipped")):
+            _write_strings(group, "skipped", lambda: self._listed(split, "skipped"))
 
     def _assemble_text(self, file: h5py.File, templates: Sequence[str]) -> None:
         staged = self._reopened(layout.TEXT)
@@ -237,6 +312,9 @@ class CacheWriter:
         names = [name for record in staged.records() for name in record["class_names"]]
         _write_strings(group, "class_names", lambda: names)
         _write_strings(group, "templates", lambda: templates)
+        prompts = [row for record in staged.records() for row in record.get("prompts", ())]
+        if prompts:
+            _write_table(group, "prompts", prompts)
 
     def close(self) -> None:
         """Let go of the files; what is staged stays for the next run."""
@@ -289,12 +367,22 @@ def _write_strings(group: h5py.Group, name: str, strings: Callable[[], Iterable[
     _write_list(group, name, encoded, count, h5py.string_dtype("utf-8", length))
 
 
+def _write_table(group: h5py.Group, name: str, rows: Sequence[Sequence[str]]) -> None:
+    """Strings in two dimensions."""
+    encoded = [[string.encode() for string in row] for row in rows]
+    length = max(1, max(len(string) for row in encoded for string in row))
+    values = np.array(encoded, h5py.string_dtype("utf-8", length))
+    group.create_dataset(name, data=values, fletcher32=True, chunks=True)
+
+
 def _write_list(
     group: h5py.Group, name: str, values: Iterable[Any], count: int, dtype: np.dtype
 ) -> None:
     """A one-dimensional dataset, written a chunk at a time."""
     rows = layout.chunk_rows(count, dtype.itemsize)
-    dataset = group.create_dataset(name, (count,), dtype, chunks=(rows,), fletcher32=True)
+    dataset = group.create_dataset(
+        name, (count,), dtype, maxshape=(count or None,), chunks=(rows,), fletcher32=True
+    )
     remaining = iter(values)
     for start in range(0, count, rows):
         dataset[start : start + rows] = np.array(list(islice(remaining, rows)), dtype)

@@ -3,10 +3,12 @@
 import difflib
 import hashlib
 import json
+import logging
 import pickle
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,27 @@ from open_clip.transformer import QuickGELU
 from PIL import Image
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.extract.device import Precision
+from clip_adapter.extract.torchscript_archive import (
+    UnsafeArchive,
+    is_torchscript,
+    read_weights,
+)
 
 GLYPH_CLIP = "glyph-clip"
 GLYPH_CLIP_FOLDER = Path(__file__).parent / "glyph_clip"
 QUICKGELU = "-quickgelu"
 BPE_FILE = "bpe_merges.txt.gz"
 SCHEMAS = ("local-dir:", "hf-hub:")
+DTYPES: Mapping[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+# In OpenAI's archives beside the weights: numbers of the architecture, and the causal mask.
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+# How images were prepared in training, which is published with the tag and not in the weights.
+PREPARATION = ("mean", "std", "interpolation", "resize_mode")
 
 
 @dataclass(frozen=True)
@@ -34,6 +51,7 @@ class Backbone:
     tokenizer: list of strings → (B, context) int64.
     identity: what the cache records; two backbones with one `weights_sha256` give one answer.
     logit_scale: the multiplier itself. logit_bias: 0 for models without one.
+    dtype: what the model computes in and takes images as.
     """
 
     model: open_clip.CLIP | open_clip.CustomTextCLIP
@@ -43,42 +61,42 @@ class Backbone:
     preprocess_config: dict[str, Any]
     logit_scale: float
     logit_bias: float
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
 class _Recipe:
     """How open_clip is asked: architecture or schema, weights (tag or file), activation.
 
-    With a schema the model's own configuration holds weights and activation. `published`: the
-    weights are a file that open_clip lists with its whole SHA-256.
+    With a schema the model's own configuration holds weights and activation. `preparation`: the
+    preprocessing that belongs to weights from a file, as far as it is known.
     """
 
     model_name: str
     weights: str | None
     quick_gelu: bool
-    published: bool = False
+    preparation: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load_backbone(name: str, pretrained: str | None = None) -> Backbone:
-    """Load a backbone on the CPU in float32.
+def load_backbone(
+    name: str, pretrained: str | None = None, precision: Precision = "fp32"
+) -> Backbone:
+    """Load a backbone on the CPU.
 
     name: `glyph-clip`, an open_clip architecture, `local-dir:FOLDER` or `hf-hub:ORG/NAME`.
     pretrained: a tag of open_clip's or a local file or folder; by default `openai` where that
         exists. A tag fixes the activation: OpenAI's weights get QuickGELU, whatever the name says.
+        So do TorchScript archives, the form in which OpenAI published them; they are read without
+        being run.
+    precision: fp16 and bf16 as open_clip means them: weights of matrix products and convolutions
+        in that type, normalisation layers in float32. `weights_sha256` is the same in all three.
 
     Raises UserError for unknown names (with the near matches), unknown tags, and weights that
     cannot be had or do not fit.
     """
     recipe = _resolve(name, pretrained)
     try:
-        model = open_clip.create_model(
-            recipe.model_name,
-            pretrained=recipe.weights,
-            force_quick_gelu=recipe.quick_gelu,
-            require_pretrained=True,
-            # OpenAI's files are programs (TorchScript): run only those known by their hash.
-            weights_only=not recipe.published,
-        )
+        model = _create(recipe)
         tokenizer = _tokenizer(recipe.model_name)
     except Exception as error:  # a damaged file or folder makes open_clip raise almost anything
         raise UserError(_loading_failed(name, recipe, error)) from error
@@ -86,7 +104,7 @@ def load_backbone(name: str, pretrained: str | None = None) -> Backbone:
     config = dict(model.visual.preprocess_cfg)
     bias = getattr(model, "logit_bias", None)
     return Backbone(
-        model=model,
+        model=model if precision == "fp32" else _in_precision(model, recipe, precision),
         preprocess=image_transform_v2(PreprocessCfg(**config), is_train=False),
         tokenizer=tokenizer,
         identity={
@@ -101,7 +119,63 @@ def load_backbone(name: str, pretrained: str | None = None) -> Backbone:
         preprocess_config=config,
         logit_scale=model.logit_scale.exp().item(),
         logit_bias=0.0 if bias is None else bias.item(),
+        dtype=DTYPES[precision],
     )
+
+
+def _create(recipe: _Recipe) -> open_clip.CLIP | open_clip.CustomTextCLIP:
+    if recipe.weights is None or not is_torchscript(Path(recipe.weights)):
+        return open_clip.create_model(
+            recipe.model_name,
+            pretrained=recipe.weights,
+            force_quick_gelu=recipe.quick_gelu,
+            force_preprocess_cfg=dict(recipe.preparation),
+            require_pretrained=True,
+        )
+    model = _create_empty(recipe, "fp32")
+    weights = read_weights(Path(recipe.weights))
+    for key in [key for key in weights if key.rpartition(".")[2] in NO_WEIGHTS]:
+        del weights[key]
+    model.load_state_dict(weights)
+    return model
+
+
+def _in_precision(
+    model: open_clip.CLIP | open_clip.CustomTextCLIP, recipe: _Recipe, precision: Precision
+) -> open_clip.CLIP | open_clip.CustomTextCLIP:
+    """The model in another precision. Its layers differ from those of float32, so it is built
+    anew rather than converted."""
+    other = _create_empty(recipe, precision)
+    other.load_state_dict(model.state_dict())
+    return other.eval().requires_grad_(False)
+
+
+def _create_empty(recipe: _Recipe, precision: Precision) -> Any:
+    """The model without its weights, which the caller fills in."""
+    with _silent_open_clip():
+        return open_clip.create_model(
+            recipe.model_name,
+            load_weights=False,
+            pretrained_text=False,
+            precision=precision,
+            force_quick_gelu=recipe.quick_gelu,
+            force_preprocess_cfg=dict(recipe.preparation),
+        )
+
+
+@contextmanager
+def _silent_open_clip() -> Iterator[None]:
+    """Without its warning that a model has no weights."""
+    root = logging.getLogger()
+    root.addFilter(_is_error)
+    try:
+        yield
+    finally:
+        root.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def weights_sha256(state: Mapping[str, torch.Tensor]) -> str:
@@ -146,13 +220,26 @@ def _resolve(name: str, pretrained: str | None) -> _Recipe:
     if path.is_dir():
         return _Recipe(f"local-dir:{path}", None, quick_gelu=False)
     if path.is_file():
-        tag, published = _tag_of_file(architecture, tags, path)
-        quick_gelu = _tag_says_quick_gelu(architecture, tag) if tag else name.endswith(QUICKGELU)
-        return _Recipe(architecture, str(path), quick_gelu, published)
+        return _recipe_of_file(name, architecture, tags, path)
     raise UserError(
         f"--pretrained {pretrained!r} is neither a file nor a folder nor a tag of {name}; "
         f"its tags: {', '.join(tags) or 'none'}."
     )
+
+
+def _recipe_of_file(name: str, architecture: str, tags: list[str], path: Path) -> _Recipe:
+    """What is known about a file of weights: by its hash, by its form, by the architecture."""
+    tag = _tag_of_file(architecture, tags, path)
+    if tag is not None:
+        quick_gelu = _tag_says_quick_gelu(architecture, tag)
+    else:
+        quick_gelu = name.endswith(QUICKGELU) or is_torchscript(path)
+    published = [
+        {key: config[key] for key in PREPARATION if key in config}
+        for config in (_tag_config(architecture, t) for t in ([tag] if tag else tags))
+    ]
+    agreed = published[0] if published and all(p == published[0] for p in published) else {}
+    return _Recipe(architecture, str(path), quick_gelu, agreed)
 
 
 def _without_quickgelu(name: str) -> str:
@@ -161,26 +248,26 @@ def _without_quickgelu(name: str) -> str:
     return plain if open_clip.get_model_config(plain) is not None else name
 
 
-def _tag_says_quick_gelu(architecture: str, tag: str) -> bool:
-    config = get_pretrained_cfg(architecture, tag) or get_pretrained_cfg(
+def _tag_config(architecture: str, tag: str) -> dict[str, Any]:
+    return get_pretrained_cfg(architecture, tag) or get_pretrained_cfg(
         architecture + QUICKGELU, tag
     )
-    return bool(config.get("quick_gelu", False))
 
 
-def _tag_of_file(architecture: str, tags: list[str], path: Path) -> tuple[str | None, bool]:
-    """The tag whose published SHA-256 (or its first digits) is the file's, and whether the whole
-    hash is published."""
+def _tag_says_quick_gelu(architecture: str, tag: str) -> bool:
+    return bool(_tag_config(architecture, tag).get("quick_gelu", False))
+
+
+def _tag_of_file(architecture: str, tags: list[str], path: Path) -> str | None:
+    """The tag whose published SHA-256 (or its first digits) is the file's."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     for tag in tags:
-        config = get_pretrained_cfg(architecture, tag) or get_pretrained_cfg(
-            architecture + QUICKGELU, tag
-        )
-        published = re.findall(r"[0-9a-f]{8,64}(?=[/.])", config.get("url", ""))
+        url = _tag_config(architecture, tag).get("url", "")
+        published = re.findall(r"[0-9a-f]{8,64}(?=[/.])", url)
         if any(found.startswith(digits) for digits in published):
-            return tag, found in published
-    return None, False
+            return tag
+    return None
 
 
 def _tokenizer(model_name: str) -> Callable[[list[str]], torch.Tensor]:
@@ -211,11 +298,8 @@ def _loading_failed(name: str, recipe: _Recipe, error: Exception) -> str:
             f"{weights.name or name} is damaged or holds Python code beside the weights, which is "
             "not run; give a .safetensors file or a saved state dict."
         )
-    if "TorchScript" in str(error):
-        return (
-            f"{weights.name or name} is a TorchScript program and none of those that OpenAI "
-            f"published for {name}; give a .safetensors file or a saved state dict."
-        )
+    if isinstance(error, UnsafeArchive):
+        return f"{weights.name} is a TorchScript archive that cannot be used: {error}."
     if isinstance(error, RuntimeError | OSError | ValueError | ImportError):
         reason = " ".join(str(error).split())[:200]
     else:

@@ -2,21 +2,31 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.extract.prompts import read_descriptions, resolve_templates
+from clip_adapter.extract.shards import (
+    Launch,
+    Shard,
+    find_launch,
+    parse_shard,
+    part_path,
+    wait_for_all,
+)
 
 if TYPE_CHECKING:
-    from clip_adapter.cache.writer import CacheWriter
-    from clip_adapter.extract.backbone import Backbone
-    from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions
+    from clip_adapter.extract.datasets.source import SourceOptions
 
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """Encode a data set once with a frozen CLIP and write its features to one HDF5 file."""
+    """Encode a data set once with a frozen CLIP and write its features to one HDF5 file.
+
+    An interrupted run goes on where it stopped when the same command is given again.
+    """
 
     dataset: str = "digits"
     """Data set: digits (embedded), a name of the literature such as oxford_pets,
@@ -30,7 +40,15 @@ class ExtractConfig:
     out: Path = Path("features.h5")
     """Where the feature cache goes."""
     templates: tuple[str, ...] = ()
-    """Prompt templates with {} for the class name; by default the data set's own."""
+    """Prompt templates with {} for the class name, text files with one per line, or `ensemble` for
+    ImageNet's seven; by default the data set's own."""
+    descriptions: Path | None = None
+    """JSON file {class: [sentences]} of prompts for each class, in place of the data set's own
+    templates and beside those given with --templates."""
+    views: int = 0
+    """Augmented views (random crop and flip) to store of each training image, for fit --augment."""
+    augment_seed: int = 0
+    """Seed of these views."""
     data_dir: Path | None = None
     """Where TensorFlow Datasets keeps its data; by default its own folder."""
     data_root: Path | None = None
@@ -44,12 +62,23 @@ class ExtractConfig:
     """The same for test. [0.3]"""
     split_seed: int = 0
     """Seed of that division."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What to do about an image that cannot be decoded: stop, or leave it out and list it in the
+    cache."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """What the model computes in; auto is fp32 on a CPU, bf16 or fp16 on a GPU."""
+    compile: bool = False
+    """Compile the image encoder first, which takes from half a minute to some minutes and pays for
+    tens of thousands of images."""
     batch_size: int = 64
     """Images per forward pass."""
     workers: int = os.cpu_count() or 1
     """Threads that decode images."""
     device: str = "auto"
     """PyTorch device; auto takes a GPU where there is one."""
+    shard: str | None = None
+    """Encode only part I of N, written I/N (1/4 … 4/4); `clip-adapter merge` joins the parts. Under
+    torchrun every process takes its part by itself."""
     force: bool = False
     """Overwrite an existing cache or an interrupted run."""
 
@@ -66,128 +95,129 @@ class ExtractConfig:
         )
 
     def identity(self) -> dict[str, Any]:
-        """The arguments that decide what the cache holds, as JSON."""
+        """The arguments that decide what the cache holds, as JSON.
+
+        Raises UserError for files of prompts that cannot be used.
+        """
         return {
             "dataset": self.dataset,
             "backbone": self.backbone,
             "pretrained": self.pretrained,
-            "templates": list(self.templates),
+            "templates": list(resolve_templates(self.templates)),
+            "descriptions": self.descriptions and _sha256(read_descriptions(self.descriptions)),
+            "views": self.views,
+            "augment_seed": self.augment_seed,
             "data_root": None if self.data_root is None else str(self.data_root),
             "image_root": None if self.image_root is None else str(self.image_root),
             "val": self.val,
             "test": self.test,
             "split_seed": self.split_seed,
+            "precision": self.precision,
         }
 
 
 def extract(config: ExtractConfig) -> Path:
-    """Run `extract` and return the path of the cache.
+    """Run `extract` and return the path of the cache, or of the part that `shard` asks for.
 
     Raises UserError for bad input; see the messages.
     """
-    if _already_there(config):
+    _check(config)
+    launch = find_launch()
+    if launch is not None:
+        return _extract_together(config, launch)
+    shard = parse_shard(config.shard)
+    if _already_there(config, shard):
         print(f"{config.out} is complete and was made with these arguments: nothing to do.")
         return config.out
-    _check_numbers(config)
+    from clip_adapter.extract.job import run_job
 
-    from clip_adapter.cache.writer import CacheWriter
-    from clip_adapter.extract.datasets.registry import open_dataset
-    from clip_adapter.extract.prompts import check_templates
-
-    check_templates(config.templates)
-    dataset = open_dataset(config.dataset, config.source_options())
-    from clip_adapter.extract.backbone import load_backbone
-
-    backbone = load_backbone(config.backbone, config.pretrained)
-    with CacheWriter(config.out, config.identity(), views=1, restart=config.force) as writer:
-        _encode(config, dataset, backbone, writer)
-    size = config.out.stat().st_size / 2**20
-    images = ", ".join(f"{len(split.labels)} {name}" for name, split in dataset.splits.items())
-    print(f"{config.out}: {images} images, {len(dataset.class_names)} classes, {size:.1f} MiB")
+    print(run_job(config, shard))
     return config.out
 
 
-def _encode(
-    config: ExtractConfig, dataset: "ImageDataset", backbone: "Backbone", writer: "CacheWriter"
-) -> None:
-    import torch
+def _extract_together(config: ExtractConfig, launch: Launch) -> Path:
+    """This process's part, and in the first process the whole, as soon as all parts are there."""
+    if config.shard is not None:
+        raise UserError("Under torchrun each process takes its part by itself; leave out --shard.")
+    if _already_there(config, Shard()):
+        if launch.rank == 0:
+            print(f"{config.out} is complete and was made with these arguments: nothing to do.")
+        return config.out
+    from clip_adapter.extract.device import device_of_process
+    from clip_adapter.extract.job import run_job
+    from clip_adapter.extract.join import join_parts
 
-    from clip_adapter.console.progress import progress
-    from clip_adapter.extract.encode import encode_images, encode_text
-
-    device = _device(config.device)
-    backbone.model.to(device)
-    templates = config.templates or tuple(dataset.templates)
-    for class_name in dataset.class_names[writer.text_rows() :]:
-        writer.append_text(encode_text(backbone, class_name, templates, device), [class_name])
-    for name, split in dataset.splits.items():
-        done = writer.consumed(name)
-        with progress(f"encode {name}", len(split.labels), done) as advance:
-            batches = encode_images(
-                backbone,
-                split,
-                device,
-                start=done,
-                batch_size=config.batch_size,
-                workers=config.workers,
-            )
-            for features, rows in batches:
-                writer.append_images(name, features, split.labels[rows], split.ids[rows])
-                advance(len(features), "")
-    writer.finish(
-        templates=templates,
-        backbone=backbone.identity,
-        preprocess=backbone.preprocess_config,
-        dataset={
-            **dataset.provenance,
-            "splits": {name: split.origin for name, split in dataset.splits.items()},
-            "device": str(device),
-            "torch_version": torch.__version__,
-        },
-        logit_scale=backbone.logit_scale,
-        logit_bias=backbone.logit_bias,
-    )
+    out = part_path(config.out, launch.shard)
+    device = device_of_process(config.device, launch.local_rank)
+    own = replace(config, out=out, shard=None, device=device)
+    if not _already_there(own, launch.shard):
+        run_job(own, launch.shard, quiet=launch.rank > 0)
+    wait_for_all()
+    if launch.rank == 0:
+        parts = [
+            part_path(config.out, Shard(i + 1, launch.processes)) for i in range(launch.processes)
+        ]
+        print(join_parts(parts, config.out))
+        for part in parts:
+            part.unlink()
+    return config.out
 
 
-def _device(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} is not available: {str(error).splitlines()[0]}") from None
-
-
-def _check_numbers(config: ExtractConfig) -> None:
+def _check(config: ExtractConfig) -> None:
     if config.batch_size < 1 or config.workers < 1:
         raise UserError("--batch-size and --workers must be at least 1.")
+    if config.views < 0 or config.augment_seed < 0:
+        raise UserError("--views and --augment-seed must not be negative.")
 
 
-def _already_there(config: ExtractConfig) -> bool:
-    """Whether the cache exists with these arguments.
+def _already_there(config: ExtractConfig, shard: Shard) -> bool:
+    """Whether the file exists with these arguments.
 
     Raises UserError where something else stands in its place.
     """
     if not config.out.exists() or config.force:
         return False
-    from clip_adapter.cache.reader import FeatureCache
-
-    with FeatureCache(config.out) as cache:
-        earlier = ExtractConfig().identity() | cache.arguments
+    earlier = ExtractConfig().identity() | _arguments_of(config.out, shard)
     now = config.identity()
-    if earlier == now:
-        return True
+    if config.precision == "auto":  # whatever it was on the machine that made the file
+        now["precision"] = earlier["precision"]
     differing = sorted(key for key in now if earlier.get(key) != now[key])
+    if not differing:
+        return True
     raise UserError(
         f"{config.out} exists and was made with other arguments ({', '.join(differing)} differ); "
         "choose another --out, or --force to overwrite it."
     )
 
 
+def _arguments_of(path: Path, shard: Shard) -> dict[str, Any]:
+    if shard.of > 1:
+        from clip_adapter.cache.parts import part_of
+
+        arguments, part = part_of(path)
+        if (part.index, part.of) != (shard.index, shard.of):
+            raise UserError(
+                f"{path} is part {part.index} of {part.of} of a cache; choose another --out, or "
+                "--force to overwrite it."
+            )
+        return arguments
+    from clip_adapter.cache.reader import FeatureCache
+
+    with FeatureCache(path) as cache:
+        return cache.arguments
+
+
+def _sha256(value: Any) -> str:
+    import hashlib
+    import json
+
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script `extract`."""
     from clip_adapter.console.command import run_command
 
+    # PyTorch's threads would wait for each other spinning, on cores that the decoding threads need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     run_command(ExtractConfig, extract, "extract", arguments)

@@ -1,60 +1,148 @@
 """The encode loop: a frozen CLIP over images and prompts."""
 
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.backbone import Backbone
 from clip_adapter.extract.datasets.source import Split
-from clip_adapter.extract.prompts import prompts
+from clip_adapter.extract.decode import PixelBatch, Plan, Skipped, decode
+from clip_adapter.extract.preprocess import Preprocess
+from clip_adapter.extract.stopwatch import Stopwatch
 
 
-@torch.inference_mode()
-def encode_text(
-    backbone: Backbone, class_name: str, templates: Sequence[str], device: torch.device
-) -> np.ndarray:
-    """Text features of one class, (1, P, D) float32, un-normalised."""
-    tokens = backbone.tokenizer(prompts(class_name, templates)).to(device)
-    return backbone.model.encode_text(tokens).float().cpu().numpy()[None]
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Features of consecutive rows of a split, without those that were skipped.
 
-
-@torch.inference_mode()
-def encode_images(
-    backbone: Backbone,
-    split: Split,
-    device: torch.device,
-    *,
-    start: int,
-    batch_size: int,
-    workers: int,
-) -> Iterator[tuple[np.ndarray, slice]]:
-    """Image features of a split from row `start` on, batch by batch.
-
-    Yields (B, 1, D) float32, un-normalised, with the rows they belong to. Decoding and
-    preprocessing run in `workers` threads (Pillow releases the interpreter lock), up to two
-    batches ahead of the model.
-
-    Raises UserError naming the first image that cannot be decoded.
+    features: (B, V, D) float32, or float16 where the model computes in less; un-normalised.
+    rows: (B,) their rows in the split. digests: (B,) uint64, see PixelBatch.
     """
 
-    def load(row: int) -> torch.Tensor:
-        try:
-            return backbone.preprocess(split.read(row))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{split.ids[row]} cannot be decoded: {error}") from error
+    features: np.ndarray
+    rows: npt.NDArray[np.int64]
+    digests: npt.NDArray[np.uint64]
+    skipped: tuple[Skipped, ...]
 
-    with ThreadPoolExecutor(workers) as pool:
-        rows = iter(range(start, len(split.labels)))
-        ahead = [pool.submit(load, row) for row in islice(rows, 3 * batch_size)]
-        while ahead:
-            batch = torch.stack([future.result() for future in ahead[:batch_size]])
-            ahead = ahead[batch_size:] + [
-                pool.submit(load, row) for row in islice(rows, batch_size)
-            ]
-            features = backbone.model.encode_image(batch.to(device)).float().cpu().numpy()
-            yield features[:, None], slice(start, start + len(batch))
-            start += len(batch)
+
+class Encoder:
+    """A backbone's two towers on a device.
+
+    compiled_for: compile the image tower for batches of so many images (smaller ones are filled
+        up); None for no compilation. `compile_seconds` says how long that took.
+
+    Raises UserError where it cannot be compiled.
+    """
+
+    def __init__(
+        self, backbone: Backbone, device: torch.device, compiled_for: int | None = None
+    ) -> None:
+        self.device = device
+        self.preprocess = Preprocess(backbone.preprocess_config)
+        self.dim: int = backbone.identity["embed_dim"]
+        self.compile_seconds = 0.0
+        self._tokenizer = backbone.tokenizer
+        self._model = backbone.model.to(device, memory_format=torch.channels_last)
+        self._dtype = backbone.dtype
+        self.stored_dtype = torch.float32 if self._dtype == torch.float32 else torch.float16
+        self._fixed_batch = compiled_for
+        self._forward = self._image_features
+        if compiled_for is not None:
+            self._compile(compiled_for)
+
+    @torch.inference_mode()
+    def text(self, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Text features (P, D), un-normalised."""
+        tokens = self._tokenizer(list(prompts)).to(self.device)
+        return self._model.encode_text(tokens).float().cpu().numpy()
+
+    @torch.inference_mode()
+    def images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Features (V, B, D) on the device, of pixels (V, B, height, width, 3), uint8.
+
+        Each view is a forward pass of its own: view 0 comes out the same with and without others.
+        """
+        pixels = pixels.to(self.device, non_blocking=True)
+        count, batch = pixels.shape[1], self._fixed_batch
+        if batch is not None and count < batch:
+            pixels = torch.cat([pixels, pixels[:, :1].expand(-1, batch - count, -1, -1, -1)], dim=1)
+        return torch.stack([self._forward(view)[:count] for view in pixels])
+
+    def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        values = self.preprocess.normalised(pixels).to(self._dtype)
+        return self._model.encode_image(values).to(self.stored_dtype)
+
+    @torch.inference_mode()
+    def _compile(self, batch: int) -> None:
+        from torch._inductor import config as inductor
+
+        started = time.perf_counter()
+        shape = (batch, self.preprocess.height, self.preprocess.width, 3)
+        self._forward = torch.compile(self._image_features, dynamic=False)
+        try:
+            with inductor.patch(freezing=True):  # weights become constants, laid out for the CPU
+                self._forward(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+        except Exception as error:  # the compiler's stages raise errors of their own kinds
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"--compile failed ({reason[:200]}); it needs a C++ compiler on a CPU and Triton "
+                "on a GPU; leave it out to do without."
+            ) from error
+        self.compile_seconds = time.perf_counter() - started
+
+
+def encode_images(
+    encoder: Encoder, split: Split, plan: Plan, watch: Stopwatch
+) -> Iterator[EncodedBatch]:
+    """Encode the planned rows of a split, batch by batch, in order.
+
+    On a GPU the features of a batch are fetched while the next one is being computed.
+    watch: is told what the loop waits for: decode or forward.
+
+    Raises UserError naming the first image that cannot be used; see `decode`.
+    """
+    behind: _Running | None = None
+    pixels = decode(split, encoder.preprocess, plan)
+    while True:
+        with watch("decode"):
+            batch = next(pixels, None)
+        with watch("forward"):
+            running = None if batch is None else _Running(encoder, batch)
+            encoded = None if behind is None else behind.result()
+        if encoded is not None:
+            yield encoded
+        if running is None:
+            return
+        behind = running
+
+
+class _Running:
+    """A batch whose features are being computed and copied back."""
+
+    def __init__(self, encoder: Encoder, batch: PixelBatch) -> None:
+        self._batch = batch
+        self._copied: torch.cuda.Event | None = None
+        views, count = batch.pixels.shape[:2]
+        if not count:
+            self._features = torch.empty((views, 0, encoder.dim), dtype=encoder.stored_dtype)
+            return
+        features = encoder.images(batch.pixels)
+        if encoder.device.type == "cuda":
+            self._features = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+            self._features.copy_(features, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(encoder.device))
+        else:
+            self._features = features.cpu()
+
+    def result(self) -> EncodedBatch:
+        if self._copied is not None:
+            self._copied.synchronize()
+        features = np.ascontiguousarray(self._features.numpy().transpose(1, 0, 2))
+        batch = self._batch
+        return EncodedBatch(features, batch.rows, batch.digests, batch.skipped)

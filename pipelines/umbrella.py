@@ -5,6 +5,7 @@ from importlib import import_module
 
 COMMANDS = {
     "extract": ("clip_adapter.extract.command", "encode a data set once with a frozen CLIP"),
+    "merge": ("clip_adapter.pipelines.merge", "join the parts that extract --shard wrote"),
     "fit": ("clip_adapter.pipelines.fit", "fit an adapter on cached features"),
     "predict": ("clip_adapter.pipelines.predict", "classify image files with a fitted adapter"),
     "report": ("clip_adapter.pipelines.report", "print the results of several runs side by side"),

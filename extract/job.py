@@ -1,0 +1,196 @@
+"""One `extract` from the opened data set to the finished file."""
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from clip_adapter.cache.duplicates import in_several_splits
+from clip_adapter.cache.writer import CacheWriter, Part
+from clip_adapter.console.progress import progress
+from clip_adapter.extract.backbone import load_backbone
+from clip_adapter.extract.datasets.registry import open_dataset
+from clip_adapter.extract.datasets.source import ImageDataset
+from clip_adapter.extract.decode import Plan, Skipped
+from clip_adapter.extract.device import find_device, find_precision
+from clip_adapter.extract.encode import EncodedBatch, Encoder, encode_images
+from clip_adapter.extract.in_order import InOrder
+from clip_adapter.extract.join import warn_of_duplicates
+from clip_adapter.extract.prompts import (
+    descriptions_in_order,
+    read_descriptions,
+    resolve_templates,
+)
+from clip_adapter.extract.shards import Shard
+from clip_adapter.extract.stopwatch import Stopwatch
+from clip_adapter.extract.text import TextPlan, encode_classes
+
+if TYPE_CHECKING:
+    from clip_adapter.extract.command import ExtractConfig
+
+
+def run_job(config: "ExtractConfig", shard: Shard, quiet: bool = False) -> str:
+    """Encode what is not staged yet, write the file (a part of a cache where there are several
+    shards) and return what to say about it.
+
+    quiet: show no progress, because another process does.
+    """
+    identity = config.identity()
+    dataset = open_dataset(config.dataset, config.source_options())
+    text = _text_plan(config, dataset)
+    device = find_device(config.device)
+    precision = find_precision(config.precision, device)
+    backbone = load_backbone(config.backbone, config.pretrained, precision)
+    identity["precision"] = precision
+    restart = config.force
+    with CacheWriter(config.out, identity, views=1 + config.views, restart=restart) as writer:
+        encoder = Encoder(backbone, device, config.batch_size if config.compile else None)
+        job = _Job(config, shard, dataset, encoder, writer, quiet)
+        if shard.index == 1:
+            job.encode_text(text)
+        for name in dataset.splits:
+            job.encode_split(name)
+        record: dict[str, Any] = {
+            **dataset.provenance,
+            "splits": {name: split.origin for name, split in dataset.splits.items()},
+            "device": str(device),
+            "torch_version": torch.__version__,
+        }
+        part = None
+        if shard.of > 1:
+            part = Part(shard.index, shard.of, {name: job.bounds(name) for name in dataset.splits})
+        elif several := in_several_splits(writer):
+            record["in_several_splits"] = several
+            warn_of_duplicates(several)
+        with job.watch("write"):
+            writer.finish(
+                templates=text.stored_templates,
+                backbone=backbone.identity,
+                preprocess=backbone.preprocess_config,
+                dataset=record,
+                logit_scale=backbone.logit_scale,
+                logit_bias=backbone.logit_bias,
+                part=part,
+            )
+    return job.summary()
+
+
+def _text_plan(config: "ExtractConfig", dataset: ImageDataset) -> TextPlan:
+    templates = resolve_templates(config.templates)
+    if config.descriptions is None:
+        return TextPlan(dataset.class_names, templates or dataset.templates)
+    stored = read_descriptions(config.descriptions)
+    own = descriptions_in_order(stored, dataset.class_names)
+    return TextPlan(dataset.class_names, templates, own)
+
+
+class _Job:
+    """What encoding a split needs, and what it is told on the way."""
+
+    def __init__(
+        self,
+        config: "ExtractConfig",
+        shard: Shard,
+        dataset: ImageDataset,
+        encoder: Encoder,
+        writer: CacheWriter,
+        quiet: bool,
+    ) -> None:
+        self._config = config
+        self._shard = shard
+        self._dataset = dataset
+        self._encoder = encoder
+        self._writer = writer
+        self._quiet = quiet
+        self._skipped: list[Skipped] = []
+        self._images = 0
+        self._seconds = 0.0
+        self.watch = Stopwatch()
+
+    def encode_text(self, plan: TextPlan) -> None:
+        batches = encode_classes(
+            self._encoder,
+            plan,
+            start=self._writer.text_rows(),
+            batch_size=self._config.batch_size,
+        )
+        for batch in batches:
+            self._writer.append_text(batch.features, batch.names, batch.prompts)
+
+    def bounds(self, name: str) -> tuple[int, int, int]:
+        """The first row of a split that this shard has, the one behind its last, and N."""
+        total = len(self._dataset.splits[name].labels)
+        rows = self._shard.rows(total, self._config.batch_size)
+        return rows.start, rows.stop, total
+
+    def encode_split(self, name: str) -> None:
+        split = self._dataset.splits[name]
+        start, stop, _ = self.bounds(name)
+        done = self._writer.consumed(name)
+        plan = Plan(
+            start=start + done,
+            stop=stop,
+            batch_size=self._config.batch_size,
+            workers=self._config.workers,
+            views=1 + self._config.views if name == "train" else 1,
+            seed=self._config.augment_seed,
+            skip=self._config.on_error == "skip",
+            pinned=self._encoder.device.type == "cuda",
+        )
+        shown = (
+            nullcontext(_no_advance)
+            if self._quiet
+            else progress(f"encode {name}", stop - start, done)
+        )
+        clock = Stopwatch()
+        count = 0
+        with shown as advance, InOrder() as writing:
+            for batch in encode_images(self._encoder, split, plan, self.watch):
+                with self.watch("write"):
+                    writing.submit(self._append, name, batch)
+                handled = len(batch.rows) + len(batch.skipped)
+                count += handled
+                self._skipped += batch.skipped
+                advance(handled, self._note(count, plan.stop - plan.start - count, clock.elapsed))
+        self._images += count
+        self._seconds += clock.elapsed
+
+    def _append(self, name: str, batch: EncodedBatch) -> None:
+        split = self._dataset.splits[name]
+        self._writer.append_images(
+            name,
+            batch.features,
+            split.labels[batch.rows],
+            [split.ids[row] for row in batch.rows],
+            [image.name for image in batch.skipped],
+            batch.digests,
+        )
+
+    def _note(self, count: int, remaining: int, seconds: float) -> str:
+        rate = count / seconds
+        minutes, rest = divmod(round(remaining / rate), 60)
+        return f"{rate:,.0f} images/s, {minutes}:{rest:02} left; {self.watch.shares()}"
+
+    def summary(self) -> str:
+        out, shard = self._config.out, self._shard
+        size = out.stat().st_size / 2**20
+        counts = {name: self.bounds(name) for name in self._dataset.splits}
+        images = ", ".join(f"{stop - start} {name}" for name, (start, stop, _) in counts.items())
+        part = f" (part {shard.index} of {shard.of})" if shard.of > 1 else ""
+        classes = len(self._dataset.class_names)
+        lines = [f"{out}{part}: {images} images, {classes} classes, {size:.1f} MiB"]
+        if self._skipped:
+            lines.append(f"{len(self._skipped)} images skipped: {self._skipped[0].reason}")
+        if self._images:
+            rate = self._images / self._seconds
+            compiled = self._encoder.compile_seconds
+            compiling = f"; {compiled:.0f} s to compile" if compiled else ""
+            lines.append(
+                f"{self._images:,} images in {self._seconds:.1f} s ({rate:,.0f} images/s): "
+                f"{self.watch.shares()}{compiling}"
+            )
+        return "\n".join(lines)
+
+
+def _no_advance(count: int, note: str) -> None:
+    """Progress that nobody sees."""

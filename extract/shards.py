@@ -1,0 +1,81 @@
+"""Dividing the work of one `extract` among several processes."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from clip_adapter.cache.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` (from 1) of `of`."""
+
+    index: int = 1
+    of: int = 1
+
+    def rows(self, total: int, batch_size: int) -> range:
+        """Its rows of a split.
+
+        Shards meet at multiples of the batch size, so that all of them together make the same
+        batches as one process would, and the same features to the last bit.
+        """
+        batches = -(-total // batch_size)
+        first, last = (batches * part // self.of for part in (self.index - 1, self.index))
+        return range(min(total, first * batch_size), min(total, last * batch_size))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among those that `torchrun` started."""
+
+    rank: int
+    processes: int
+    local_rank: int
+
+    @property
+    def shard(self) -> Shard:
+        return Shard(self.rank + 1, self.processes)
+
+
+def parse_shard(text: str | None) -> Shard:
+    """`2/4` is the second of four; None is everything.
+
+    Raises UserError for anything else.
+    """
+    if text is None:
+        return Shard()
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"--shard {text} is no part of anything; write 1/4, 2/4, 3/4 or 4/4.")
+    return Shard(int(found[1]), int(found[2]))
+
+
+def find_launch() -> Launch | None:
+    """What `torchrun` says about this process; None where it started none or only one."""
+    try:
+        rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        launch = Launch(rank, processes, int(os.environ["LOCAL_RANK"]))
+    except (KeyError, ValueError):
+        return None
+    return launch if processes > 1 else None
+
+
+def part_path(out: Path, shard: Shard) -> Path:
+    """Where a process of `torchrun` puts its part of `out`."""
+    return out.with_name(f"{out.name}.part-{shard.index}-of-{shard.of}")
+
+
+def wait_for_all() -> None:
+    """Return when every process that `torchrun` started has come here.
+
+    Parts may take very different times; a process that fails makes torchrun end the others.
+    """
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    dist.barrier()
+    dist.destroy_process_group()

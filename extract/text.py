@@ -1,0 +1,77 @@
+"""Encode the prompts of all classes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_adapter.extract.prompts import prompts
+
+if TYPE_CHECKING:
+    from clip_adapter.extract.encode import Encoder
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """What is encoded for each class: the filled templates, then its own sentences.
+
+    descriptions: C lists of sentences, None where there are only templates.
+    """
+
+    class_names: Sequence[str]
+    templates: Sequence[str]
+    descriptions: Sequence[Sequence[str]] | None = None
+
+    @property
+    def stored_templates(self) -> list[str]:
+        """A name for each of the P rows that a class has in the cache."""
+        longest = max(map(len, self.descriptions)) if self.descriptions else 0
+        return [*self.templates, *(f"description {row + 1}" for row in range(longest))]
+
+    def prompts(self, label: int) -> list[str]:
+        own = self.descriptions[label] if self.descriptions else ()
+        return [*prompts(self.class_names[label], self.templates), *own]
+
+
+@dataclass(frozen=True)
+class EncodedClasses:
+    """Text features (B, P, D) float32 of consecutive classes and the prompts (B, P) they are of."""
+
+    names: Sequence[str]
+    features: npt.NDArray[np.float32]
+    prompts: list[list[str]] | None
+
+
+def encode_classes(
+    encoder: "Encoder", plan: TextPlan, *, start: int, batch_size: int
+) -> Iterator[EncodedClasses]:
+    """Encode the classes from `start` on, about `batch_size` prompts at a time.
+
+    A class with fewer prompts than others is filled up with the mean direction of its own, which
+    leaves the classifier weights as they are (FORMAT.md).
+    """
+    rows = len(plan.stored_templates)
+    step = max(1, batch_size // rows)
+    while start < len(plan.class_names):
+        stop = min(len(plan.class_names), (start // step + 1) * step)
+        asked = [plan.prompts(label) for label in range(start, stop)]
+        encoded = encoder.text([prompt for own in asked for prompt in own])
+        ends = np.cumsum([len(own) for own in asked])[:-1]
+        features = [_filled_up(own, rows) for own in np.split(encoded, ends)]
+        filled = [[*own, *[""] * (rows - len(own))] for own in asked]
+        yield EncodedClasses(
+            plan.class_names[start:stop],
+            np.stack(features),
+            filled if plan.descriptions else None,
+        )
+        start = stop
+
+
+def _filled_up(features: npt.NDArray[np.float32], rows: int) -> npt.NDArray[np.float32]:
+    """(n, D) → (rows, D)."""
+    directions = features / np.linalg.norm(features, axis=1, keepdims=True)
+    mean = directions.mean(axis=0)
+    missing = rows - len(features)
+    return np.concatenate([features, np.tile(mean / np.linalg.norm(mean), (missing, 1))])
