@@ -1,5 +1,6 @@
 """One `extract` from the opened data set to the finished file."""
 
+import warnings
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,12 @@ def run_job(config: "ExtractConfig", shard: Shard, quiet: bool = False) -> str:
     backbone = load_backbone(config.backbone, config.pretrained, precision)
     identity["precision"] = precision
     restart = config.force
-    with CacheWriter(config.out, identity, views=1 + config.views, restart=restart) as writer:
+    with (
+        warnings.catch_warnings(),
+        CacheWriter(config.out, identity, views=1 + config.views, restart=restart) as writer,
+    ):
+        # Pillow remarks on oddities of files that decode all the same; the others get a sentence.
+        warnings.filterwarnings("ignore", module="PIL")
         encoder = Encoder(backbone, device, config.batch_size if config.compile else None)
         job = _Job(config, shard, dataset, encoder, writer, quiet)
         if shard.index == 1:

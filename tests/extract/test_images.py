@@ -1,0 +1,151 @@
+"""Every kind of stored image becomes RGB, or a sentence."""
+
+import io
+import struct
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.extract.images import BadImage, read_named, read_rgb
+
+RNG = np.random.default_rng(0)
+NOISE = RNG.integers(0, 256, (9, 7, 3), np.uint8)
+
+
+def stored(image: Image.Image, kind: str, **options: Any) -> io.BytesIO:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer
+
+
+def pixels(buffer: io.BytesIO) -> np.ndarray:
+    buffer.seek(0)
+    image = read_rgb(partial(Image.open, buffer))
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def bad(content: bytes) -> str:
+    with pytest.raises(BadImage) as caught:
+        read_rgb(lambda: Image.open(io.BytesIO(content)))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_rgb_stays_as_it_is() -> None:
+    np.testing.assert_array_equal(pixels(stored(Image.fromarray(NOISE), "png")), NOISE)
+
+
+def test_an_opaque_alpha_changes_nothing() -> None:
+    opaque = np.dstack([NOISE, np.full(NOISE.shape[:2], 255, np.uint8)])
+    np.testing.assert_array_equal(pixels(stored(Image.fromarray(opaque), "png")), NOISE)
+
+
+@pytest.mark.parametrize(("alpha", "red"), [(0, 255), (255, 200), (51, 244)])
+def test_transparency_is_over_white(alpha: int, red: int) -> None:
+    image = Image.new("RGBA", (4, 4), (200, 0, 0, alpha))
+    found = pixels(stored(image, "png"))[0, 0]
+    assert found[0] == red
+    assert found[1] == found[2] == 255 - alpha
+
+
+def test_grey_with_alpha_and_palette_with_transparency_are_over_white() -> None:
+    assert pixels(stored(Image.new("LA", (3, 3), (7, 0)), "png")).min() == 255
+    palette = Image.new("P", (3, 3), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.putpixel((0, 0), 0)
+    found = pixels(stored(palette, "png", transparency=0))
+    assert found[0, 0].tolist() == [255, 255, 255]
+    assert found[1, 1].tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "ppm"])
+def test_sixteen_bits_are_scaled(kind: str) -> None:
+    values = np.array([[0, 257, 128 * 257], [1000, 40000, 65535]], np.uint16)
+    found = pixels(stored(Image.fromarray(values), kind))
+    np.testing.assert_array_equal(found[..., 0], np.rint(values / 257))
+    assert (found[..., 0] == found[..., 2]).all()
+
+
+def test_cmyk_and_other_modes_are_converted() -> None:
+    cmyk = stored(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "jpeg")
+    assert np.abs(pixels(cmyk).astype(int) - [0, 255, 255]).max() < 8
+    assert pixels(stored(Image.new("1", (2, 2), 1), "png")).tolist() == [[[255] * 3] * 2] * 2
+    assert pixels(stored(Image.new("L", (1, 1), 77), "png")).tolist() == [[[77] * 3]]
+    assert read_rgb(lambda: Image.new("YCbCr", (2, 2))).mode == "RGB"
+
+
+def test_the_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (5, 5), colour) for colour in ("red", "blue")]
+    found = pixels(stored(frames[0], "gif", save_all=True, append_images=frames[1:]))
+    assert found[2, 2].tolist() == [255, 0, 0]
+
+
+def test_exif_orientation_is_not_applied() -> None:
+    """As in the official CLIP and CoOp, with whose numbers ours are compared."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90°
+    assert pixels(stored(Image.fromarray(NOISE), "png", exif=exif)).shape == NOISE.shape
+
+
+def test_truncated_and_foreign_files() -> None:
+    big = RNG.integers(0, 256, (200, 200, 3), np.uint8)
+    for kind in ("jpeg", "png", "gif", "tiff", "webp", "bmp"):
+        content = stored(Image.fromarray(big), kind).getvalue()
+        assert bad(content[: len(content) // 2])
+    assert "not an image that Pillow knows" in bad(b"hello")
+    assert "not an image that Pillow knows" in bad(b"")
+
+
+def test_floating_point_and_32_bit_pixels_have_no_white() -> None:
+    assert "floating-point" in bad(stored(Image.new("F", (2, 2), 0.5), "tiff").getvalue())
+    assert "32-bit" in bad(stored(Image.new("I", (2, 2), 1 << 20), "tiff").getvalue())
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(10_000, 10_000), (60_000, 60_000)])
+def test_decompression_bombs(size: tuple[int, int]) -> None:
+    assert "decompression bomb" in bad(png_that_claims(*size))
+
+
+@pytest.mark.filterwarnings("ignore:::PIL")
+def test_damage_of_every_kind_is_a_sentence() -> None:
+    """Bytes changed at random, as decoders then raise nearly anything."""
+    for kind in ("jpeg", "png", "gif", "tiff", "webp"):
+        whole = stored(Image.fromarray(NOISE), kind).getvalue()
+        for _ in range(40):
+            content = bytearray(whole)
+            for place in RNG.integers(0, len(content), 8):
+                content[place] = RNG.integers(0, 256)
+            try:
+                image = read_rgb(partial(Image.open, io.BytesIO(bytes(content))))
+            except BadImage as error:
+                assert "\n" not in str(error)
+            else:
+                assert image.mode == "RGB"
+
+
+def test_a_file_that_cannot_be_read_is_not_a_bad_image(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cat\.jpg cannot be read: No such file"):
+        read_named("cat.jpg", lambda: Image.open(tmp_path / "cat.jpg"))
+    (tmp_path / "dog.jpg").write_text("woof")
+    with pytest.raises(BadImage, match=r"dog\.jpg cannot be decoded: it is not an image"):
+        read_named("dog.jpg", lambda: Image.open(tmp_path / "dog.jpg"))
