@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from clip_adapter.adapters.method import Grid
 
 Ratio = float | Literal["learned", "hypernet"]
+LARGEST_SEED = 2**31 - 1  # JAX takes an int32
 MethodName = Literal["zero-shot", "linear-probe", "clip-adapter"]
 
 
@@ -48,6 +49,8 @@ class FitConfig:
         select: Validation data that choose setting and epoch: min(shots, 4) images per class as
             in CoOp, the whole split, cross-validation on the support set, or none, which takes
             one setting and its last epoch.
+        augment: Draw one of an image's stored views (`extract --views`) whenever it is trained
+            on, rather than take view 0 always. The baselines do not train on views.
         train_classes: Classes to fit on; `base` takes the first half and tests on both halves.
         search: How far to train settings; `halving` gives each a tenth of the epochs and lets
             the best third go on, twice.
@@ -203,9 +206,9 @@ def _check(config: FitConfig) -> None:
     for shots in config.shots:
         if isinstance(shots, int) and shots < 1:
             raise UserError(f"--shots {shots} is no number of images; give 1 or more, or `all`.")
-    if min(config.seeds) < 0:
-        raise UserError("--seeds must not be negative.")
-    for name in ("shots", "seeds", "alpha", "beta", "reduction", "lr", "weight_decay"):
+    if min(config.seeds) < 0 or max(config.seeds) > LARGEST_SEED:
+        raise UserError(f"--seeds must lie between 0 and {LARGEST_SEED}.")
+    for name in ("baselines", "shots", "seeds", "alpha", "beta", "reduction", "lr", "weight_decay"):
         values = getattr(config, name)
         if len(set(values)) < len(values):
             raise UserError(f"--{name.replace('_', '-')} names a value twice.")

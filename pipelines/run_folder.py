@@ -59,13 +59,13 @@ class RunFolder:
         self.path = path
         self._known: dict[tuple[str, ...], Row] = {}
         stated = path / "run.json"
-        if stated.exists() != resume:
-            raise UserError(
-                f"{path} holds no run to go on with."
-                if resume
-                else f"{path} already holds a run; choose another --out, or --resume it."
-            )
         try:
+            if stated.exists() != resume:
+                raise UserError(
+                    f"{path} holds no run to go on with."
+                    if resume
+                    else f"{path} already holds a run; choose another --out, or --resume it."
+                )
             if resume:
                 _check_same(path, json.loads(stated.read_text()), arguments)
                 self._known = {_key(row, row["epochs_run"]): row for row in self._read_results()}
@@ -220,9 +220,12 @@ def read_arguments(path: Path) -> Row:
     Raises UserError where there is none.
     """
     try:
-        return json.loads((path / "run.json").read_text())
+        arguments = json.loads((path / "run.json").read_text())
     except (OSError, ValueError):
-        raise UserError(f"{path} holds no run to go on with (no readable run.json).") from None
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise UserError(f"{path} holds no run to go on with (no readable run.json).")
+    return arguments
 
 
 def _key(row: Row, epochs_run: int | str) -> tuple[str, ...]:

@@ -131,7 +131,8 @@ def _repetitions(tasks: Sequence["Draw"]) -> list[str]:
     """A sentence per number of shots for classes that had too few images."""
     counts = {drawn.shots: len(drawn.repeated_classes) for drawn in tasks}
     return [
-        f"{count} classes have fewer than {shots} training images: drawn with repetition"
+        f"{count} class{'es have' if count > 1 else ' has'} fewer than {shots} training images: "
+        "drawn with repetition"
         for shots, count in counts.items()
         if count
     ]

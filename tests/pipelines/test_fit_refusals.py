@@ -1,0 +1,218 @@
+"""Bad input to `fit`: one sentence, exit code 2, nothing written."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import pytest
+
+from clip_adapter.pipelines.fit import main
+from tests.pipelines.tiny_cache import run_fit, tiny_data, write_cache
+
+DATA = tiny_data()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return write_cache(tmp_path_factory.mktemp("cache") / "features.h5", DATA).read_bytes()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "features.h5").write_bytes(whole)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one sentence with which `fit` refuses these arguments."""
+    before = contents(Path.cwd())
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, arguments)])
+    captured = capsys.readouterr()
+    assert ended.value.code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("fit: ")
+    assert captured.err.count("\n") == 1, captured.err
+    assert contents(Path.cwd()) == before, "something was written"
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--alpha 1.5", "--alpha 1.5 is outside [0, 1]"),
+        ("--alpha 0.2 -0.1", "--alpha -0.1 is outside [0, 1]"),
+        ("--alpha nan", "--alpha nan is outside [0, 1]"),
+        ("--branch text --beta 2", "--beta 2.0 is outside [0, 1]"),
+        ("--alpha learned --alpha-init 7", "--alpha-init 7.0 is outside"),
+        ("--beta-init inf", "--beta-init inf is outside"),
+        ("--lr 0", "--lr 0.0 must be a positive number"),
+        ("--lr 0.1 -1", "--lr -1.0 must be"),
+        ("--lr nan", "--lr nan must be"),
+        ("--lr inf", "--lr inf must be"),
+        ("--weight-decay -0.1", "--weight-decay must be"),
+        ("--weight-decay nan", "--weight-decay must be"),
+        ("--epochs 0", "--epochs 0 must be"),
+        ("--batch-size 0", "--batch-size 0 must be"),
+        ("--evaluate-every 0", "--evaluate-every 0 must be"),
+        ("--reduction 4 0", "--reduction 0 must be"),
+        ("--shots 0", "--shots 0 is no number of images"),
+        ("--shots -2", "--shots -2 is no number of images"),
+        ("--shots 10", "the largest class has 9 training images; choose between 1 and 9"),
+        ("--shots 2 10", "--shots 10 cannot be drawn"),
+        ("--seeds -1", "--seeds must lie between 0 and"),
+        ("--seeds 2147483648", "--seeds must lie between 0 and 2147483647"),
+        ("--alpha 0.2 0.2", "--alpha names a value twice"),
+        ("--lr 0.1 0.10", "--lr names a value twice"),
+        ("--shots 2 2", "--shots names a value twice"),
+        ("--seeds 1 1", "--seeds names a value twice"),
+        ("--baselines zero-shot zero-shot", "--baselines names a value twice"),
+        ("--select none --alpha 0.2 0.4", "--select none cannot choose"),
+        ("--select none --lr 0.1 0.2", "--select none cannot choose"),
+        ("--select none --reduction 2 4", "--select none cannot choose"),
+        ("--select none --branch text --beta 0.1 0.2", "--select none cannot choose"),
+        ("--train-classes base --method linear-probe", "linear-probe cannot classify new classes"),
+        ("--cache nowhere.h5", "There is no feature cache at nowhere.h5"),
+        ("--cache .", "cannot be read"),
+        ("--out features.h5", "Cannot write to features.h5"),
+        ("--out features.h5/run", "Cannot write to features.h5/run"),
+        (f"--out {'x' * 300}", "Cannot write to"),
+        ("--resume nowhere", "nowhere holds no run to go on with"),
+        ("--resume features.h5", "features.h5 holds no run to go on with"),
+    ],
+)
+def test_arguments_that_make_no_sense(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: str, words: str
+):
+    stated = arguments.split()
+    if "--shots" not in stated and "--resume" not in stated:
+        stated += ["--shots", "2"]
+    assert words in refused(capsys, *stated)
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def overwrite(path: Path) -> None:
+    path.write_text("features,labels\n1,2\n")
+
+
+def foreign(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file["data"] = [1, 2, 3]
+
+
+def newer(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        file.attrs["format_version"] = 2
+
+
+def incomplete(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        file.attrs["complete"] = False
+
+
+def trainless(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        del file["images/train"]
+
+
+def valless(path: Path) -> None:
+    path.unlink()
+    write_cache(path, DATA.with_split("val", None))
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (shorten, "damaged, truncated or something else"),
+        (overwrite, "damaged, truncated or something else"),
+        (foreign, "not a CLIP feature cache"),
+        (newer, "format version 2"),
+        (incomplete, "incomplete"),
+        (trainless, "has no train split"),
+        (valless, "use --select cv, which divides the support set"),
+        (Path.unlink, "`extract` makes one"),
+    ],
+)
+def test_caches_that_cannot_be_used(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    harm: Callable[[Path], None],
+    words: str,
+):
+    harm(folder / "features.h5")
+    assert words in refused(capsys, "--out", "run", "--shots", 2)
+
+
+def test_base_to_new_needs_two_classes(folder: Path, capsys: pytest.CaptureFixture[str]):
+    write_cache(folder / "one.h5", tiny_data(train=(9,)))
+    arguments = ["--cache", "one.h5", "--train-classes", "base", "--shots", 2]
+    assert "at least two classes" in refused(capsys, *arguments)
+
+
+def test_a_folder_with_a_run_is_not_written_over(folder: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["--out", "run", "--shots", 2, "--method", "zero-shot", "--baselines"]
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, arguments)])
+    assert ended.value.code == 0
+    assert "already holds a run" in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"cache": "features.h5"}'])
+def test_a_run_whose_arguments_cannot_be_read(
+    folder: Path, capsys: pytest.CaptureFixture[str], content: str
+):
+    (folder / "run").mkdir()
+    (folder / "run" / "run.json").write_text(content)
+    refused(capsys, "--resume", "run")
+
+
+def test_settings_that_all_diverge(folder: Path, capsys: pytest.CaptureFixture[str]):
+    """The run is recorded and the baselines are shown, but there is no adapter to use."""
+    arguments = "--out run --shots 4 --alpha 0.5 --lr 1e30 --epochs 10 --evaluate-every 1"
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    assert ended.value.code == 2
+    captured = capsys.readouterr()
+    (sentence,) = captured.err.splitlines()
+    assert "diverged; try a smaller --lr" in sentence
+    assert "zero-shot" in captured.out
+    assert not (folder / "run" / "adapter.json").exists()
+    with pytest.raises(SystemExit) as ended:
+        main(["--resume", "run"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [sentence]
+
+
+def test_the_process_refuses_as_the_function_does(folder: Path):
+    for arguments, words in (
+        ("--alpha 1.5", "outside [0, 1]"),
+        ("--cache nowhere.h5", "There is no feature cache"),
+    ):
+        done = run_fit(folder, *arguments.split())
+        assert (done.returncode, done.stdout) == (2, "")
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert list(contents(folder)) == ["features.h5"]
+
+
+@pytest.mark.parametrize("arguments", ["--shots many", "--method svm", "--colour red"])
+def test_arguments_that_do_not_parse(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: str
+):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    assert ended.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert list(contents(folder)) == ["features.h5"]

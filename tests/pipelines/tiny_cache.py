@@ -1,0 +1,106 @@
+"""Tiny synthetic caches, and `fit` run on them as a process."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from clip_adapter.cache.writer import CacheWriter
+
+DIM = 16
+Split = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class TinyData:
+    """splits: features (V, N, DIM) float32 and labels (N,). text: (C, 2, DIM)."""
+
+    splits: Mapping[str, Split]
+    text: np.ndarray
+    name: str = "tiny"
+    attributes: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def classes(self) -> int:
+        return len(self.text)
+
+    def with_split(self, name: str, split: Split | None) -> "TinyData":
+        others = {key: value for key, value in self.splits.items() if key != name}
+        return TinyData(others if split is None else others | {name: split}, self.text)
+
+    def shuffled_labels(self, name: str) -> "TinyData":
+        """Every label of a split replaced by the next one."""
+        features, labels = self.splits[name]
+        return self.with_split(name, (features, (labels + 1) % self.classes))
+
+    def noisy_features(self, name: str) -> "TinyData":
+        features, labels = self.splits[name]
+        noise = np.random.default_rng(99).normal(size=features.shape)
+        return self.with_split(name, (noise.astype(np.float32), labels))
+
+
+def tiny_data(
+    *,
+    train: tuple[int, ...] = (9, 9, 9, 9),
+    val: int = 6,
+    test: int = 15,
+    views: int = 1,
+    noise: float = 1.6,
+    dim: int = DIM,
+    seed: int = 0,
+) -> TinyData:
+    """Classes around random centres, in a shuffled order; text features are the centres, disturbed.
+
+    train: images per class; val, test: for every class.
+    """
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(len(train), dim))
+    splits: dict[str, Split] = {}
+    for name, counts in (
+        ("train", train),
+        ("val", (val,) * len(train)),
+        ("test", (test,) * len(train)),
+    ):
+        labels = rng.permutation(np.repeat(np.arange(len(train)), counts))
+        shape = (views if name == "train" else 1, len(labels), dim)
+        features = 2 * (centres[labels] + noise * rng.normal(size=shape))
+        splits[name] = features.astype(np.float32), labels
+    text = centres[:, None] + 1.2 * rng.normal(size=(len(train), 2, dim))
+    return TinyData(splits, text.astype(np.float32))
+
+
+def write_cache(path: Path, data: TinyData) -> Path:
+    """The ids are `<split>/<row>`."""
+    with CacheWriter(path, {"data": data.name}, views=data.splits["train"][0].shape[0]) as writer:
+        for split, (features, labels) in data.splits.items():
+            ids = [f"{split}/{row}" for row in range(len(labels))]
+            writer.append_images(split, features.transpose(1, 0, 2), labels, ids)
+        writer.append_text(data.text, [f"class {number}" for number in range(data.classes)])
+        writer.finish(
+            templates=["a {}", "the {}"],
+            backbone={"name": "tiny-clip", "pretrained": "nothing", "weights_sha256": "0" * 64},
+            preprocess={},
+            dataset={"name": data.name, "splits": {"test": "made up"}},
+            logit_scale=20.0,
+            logit_bias=0.5,
+        )
+    return path
+
+
+FIT = Path(sys.executable).with_name("fit")
+
+
+def run_fit(folder: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """`fit` with these arguments as a process in `folder`."""
+    return subprocess.run(
+        [FIT, *map(str, arguments)],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
