@@ -39,7 +39,9 @@ class ClipAdapterMethod:
         tried = list(settings(search.grid))
         yield from climb(tried, _rungs(search.grid), search, partial(self._train, engine))
 
-    def _train(self, engine: Engine, leg: Leg) -> Iterator[tuple[int, Evaluation, list[Leaves]]]:
+    def _train(
+        self, engine: Engine, leg: Leg
+    ) -> Iterator[tuple[int, Evaluation, Callable[[], list[Leaves]]]]:
         """Train each setting of a leg on every fold; yields its index, how it did, its states."""
         groups: dict[tuple[Architecture, Schedule], list[int]] = defaultdict(list)
         for index in leg.indices:
@@ -67,7 +69,7 @@ class ClipAdapterMethod:
                     evaluation = _evaluation(
                         leg.settings[index], static[1], leg.stop, histories[row], seconds, kept
                     )
-                    yield index, evaluation, [chunk.row(row) for chunk in chunks]
+                    yield index, evaluation, partial(_rows, chunks, row)
                 started = time.perf_counter()
 
     def evaluations(self, grid: Grid) -> int:
@@ -219,6 +221,10 @@ def _evaluation(
     return Evaluation(
         setting, epochs_run, epochs[best], float(accuracy[best]), judged_nll, seconds, arrays
     )
+
+
+def _rows(chunks: tuple[Chunk, ...], row: int) -> list[Leaves]:
+    return [chunk.row(row) for chunk in chunks]
 
 
 def _best_arrays(chunk: Chunk, row: int) -> Arrays:

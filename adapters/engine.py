@@ -6,7 +6,10 @@ side by side (`vectorised`); over several devices the chunk is sharded. The layo
 by no more than float rounding.
 """
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -64,8 +67,12 @@ class Engine:
         self.mesh = Mesh(np.array(jax.devices()), ("settings",))
         self.compilations = 0
         self._programs: dict[Any, Program] = {}
+        on_cpu = jax.default_backend() == "cpu"
         if layout == "auto":
-            self.layout = "sequential" if jax.default_backend() == "cpu" else "vectorised"
+            self.layout = "sequential" if on_cpu else "vectorised"
+        # A second chunk on a CPU keeps the cores busy where the first one is in a serial part: per
+        # setting, 4.0 → 3.5 ms a step at batch 256 and 1.2 → 0.86 ms at batch 32 (D 1024, 2 cores).
+        self._at_once = len(os.sched_getaffinity(0)) if on_cpu and self.mesh.size == 1 else 1
 
     def run(
         self,
@@ -85,9 +92,11 @@ class Engine:
         """
         size = self._chunk_size(architecture, schedule, task, len(hypers))
         program = self._program(architecture, schedule, task, size)
+        end = schedule.epochs if stop is None else stop
         blank = jax.eval_shape(partial(initial_state, architecture, schedule, task), _numbers())
         structure = jax.tree.structure(blank)
-        for first in range(0, len(hypers), size):
+
+        def train(first: int) -> Chunk:
             indices = list(range(first, min(first + size, len(hypers))))
             # The last chunk is filled up with copies, so that one program serves all.
             filled = [min(first + offset, len(hypers) - 1) for offset in range(size)]
@@ -98,8 +107,10 @@ class Engine:
                 state = jax.tree.unflatten(structure, [np.stack(leaf) for leaf in leaves])
             else:
                 state = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), leaf.dtype), blank)
-            end = schedule.epochs if stop is None else stop
-            yield Chunk(indices, program(task, stacked, state, start, end))
+            trained = program(task, stacked, state, start, end)
+            return Chunk(indices, jax.block_until_ready(trained))
+
+        yield from _in_order(train, range(0, len(hypers), size), self._at_once)
 
     def _chunk_size(
         self, architecture: Architecture, schedule: Schedule, task: Task, settings: int
@@ -153,6 +164,23 @@ class Engine:
         epoch = jax.ShapeDtypeStruct((), jnp.int32)
         with jax.default_matmul_precision("tensorfloat32"):
             return program.lower(task, hypers, states, epoch, epoch).compile()
+
+
+def _in_order(
+    train: Callable[[int], Chunk], firsts: Sequence[int], at_once: int
+) -> Iterator[Chunk]:
+    """train(first) for each, in order, up to `at_once` at a time and no further ahead than that."""
+    if min(at_once, len(firsts)) < 2:
+        yield from map(train, firsts)
+        return
+    with ThreadPoolExecutor(at_once) as pool:
+        running: deque[Future[Chunk]] = deque()
+        for first in firsts:
+            running.append(pool.submit(train, first))
+            if len(running) == at_once:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
 
 
 def _numbers(*shape: int) -> HyperParameters:

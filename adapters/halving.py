@@ -32,7 +32,7 @@ class Leg:
     state: Callable[[int, int], Leaves]
 
 
-Train = Callable[[Leg], Iterator[tuple[int, Evaluation, list[Leaves]]]]
+Train = Callable[[Leg], Iterator[tuple[int, Evaluation, Callable[[], list[Leaves]]]]]
 
 
 def halving_rungs(schedule: Schedule) -> list[int]:
@@ -90,7 +90,7 @@ def climb(
         for index, evaluation, states in train(leg):
             found[index] = evaluation
             if index in _best(found, going_on):
-                for fold, state in enumerate(states):
+                for fold, state in enumerate(states()):
                     search.states[_name(rung, fold, index)] = state
             yield evaluation
         previous, indices, start = indices, _best(found, going_on), stop

@@ -1,6 +1,6 @@
 """Successive halving: who goes on, what it costs, and that survivors really go on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -51,13 +51,14 @@ class Script:
         self.scores = scores
         self.legs: list[tuple[int, int, list[int], list[str]]] = []
 
-    def __call__(self, leg: Leg) -> Iterator[tuple[int, Evaluation, list[Leaves]]]:
+    def __call__(self, leg: Leg) -> Iterator[tuple[int, Evaluation, Callable[[], list[Leaves]]]]:
         states = [leg.state(0, i)[0].item() for i in leg.indices] if leg.start else []
         self.legs.append((leg.start, leg.stop, list(leg.indices), states))
         for i in leg.indices:
             accuracy, nll = self.scores[leg.stop][i]
             evaluation = Evaluation(leg.settings[i], leg.stop, leg.stop, accuracy, nll, 0.0)
-            yield i, evaluation, [[np.array(f"{i} at {leg.stop}")]]
+            state = np.array(f"{i} at {leg.stop}")
+            yield i, evaluation, lambda state=state: [[state]]
 
 
 SCORES = {
