@@ -204,9 +204,10 @@ class FeatureCache:
             raise self._broken(f"labels of {split} lie outside the {len(self.class_names)} classes")
         return labels
 
-    def images(self, split: str) -> Images:
+    def images(self, split: str, views: int | None = None) -> Images:
         """The features, labels and ids of one split.
 
+        views: how many to read, view 0 being the first; None for all.
         Raises UserError where the cache has no such split, a checksum fails, a feature is NaN or
         infinite, or a label lies outside the classes.
         """
@@ -215,11 +216,11 @@ class FeatureCache:
                 f"{self.path} has no {split} split, only {', '.join(self.splits)}; "
                 "extract a data set with one."
             )
-        features = self._values(f"images/{split}/features")
+        features = self._values(f"images/{split}/features", views)
         return Images(features, self.labels(split), self._strings(f"images/{split}/ids"))
 
-    def _values(self, path: str) -> npt.NDArray[np.float32]:
-        values = self._read(path).astype(np.float32)
+    def _values(self, path: str, first: int | None = None) -> npt.NDArray[np.float32]:
+        values = self._read(path, first).astype(np.float32)
         if not np.isfinite(values).all():
             raise self._broken(f"{path} holds values that are not finite")
         return values
@@ -230,9 +231,10 @@ class FeatureCache:
         except UnicodeDecodeError as error:
             raise self._broken(f"{path} is not UTF-8") from error
 
-    def _read(self, path: str) -> np.ndarray:
+    def _read(self, path: str, first: int | None = None) -> np.ndarray:
+        """A dataset, or its `first` entries along the first axis."""
         try:
-            return self._file[path][...]
+            return self._file[path][:first]
         except DAMAGE as error:
             raise self._broken(f"{path} is damaged (its checksum does not match)") from error
 

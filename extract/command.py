@@ -26,61 +26,66 @@ class ExtractConfig:
     """Encode a data set once with a frozen CLIP and write its features to one HDF5 file.
 
     An interrupted run goes on where it stopped when the same command is given again.
+
+    Attributes:
+        dataset: Data set: digits (embedded), a name of the literature such as oxford_pets,
+            tfds:BUILDER[/CONFIG], coop:FOLDER, folder:FOLDER, csv:FILE, or hf:ORG/NAME.
+        backbone: CLIP model: glyph-clip (embedded, a demonstration), an open_clip name such
+            as RN50, local-dir:FOLDER or hf-hub:ORG/NAME.
+        pretrained: Weights: a tag of open_clip's, or a local file or folder. By default
+            openai where it exists.
+        out: Where the feature cache goes.
+        templates: Prompt templates with {} for the class name, text files with one per
+            line, or `ensemble` for ImageNet's seven; by default the data set's own.
+        descriptions: JSON file {class: [sentences]} of prompts for each class, in place of
+            the data set's own templates and beside those given with --templates.
+        views: Augmented views (random crop and flip) to store of each training image, for
+            fit --augment.
+        augment_seed: Seed of these views.
+        data_dir: Where TensorFlow Datasets keeps its data; by default its own folder.
+        data_root: Folder that holds data sets in CoOp's layout; a name found there is taken
+            with its published split.
+        image_root: What relative paths in a csv: table start from; by default the table's
+            folder.
+        val: Share of the training images that becomes val where the data set has none.
+            Default 0.2; 0 makes none.
+        test: The same for test. Default 0.3.
+        split_seed: Seed of that division.
+        on_error: What to do about an image that cannot be decoded: stop, or leave it out
+            and list it in the cache.
+        precision: What the model computes in; auto is fp32 on a CPU, bf16 or fp16 on a GPU.
+        compile: Compile the image encoder first, which takes from half a minute to some
+            minutes and pays for tens of thousands of images.
+        batch_size: Images per forward pass.
+        workers: Threads that decode images.
+        device: PyTorch device; auto takes a GPU where there is one.
+        shard: Encode only part I of N, written I/N (1/4 … 4/4); `clip-adapter merge` joins
+            the parts. Under torchrun every process takes its part by itself.
+        force: Overwrite an existing cache or an interrupted run.
     """
 
     dataset: str = "digits"
-    """Data set: digits (embedded), a name of the literature such as oxford_pets,
-    tfds:BUILDER[/CONFIG], coop:FOLDER, folder:FOLDER, csv:FILE, or hf:ORG/NAME."""
     backbone: str = "glyph-clip"
-    """CLIP model: glyph-clip (embedded, a demonstration), an open_clip name such as RN50,
-    local-dir:FOLDER or hf-hub:ORG/NAME."""
     pretrained: str | None = None
-    """Weights: a tag of open_clip's, or a local file or folder. By default openai where it
-    exists."""
     out: Path = Path("features.h5")
-    """Where the feature cache goes."""
     templates: tuple[str, ...] = ()
-    """Prompt templates with {} for the class name, text files with one per line, or `ensemble` for
-    ImageNet's seven; by default the data set's own."""
     descriptions: Path | None = None
-    """JSON file {class: [sentences]} of prompts for each class, in place of the data set's own
-    templates and beside those given with --templates."""
     views: int = 0
-    """Augmented views (random crop and flip) to store of each training image, for fit --augment."""
     augment_seed: int = 0
-    """Seed of these views."""
     data_dir: Path | None = None
-    """Where TensorFlow Datasets keeps its data; by default its own folder."""
     data_root: Path | None = None
-    """Folder that holds data sets in CoOp's layout; a name found there is taken with its published
-    split."""
     image_root: Path | None = None
-    """What relative paths in a csv: table start from; by default the table's folder."""
     val: float | None = None
-    """Share of the training images that becomes val where the data set has none. [0.2; 0: none]"""
     test: float | None = None
-    """The same for test. [0.3]"""
     split_seed: int = 0
-    """Seed of that division."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What to do about an image that cannot be decoded: stop, or leave it out and list it in the
-    cache."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """What the model computes in; auto is fp32 on a CPU, bf16 or fp16 on a GPU."""
     compile: bool = False
-    """Compile the image encoder first, which takes from half a minute to some minutes and pays for
-    tens of thousands of images."""
     batch_size: int = 64
-    """Images per forward pass."""
     workers: int = os.cpu_count() or 1
-    """Threads that decode images."""
     device: str = "auto"
-    """PyTorch device; auto takes a GPU where there is one."""
     shard: str | None = None
-    """Encode only part I of N, written I/N (1/4 … 4/4); `clip-adapter merge` joins the parts. Under
-    torchrun every process takes its part by itself."""
     force: bool = False
-    """Overwrite an existing cache or an interrupted run."""
 
     def source_options(self) -> "SourceOptions":
         from clip_adapter.extract.datasets.source import SourceOptions

@@ -109,13 +109,19 @@ def encode_images(
     behind: _Running | None = None
     pixels = decode(split, encoder.preprocess, plan)
     while True:
+        failure: UserError | None = None
         with watch("decode"):
-            batch = next(pixels, None)
+            try:
+                batch = next(pixels, None)
+            except UserError as error:  # raised when what came before is delivered
+                batch, failure = None, error
         with watch("forward"):
             running = None if batch is None else _Running(encoder, batch)
             encoded = None if behind is None else behind.result()
         if encoded is not None:
             yield encoded
+        if failure is not None:
+            raise failure
         if running is None:
             return
         behind = running

@@ -31,7 +31,7 @@ def run_experiment(config: FitConfig, grid: Grid, run: Path, *, resume: bool) ->
     """Fit everything that `config` asks for into the folder `run`; see `fit`."""
     with FeatureCache(config.cache) as cache:
         provenance = Provenance.of(cache)
-        data = load_data(cache)
+        data = load_data(cache, config.augment)
     tasks = list(draws(data, config.shots, config.seeds, config.select))
     _check_possible(config, grid, data)
     engine = Engine(config.layout)

@@ -78,6 +78,7 @@ class FitConfig:
     shots: tuple[int | Literal["all"], ...] = (16,)
     seeds: tuple[int, ...] = (1,)
     select: Literal["few-shot-val", "full-val", "cv", "none"] = "few-shot-val"
+    augment: bool = False
     train_classes: Literal["all", "base"] = "all"
     search: Literal["full", "halving"] = "full"
     layout: Literal["auto", "sequential", "vectorised"] = "auto"

@@ -12,14 +12,17 @@ from clip_adapter.cache.errors import UserError
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Join the parts of a feature cache into one file, equal to that of an undivided run."""
+    """Join the parts of a feature cache into one file, equal to that of an undivided run.
+
+    Attributes:
+        out: Where the feature cache goes.
+        parts: All parts of one cache, in any order; they are left as they are.
+        force: Overwrite an existing file.
+    """
 
     out: tyro.conf.Positional[Path]
-    """Where the feature cache goes."""
     parts: tyro.conf.Positional[tuple[Path, ...]]
-    """All parts of one cache, in any order; they are left as they are."""
     force: bool = False
-    """Overwrite an existing file."""
 
 
 def merge(config: MergeConfig) -> Path:

@@ -23,6 +23,7 @@ MAX_FOLDS = 4
 class CachedData:
     """All of a cache that fitting needs, in memory.
 
+    train: with one view, or all where training draws from them.
     weights: (C, D), the zero-shot classifier weights. val, test: None where the cache has none.
     """
 
@@ -38,11 +39,20 @@ class CachedData:
         return len(self.weights)
 
 
-def load_data(cache: FeatureCache) -> CachedData:
-    """Raises UserError where the cache has no train split or its content cannot be used."""
+def load_data(cache: FeatureCache, augment: bool = False) -> CachedData:
+    """What fitting needs of a cache; of the training images view 0 alone unless `augment`.
+
+    Raises UserError where the cache has no train split, its content cannot be used, or it has no
+    augmented views to draw from.
+    """
+    if augment and "train" in cache.splits and cache.shape("train")[0] == 1:
+        raise UserError(
+            f"{cache.path} has no augmented views to draw from; make some with `extract --views 10`"
+            ", or leave --augment out."
+        )
     optional = {name: cache.images(name) for name in ("val", "test") if name in cache.splits}
     return CachedData(
-        train=cache.images("train"),
+        train=cache.images("train", views=None if augment else 1),
         val=optional.get("val"),
         test=optional.get("test"),
         weights=np.asarray(classifier_weights(jnp.asarray(cache.text_features()))),
@@ -144,7 +154,7 @@ def _task(
     validation_labels: npt.NDArray[np.int32],
 ) -> Task:
     return Task(
-        features=jnp.asarray(data.train.features[:1, support]),
+        features=jnp.asarray(data.train.features[:, support]),
         labels=jnp.asarray(data.train.labels[support]),
         validation_features=jnp.asarray(validation_features),
         validation_labels=jnp.asarray(validation_labels),

@@ -1,0 +1,357 @@
+"""Whole runs: interrupted, divided, with bad images, on a full disk."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.extract.command import ExtractConfig, extract
+from clip_adapter.extract.shards import Shard, parse_shard
+from clip_adapter.pipelines.merge import MergeConfig, merge
+from tests.extract.image_folders import make_folder, photograph
+
+BIN = Path(sys.executable).parent
+ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+CLASSES = ("cat", "dog", "eel")
+SMALL = {"batch_size": 4, "workers": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the processes that the tests start: with other threads rounding differs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def datasets(path: Path) -> dict[str, tuple[Any, ...]]:
+    found = {}
+
+    def note(name: str, item: h5py.HLObject) -> None:
+        if isinstance(item, h5py.Dataset):
+            found[name] = (item.dtype.str, item.shape, item[...].tobytes())
+
+    with h5py.File(path) as file:
+        file.visititems(note)
+    return found
+
+
+def record(path: Path) -> dict[str, Any]:
+    with FeatureCache(path) as cache:
+        return cache.dataset
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """27 + 9 + 15 images, one of them in train and in test, one of train and one of val damaged."""
+    root = tmp_path_factory.mktemp("photographs")
+    make_folder(root, {"train": 9, "val": 3, "test": 5}, CLASSES)
+    for path in (root / "train" / "dog" / "03.png", root / "val" / "cat" / "00.png"):
+        path.write_bytes(path.read_bytes()[:150])
+    (root / "test" / "eel" / "01.png").write_bytes((root / "train/cat/02.png").read_bytes())
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(folder, tmp_path_factory.mktemp("whole") / "features.h5")
+
+
+def run(folder: Path, out: Path, **options: Any) -> Path:
+    values: dict[str, Any] = {"on_error": "skip", "views": 2, **SMALL, **options}
+    return extract(ExtractConfig(dataset=f"folder:{folder}", out=out, **values))
+
+
+def arguments(folder: Path, out: Path) -> list[str]:
+    return [
+        "--dataset", f"folder:{folder}", "--out", str(out), "--on-error", "skip", "--views", "2",
+        "--batch-size", "4", "--workers", "2",
+    ]  # fmt: skip
+
+
+def test_skipped_images_and_images_in_two_splits_are_listed(
+    whole: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(folder, tmp_path / "again.h5")
+    output = capsys.readouterr()
+    assert "2 images skipped: train/dog/03.png cannot be decoded: " in output.out
+    assert "51 images in " in output.out
+    assert output.err.count("\n") == 1
+    assert "1 images are in more than one split (train/train/cat/02.png is test/" in output.err
+    with h5py.File(whole) as file:
+        assert file["images/train/features"].shape == (3, 26, 128)
+        assert file["images/val/features"].shape == (1, 8, 128)
+        assert file["images/train/skipped"].asstr()[...].tolist() == ["train/dog/03.png"]
+        assert file["images/val/skipped"].asstr()[...].tolist() == ["val/cat/00.png"]
+        assert "skipped" not in file["images/test"]
+    assert record(whole)["in_several_splits"] == {
+        "images": 1,
+        "examples": [["train/train/cat/02.png", "test/test/eel/01.png"]],
+    }
+
+
+def test_a_bad_image_stops_the_run_which_then_goes_on(
+    whole: Path, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "features.h5"
+    with pytest.raises(UserError, match=r"^train/dog/03\.png cannot be decoded: .*--on-error skip"):
+        run(folder, out, on_error="fail")
+    staged = tmp_path / "features.h5.partial" / "train.rows"
+    assert staged.stat().st_size == 12 * 3 * 128 * 4  # the batches before it are kept
+    run(folder, out)
+    assert datasets(out) == datasets(whole)
+
+
+def test_killed_anywhere_it_ends_with_the_same_bytes(
+    whole: Path, folder: Path, tmp_path: Path
+) -> None:
+    rng = random.Random(5)
+    out = tmp_path / "features.h5"
+    journals = [out.with_name("features.h5.partial") / f"{s}.journal" for s in ("train", "test")]
+    command = [BIN / "extract", *arguments(folder, out)]
+    for journal, batches in (
+        (journals[0], rng.randrange(1, 6)),
+        (journals[1], rng.randrange(1, 3)),
+    ):
+        with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as child:
+            while not journal.exists() or journal.read_bytes().count(b"\n") < batches:
+                assert child.poll() is None, "it ended before it was killed"
+                time.sleep(0.0005)
+            time.sleep(rng.random() * 0.01)
+            child.send_signal(signal.SIGKILL)
+        assert not out.exists()
+    run(folder, out)
+    assert datasets(out) == datasets(whole)
+
+
+def test_two_processes_do_not_write_one_file(folder: Path, tmp_path: Path) -> None:
+    from clip_adapter.cache.writer import CacheWriter
+
+    out = tmp_path / "features.h5"
+    identity = ExtractConfig(dataset=f"folder:{folder}", out=out, views=2).identity()
+    with (
+        CacheWriter(out, identity | {"precision": "fp32"}, views=3),
+        pytest.raises(UserError, match="Another process is writing"),
+    ):
+        run(folder, out)
+
+
+def test_other_arguments_do_not_go_on_with_a_run(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "features.h5"
+    with pytest.raises(UserError):
+        run(folder, out, on_error="fail")
+    with pytest.raises(UserError, match=r"other arguments \(augment_seed, views differ\)"):
+        run(folder, out, views=1, augment_seed=4)
+    with pytest.raises(UserError, match=r"other arguments \(precision differ\)"):
+        run(folder, out, precision="bf16")
+
+
+def test_a_file_that_must_not_grow(folder: Path, tmp_path: Path) -> None:
+    """A limit on the size of files behaves like a full disk: writing fails in the middle."""
+    out = tmp_path / "features.h5"
+
+    limited = ["bash", "-c", 'ulimit -f 16; exec "$@"', "bash", BIN / "extract"]
+    finished = subprocess.run(
+        [*limited, *arguments(folder, out)], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert finished.returncode == 2
+    assert finished.stderr.count("\n") == 1, finished.stderr
+    assert "features.h5: File too large; what is encoded is kept" in finished.stderr
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_parts_join_into_the_undivided_cache(
+    whole: Path, folder: Path, tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [
+        run(folder, tmp_path / f"{index}.h5", shard=f"{index}/{count}")
+        for index in range(1, count + 1)
+    ]
+    with pytest.raises(UserError, match=r"2\.h5 is one part of a cache; join the parts"):
+        FeatureCache(parts[1])
+    again = capsys.readouterr().out and run(folder, parts[0], shard=f"1/{count}")
+    assert again == parts[0]
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match=rf"is part 1 of {count} of a cache"):
+        run(folder, parts[0], shard=f"2/{count}")
+    random.Random(count).shuffle(parts)
+    out = merge(MergeConfig(out=tmp_path / "features.h5", parts=tuple(parts)))
+    assert "1 images are in more than one split" in capsys.readouterr().err
+    assert datasets(out) == datasets(whole)
+    assert record(out) == record(whole)
+    run(folder, out)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_parts_that_do_not_belong_together(whole: Path, folder: Path, tmp_path: Path) -> None:
+    def part(name: str, **options: Any) -> Path:
+        return run(folder, tmp_path / name, **options)
+
+    one, two = part("1.h5", shard="1/2"), part("2.h5", shard="2/2")
+
+    def refused(words: str, *parts: Path) -> None:
+        with pytest.raises(UserError, match=words) as caught:
+            merge(MergeConfig(out=tmp_path / "features.h5", parts=parts))
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "features.h5").exists()
+
+    refused("Name the parts")
+    refused("part 2 of 2 is missing", one)
+    refused("part 1 of 2 is missing", two)
+    refused("a part comes twice", one, two, two)
+    refused("number of parts differ", one, part("2of3.h5", shard="2/3"))
+    refused("arguments differ", one, part("other.h5", shard="2/2", augment_seed=1))
+    refused("do not meet in the train split", one, part("big.h5", shard="2/2", batch_size=5))
+    refused("is no part of a cache", one, whole)
+    refused("There is no part at", one, tmp_path / "missing.h5")
+    (tmp_path / "text.h5").write_text("hello")
+    refused("damaged or no part", one, tmp_path / "text.h5")
+    content = bytearray(two.read_bytes())
+    place = content.index(np.load(_features(two)).tobytes()[:64])
+    content[place + 40] ^= 255
+    (tmp_path / "damaged.h5").write_bytes(content)
+    refused("damaged.h5 is damaged", one, tmp_path / "damaged.h5")
+    (tmp_path / "features.h5").write_text("mine")
+    with pytest.raises(UserError, match="exists; choose another name"):
+        merge(MergeConfig(out=tmp_path / "features.h5", parts=(one, two)))
+
+
+def _features(part: Path) -> Path:
+    with h5py.File(part) as file:
+        np.save(part.with_suffix(".npy"), file["images/test/features"][0])
+    return part.with_suffix(".npy")
+
+
+def test_shards_cover_every_row_once_and_end_with_batches() -> None:
+    for total in (0, 1, 4, 27, 100):
+        for of in (1, 2, 3, 7, 40):
+            shards = [Shard(i + 1, of).rows(total, 4) for i in range(of)]
+            assert [row for rows in shards for row in rows] == list(range(total))
+            assert all(rows.start % 4 == 0 or not rows for rows in shards)
+    assert parse_shard("2/4") == Shard(2, 4)
+    for bad in ("0/4", "5/4", "1", "a/b", "1/0", "-1/2", ""):
+        with pytest.raises(UserError, match=f"--shard {bad} is no part"):
+            parse_shard(bad)
+
+
+def test_torchrun_divides_and_joins_by_itself(whole: Path, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "features.h5"
+    command = [
+        BIN / "torchrun", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0", "--no-python", BIN / "extract", *arguments(folder, out),
+    ]  # fmt: skip
+    finished = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == f"{out}: joined from 2 parts, {out.stat().st_size / 2**20:.1f} MiB\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["features.h5"]
+    assert datasets(out) == datasets(whole)
+
+
+def test_an_unreadable_file_is_not_skipped(folder: Path, tmp_path: Path) -> None:
+    make_folder(tmp_path / "data", {"train": 2, "test": 1}, CLASSES)
+    victim = tmp_path / "data" / "train" / "dog" / "01.png"
+    victim.unlink()
+    victim.symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(UserError, match=r"dog/01\.png cannot be read: No such file"):
+        run(tmp_path / "data", tmp_path / "features.h5", val=0.0)
+
+
+def test_a_split_without_a_readable_image(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "data", {"train": 2, "val": 1, "test": 1}, CLASSES)
+    for path in (root / "val").rglob("*.png"):
+        path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="val split has no image that could be read"):
+        run(root, tmp_path / "features.h5")
+
+
+def test_training_draws_views_only_when_asked(whole: Path, digits_cache: Path) -> None:
+    from clip_adapter.pipelines.tasks import draw, load_data, whole_task
+
+    with FeatureCache(whole) as cache:
+        plain, augmented = load_data(cache), load_data(cache, augment=True)
+        every = cache.images("train").features
+    drawn = draw(plain, 2, 1, "full-val")
+    task = whole_task(plain, drawn)
+    np.testing.assert_array_equal(task.features, every[:1, drawn.support])
+    np.testing.assert_array_equal(whole_task(augmented, drawn).features, every[:, drawn.support])
+    with (
+        FeatureCache(digits_cache) as cache,
+        pytest.raises(UserError, match=r"no augmented views to draw from; .*--views"),
+    ):
+        load_data(cache, augment=True)
+
+
+def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
+    """The real loop and writer, with an encoder that costs nothing."""
+
+    def peak(rows: int) -> int:
+        command = [sys.executable, "-c", GROWING, str(rows), str(tmp_path / f"{rows}.h5")]
+        finished = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr
+        return json.loads(finished.stdout.splitlines()[-1])
+
+    few, many = peak(2_000), peak(60_000)
+    assert many < 1.1 * few
+
+
+GROWING = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+from PIL import Image
+from clip_adapter.cache.duplicates import in_several_splits
+from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.extract.datasets.source import Split
+from clip_adapter.extract.decode import Plan
+from clip_adapter.extract.encode import Encoder, encode_images
+from clip_adapter.extract.in_order import InOrder
+from clip_adapter.extract.preprocess import Preprocess
+from clip_adapter.extract.stopwatch import Stopwatch
+
+class Free(Encoder):
+    def __init__(self):
+        self.device, self.dim, self.stored_dtype = torch.device("cpu"), 16, torch.float32
+        self.preprocess = Preprocess(dict(size=4, mean=(.5,)*3, std=(.5,)*3))
+    def images(self, pixels):
+        return pixels.flatten(2)[..., :16].float()
+
+class Ids:
+    def __init__(self, rows): self.rows = rows
+    def __getitem__(self, row): return f"some/folder/of/images/{row:012d}.jpg"
+    def __len__(self): return self.rows
+
+rows = int(sys.argv[1])
+image = Image.new("RGB", (4, 4))
+split = Split(Ids(rows), np.zeros(rows, np.int32), lambda row: image.copy(), "made up")
+with CacheWriter(Path(sys.argv[2]), {}, views=1) as writer:
+    writer.append_text(np.ones((2, 1, 16), np.float32), ["a", "b"])
+    with InOrder() as writing:
+        for batch in encode_images(Free(), split, Plan(0, rows, 256, 2), Stopwatch()):
+            ids = [split.ids[row] for row in batch.rows]
+            writing.submit(writer.append_images, "train", batch.features + 1,
+                           split.labels[batch.rows], ids, (), batch.digests)
+    in_several_splits(writer)
+    writer.finish(templates=["{}"], backbone={}, preprocess={}, dataset={}, logit_scale=1,
+                  logit_bias=0)
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+
+
+def test_photographs_differ() -> None:
+    """Else the test of equal images above would find more of them."""
+    assert len({photograph(seed).tobytes() for seed in range(51)}) == 51

@@ -1,0 +1,132 @@
+"""Where prompts come from, and what is stored of them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clip_adapter.adapters.classifier import classifier_weights
+from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.extract.command import ExtractConfig, extract
+from clip_adapter.extract.prompts import (
+    descriptions_in_order,
+    read_descriptions,
+    resolve_templates,
+)
+from clip_adapter.extract.text import TextPlan
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def test_templates_from_the_command_line_a_file_and_the_ensemble(tmp_path: Path) -> None:
+    file = tmp_path / "templates.txt"
+    file.write_text("a sketch of {}.\n\n  {} in the wild \n", encoding="utf-8")
+    found = resolve_templates(["a {}", str(file)])
+    assert found == ("a {}", "a sketch of {}.", "{} in the wild")
+    ensemble = resolve_templates(["ensemble"])
+    assert len(ensemble) == 7
+    assert ensemble[0] == "itap of a {}."
+    assert resolve_templates([]) == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("", "has no templates"), ("no place", "needs exactly one {}"), ("a {}\na {}", "given twice")],
+)
+def test_files_that_are_no_templates(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "t.txt").write_text(content)
+    with pytest.raises(UserError, match=words):
+        resolve_templates([str(tmp_path / "t.txt")])
+    (tmp_path / "t.txt").write_bytes(b"\xff{}")
+    with pytest.raises(UserError, match="not UTF-8"):
+        resolve_templates([str(tmp_path / "t.txt")])
+
+
+def described(folder: Path, content: object) -> Path:
+    path = folder / "descriptions.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_names_are_matched_without_case_and_underscores() -> None:
+    stored = {"Forest Path": ["trees"], "RIVER": ["water", "a bank"]}
+    assert descriptions_in_order(stored, ["river", "forest_path"]) == [
+        ["water", "a bank"],
+        ["trees"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        ({"a": ["x"]}, r"There are no descriptions of 'b'; add them"),
+        ({"a": ["x"], "c": ["x"]}, r"no descriptions of 'b' \(there are some of 'c'"),
+        ({"a": ["x"], "b": ["x"], "c": ["x"]}, r"descriptions of 'c', which is no class; remove"),
+        ({"a": ["x"], "b": ["x"], "A": ["y"]}, r"the class 'A' twice"),
+    ],
+)
+def test_missing_and_extra_classes(stored: dict[str, list[str]], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        descriptions_in_order(stored, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"a": "x"}', '{"a": []}', '{"a": [1]}', '{"a": [" "]}', "[" * 100_000]
+)
+def test_files_that_are_no_descriptions(tmp_path: Path, content: str) -> None:
+    path = described(tmp_path, content)
+    with pytest.raises(UserError, match=r"descriptions\.json (is not JSON|does not hold)"):
+        read_descriptions(path)
+    with pytest.raises(UserError, match=r"cannot be read: No such file"):
+        read_descriptions(tmp_path / "missing.json")
+
+
+def test_rows_are_named() -> None:
+    plan = TextPlan(["a_b", "c"], ["the {}"], [["x"], ["y", "z"]])
+    assert plan.stored_templates == ["the {}", "description 1", "description 2"]
+    assert plan.prompts(0) == ["the a b", "x"]
+
+
+@pytest.mark.parametrize("batch_size", [64, 3])
+def test_weights_of_classes_with_different_numbers_of_sentences(
+    tmp_path: Path, batch_size: int
+) -> None:
+    """The mean of every class is over its own sentences alone."""
+    sentences = {
+        name: [f"{name} number {i}." for i in range(1 + i % 4)] for i, name in enumerate(NAMES)
+    }
+    out = extract(
+        ExtractConfig(
+            out=tmp_path / "features.h5",
+            descriptions=described(tmp_path, sentences),
+            templates=("a photo of the digit {}.",),
+            batch_size=batch_size,
+        )
+    )
+    import h5py
+
+    with FeatureCache(out) as cache, h5py.File(out) as file:
+        text = cache.text_features()
+        stored = file["text/prompts"].asstr()[...]
+        assert cache.templates == [
+            "a photo of the digit {}.",
+            *(f"description {i}" for i in (1, 2, 3, 4)),
+        ]
+    assert text.shape == (10, 5, 128)
+    weights = np.asarray(classifier_weights(text))
+    for c, name in enumerate(NAMES):
+        own = [f"a photo of the digit {name}.", *sentences[name]]
+        assert stored[c].tolist() == own + [""] * (5 - len(own))
+        wanted = unit(unit(text[c, : len(own)]).mean(axis=0))
+        np.testing.assert_allclose(weights[c], wanted, atol=1e-6)
+    alone = ExtractConfig(
+        out=out, descriptions=described(tmp_path, {**sentences, "one": ["other"]})
+    )
+    with pytest.raises(UserError, match=r"other arguments \(descriptions, templates differ\)"):
+        extract(alone)
