@@ -276,9 +276,10 @@ def _learning_rate(
 ) -> jax.Array:
     total = schedule.epochs * steps_per_epoch
     if schedule.warmup == "constant":
-        # Dassl's ConstantWarmupScheduler over CosineAnnealingLR: both are stepped per epoch.
+        # Dassl's ConstantWarmupScheduler over CosineAnnealingLR, stepped per epoch: the cosine
+        # begins when the warm-up ends, and so stops one step short of zero.
         epoch = step // steps_per_epoch
-        cosine = 0.5 * (1 + jnp.cos(jnp.pi * epoch / schedule.epochs))
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * (epoch - 1) / schedule.epochs))
         return jnp.where(epoch < 1, 1e-5, peak * cosine)
     warm = min(100, total // 10)
     cosine = 0.5 * (1 + jnp.cos(jnp.pi * (step - warm) / max(1, total - warm)))
