@@ -6,7 +6,7 @@ climb with a single rung.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from clip_adapter.adapters.engine import Leaves
@@ -88,7 +88,8 @@ def climb(
             partial(_state, search, rung - 1),
         )
         for index, evaluation, states in train(leg):
-            found[index] = evaluation
+            # Without what was fitted, which is not to be kept for every setting.
+            found[index] = replace(evaluation, arrays=None)
             if index in _best(found, going_on):
                 for fold, state in enumerate(states()):
                     search.states[_name(rung, fold, index)] = state

@@ -63,17 +63,17 @@ def choose(
         note = "" if rule == "none" else "a class has one image, cv impossible: defaults taken"
         return Chosen(setting, None, method.fit(setting, None, task, engine), note=note)
     best: Evaluation | None = None
-    latest: dict[str, Evaluation] = {}
+    latest: dict[str, float] = {}
     search = Search(grid, parts, record.known, record.states)
     for evaluation in method.search(search, engine):
         record.add(evaluation)
-        latest[json.dumps(evaluation.setting)] = evaluation
+        latest[json.dumps(evaluation.setting)] = evaluation.score[0]
         if _is_better(evaluation, best):
             best = evaluation
     if best is None:
         return None
     arrays = best.arrays() if best.arrays else method.fit(best.setting, best.epoch, task, engine)
-    scores = [evaluation.score[0] for evaluation in latest.values()]
+    scores = list(latest.values())
     judged = sum(len(part.validation_labels) for part in parts)
     return Chosen(
         best.setting,
