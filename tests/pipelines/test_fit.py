@@ -262,6 +262,36 @@ def test_one_shot_cannot_be_cross_validated_and_says_so(cache: Path, tmp_path: P
     assert single["linear-probe"]["C"] == 0.316
 
 
+def test_only_augment_trains_on_further_views(tmp_path: Path):
+    """And only those of the adapter, not of the baselines."""
+    data = tiny_data(views=3)
+    features, labels = data.splits["train"]
+    other = features.copy()
+    other[1:] = np.random.default_rng(5).normal(size=other[1:].shape)
+    caches = [
+        write_cache(tmp_path / "one.h5", data),
+        write_cache(tmp_path / "other.h5", data.with_split("train", (other, labels))),
+    ]
+    for augment in (False, True):
+        one, two = (
+            fit(short(cache, tmp_path / f"{cache.stem}-{augment}", alpha=(0.8,), augment=augment))
+            for cache in caches
+        )
+        alike = [a == b for a, b in zip(one.selected, two.selected, strict=True)]
+        assert alike == [True, True, not augment]
+    plain = fit(
+        short(
+            write_cache(tmp_path / "first.h5", first_view(data)), tmp_path / "plain", alpha=(0.8,)
+        )
+    )
+    assert plain.selected == selected(tmp_path / "one-False")
+
+
+def first_view(data: TinyData) -> TinyData:
+    features, labels = data.splits["train"]
+    return data.with_split("train", (features[:1], labels))
+
+
 def test_base_to_new(tmp_path: Path, capsys):
     data = tiny_data(train=(9,) * 5, noise=1.0)
     cache = write_cache(tmp_path / "features.h5", data)

@@ -81,6 +81,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("--select none --reduction 2 4", "--select none cannot choose"),
         ("--select none --branch text --beta 0.1 0.2", "--select none cannot choose"),
         ("--train-classes base --method linear-probe", "linear-probe cannot classify new classes"),
+        ("--augment", "no augmented views to draw from"),
         ("--cache nowhere.h5", "There is no feature cache at nowhere.h5"),
         ("--cache .", "cannot be read"),
         ("--out features.h5", "Cannot write to features.h5"),
