@@ -170,9 +170,7 @@ def train_ensemble(tensors: Tensors, settings: list[Setting], work: Work) -> lis
                     second[name].mul_(0.999).addcmul_(gradients[name], gradients[name], value=0.001)
                     deviation = (second[name] / (1 - 0.999**step)).sqrt_().add_(1e-8)
                     value.mul_(1 - (now * decay).view(shape))
-                    value.sub_(
-                        (now / (1 - 0.9**step)).view(shape) * first[name].div(deviation)
-                    )
+                    value.sub_((now / (1 - 0.9**step)).view(shape) * first[name].div(deviation))
         if (epoch + 1) % work.evaluate_every == 0 or epoch + 1 == work.epochs:
             with torch.inference_mode():
                 features = tensors.validation_features
