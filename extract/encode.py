@@ -43,6 +43,10 @@ class Encoder:
         self, backbone: Backbone, device: torch.device, compiled_for: int | None = None
     ) -> None:
         self.device = device
+        if device.type == "cuda":
+            if device.index is not None:  # else every process has a context on the first GPU too
+                torch.cuda.set_device(device)
+            torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in convolutions too
         self.preprocess = Preprocess(backbone.preprocess_config)
         self.dim: int = backbone.identity["embed_dim"]
         self.compile_seconds = 0.0
@@ -85,7 +89,8 @@ class Encoder:
         shape = (batch, self.preprocess.height, self.preprocess.width, 3)
         self._forward = torch.compile(self._image_features, dynamic=False)
         try:
-            with inductor.patch(freezing=True):  # weights become constants, laid out for the CPU
+            # On a CPU weights become constants, laid out for its caches.
+            with inductor.patch(freezing=self.device.type == "cpu"):
                 self._forward(torch.zeros(shape, dtype=torch.uint8, device=self.device))
         except Exception as error:  # the compiler's stages raise errors of their own kinds
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
