@@ -67,10 +67,11 @@ def run_experiment(config: FitConfig, grid: Grid, run: Path, *, resume: bool) ->
     folder.write_summary(summary)
     plot_grid(folder.path, config.method, grid)
     tables.print_run(config, provenance.lines(), tasks, selected, summary, engine.compilations)
-    if not (folder.path / "adapter.json").exists():
-        raise UserError(f"Every setting of {config.method} diverged; try a smaller --lr.")
     kept = _kept(tasks)
-    print(f"\n{folder.path}: adapter of {config.method} at {kept.shots} shots, seed {kept.seed}")
+    which = f"{config.method} at {kept.shots} shots, seed {kept.seed}"
+    if not (folder.path / "adapter.json").exists():
+        raise UserError(f"Every setting of {which} diverged; try a smaller --lr.")
+    print(f"\n{folder.path}: adapter of {which}")
     return FitResult(folder.path, selected, summary)
 
 

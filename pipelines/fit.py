@@ -170,7 +170,8 @@ def fit(config: FitConfig) -> FitResult:
     try:
         return run_experiment(config, grid, run, resume=config.resume is not None)
     except KeyboardInterrupt:
-        print(f"\nWhat is finished is kept; go on with: fit --resume {run}", file=sys.stderr)
+        if (run / "run.json").exists():
+            print(f"\nWhat is finished is kept; go on with: fit --resume {run}", file=sys.stderr)
         raise
 
 

@@ -54,14 +54,15 @@ def choose(
     """Search the grid and fit the setting with the best validation accuracy (ties: lowest NLL).
 
     record: what is known of an interrupted run and where new evaluations go.
-    Returns None where every setting diverged.
+    Returns None where every setting diverged, or the chosen one does on the whole support set.
     """
     task = whole_task(data, drawn)
     parts = folds(data, drawn) if rule == "cv" else [task]
     if rule == "none" or not parts:
         setting = method.single(grid)
         note = "" if rule == "none" else "a class has one image, cv impossible: defaults taken"
-        return Chosen(setting, None, method.fit(setting, None, task, engine), note=note)
+        arrays = method.fit(setting, None, task, engine)
+        return Chosen(setting, None, arrays, note=note) if _is_finite(arrays) else None
     best: Evaluation | None = None
     latest: dict[str, float] = {}
     search = Search(grid, parts, record.known, record.states)
@@ -73,6 +74,8 @@ def choose(
     if best is None:
         return None
     arrays = best.arrays() if best.arrays else method.fit(best.setting, best.epoch, task, engine)
+    if not _is_finite(arrays):
+        return None
     scores = list(latest.values())
     judged = sum(len(part.validation_labels) for part in parts)
     return Chosen(
@@ -84,6 +87,10 @@ def choose(
         failed=int(np.isneginf(scores).sum()),
         flat=_within_one_standard_error(scores, best.score[0], judged),
     )
+
+
+def _is_finite(arrays: Arrays) -> bool:
+    return all(np.isfinite(array).all() for array in arrays.values())
 
 
 def _is_better(evaluation: Evaluation, best: Evaluation | None) -> bool:

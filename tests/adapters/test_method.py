@@ -58,7 +58,7 @@ def test_settings_that_diverge_are_marked_and_rank_last(found: list[Evaluation])
 
 
 def test_over_folds_the_mean_chooses_the_epoch(engine: Engine):
-    parts = [separable_task(noise=3.0, seed=2, data_seed=number) for number in (5, 8, 10)]
+    parts = [separable_task(noise=3.0, seed=2, data_seed=number) for number in (2, 4, 9)]
     grid = Grid(alpha=(0.9,), learning_rate=(0.2,), schedule=SHORT)
     (evaluation,) = METHOD.search(Search(grid, parts), engine)
     histories = []
@@ -70,7 +70,7 @@ def test_over_folds_the_mean_chooses_the_epoch(engine: Engine):
     rule = [(-round(accuracy, 6), nll) for accuracy, nll in mean]
     best = min(range(len(rule)), key=rule.__getitem__)
     own = {min(range(len(mean)), key=lambda i, h=h: (-h[i, 0], h[i, 1])) for h in histories}
-    assert own != {best}, "every fold would choose the same epoch: nothing is tested"
+    assert best not in {*own, mean[:, 1].argmin()}, "another rule would choose it: too little"
     assert evaluation.epoch == SHORT.evaluated_epochs()[best]
     assert evaluation.accuracy == pytest.approx(mean[best, 0], rel=1e-6)
     assert evaluation.nll == pytest.approx(mean[best, 1], rel=1e-6)

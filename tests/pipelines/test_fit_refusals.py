@@ -179,15 +179,19 @@ def test_a_run_whose_arguments_cannot_be_read(
     refused(capsys, "--resume", "run")
 
 
-def test_settings_that_all_diverge(folder: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("select", ["few-shot-val", "cv", "none"])
+def test_settings_that_all_diverge(folder: Path, capsys: pytest.CaptureFixture[str], select: str):
     """The run is recorded and the baselines are shown, but there is no adapter to use."""
     arguments = "--out run --shots 4 --alpha 0.5 --lr 1e30 --epochs 10 --evaluate-every 1"
+    arguments += f" --select {select}"
     with pytest.raises(SystemExit) as ended:
         main(arguments.split())
     assert ended.value.code == 2
     captured = capsys.readouterr()
     (sentence,) = captured.err.splitlines()
-    assert "diverged; try a smaller --lr" in sentence
+    assert sentence == (
+        "fit: Every setting of clip-adapter at 4 shots, seed 1 diverged; try a smaller --lr."
+    )
     assert "zero-shot" in captured.out
     assert not (folder / "run" / "adapter.json").exists()
     with pytest.raises(SystemExit) as ended:
