@@ -87,7 +87,7 @@ def _difference(arguments: dict[str, Any], runs: Sequence[tuple[dict[str, Any], 
 
 
 def _words(value: Any) -> str:
-    if value is None:
+    if value is None or value == []:
         return "default"
     if isinstance(value, list):
         return "selected" if len(value) > 1 else str(value[0])
