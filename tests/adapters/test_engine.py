@@ -66,9 +66,8 @@ def test_a_program_is_compiled_per_static_signature_and_not_per_setting(engine: 
     with compilations() as compiled:
         for _ in range(2):
             histories(engine, HYPERS, reduction=2)
-            histories(engine, HYPERS, separable_task(shots=3))
-    assert engine.compilations == before + 2
-    assert len(compiled) >= 2, "the listener hears nothing"
+    assert engine.compilations == before + 1
+    assert compiled, "the listener hears nothing"
 
 
 @pytest.fixture(scope="module")

@@ -24,11 +24,11 @@ SETTINGS = [(alpha, rate) for alpha in ("0.3", "0.9") for rate in ("0.001", "0.0
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CompletedProcess]:
-    """A grid of 4 on 2 × 3 tasks, run as a process: its folder and what it printed."""
+    """A grid of 4 on 2 × 2 tasks, run as a process: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("command")
     write_cache(folder / "features.h5", DATA)
     arguments = ["--alpha", "0.3", "0.9", "--lr", "0.001", "0.01", "--shots", "2", "4"]
-    done = run_fit(folder, *arguments, "--seeds", "3", "1", "2", *SHORT[:4], "--out", "run")
+    done = run_fit(folder, *arguments, "--seeds", "3", "1", *SHORT[:4], "--out", "run")
     assert done.returncode == 0, done.stderr
     return folder / "run", done
 
@@ -36,7 +36,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CompletedPr
 def test_a_run_leaves_its_files(command: tuple[Path, CompletedProcess]):
     run, done = command
     assert all(line.startswith("fit: ") for line in done.stderr.splitlines()), done.stderr
-    tasks = [f"shots-{shots}-seed-{seed}" for shots in (2, 4) for seed in (3, 1, 2)]
+    tasks = [f"shots-{shots}-seed-{seed}" for shots in (2, 4) for seed in (3, 1)]
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert files == {
         *(f"adapters/{task}/adapter.{kind}" for task in tasks for kind in ("json", "safetensors")),
@@ -60,10 +60,10 @@ def test_results_have_a_row_per_fit(command: tuple[Path, CompletedProcess]):
     )
     rows = results(run)
     tried = [(r["alpha"], r["learning_rate"]) for r in rows if r["method"] == "clip-adapter"]
-    assert tried == SETTINGS * 6
+    assert tried == SETTINGS * 4
     counts = Counter((r["method"], r["shots"], r["seed"]) for r in rows)
     for shots in ("2", "4"):
-        for seed in ("1", "2", "3"):
+        for seed in ("1", "3"):
             assert counts["zero-shot", shots, seed] == 1
             assert 11 <= counts["linear-probe", shots, seed] <= 15
     assert {row["status"] for row in rows} == {"ok"}
@@ -83,7 +83,7 @@ def test_the_summary_is_mean_and_deviation_over_seeds(command: tuple[Path, Compl
             for r in selected(run)
             if (r["method"], str(r["shots"])) == (line["method"], line["shots"])
         ]
-        assert line["seeds"] == "3" == str(len(rows))
+        assert line["seeds"] == "2" == str(len(rows))
         for measure in ("val_accuracy", "test_accuracy"):
             values = [row[measure] for row in rows]
             mean, deviation = statistics.mean(values), statistics.stdev(values)
@@ -100,7 +100,7 @@ def test_what_is_printed_says_where_numbers_come_from(command: tuple[Path, Compl
         "tiny-clip (nothing) on tiny: 4 classes, 60 test images",
         "test split: made up",
         "min(shots, 4) validation images per class",
-        "standard deviation over seeds 3, 1, 2",
+        "standard deviation over seeds 3, 1",
         "2 programs compiled or loaded",
     ):
         assert words in done.stdout
@@ -122,7 +122,7 @@ def test_tasks_are_written_in_drawing_order(command: tuple[Path, CompletedProces
     run, _ = command
     documents = json.loads((run / "tasks.json").read_text())
     assert [(d["shots"], d["seed"]) for d in documents] == [
-        (shots, seed) for shots in (2, 4) for seed in (3, 1, 2)
+        (shots, seed) for shots in (2, 4) for seed in (3, 1)
     ]
     for document in documents:
         rng = random.Random(document["seed"])
@@ -226,7 +226,7 @@ def test_another_method_and_its_baselines(cache: Path, tmp_path: Path, capsys):
 
 def test_without_a_test_split_there_is_no_test_accuracy(tmp_path: Path, capsys):
     cache = write_cache(tmp_path / "features.h5", DATA.with_split("test", None))
-    result = fit(short(cache, tmp_path / "run", alpha=(0.3, 0.9)))
+    result = fit(short(cache, tmp_path / "run", alpha=(0.5,), baselines=("zero-shot",)))
     assert {row["test_accuracy"] for row in result.selected} == {None}
     assert {line["test_accuracy_mean"] for line in result.summary} == {None}
     assert "–" in capsys.readouterr().out
@@ -337,6 +337,7 @@ def test_compiled_programs_are_kept_for_the_next_process(cache: Path, tmp_path: 
     before: set[str] = set()
     for run, alpha in (("first", "0.3"), ("second", "0.9")):
         arguments = ["--cache", cache, "--out", run, "--alpha", alpha, "--shots", "3", *SHORT]
+        arguments += ["--baselines"]
         done = run_fit(tmp_path, *arguments, JAX_COMPILATION_CACHE_DIR=str(programs))
         assert done.returncode == 0, done.stderr
         after = {path.name for path in programs.iterdir() if not path.name.endswith("-atime")}

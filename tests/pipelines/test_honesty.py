@@ -23,7 +23,8 @@ def fitted(folder: Path, name: str, data: TinyData, rule: str) -> FitResult:
         cache=write_cache(folder / "features.h5", data),
         out=folder / "run",
         shots=(4,),
-        seeds=(1, 2),
+        seeds=(1,),
+        baselines=("linear-probe",),
         alpha=(0.3,) if rule == "none" else (0.3, 0.9),
         lr=(0.01,),
         epochs=10,
@@ -43,7 +44,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], FitResult
 def assert_chosen_alike(one: Path, other: Path) -> None:
     assert choices(one) == choices(other)
     assert adapters(one) == adapters(other)
-    assert len(adapters(one)) == 3
+    assert len(adapters(one)) == 2
     assert results(one) == results(other)
     names = [path.relative_to(one) for path in sorted(one.rglob("*")) if path.is_file()]
     assert names == [path.relative_to(other) for path in sorted(other.rglob("*")) if path.is_file()]
@@ -51,15 +52,10 @@ def assert_chosen_alike(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_test_split_takes_no_part(tmp_path: Path, clean: Callable[[str], FitResult], rule: str):
-    poisons: dict[str, Callable[[str], TinyData]] = {
-        "labels": DATA.shuffled_labels,
-        "features": DATA.noisy_features,
-    }
-    for name, poison in poisons.items():
-        poisoned = fitted(tmp_path, name, poison("test"), rule)
-        assert_chosen_alike(clean(rule).run, poisoned.run)
-        for before, after in zip(clean(rule).selected, poisoned.selected, strict=True):
-            assert after["test_accuracy"] < before["test_accuracy"] - 0.1
+    poisoned = fitted(tmp_path, rule, DATA.shuffled_labels("test").noisy_features("test"), rule)
+    assert_chosen_alike(clean(rule).run, poisoned.run)
+    for before, after in zip(clean(rule).selected, poisoned.selected, strict=True):
+        assert after["test_accuracy"] < before["test_accuracy"] - 0.1
 
 
 @pytest.mark.parametrize("rule", ["cv", "none"])
@@ -96,9 +92,9 @@ def test_test_images_are_classified_once_for_each_task(
 
     monkeypatch.setattr(ClipAdapterMethod, "logits", listening)
     result = fitted(tmp_path, "run", DATA, "few-shot-val")
-    tasks = [row for row in result.selected if row["method"] == "clip-adapter"]
-    assert [row["tried"] for row in tasks] == [2, 2]
-    assert classified == [True] * len(tasks)
+    (row,) = (row for row in result.selected if row["method"] == "clip-adapter")
+    assert row["tried"] == 2
+    assert classified == [True]
 
 
 def test_the_chosen_setting_is_the_best_on_validation(clean: Callable[[str], FitResult]):

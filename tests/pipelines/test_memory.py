@@ -4,8 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.pipelines.tiny_cache import tiny_data, write_cache
 
 SCRIPT = """
@@ -27,20 +25,19 @@ def peak_mebibytes(settings: int, search: str) -> float:
     ))
     return peak()
 
-before = peak_mebibytes(10, sys.argv[3])
-print("MiB:", peak_mebibytes(210, sys.argv[3]) - before)
+before = [peak_mebibytes(10, search) for search in ("full", "halving")]
+print("MiB:", *(peak_mebibytes(110, search) - before[-1] for search in ("full", "halving")))
 """
 
 
-@pytest.mark.parametrize("search", ["full", "halving"])
-def test_two_hundred_settings_more_take_no_more_memory(tmp_path: Path, search: str):
-    """Kept, the states of 200 settings would be 4 × 2 × 512 × 128 float32 each: 400 MiB."""
+def test_a_hundred_settings_more_take_no_more_memory(tmp_path: Path):
+    """Kept, the states of 100 settings would be 4 × 2 × 512 × 128 float32 each: 200 MiB."""
     cache = write_cache(tmp_path / "features.h5", tiny_data(dim=512, val=1, test=1))
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, cache, tmp_path, search],
+        [sys.executable, "-c", SCRIPT, cache, tmp_path],
         capture_output=True,
         text=True,
         check=True,
     )
     (grown,) = (line for line in done.stdout.splitlines() if line.startswith("MiB:"))
-    assert float(grown.split()[1]) < 80
+    assert max(map(float, grown.split()[1:])) < 100
