@@ -1,6 +1,5 @@
 """CLIP-Adapter as a method: grids through the engine."""
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -59,10 +58,9 @@ class ClipAdapterMethod:
                 )
                 for fold, task in enumerate(leg.folds)
             ]
-            started = time.perf_counter()
             for chunks in zip(*runs, strict=True):
                 histories = np.mean([chunk.state.history for chunk in chunks], axis=0)
-                seconds = (time.perf_counter() - started) / len(chunks[0].indices)
+                seconds = sum(chunk.seconds for chunk in chunks) / len(chunks[0].indices)
                 for row, position in enumerate(chunks[0].indices):
                     index = members[position]
                     kept = partial(_best_arrays, chunks[0], row) if len(chunks) == 1 else None
@@ -70,7 +68,6 @@ class ClipAdapterMethod:
                         leg.settings[index], static[1], leg.stop, histories[row], seconds, kept
                     )
                     yield index, evaluation, partial(_rows, chunks, row)
-                started = time.perf_counter()
 
     def evaluations(self, grid: Grid) -> int:
         count = sum(1 for _ in settings(grid))
@@ -160,6 +157,7 @@ def settings(grid: Grid) -> Iterator[Setting]:
             "evaluate_every": grid.schedule.evaluate_every,
             "optimizer": grid.schedule.optimizer,
             "warmup": grid.schedule.warmup,
+            "drop_last": grid.schedule.drop_last,
         }
 
 
@@ -181,6 +179,7 @@ def static_part(setting: Setting) -> tuple[Architecture, Schedule]:
         evaluate_every=setting["evaluate_every"],
         optimizer=setting["optimizer"],
         warmup=setting["warmup"],
+        drop_last=setting["drop_last"],
     )
     return architecture, schedule
 

@@ -5,6 +5,8 @@ full-length schedule from its start; survivors go on where they stopped. A full 
 climb with a single rung.
 """
 
+import sys
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +34,7 @@ class Leg:
     state: Callable[[int, int], Leaves]
 
 
+Rank = tuple[float, float, int]
 Train = Callable[[Leg], Iterator[tuple[int, Evaluation, Callable[[], list[Leaves]]]]]
 
 
@@ -74,10 +77,12 @@ def climb(
     for rung, stop in enumerate(rungs):
         going_on = counts[rung + 1]
         found: dict[int, Evaluation] = {}
+        ranked: list[Rank] = []
         for index in indices:
             known = search.known(settings[index], stop)
             if known:
                 found[index] = known
+                _place(ranked, known, index)
                 yield known
         leg = Leg(
             settings,
@@ -90,11 +95,12 @@ def climb(
         for index, evaluation, states in train(leg):
             # Without what was fitted, which is not to be kept for every setting.
             found[index] = replace(evaluation, arrays=None)
-            if index in _best(found, going_on):
+            if _place(ranked, evaluation, index) < going_on:
                 for fold, state in enumerate(states()):
                     search.states[_name(rung, fold, index)] = state
             yield evaluation
-        previous, indices, start = indices, _best(found, going_on), stop
+        previous, start = indices, stop
+        indices = sorted(index for *_, index in ranked[:going_on])
         for index in previous:
             for fold in range(len(search.folds)):
                 search.states.pop(_name(rung - 1, fold, index), None)
@@ -102,11 +108,14 @@ def climb(
                     search.states.pop(_name(rung, fold, index), None)
 
 
-def _best(found: dict[int, Evaluation], count: int) -> list[int]:
-    """The `count` best of the settings found so far that did not diverge, in grid order."""
-    sound = [index for index, evaluation in found.items() if not evaluation.failed]
-    ranked = sorted(sound, key=lambda i: (-found[i].score[0], -found[i].score[1], i))
-    return sorted(ranked[:count])
+def _place(ranked: list[Rank], evaluation: Evaluation, index: int) -> int:
+    """Enter a setting into the ranking and return its place; behind all where it diverged."""
+    if evaluation.failed:
+        return sys.maxsize
+    accuracy, negative_nll = evaluation.score
+    rank = (-accuracy, -negative_nll, index)
+    insort(ranked, rank)
+    return bisect_left(ranked, rank)
 
 
 def _state(search: Search, rung: int, fold: int, index: int) -> Leaves:

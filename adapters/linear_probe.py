@@ -114,7 +114,8 @@ class Sweep:
 
 
 def _judge(arrays: Arrays, fold: Task) -> list[float]:
-    logits = _probe_logits(arrays["kernel"], arrays["bias"], fold.validation_features)
+    classify = partial(_probe_logits, arrays["kernel"], arrays["bias"])
+    logits = jnp.asarray(blockwise(classify, fold.validation_features))
     nll = cross_entropy(logits, fold.validation_labels).mean()
     return [float(accuracy(logits, fold.validation_labels)), float(nll)]
 

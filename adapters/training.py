@@ -29,6 +29,8 @@ class Schedule:
     warmup: `linear` raises the learning rate over the first tenth of the steps (at most 100);
         `constant` holds it at 1e-5 for the first epoch, as the official implementation does.
         After the warm-up it falls to zero along a half cosine.
+    drop_last: leave out an epoch's last batch where it would be smaller than batch_size, as
+        PyTorch's DataLoader does on request, instead of making all batches a little smaller.
     """
 
     epochs: int = 200
@@ -36,6 +38,7 @@ class Schedule:
     evaluate_every: int = 5
     optimizer: Literal["adamw", "sgd"] = "adamw"
     warmup: Literal["linear", "constant"] = "linear"
+    drop_last: bool = False
 
     @property
     def evaluations(self) -> int:
@@ -131,8 +134,12 @@ def initial_state(
     )
 
 
-def steps_per_epoch(support: int, batch_size: int) -> int:
-    return -(-support // batch_size)
+def steps_and_batch(support: int, schedule: Schedule) -> tuple[int, int]:
+    """Steps of an epoch and rows of a step, for S support images."""
+    if schedule.drop_last and support >= schedule.batch_size:
+        return support // schedule.batch_size, schedule.batch_size
+    steps = -(-support // schedule.batch_size)
+    return steps, -(-support // steps)
 
 
 def _epoch(
@@ -144,13 +151,12 @@ def _epoch(
     state: RunState,
 ) -> RunState:
     views, support, _ = task.features.shape
-    steps = steps_per_epoch(support, schedule.batch_size)
-    batch = -(-support // steps)
+    steps, batch = steps_and_batch(support, schedule)
     key = jax.random.fold_in(jax.random.key(task.seed), epoch + 1)
     order_key, view_key = jax.random.split(key)
-    # Every image once; the last batch is filled up with rows of weight zero.
-    order = jax.random.permutation(order_key, support)
-    rows = jnp.pad(order, (0, steps * batch - support)).reshape(steps, batch)
+    # Every image once (unless drop_last); the last batch is filled up with rows of weight zero.
+    order = jax.random.permutation(order_key, support)[: steps * batch]
+    rows = jnp.pad(order, (0, steps * batch - len(order))).reshape(steps, batch)
     counts = (jnp.arange(steps * batch) < support).reshape(steps, batch)
     drawn = jax.random.randint(view_key, rows.shape, 0, views)
     optimizer = _optimizer(schedule, task, hyper)
@@ -264,7 +270,7 @@ def _optimizer(
     schedule: Schedule, task: Task, hyper: HyperParameters
 ) -> optax.GradientTransformation:
     """AdamW, or SGD with momentum 0.9 and L2 decay (PyTorch's), under the schedule's rate."""
-    steps = steps_per_epoch(task.features.shape[1], schedule.batch_size)
+    steps, _ = steps_and_batch(task.features.shape[1], schedule)
     rate = partial(_learning_rate, schedule, steps, hyper.learning_rate)
     if schedule.optimizer == "adamw":
         return optax.adamw(rate, weight_decay=hyper.weight_decay)

@@ -33,9 +33,10 @@ class Work:
 
 
 class Tensors:
-    """The task on a device."""
+    """The task on a device. On a GPU matrix products are in TF32, as ours are there."""
 
     def __init__(self, task: SyntheticTask, device: str) -> None:
+        torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
         self.features = torch.tensor(task.features, device=device)
         self.labels = torch.tensor(task.labels, device=device).long()
         self.validation_features = torch.tensor(task.validation_features, device=device)

@@ -1,9 +1,12 @@
 """One `extract` from the opened data set to the finished file."""
 
+import hashlib
+import json
 import warnings
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from clip_adapter.cache.duplicates import in_several_splits
@@ -42,7 +45,11 @@ def run_job(config: "ExtractConfig", shard: Shard, quiet: bool = False) -> str:
     device = find_device(config.device)
     precision = find_precision(config.precision, device)
     backbone = load_backbone(config.backbone, config.pretrained, precision)
+    # What a resumed run must agree on beyond its arguments: the weights and the rows themselves,
+    # which may change under an unchanged path.
     identity["precision"] = precision
+    identity["weights_sha256"] = backbone.identity["weights_sha256"]
+    identity["rows_sha256"] = _rows_sha256(dataset)
     restart = config.force
     with (
         warnings.catch_warnings(),
@@ -200,3 +207,12 @@ class _Job:
 
 def _no_advance(count: int, note: str) -> None:
     """Progress that nobody sees."""
+
+
+def _rows_sha256(dataset: ImageDataset) -> str:
+    """SHA-256 over the ids and labels of every split, in order."""
+    digest = hashlib.sha256()
+    for name, split in dataset.splits.items():
+        digest.update(json.dumps([name, *split.ids]).encode())
+        digest.update(np.ascontiguousarray(split.labels, np.int32).tobytes())
+    return digest.hexdigest()

@@ -71,9 +71,7 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {**adapter.arrays, WEIGHTS: adapter.weights}
     content = save({name: np.asarray(array, order="C") for name, array in tensors.items()})
-    temporary = folder / f"{ARRAYS_FILE}.new"
-    temporary.write_bytes(content)
-    temporary.replace(folder / ARRAYS_FILE)
+    atomic.write_bytes(folder / ARRAYS_FILE, content)
     document = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

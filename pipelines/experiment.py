@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ def run_experiment(config: FitConfig, grid: Grid, run: Path, *, resume: bool) ->
     engine = Engine(config.layout)
     arguments = config.arguments() | {"cache_sha256": provenance.cache_sha256}
     folder = RunFolder(run, arguments, resume=resume)
+    folder.write_json(
+        "provenance.json", {"clip_adapter": version("clip-adapter"), "about": provenance.lines()}
+    )
     folder.write_json("tasks.json", [_task_document(data, drawn) for drawn in tasks])
     methods = [name for name in METHODS if name in {config.method, *config.baselines}]
     base_to_new = config.train_classes == "base"
@@ -44,7 +48,7 @@ def run_experiment(config: FitConfig, grid: Grid, run: Path, *, resume: bool) ->
         Runner(name, grid, config.select, base_to_new, engine, data, provenance) for name in methods
     ]
     finished = {(row["method"], row["shots"], row["seed"]) for row in folder.selected()}
-    sizes = {name: METHODS[name].evaluations(grid) for name in methods}
+    sizes: dict[str, int] = {name: METHODS[name].evaluations(grid) for name in methods}
     done = sum(sizes[name] for name, _, _ in finished)
     with progress("fit", len(tasks) * sum(sizes.values()), done) as advance:
         for drawn in tasks:
@@ -106,13 +110,17 @@ def _task_document(data: CachedData, drawn: Draw) -> Row:
 
 
 def _summarise(selected: Sequence[Row]) -> list[Row]:
-    """Mean and standard deviation (n − 1) over seeds for each method and number of shots."""
+    """Mean and standard deviation (n − 1) over seeds for each method and number of shots.
+
+    Seeds at which every setting diverged have no accuracy; they are counted in `diverged`.
+    """
     groups: dict[tuple[str, Shots], list[Row]] = defaultdict(list)
     for row in selected:
         groups[row["method"], row["shots"]].append(row)
     summary = []
     for (method, shots), rows in groups.items():
-        line: Row = {"method": method, "shots": shots, "seeds": len(rows)}
+        diverged = sum("test_accuracy" not in row for row in rows)
+        line: Row = {"method": method, "shots": shots, "seeds": len(rows), "diverged": diverged}
         for name in MEASURES:
             values = [row[name] for row in rows if row.get(name) is not None]
             if any(name in row for row in selected):

@@ -110,6 +110,7 @@ class FitConfig:
             evaluate_every=self.evaluate_every,
             optimizer="sgd" if paper else "adamw",
             warmup="constant" if paper else "linear",
+            drop_last=paper,
         )
         _check_ratios("--alpha", alpha)
         _check_ratios("--beta", self.beta)
@@ -158,6 +159,8 @@ def fit(config: FitConfig) -> FitResult:
     from clip_adapter.pipelines.jax_setup import set_up_jax
 
     run = config.resume or config.out
+    if config.resume and config.out:
+        raise UserError("--resume goes on in its own folder; leave --out out.")
     if config.resume:
         config = _resumed(config, config.resume)
     _check(config)

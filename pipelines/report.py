@@ -1,6 +1,7 @@
 """`clip-adapter report`: the results of several runs side by side."""
 
 import csv
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,11 @@ import tyro
 from clip_adapter.cache.errors import UserError
 
 Row = dict[str, Any]
+
+
+# Arguments that change no number of a method, and those that change a baseline's.
+IGNORED = {"baselines", "layout", "cache", "shots"}
+JUDGED_BY = {"seeds", "select", "train_classes", "augment"}
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,11 @@ def report(config: ReportConfig) -> None:
     for arguments, rows in runs:
         for row in rows:
             own = row["method"] == arguments["method"]
-            name = row["method"] + (_difference(arguments, runs) if own else "")
+            ignored = IGNORED if own else set(arguments) - JUDGED_BY
+            name = row["method"] + _difference(arguments, runs, ignored)
             columns.setdefault(name, {})[row["shots"]] = row
+    for line in _about(config.runs[0]):
+        print(line)
     table = Table(title="test accuracy (%), mean ± standard deviation over seeds", box=SIMPLE_HEAD)
     table.add_column("shots", justify="right")
     for name in columns:
@@ -75,9 +84,18 @@ def _numbers(row: dict[str, str]) -> Row:
     return row | {name: float(value) if value else None for name, value in measures.items()}
 
 
-def _difference(arguments: dict[str, Any], runs: Sequence[tuple[dict[str, Any], Any]]) -> str:
-    """The arguments in which the runs differ, as ` name value`, but for what cannot matter here."""
-    ignored = {"baselines", "layout", "cache", "shots", "seeds"}
+def _about(run: Path) -> list[str]:
+    """Backbone, data set and split source in words."""
+    try:
+        return json.loads((run / "provenance.json").read_text())["about"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{run} has no readable provenance.json; fit it again.") from None
+
+
+def _difference(
+    arguments: dict[str, Any], runs: Sequence[tuple[dict[str, Any], Any]], ignored: set[str]
+) -> str:
+    """The arguments in which the runs differ, as ` name value`, but for the ignored ones."""
     differing = [
         name
         for name in arguments
@@ -90,7 +108,8 @@ def _words(value: Any) -> str:
     if value is None or value == []:
         return "default"
     if isinstance(value, list):
-        return "selected" if len(value) > 1 else str(value[0])
+        numbers = " ".join(map(str, value))
+        return numbers if len(value) == 1 or all(isinstance(v, int) for v in value) else "selected"
     return str(value)
 
 

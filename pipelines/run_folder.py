@@ -1,6 +1,7 @@
 """What a run leaves behind, written so that a killed run can go on.
 
-run.json        the arguments, the version and the cache's identity
+run.json        the arguments and the cache's identity
+provenance.json backbone, data set and split source in words, and the version
 tasks.json      the ids of every support and validation set, in drawing order
 results.csv     a row per fit, appended as it ends (under halving: per setting and rung)
 selected.jsonl  a line per method and task: the chosen setting and its test accuracy
@@ -35,6 +36,7 @@ SETTING_COLUMNS = (
     "weight_decay",
     "optimizer",
     "warmup",
+    "drop_last",
     "epochs",
     "batch_size",
     "evaluate_every",

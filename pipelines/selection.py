@@ -60,7 +60,7 @@ def choose(
     parts = folds(data, drawn) if rule == "cv" else [task]
     if rule == "none" or not parts:
         setting = method.single(grid)
-        note = "" if rule == "none" else "a class has one image, cv impossible: defaults taken"
+        note = "" if rule == "none" else "a class has one image, cv impossible: first values taken"
         arrays = method.fit(setting, None, task, engine)
         return Chosen(setting, None, arrays, note=note) if _is_finite(arrays) else None
     best: Evaluation | None = None

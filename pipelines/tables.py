@@ -33,9 +33,10 @@ def print_run(
     console = Console(width=110, highlight=False, soft_wrap=True)
     for line in description:
         console.print(line)
-    console.print(
-        f"selected on {SELECTION_WORDS[config.select]}; test computed for the selected setting only"
-    )
+    judged = SELECTION_WORDS[config.select]
+    if config.select == "few-shot-val" and "all" in config.shots:
+        judged += " (at `all` shots: the whole validation split)"
+    console.print(f"selected on {judged}; test computed for the selected setting only")
     for line in _repetitions(tasks):
         console.print(line)
     console.print(_accuracy_table(config, summary))
@@ -124,7 +125,9 @@ def percent(row: Row, kind: str) -> str:
     mean, deviation = row.get(f"{kind}_mean"), row.get(f"{kind}_std")
     if mean is None:
         return "–"
-    return f"{100 * mean:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
+    spread = "" if deviation is None else f" ± {100 * deviation:.2f}"
+    lost = f" ({row['diverged']} of {row['seeds']} seeds diverged)" if int(row["diverged"]) else ""
+    return f"{100 * mean:.2f}{spread}{lost}"
 
 
 def _repetitions(tasks: Sequence["Draw"]) -> list[str]:

@@ -56,5 +56,5 @@ def transcripts(text: str) -> list[tuple[str, str]]:
 
 
 def words(text: str) -> str:
-    """Text without its numbers, which may differ in the last digits between machines, and layout."""
+    """Text without layout and numbers, whose last digits may differ between machines."""
     return " ".join(re.sub(r"[-+]?[0-9][0-9.e-]*", "#", text).replace("─", "").split())

@@ -1,6 +1,7 @@
 """Whole runs against PyTorch's optimisers and schedulers, on the same start and batch order."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from clip_adapter.adapters.training import (
     RunState,
     Schedule,
     Task,
+    steps_and_batch,
 )
 from tests.adapters import torch_reference as reference
 from tests.adapters.tasks import SHORT, named, separable_task, start_arrays
@@ -271,3 +273,14 @@ def test_another_seed_starts_and_shuffles_otherwise(engine: Engine):
         for task, epoch in ((first, 0), (first, 1), (second, 0))
     ]
     assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+@pytest.mark.parametrize(
+    ("support", "batch_size", "equal", "dropping"),
+    [(37, 32, (2, 19), (1, 32)), (592, 32, (19, 32), (18, 32)), (20, 32, (1, 20), (1, 20))],
+)
+def test_steps_and_batches_of_an_epoch(support, batch_size, equal, dropping):
+    """Dassl's loader drops an incomplete last batch where there is a complete one."""
+    schedule = Schedule(batch_size=batch_size)
+    assert steps_and_batch(support, schedule) == equal
+    assert steps_and_batch(support, replace(schedule, drop_last=True)) == dropping

@@ -255,7 +255,7 @@ def test_how_many_validation_images_a_rule_takes(cache: Path, tmp_path: Path, ru
 def test_one_shot_cannot_be_cross_validated_and_says_so(cache: Path, tmp_path: Path, capsys):
     grid = {"alpha": (0.3, 0.9), "shots": (1,), "select": "cv"}
     result = fit(short(cache, tmp_path / "run", **grid))
-    assert "cv impossible: defaults taken" in capsys.readouterr().out
+    assert "cv impossible: first values taken" in capsys.readouterr().out
     single = {row["method"]: row for row in result.selected}
     assert all("note" in row and "val_accuracy" not in row for row in single.values())
     assert single["clip-adapter"]["alpha"] == 0.3
