@@ -41,7 +41,7 @@ def test_a_run_leaves_its_files(command: tuple[Path, CompletedProcess]):
     assert files == {
         *(f"adapters/{task}/adapter.{kind}" for task in tasks for kind in ("json", "safetensors")),
         *("adapter.json", "adapter.safetensors", "run.json", "tasks.json", "validation.png"),
-        *("results.csv", "selected.jsonl", "summary.csv"),
+        *("results.csv", "selected.jsonl", "summary.csv", "provenance.json"),
     }
     top, first = (
         (folder / "adapter.safetensors").read_bytes()
@@ -55,7 +55,7 @@ def test_results_have_a_row_per_fit(command: tuple[Path, CompletedProcess]):
     text = (run / "results.csv").read_text()
     assert text.splitlines()[0] == (
         "method,shots,seed,branch,alpha,beta,alpha_init,beta_init,reduction,learning_rate,"
-        "weight_decay,optimizer,warmup,epochs,batch_size,evaluate_every,C,"
+        "weight_decay,optimizer,warmup,drop_last,epochs,batch_size,evaluate_every,C,"
         "epochs_run,best_epoch,val_accuracy,val_nll,status,seconds"
     )
     rows = results(run)
@@ -211,6 +211,7 @@ def test_the_paper_preset(cache: Path, tmp_path: Path):
         "weight_decay": "0.0005",
         "optimizer": "sgd",
         "warmup": "constant",
+        "drop_last": "True",
         "epochs": "200",
         "batch_size": "32",
     }
