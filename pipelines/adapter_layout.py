@@ -76,6 +76,7 @@ def _check_clip_adapter(setting: Mapping[str, Any]) -> None:
     _check(setting, "weight_decay", "a number ≥ 0", lambda value: is_number(value, low=0))
     _check_one_of(setting, "optimizer", ("adamw", "sgd"))
     _check_one_of(setting, "warmup", ("linear", "constant"))
+    _check(setting, "drop_last", "true or false", lambda value: type(value) is bool)
 
 
 def _check(
