@@ -47,7 +47,7 @@ class ClipAdapterClassifier(ClassifierMixin, BaseEstimator):
         Where a learned or predicted ratio starts.
     reduction : int
         The bottleneck's width is D / reduction.
-    learning_rate, weight_decay, epochs, batch_size, optimizer, warmup :
+    learning_rate, weight_decay, epochs, batch_size, optimizer, warmup, drop_last :
         How it is trained; see `clip_adapter.adapters.training.Schedule`.
     logit_scale, logit_bias : float
         The backbone's; the scale is the multiplier itself (about 100 for CLIP).
@@ -83,6 +83,7 @@ class ClipAdapterClassifier(ClassifierMixin, BaseEstimator):
         batch_size: int = Schedule.batch_size,
         optimizer: Literal["adamw", "sgd"] = Schedule.optimizer,
         warmup: Literal["linear", "constant"] = Schedule.warmup,
+        drop_last: bool = Schedule.drop_last,
         logit_scale: float = 100.0,
         logit_bias: float = 0.0,
         random_state: int | np.random.RandomState | None = None,
@@ -101,6 +102,7 @@ class ClipAdapterClassifier(ClassifierMixin, BaseEstimator):
         self.batch_size = batch_size
         self.optimizer = optimizer
         self.warmup = warmup
+        self.drop_last = drop_last
         self.logit_scale = logit_scale
         self.logit_bias = logit_bias
         self.random_state = random_state
@@ -192,6 +194,7 @@ class ClipAdapterClassifier(ClassifierMixin, BaseEstimator):
             evaluate_every=self.epochs,
             optimizer=self.optimizer,
             warmup=self.warmup,
+            drop_last=self.drop_last,
         )
         grid = Grid(
             branch=self.branch,

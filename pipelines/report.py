@@ -59,7 +59,8 @@ def report(config: ReportConfig) -> None:
     table.add_column("shots", justify="right")
     for name in columns:
         table.add_column(name.replace(" ", "\n", 1), justify="right")
-    for shots in dict.fromkeys(shots for column in columns.values() for shots in column):
+    numbers = dict.fromkeys(shots for column in columns.values() for shots in column)
+    for shots in sorted(numbers, key=lambda text: (text == "all", len(text), text)):
         cells = [percent(column.get(shots, {}), "test_accuracy") for column in columns.values()]
         table.add_row(shots, *cells)
     Console(width=max(80, 16 * len(columns) + 10), highlight=False).print(table)

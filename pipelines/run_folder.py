@@ -10,7 +10,6 @@ adapter.*, adapters/   the fitted adapters
 """
 
 import csv
-import fcntl
 import json
 from collections.abc import Iterator, MutableMapping, Sequence
 from datetime import UTC, datetime
@@ -78,9 +77,6 @@ class RunFolder:
                 (path / "selected.jsonl").write_text("")
                 atomic.write_text(stated, json.dumps(arguments, indent=1))
             self._results = (path / "results.csv").open("a", newline="")
-            fcntl.flock(self._results, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"Another process is writing {path}; wait for it to end.") from None
         except OSError as error:
             raise UserError(f"Cannot write to {path}: {error.strerror}.") from error
         self._writer = csv.DictWriter(self._results, RESULT_COLUMNS, lineterminator="\n")
