@@ -74,7 +74,12 @@ class ClipAdapterMethod:
         return sum(survivors(count, _rungs(grid)))
 
     def single(self, grid: Grid) -> Setting:
-        return next(settings(grid))
+        """The setting with the most default values, of those the first."""
+
+        def defaults(setting: Setting) -> int:
+            return sum(setting.get(name) == value for name, value in grid.defaults.items())
+
+        return max(settings(grid), key=defaults)
 
     def fit(self, setting: Setting, epoch: int | None, task: Task, engine: Engine) -> Arrays:
         static = static_part(setting)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import jax
@@ -23,6 +24,10 @@ Arrays = dict[str, npt.NDArray[Any]]
 # on its shape, and with it the last bit of the result.
 BLOCK = 512
 
+DEFAULTS = MappingProxyType(
+    {"alpha": 0.2, "beta": 0.2, "reduction": 4, "learning_rate": 1e-3, "weight_decay": 1e-2}
+)
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -30,7 +35,8 @@ class Grid:
 
     alpha, beta: residual ratios of the image and the text adapter; `learned` and `hypernet` start
         from alpha_init and beta_init. halving: successive halving instead of every setting to the
-        end.
+        end. defaults: values by name to take, where they are among those to try, when nothing
+        chooses.
     """
 
     branch: Branch = "image"
@@ -43,6 +49,7 @@ class Grid:
     weight_decay: tuple[float, ...] = (1e-2,)
     schedule: Schedule = field(default_factory=Schedule)
     halving: bool = False
+    defaults: Mapping[str, float] = field(default_factory=lambda: DEFAULTS)
 
 
 @dataclass(frozen=True)

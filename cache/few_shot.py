@@ -21,11 +21,13 @@ class FewShotTask:
     support: (S,) int64, rows of the train split.
     validation: (M,) int64, rows of the val split; empty where the cache has none.
     repeated_classes: labels with fewer than `shots` training images, drawn with repetition.
+    repeated_validation_classes: the same for the validation images.
     """
 
     support: Rows
     validation: Rows
     repeated_classes: tuple[int, ...]
+    repeated_validation_classes: tuple[int, ...]
 
 
 def draw_few_shot(
@@ -48,12 +50,17 @@ def draw_few_shot(
     if shots < 1 or shots > largest:
         raise UserError(
             f"--shots {shots} cannot be drawn: the largest class has {largest} training images; "
-            f"choose between 1 and {largest}."
+            f"choose between 1 and {largest}, or `--shots all`."
         )
+    val_groups, val_shots = _rows_by_label(val_labels), min(shots, VALIDATION_SHOTS)
     support = _draw(rng, train_groups, shots)
-    validation = _draw(rng, _rows_by_label(val_labels), min(shots, VALIDATION_SHOTS))
-    repeated = tuple(sorted(c for c, rows in train_groups.items() if len(rows) < shots))
-    return FewShotTask(np.array(support, np.int64), np.array(validation, np.int64), repeated)
+    validation = _draw(rng, val_groups, val_shots)
+    return FewShotTask(
+        np.array(support, np.int64),
+        np.array(validation, np.int64),
+        _labels_with_fewer(train_groups, shots),
+        _labels_with_fewer(val_groups, val_shots),
+    )
 
 
 def _rows_by_label(labels: npt.ArrayLike) -> dict[int, list[int]]:
@@ -61,6 +68,10 @@ def _rows_by_label(labels: npt.ArrayLike) -> dict[int, list[int]]:
     for row, label in enumerate(np.asarray(labels).tolist()):
         groups.setdefault(label, []).append(row)
     return groups
+
+
+def _labels_with_fewer(groups: dict[int, list[int]], count: int) -> tuple[int, ...]:
+    return tuple(sorted(label for label, rows in groups.items() if len(rows) < count))
 
 
 def _draw(rng: random.Random, groups: dict[int, list[int]], count: int) -> Sequence[int]:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,18 +38,42 @@ def run_experiment(config: FitConfig, grid: Grid, run: Path, *, resume: bool) ->
     _check_possible(config, grid, data)
     engine = Engine(config.layout)
     arguments = config.arguments() | {"cache_sha256": provenance.cache_sha256}
-    folder = RunFolder(run, arguments, resume=resume)
-    folder.write_json(
-        "provenance.json", {"clip_adapter": version("clip-adapter"), "about": provenance.lines()}
-    )
-    folder.write_json("tasks.json", [_task_document(data, drawn) for drawn in tasks])
-    methods = [name for name in METHODS if name in {config.method, *config.baselines}]
-    base_to_new = config.train_classes == "base"
-    runners = [
-        Runner(name, grid, config.select, base_to_new, engine, data, provenance) for name in methods
-    ]
+    with closing(RunFolder(run, arguments, resume=resume)) as folder:
+        folder.write_json(
+            "provenance.json",
+            {"clip_adapter": version("clip-adapter"), "about": provenance.lines()},
+        )
+        folder.write_json("tasks.json", [_task_document(data, drawn) for drawn in tasks])
+        base_to_new = config.train_classes == "base"
+        runners = [
+            Runner(name, grid, config.select, base_to_new, engine, data, provenance)
+            for name in METHODS
+            if name in {config.method, *config.baselines}
+        ]
+        _run_tasks(config, grid, tasks, runners, folder)
+        selected = folder.selected()
+        summary = _summarise(selected)
+        folder.write_summary(summary)
+        plot_grid(folder.path, config.method, grid)
+    tables.print_run(config, provenance.lines(), tasks, selected, summary, engine.compilations)
+    kept = _kept(tasks)
+    which = f"{config.method} at {kept.shots} shots, seed {kept.seed}"
+    if not (folder.path / "adapter.json").exists():
+        raise UserError(f"Every setting of {which} diverged; try a smaller --lr.")
+    print(f"\n{folder.path}: adapter of {which}")
+    return FitResult(folder.path, selected, summary)
+
+
+def _run_tasks(
+    config: FitConfig,
+    grid: Grid,
+    tasks: Sequence[Draw],
+    runners: Sequence[Runner],
+    folder: RunFolder,
+) -> None:
+    """Run every method on every task that the folder has no selected setting of yet."""
     finished = {(row["method"], row["shots"], row["seed"]) for row in folder.selected()}
-    sizes: dict[str, int] = {name: METHODS[name].evaluations(grid) for name in methods}
+    sizes = {runner.method: METHODS[runner.method].evaluations(grid) for runner in runners}
     done = sum(sizes[name] for name, _, _ in finished)
     with progress("fit", len(tasks) * sum(sizes.values()), done) as advance:
         for drawn in tasks:
@@ -65,18 +90,6 @@ def run_experiment(config: FitConfig, grid: Grid, run: Path, *, resume: bool) ->
                 folder.add_selected(row)
                 # A search may end early (a sweep at an end of its range) or not be needed.
                 advance(sizes[runner.method] - record.evaluations, runner.method)
-    folder.close()
-    selected = folder.selected()
-    summary = _summarise(selected)
-    folder.write_summary(summary)
-    plot_grid(folder.path, config.method, grid)
-    tables.print_run(config, provenance.lines(), tasks, selected, summary, engine.compilations)
-    kept = _kept(tasks)
-    which = f"{config.method} at {kept.shots} shots, seed {kept.seed}"
-    if not (folder.path / "adapter.json").exists():
-        raise UserError(f"Every setting of {which} diverged; try a smaller --lr.")
-    print(f"\n{folder.path}: adapter of {which}")
-    return FitResult(folder.path, selected, summary)
 
 
 def _check_possible(config: FitConfig, grid: Grid, data: CachedData) -> None:

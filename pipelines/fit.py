@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 Ratio = float | Literal["learned", "hypernet"]
 LARGEST_SEED = 2**31 - 1  # JAX takes an int32
+PAPER = {"learning_rate": 0.002, "weight_decay": 5e-4}
+ADAPTER_OPTIONS = (
+    *("branch", "alpha", "beta", "alpha_init", "beta_init", "reduction", "lr", "weight_decay"),
+    *("epochs", "batch_size", "evaluate_every", "preset", "augment", "search"),
+)
 MethodName = Literal["zero-shot", "linear-probe", "clip-adapter"]
 
 
@@ -96,13 +101,15 @@ class FitConfig:
 
         Raises UserError for values out of range.
         """
-        from clip_adapter.adapters.method import Grid
+        from clip_adapter.adapters.method import DEFAULTS, Grid
         from clip_adapter.adapters.training import Schedule
 
         paper = self.preset == "paper"
-        alpha = self.alpha or ((0.2,) if paper or self.select == "none" else Grid.alpha)
-        rates = self.lr or ((0.002,) if paper else Grid.learning_rate)
-        decays = self.weight_decay or ((5e-4,) if paper else Grid.weight_decay)
+        defaults = DEFAULTS | (PAPER if paper else {})
+        one_alpha = paper or self.select == "none"
+        alpha = self.alpha or ((defaults["alpha"],) if one_alpha else Grid.alpha)
+        rates = self.lr or (defaults["learning_rate"],)
+        decays = self.weight_decay or (defaults["weight_decay"],)
         batch_size = 32 if paper else Schedule.batch_size
         schedule = Schedule(
             epochs=self.epochs,
@@ -134,7 +141,27 @@ class FitConfig:
             weight_decay=decays,
             schedule=schedule,
             halving=self.search == "halving",
+            defaults=defaults,
         )
+
+    def without_effect(self) -> list[str]:
+        """The options that were set and change nothing, each with what makes it idle."""
+        idle = {}
+        if not any(isinstance(ratio, str) for ratio in self.alpha):
+            idle["alpha_init"] = "without --alpha learned or hypernet"
+        if not any(isinstance(ratio, str) for ratio in self.beta):
+            idle["beta_init"] = "without --beta learned or hypernet"
+        if self.branch == "text":
+            idle |= dict.fromkeys(("alpha", "alpha_init"), "with --branch text")
+        if self.branch == "image":
+            idle |= dict.fromkeys(("beta", "beta_init"), "with --branch image")
+        if "clip-adapter" not in {self.method, *self.baselines}:
+            idle |= dict.fromkeys(ADAPTER_OPTIONS, f"with --method {self.method}")
+        return [
+            f"--{name.replace('_', '-')} has no effect {why}."
+            for name, why in idle.items()
+            if getattr(self, name) != getattr(FitConfig, name)
+        ]
 
 
 @dataclass(frozen=True)
@@ -165,6 +192,8 @@ def fit(config: FitConfig) -> FitResult:
         config = _resumed(config, config.resume)
     _check(config)
     grid = config.grid()
+    for sentence in config.without_effect():
+        print(f"fit: {sentence}", file=sys.stderr)
     set_up_jax()
     from clip_adapter.pipelines.experiment import run_experiment
     from clip_adapter.pipelines.run_folder import new_run_path

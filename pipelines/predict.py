@@ -146,9 +146,10 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
         except OSError as error:
             raise unreadable(path, error) from error
         found += [path / inner for inner in images_below(path)] if S_ISDIR(mode) else [path]
+    if not paths:
+        raise UserError("Name the images to classify: files, or folders that hold them.")
     if not found:
-        places = ", ".join(map(str, paths)) or "nothing"
-        raise UserError(f"There is no image file in {places}; name image files or their folder.")
+        raise UserError(f"There is no image file in {', '.join(map(str, paths))}.")
     return found
 
 

@@ -73,9 +73,13 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     try:
         with (path / "summary.csv").open(newline="") as file:
             return arguments, [_numbers(row) for row in csv.DictReader(file)]
-    except OSError:
+    except FileNotFoundError:
         raise UserError(
             f"{path} holds a run that has not finished; go on with: fit --resume {path}"
+        ) from None
+    except (OSError, ValueError, KeyError, AttributeError):
+        raise UserError(
+            f"{path}/summary.csv cannot be read; fit --resume {path} writes it anew."
         ) from None
 
 

@@ -10,8 +10,11 @@ adapter.*, adapters/   the fitted adapters
 """
 
 import csv
+import fcntl
 import json
+import os
 from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
@@ -50,35 +53,37 @@ Row = dict[str, Any]
 
 
 class RunFolder:
-    """The folder of one run, new or gone on with.
+    """The folder of one run, new or gone on with; one process at a time has it open.
 
     arguments: what the run was asked for, as JSON.
-    Raises UserError where the folder cannot be written, already holds a run (and `resume` is
-    false), or holds a run with other arguments.
+    Raises UserError where the folder cannot be written, is not empty (and `resume` is false),
+    holds a run with other arguments, or is open elsewhere.
     """
 
     def __init__(self, path: Path, arguments: Row, *, resume: bool) -> None:
         self.path = path
         self._known: dict[tuple[str, ...], Row] = {}
-        stated = path / "run.json"
-        try:
-            if stated.exists() != resume:
-                raise UserError(
-                    f"{path} holds no run to go on with."
-                    if resume
-                    else f"{path} already holds a run; choose another --out, or --resume it."
-                )
-            if resume:
-                _check_same(path, json.loads(stated.read_text()), arguments)
-                self._known = {_key(row, row["epochs_run"]): row for row in self._read_results()}
-            else:
-                path.mkdir(parents=True, exist_ok=True)
-                (path / "results.csv").write_text(",".join(RESULT_COLUMNS) + "\n")
-                (path / "selected.jsonl").write_text("")
-                atomic.write_text(stated, json.dumps(arguments, indent=1))
-            self._results = (path / "results.csv").open("a", newline="")
-        except OSError as error:
-            raise UserError(f"Cannot write to {path}: {error.strerror}.") from error
+        with ExitStack() as undo:
+            try:
+                if path.is_file():
+                    raise UserError(f"{path} is a file; a run is kept in a folder.")
+                if not resume:
+                    path.mkdir(parents=True, exist_ok=True)
+                self._lock = _lock(path)
+                undo.callback(os.close, self._lock)
+                if resume:
+                    _check_same(path, read_arguments(path), arguments)
+                    rows = self._read_results()
+                    self._known = {_key(row, row["epochs_run"]): row for row in rows}
+                else:
+                    _check_empty(path)
+                    (path / "results.csv").write_text(",".join(RESULT_COLUMNS) + "\n")
+                    (path / "selected.jsonl").write_text("")
+                    atomic.write_text(path / "run.json", json.dumps(arguments, indent=1))
+                self._results = (path / "results.csv").open("a", newline="")
+            except OSError as error:
+                raise UserError(f"Cannot write to {path}: {error.strerror}.") from error
+            undo.pop_all()
         self._writer = csv.DictWriter(self._results, RESULT_COLUMNS, lineterminator="\n")
 
     def _read_results(self) -> list[Row]:
@@ -126,6 +131,7 @@ class RunFolder:
 
     def close(self) -> None:
         self._results.close()
+        os.close(self._lock)
 
 
 class TaskRecord:
@@ -226,8 +232,26 @@ def read_arguments(path: Path) -> Row:
     except (OSError, ValueError):
         arguments = None
     if not isinstance(arguments, dict):
-        raise UserError(f"{path} holds no run to go on with (no readable run.json).")
+        raise UserError(f"{path} holds no run of `fit` (there is no readable run.json).")
     return arguments
+
+
+def _lock(path: Path) -> int:
+    """A descriptor of the folder, locked; closing it, or the end of the process, frees it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"Another process is writing to {path}; wait until it ends.") from None
+    return descriptor
+
+
+def _check_empty(path: Path) -> None:
+    if (path / "run.json").exists():
+        raise UserError(f"{path} already holds a run; choose another --out, or --resume it.")
+    if any(path.iterdir()):
+        raise UserError(f"{path} is not empty; choose another --out.")
 
 
 def _key(row: Row, epochs_run: int | str) -> tuple[str, ...]:
@@ -238,6 +262,10 @@ def _key(row: Row, epochs_run: int | str) -> tuple[str, ...]:
 def _check_same(path: Path, earlier: Row, now: Row) -> None:
     now = json.loads(json.dumps(now))
     differing = sorted(k for k in earlier.keys() | now.keys() if earlier.get(k) != now.get(k))
+    if differing == ["cache_sha256"]:
+        raise UserError(
+            f"{now['cache']} is no longer the cache that {path} was started on; start a new run."
+        )
     if differing:
         raise UserError(
             f"{path} holds a run with other arguments ({', '.join(differing)} differ); "

@@ -60,7 +60,7 @@ def choose(
     parts = folds(data, drawn) if rule == "cv" else [task]
     if rule == "none" or not parts:
         setting = method.single(grid)
-        note = "" if rule == "none" else "a class has one image, cv impossible: first values taken"
+        note = "" if rule == "none" else "a class has one image, cv impossible: defaults taken"
         arrays = method.fit(setting, None, task, engine)
         return Chosen(setting, None, arrays, note=note) if _is_finite(arrays) else None
     best: Evaluation | None = None
@@ -77,7 +77,8 @@ def choose(
     if not _is_finite(arrays):
         return None
     scores = list(latest.values())
-    judged = sum(len(part.validation_labels) for part in parts)
+    # An image that was drawn repeatedly is judged alike each time: it counts once.
+    judged = len(np.unique(drawn.support if rule == "cv" else drawn.validation))
     return Chosen(
         best.setting,
         best.epoch,

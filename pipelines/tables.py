@@ -7,9 +7,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from clip_adapter.cache.few_shot import VALIDATION_SHOTS
+
 if TYPE_CHECKING:
     from clip_adapter.pipelines.fit import FitConfig
-    from clip_adapter.pipelines.tasks import Draw
+    from clip_adapter.pipelines.tasks import Draw, Shots
 
 Row = dict[str, Any]
 
@@ -33,15 +35,30 @@ def print_run(
     console = Console(width=110, highlight=False, soft_wrap=True)
     for line in description:
         console.print(line)
-    judged = SELECTION_WORDS[config.select]
-    if config.select == "few-shot-val" and "all" in config.shots:
-        judged += " (at `all` shots: the whole validation split)"
+    judged = _judged(config, selected)
     console.print(f"selected on {judged}; test computed for the selected setting only")
     for line in _repetitions(tasks):
         console.print(line)
     console.print(_accuracy_table(config, summary))
     console.print(_choice_table(config, selected))
     console.print(f"{compilations} program{'s' * (compilations != 1)} compiled or loaded")
+
+
+def _judged(config: "FitConfig", selected: Sequence[Row]) -> str:
+    """What chose settings and epochs, in words."""
+    words = SELECTION_WORDS[config.select]
+    if config.select == "few-shot-val" and "all" in config.shots:
+        whole = SELECTION_WORDS["full-val"]
+        words = f"{words} (at `all` shots: {whole})" if len(config.shots) > 1 else whole
+    unjudged = [
+        row["shots"]
+        for row in selected
+        if row["method"] == config.method and "tried" in row and "val_accuracy" not in row
+    ]
+    if config.select == "cv" and unjudged:
+        shots = ", ".join(map(str, dict.fromkeys(unjudged)))
+        words += f" (at {shots} shots a class has one image: nothing, the defaults)"
+    return words
 
 
 def _accuracy_table(config: "FitConfig", summary: Sequence[Row]) -> Table:
@@ -132,10 +149,14 @@ def percent(row: Row, kind: str) -> str:
 
 def _repetitions(tasks: Sequence["Draw"]) -> list[str]:
     """A sentence per number of shots for classes that had too few images."""
-    counts = {drawn.shots: len(drawn.repeated_classes) for drawn in tasks}
+    counts: dict[tuple[str, Shots], int] = {}
+    for drawn in tasks:
+        counts["training", drawn.shots] = len(drawn.repeated_classes)
+        fewest = min(drawn.shots, VALIDATION_SHOTS) if isinstance(drawn.shots, int) else 0
+        counts["validation", fewest] = len(drawn.repeated_validation_classes)
     return [
-        f"{count} class{'es have' if count > 1 else ' has'} fewer than {shots} training images: "
+        f"{count} class{'es have' if count > 1 else ' has'} fewer than {shots} {split} images: "
         "drawn with repetition"
-        for shots, count in counts.items()
+        for (split, shots), count in counts.items()
         if count
     ]

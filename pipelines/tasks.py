@@ -1,7 +1,7 @@
 """From a cache to the arrays of one task: support, validation and test."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import jax.numpy as jnp
@@ -66,6 +66,8 @@ class Draw:
     """The rows of one (shots, seed), in drawing order.
 
     support: rows of train. validation: rows of val; empty where the selection rule takes none.
+    repeated_classes, repeated_validation_classes: classes with too few images for a draw without
+    repetition.
     """
 
     shots: Shots
@@ -73,6 +75,7 @@ class Draw:
     support: npt.NDArray[np.int64]
     validation: npt.NDArray[np.int64]
     repeated_classes: tuple[int, ...] = ()
+    repeated_validation_classes: tuple[int, ...] = ()
 
 
 def draw(data: CachedData, shots: Shots, seed: int, rule: Selection) -> Draw:
@@ -86,17 +89,15 @@ def draw(data: CachedData, shots: Shots, seed: int, rule: Selection) -> Draw:
     if rule in ("few-shot-val", "full-val") and not len(val_labels):
         raise UserError(
             f"--select {rule} needs a validation split and the cache has none; "
-            "use --select cv, which divides the support set."
+            "use --select cv, which divides the support set, or none."
         )
+    whole = {"few-shot-val": everything, "full-val": everything}.get(rule, everything[:0])
     if shots == "all":
-        drawn = Draw(shots, seed, np.arange(len(data.train.labels)), everything)
-    else:
-        task = draw_few_shot(data.train.labels, val_labels, shots=shots, seed=seed)
-        drawn = Draw(shots, seed, task.support, task.validation, task.repeated_classes)
-    validation = {"few-shot-val": drawn.validation, "full-val": everything}.get(
-        rule, everything[:0]
-    )
-    return Draw(shots, seed, drawn.support, validation, drawn.repeated_classes)
+        return Draw(shots, seed, np.arange(len(data.train.labels)), whole)
+    task = draw_few_shot(data.train.labels, val_labels, shots=shots, seed=seed)
+    if rule == "few-shot-val":
+        return Draw(shots, seed, **asdict(task))
+    return Draw(shots, seed, task.support, whole, task.repeated_classes)
 
 
 def whole_task(data: CachedData, drawn: Draw) -> Task:

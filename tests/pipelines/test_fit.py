@@ -234,6 +234,26 @@ def test_without_a_test_split_there_is_no_test_accuracy(tmp_path: Path, capsys):
     assert (result.run / "adapter.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "sentences"),
+    [
+        ({"branch": "text", "alpha": (0.5,)}, ["--alpha has no effect with --branch text."]),
+        ({"beta": (0.5,)}, ["--beta has no effect with --branch image."]),
+        (
+            {"alpha": (0.5,), "alpha_init": 0.1},
+            ["--alpha-init has no effect without --alpha learned or hypernet."],
+        ),
+        ({"branch": "both", "alpha": (0.5,), "beta": ("learned",), "beta_init": 0.1}, []),
+        (
+            {"method": "zero-shot", "lr": (0.1,), "beta": (0.2,)},
+            ["--lr has no effect with --method zero-shot."],
+        ),
+    ],
+)
+def test_options_without_effect_are_named(options: dict, sentences: list[str]):
+    assert FitConfig(**options, baselines=()).without_effect() == sentences
+
+
 def test_a_class_with_too_few_images_is_drawn_with_repetition_and_said(tmp_path: Path, capsys):
     data = tiny_data(train=(9, 3, 9, 9))
     cache = write_cache(tmp_path / "features.h5", data)
@@ -246,6 +266,23 @@ def test_a_class_with_too_few_images_is_drawn_with_repetition_and_said(tmp_path:
     assert len(drawn) == 4 > len(set(drawn))
 
 
+def test_few_validation_images_are_drawn_with_repetition_and_said(tmp_path: Path, capsys):
+    """And each counts once in the standard error of the choice."""
+    data = tiny_data(val=2)
+    cache = write_cache(tmp_path / "features.h5", data)
+    result = fit(short(cache, tmp_path / "run", alpha=(0.1, 0.5, 0.9), baselines=()))
+    printed = capsys.readouterr().out
+    assert "4 classes have fewer than 4 validation images: drawn with repetition" in printed
+    (document,) = json.loads((result.run / "tasks.json").read_text())
+    assert len(document["validation"]) == 16
+    (row,) = result.selected
+    best = row["val_accuracy"]
+    judged = len(set(document["validation"]))
+    error = (best * (1 - best) / judged) ** 0.5
+    accuracies = [float(fitted["val_accuracy"]) for fitted in results(result.run)]
+    assert row["within_one_standard_error"] == sum(a >= best - error for a in accuracies)
+
+
 @pytest.mark.parametrize("rule", ["few-shot-val", "full-val"])
 def test_how_many_validation_images_a_rule_takes(cache: Path, tmp_path: Path, rule: str):
     result = fit(short(cache, tmp_path / "run", method="zero-shot", baselines=(), select=rule))
@@ -254,12 +291,16 @@ def test_how_many_validation_images_a_rule_takes(cache: Path, tmp_path: Path, ru
 
 
 def test_one_shot_cannot_be_cross_validated_and_says_so(cache: Path, tmp_path: Path, capsys):
-    grid = {"alpha": (0.3, 0.9), "shots": (1,), "select": "cv"}
-    result = fit(short(cache, tmp_path / "run", **grid))
-    assert "cv impossible: first values taken" in capsys.readouterr().out
-    single = {row["method"]: row for row in result.selected}
-    assert all("note" in row and "val_accuracy" not in row for row in single.values())
-    assert single["clip-adapter"]["alpha"] == 0.3
+    """Defaults are taken where they are among the values given, the first ones elsewhere."""
+    grid = {"alpha": (0.3, 0.9), "lr": (1e-4, 1e-3), "reduction": (2, 4), "select": "cv"}
+    result = fit(short(cache, tmp_path / "run", shots=(1, 4), **grid))
+    printed = capsys.readouterr().out
+    assert "on the support set (at 1 shots a class has one image: nothing, the defaults)" in printed
+    single = {row["method"]: row for row in result.selected if row["shots"] == 1}
+    assert all("cv impossible: defaults taken" in row["note"] for row in single.values())
+    assert not any("val_accuracy" in row for row in single.values())
+    chosen = single["clip-adapter"]
+    assert (chosen["alpha"], chosen["learning_rate"], chosen["reduction"]) == (0.3, 1e-3, 4)
     assert single["linear-probe"]["C"] == 0.316
 
 

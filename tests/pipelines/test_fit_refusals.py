@@ -67,7 +67,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("--reduction 4 0", "--reduction 0 must be"),
         ("--shots 0", "--shots 0 is no number of images"),
         ("--shots -2", "--shots -2 is no number of images"),
-        ("--shots 10", "the largest class has 9 training images; choose between 1 and 9"),
+        (
+            "--shots 10",
+            "the largest class has 9 training images; choose between 1 and 9, or `--shots all`",
+        ),
         ("--shots 2 10", "--shots 10 cannot be drawn"),
         ("--seeds -1", "--seeds must lie between 0 and"),
         ("--seeds 2147483648", "--seeds must lie between 0 and 2147483647"),
@@ -84,11 +87,12 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("--augment", "no augmented views to draw from"),
         ("--cache nowhere.h5", "There is no feature cache at nowhere.h5"),
         ("--cache .", "cannot be read"),
-        ("--out features.h5", "Cannot write to features.h5"),
+        ("--out features.h5", "features.h5 is a file; a run is kept in a folder"),
+        ("--out .", ". is not empty; choose another --out"),
         ("--out features.h5/run", "Cannot write to features.h5/run"),
         (f"--out {'x' * 300}", "Cannot write to"),
-        ("--resume nowhere", "nowhere holds no run to go on with"),
-        ("--resume features.h5", "features.h5 holds no run to go on with"),
+        ("--resume nowhere", "nowhere holds no run"),
+        ("--resume features.h5", "features.h5 holds no run"),
     ],
 )
 def test_arguments_that_make_no_sense(
@@ -142,7 +146,7 @@ def valless(path: Path) -> None:
         (newer, "format version 2"),
         (incomplete, "incomplete"),
         (trainless, "has no train split"),
-        (valless, "use --select cv, which divides the support set"),
+        (valless, "use --select cv, which divides the support set, or none"),
         (Path.unlink, "`extract` makes one"),
     ],
 )

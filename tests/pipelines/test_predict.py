@@ -137,7 +137,7 @@ def test_unreadable_images_are_named_and_the_rest_is_predicted(
     ("arguments", "sentence"),
     [
         (["nowhere.png"], "Cannot read nowhere.png: No such file"),
-        ([], "no image file in nothing"),
+        ([], "Name the images to classify"),
         (["empty"], "no image file in empty"),
         (["picture.png", "--top", "0"], "must be at least 1"),
         (["picture.png", "--batch-size", "0"], "must be at least 1"),

@@ -222,11 +222,28 @@ def test_another_cache_content_is_refused(folder: Path):
     fit(config(folder, "full", **stated))
     (folder / "features.h5").unlink()
     write_cache(folder / "features.h5", DATA.shuffled_labels("test"))
-    with pytest.raises(UserError, match="cache_sha256"):
+    with pytest.raises(UserError, match="no longer the cache that"):
         fit(FitConfig(resume=folder / "run"))
 
 
+def test_a_run_is_written_by_one_process_at_a_time(folder: Path, whole: Callable[[str], Path]):
+    """What the first one wrote stays as it is, and the second one can go on when it has ended."""
+    process = subprocess.Popen([FIT, *arguments("full")], cwd=folder, stdout=subprocess.DEVNULL)
+    while rows(folder / "run") < 5:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(UserError, match="Another process is writing to"):
+        fit(FitConfig(resume=folder / "run"))
+    with pytest.raises(UserError, match="Another process is writing to"):
+        fit(config(folder, "full"))
+    process.kill()
+    process.wait()
+    fit(FitConfig(resume=folder / "run"))
+    assert_same_end(folder / "run", whole("full"))
+
+
 def test_a_run_that_is_not_there_cannot_go_on(folder: Path):
-    with pytest.raises(UserError, match="holds no run to go on with"):
+    with pytest.raises(UserError, match="holds no run"):
         fit(FitConfig(resume=folder / "nowhere"))
     assert not (folder / "nowhere").exists()
