@@ -59,7 +59,8 @@ class Chunk:
 
     def row(self, row: int) -> Leaves:
         """The state of one setting, on the host."""
-        return [np.asarray(leaf[row]) for leaf in jax.tree.leaves(self.state)]
+        # The whole chunk comes to the host once, for all of its rows; each row is then a copy.
+        return [np.array(np.asarray(leaf)[row]) for leaf in jax.tree.leaves(self.state)]
 
 
 class Engine:

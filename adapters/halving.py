@@ -73,6 +73,17 @@ def climb(
     """
     indices = list(range(len(settings)))
     counts = [*survivors(len(settings), rungs), 0]
+
+    def forget(rung: int, index: int) -> None:
+        for fold in range(len(search.folds)):
+            search.states.pop(_name(rung, fold, index), None)
+
+    def drop(ranked: list[Rank], rung: int, going_on: int) -> None:
+        """Forget those that cannot go on any more."""
+        for *_, index in ranked[going_on:]:
+            forget(rung, index)
+        del ranked[going_on:]
+
     start = 0
     for rung, stop in enumerate(rungs):
         going_on = counts[rung + 1]
@@ -84,6 +95,7 @@ def climb(
                 found[index] = known
                 _place(ranked, known, index)
                 yield known
+        drop(ranked, rung, going_on)
         leg = Leg(
             settings,
             [index for index in indices if index not in found],
@@ -99,13 +111,11 @@ def climb(
                 for fold, state in enumerate(states()):
                     search.states[_name(rung, fold, index)] = state
             yield evaluation
-        previous, start = indices, stop
-        indices = sorted(index for *_, index in ranked[:going_on])
-        for index in previous:
-            for fold in range(len(search.folds)):
-                search.states.pop(_name(rung - 1, fold, index), None)
-                if index not in indices:
-                    search.states.pop(_name(rung, fold, index), None)
+            # Only now: the caller has taken note of the setting that displaces another one.
+            drop(ranked, rung, going_on)
+        for index in indices:
+            forget(rung - 1, index)
+        indices, start = sorted(index for *_, index in ranked), stop
 
 
 def _place(ranked: list[Rank], evaluation: Evaluation, index: int) -> int:

@@ -94,6 +94,16 @@ def test_the_best_third_goes_on_and_nobody_who_diverged():
     assert search.states == {}, "states of a search that ended lie about"
 
 
+def test_no_more_states_are_kept_than_settings_that_can_go_on():
+    """One more while the caller has not yet taken note of the setting that displaces another."""
+    settings = [{"number": i} for i in range(30)]
+    search = Search(Grid(), [separable_task()])
+    train = Script({epoch: [(i / 30, 1.0) for i in range(30)] for epoch in (2, 6)})
+    kept = [(e.epochs_run, len(search.states)) for e in climb(settings, [2, 6], search, train)]
+    assert max(states for epochs, states in kept if epochs == 2) == 30 // 3 + 1
+    assert train.legs[1][2] == list(range(20, 30))
+
+
 def test_what_is_known_is_not_trained_again():
     """As if the search had been killed in its second rung, after setting 1."""
     settings = [{"number": i} for i in range(7)]
