@@ -1,6 +1,8 @@
 """A command ends with an exit code and at most one sentence, never a traceback."""
 
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -25,6 +28,8 @@ class Config:
     """In a hurry."""
     names: tuple[str, ...] = ()
     """Whom."""
+    mode: Literal["a", "b"] = "a"
+    """Which way."""
 
 
 def exit_code(command: Callable[[Config], object], *arguments: str) -> object:
@@ -67,6 +72,41 @@ def test_interrupted_is_one_line_and_code_130(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr() == ("", "something: interrupted\n")
 
 
+def test_an_interruption_may_say_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(config: Config) -> None:
+        raise KeyboardInterrupt("go on like this")
+
+    assert exit_code(interrupt) == 130
+    assert capsys.readouterr().err == "something: interrupted; go on like this\n"
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "package"),
+    [
+        ("extract.command", [], "tyro"),
+        ("extract.command", [], "torch"),
+        ("pipelines.fit", [], "tyro"),
+        ("pipelines.umbrella", ["extract"], "tyro"),
+    ],
+)
+def test_ctrl_c_while_packages_are_imported(
+    tmp_path: Path, main: str, arguments: list[str], package: str
+) -> None:
+    program = (
+        "import sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(name, path, target=None):\n"
+        f"        if name == {package!r}: raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupting)\n"
+        f"from clip_adapter.{main} import main; main()\n"
+    )
+    command = [sys.executable, "-c", program, *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert finished.returncode == 130
+    assert re.fullmatch(r"\w+: interrupted\n", finished.stderr)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_bug_keeps_its_traceback() -> None:
     def fail(config: Config) -> None:
         raise ZeroDivisionError
@@ -75,18 +115,28 @@ def test_a_bug_keeps_its_traceback() -> None:
         run_command(Config, fail, "something", [])
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize(
-    ("arguments", "word"),
-    [(["--count", "many"], "many"), (["--cuont", "3"], "--cuont"), (["stray"], "stray")],
+    ("arguments", "words"),
+    [
+        (["--count", "many"], "Error parsing --count: invalid literal for int.* 'many'"),
+        (["--count"], "Missing value for argument '--count'; expected 1 values"),
+        (["--cuont", "3"], "Unrecognized options: --cuont, 3; perhaps you meant --count"),
+        (["--quik", "--nams"], "Unrecognized options: .*; perhaps you meant .*--names.*"),
+        (["stray", "more " * 30], f"Unrecognized options: stray, {'more ' * 30}".rstrip()),
+        (["--mode", "none"], r"invalid choice 'none' .*; expected one of \('a', 'b'\)"),
+    ],
 )
-def test_arguments_that_do_not_parse_are_code_2(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], word: str
-) -> None:
+def test_arguments_that_do_not_parse_are_one_line_and_code_2(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str], words: str, encoding: str,
+) -> None:  # fmt: skip
+    # tyro draws with other characters where standard output cannot take its lines.
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     assert exit_code(lambda config: pytest.fail("must not run"), *arguments) == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert word in output.err
-    assert "Traceback" not in output.err
+    said = capsys.readouterr().err
+    assert re.fullmatch(f"something: {words}; see something --help.\n", said), said
+    assert sys.stdout.buffer.tell() == 0
 
 
 def test_help_shows_the_docstrings(capsys: pytest.CaptureFixture[str]) -> None:

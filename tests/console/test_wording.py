@@ -1,0 +1,43 @@
+"""Words fit their numbers."""
+
+import pytest
+
+from clip_adapter.console.wording import counted, size, some, warn
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(0, "0 images"), (1, "1 image"), (2, "2 images"), (1_281_167, "1,281,167 images")],
+)
+def test_one_is_singular(count: int, words: str) -> None:
+    assert counted(count, "image") == words
+
+
+def test_plurals_of_their_own() -> None:
+    assert counted(1, "class", "classes") == "1 class"
+    assert counted(3, "class", "classes") == "3 classes"
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (900, "0.9 KiB"),
+        (49_357, "48.2 KiB"),
+        (2**20 * 1.5, "1.5 MiB"),
+        (2**31, "2.0 GiB"),
+        (2**41, "2048.0 GiB"),
+    ],
+)
+def test_sizes_have_the_unit_that_fits(count: float, words: str) -> None:
+    assert size(count) == words
+
+
+def test_long_lists_are_cut() -> None:
+    assert some(["a"]) == "'a'"
+    assert some(["a", "b", "c"]) == "'a', 'b', 'c'"
+    assert some(list("abcdefg")) == "'a', 'b', 'c' and 4 more"
+
+
+def test_a_warning_is_one_line_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    warn("This is odd.")
+    assert capsys.readouterr() == ("", "warning: This is odd.\n")
