@@ -23,6 +23,7 @@ from clip_adapter.adapters.method import (
     Search,
     Setting,
     blockwise,
+    pooled,
 )
 from clip_adapter.adapters.ratio import RatioKind
 from clip_adapter.adapters.training import HyperParameters, RunState, Schedule, Task
@@ -59,7 +60,7 @@ class ClipAdapterMethod:
                 for fold, task in enumerate(leg.folds)
             ]
             for chunks in zip(*runs, strict=True):
-                histories = np.mean([chunk.state.history for chunk in chunks], axis=0)
+                histories = pooled([chunk.state.history for chunk in chunks], leg.folds)
                 seconds = sum(chunk.seconds for chunk in chunks) / len(chunks[0].indices)
                 for row, position in enumerate(chunks[0].indices):
                     index = members[position]
@@ -212,7 +213,7 @@ def _evaluation(
     setting: Setting,
     schedule: Schedule,
     epochs_run: int,
-    history: npt.NDArray[np.float32],
+    history: npt.NDArray[np.float64],
     seconds: float,
     arrays: Callable[[], Arrays] | None,
 ) -> Evaluation:

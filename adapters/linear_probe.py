@@ -16,9 +16,17 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize
 
-from clip_adapter.adapters.classifier import accuracy, cross_entropy
+from clip_adapter.adapters import classifier
 from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.method import Arrays, Evaluation, Grid, Search, Setting, blockwise
+from clip_adapter.adapters.method import (
+    Arrays,
+    Evaluation,
+    Grid,
+    Search,
+    Setting,
+    blockwise,
+    pooled,
+)
 from clip_adapter.adapters.training import Task
 
 MAX_ITERATIONS = 1000
@@ -48,11 +56,11 @@ class LinearProbe:
     def _evaluate(self, setting: Setting, folds: Sequence[Task], engine: Engine) -> Evaluation:
         started = time.perf_counter()
         fits = [self.fit(setting, None, fold, engine) for fold in folds]
-        scores = [_judge(*pair) for pair in zip(fits, folds, strict=True)]
-        mean_accuracy, mean_nll = np.mean(scores, axis=0).tolist()
+        judged = [_judge(*pair) for pair in zip(fits, folds, strict=True)]
+        accuracy, nll = pooled(judged, folds).tolist()
         seconds = time.perf_counter() - started
         kept = partial(Arrays, fits[0]) if len(folds) == 1 else None
-        return Evaluation(setting, 0, 0, mean_accuracy, mean_nll, seconds, kept)
+        return Evaluation(setting, 0, 0, accuracy, nll, seconds, kept)
 
     def evaluations(self, grid: Grid) -> int:
         return Sweep.LONGEST
@@ -116,8 +124,8 @@ class Sweep:
 def _judge(arrays: Arrays, fold: Task) -> list[float]:
     classify = partial(_probe_logits, arrays["kernel"], arrays["bias"])
     logits = jnp.asarray(blockwise(classify, fold.validation_features))
-    nll = cross_entropy(logits, fold.validation_labels).mean()
-    return [float(accuracy(logits, fold.validation_labels)), float(nll)]
+    nll = classifier.cross_entropy(logits, fold.validation_labels).mean()
+    return [float(classifier.accuracy(logits, fold.validation_labels)), float(nll)]
 
 
 @jax.jit
@@ -169,5 +177,5 @@ def _value_and_gradient(
 ) -> jax.Array:
     """The objective divided by C·N, so that its gradient is of order one whatever C and N are."""
     kernel, bias = jnp.split(flat.reshape(-1, classes), [features.shape[1]])
-    losses = cross_entropy(features @ kernel + bias, labels)
+    losses = classifier.cross_entropy(features @ kernel + bias, labels)
     return jnp.mean(losses) + jnp.sum(kernel * kernel) / (2 * c * len(labels))

@@ -57,8 +57,8 @@ class Evaluation:
     """How a setting did on the validation data.
 
     epochs_run: how long it was trained. epoch: the best of its evaluated epochs: highest accuracy,
-    then lowest negative log-likelihood, then earliest. accuracy in [0, 1] and nll: means over the
-    folds at that epoch; an nll that is not finite marks a setting that diverged.
+    then lowest negative log-likelihood, then earliest. accuracy in [0, 1] and nll: at that epoch,
+    over the images of all folds; an nll that is not finite marks a setting that diverged.
     arrays: fetches what was fitted, as it was at `epoch`; None where that was not kept.
     """
 
@@ -138,6 +138,18 @@ class Method(Protocol):
         weights: npt.ArrayLike,
     ) -> dict[str, float]:
         """Numbers by name that say what was learned, judged on features (N, D)."""
+
+
+def pooled(judged: Sequence[npt.ArrayLike], folds: Sequence[Task]) -> npt.NDArray[np.float64]:
+    """Accuracy and mean negative log-likelihood over the validation images of all folds.
+
+    judged: (…, 2) per fold, accuracy in [0, 1] and mean negative log-likelihood. Returns (…, 2);
+    the images that are right are counted, so that equal accuracies are equal numbers.
+    """
+    sizes = np.array([len(fold.validation_labels) for fold in folds])
+    accuracy, nll = np.moveaxis(np.asarray(judged, np.float64), (0, -1), (-1, 0))
+    right = np.rint(accuracy * sizes).sum(axis=-1)
+    return np.stack([right, (nll * sizes).sum(axis=-1)], axis=-1) / sizes.sum()
 
 
 def blockwise(

@@ -60,6 +60,7 @@ class Runner:
                 "epoch": chosen.epoch or None,
                 "val_accuracy": chosen.evaluation.accuracy,
                 "val_nll": chosen.evaluation.nll,
+                "trained_as_long": chosen.as_far,
                 "within_one_standard_error": chosen.flat,
             }
         return row | ({"note": chosen.note} if chosen.note else {})

@@ -1,6 +1,6 @@
 """Choose a setting and an epoch, on validation data only, and fit it."""
 
-import json
+from collections import defaultdict
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,7 +28,8 @@ class Chosen:
     """The chosen setting, fitted on the whole support set.
 
     epoch: None where nothing chose one (the last). evaluation: None where there was no choice.
-    tried, failed: how many settings. flat: those within one standard error of the best.
+    tried, failed: how many settings. as_far: those that trained as long as the chosen one.
+    flat: those of them within one standard error of the best.
     note: what a reader has to know about the choice, or "".
     """
 
@@ -38,6 +39,7 @@ class Chosen:
     evaluation: Evaluation | None = None
     tried: int = 1
     failed: int = 0
+    as_far: int = 1
     flat: int = 1
     note: str = ""
 
@@ -64,11 +66,11 @@ def choose(
         arrays = method.fit(setting, None, task, engine)
         return Chosen(setting, None, arrays, note=note) if _is_finite(arrays) else None
     best: Evaluation | None = None
-    latest: dict[str, float] = {}
+    accuracies: dict[int, list[float]] = defaultdict(list)
     search = Search(grid, parts, record.known, record.states)
     for evaluation in method.search(search, engine):
         record.add(evaluation)
-        latest[json.dumps(evaluation.setting)] = evaluation.score[0]
+        accuracies[evaluation.epochs_run].append(evaluation.score[0])
         if _is_better(evaluation, best):
             best = evaluation
     if best is None:
@@ -76,7 +78,8 @@ def choose(
     arrays = best.arrays() if best.arrays else method.fit(best.setting, best.epoch, task, engine)
     if not _is_finite(arrays):
         return None
-    scores = list(latest.values())
+    # Halving leaves most settings behind on the way; only those that went as far compare.
+    as_far = accuracies[best.epochs_run]
     # An image that was drawn repeatedly is judged alike each time: it counts once.
     judged = len(np.unique(drawn.support if rule == "cv" else drawn.validation))
     return Chosen(
@@ -84,9 +87,10 @@ def choose(
         best.epoch,
         arrays,
         best,
-        tried=len(scores),
-        failed=int(np.isneginf(scores).sum()),
-        flat=_within_one_standard_error(scores, best.score[0], judged),
+        tried=max(map(len, accuracies.values())),
+        failed=int(np.isneginf([a for some in accuracies.values() for a in some]).sum()),
+        as_far=len(as_far),
+        flat=_within_one_standard_error(as_far, best.score[0], judged),
     )
 
 

@@ -108,11 +108,11 @@ def _choice_table(config: "FitConfig", selected: Sequence[Row]) -> Table:
 
 
 def _flatness(row: Row) -> str:
-    """How many of the settings tried are within one standard error of the best."""
+    """How many of the settings trained as long are within one standard error of the best."""
     if "within_one_standard_error" not in row:
         return row.get("note", "nothing to choose")
     diverged = f", {row['diverged']} diverged" if row["diverged"] else ""
-    return f"{row['within_one_standard_error']} of {row['tried']}{diverged}"
+    return f"{row['within_one_standard_error']} of {row['trained_as_long']}{diverged}"
 
 
 CHOICE_COLUMNS = {

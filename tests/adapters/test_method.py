@@ -5,7 +5,7 @@ import pytest
 
 from clip_adapter.adapters.clip_adapter_method import ClipAdapterMethod, dynamic_part, static_part
 from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.method import Evaluation, Grid, Search
+from clip_adapter.adapters.method import Evaluation, Grid, Search, pooled
 from clip_adapter.adapters.methods import METHODS
 from clip_adapter.adapters.training import Task
 from tests.adapters.tasks import SHORT, separable_task, start_arrays
@@ -125,3 +125,18 @@ def test_zero_shot_is_judged_by_the_cosines(engine: Engine, task: Task):
     nll = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
     assert evaluation.accuracy == pytest.approx(np.mean(logits.argmax(axis=1) == labels))
     assert evaluation.nll == pytest.approx(nll.mean(), rel=1e-4)
+
+
+def test_equal_numbers_of_right_images_are_equal_accuracies():
+    """7 + 8 of 10 and 10 + 5 of 10 in float32 means, and 1 + 5 of folds of different size."""
+    tenths = np.float32([[0.7, 1.0], [0.8, 2.0]]), np.float32([[1.0, 1.0], [0.5, 2.0]])
+    alike = [task_of(10), task_of(10)]
+    assert [pooled(judged, alike).tolist() for judged in tenths] == [[0.75, 1.5], [0.75, 1.5]]
+    accuracy, nll = pooled(np.float32([[1 / 3, 3.0], [5 / 7, 1.0]]), [task_of(3), task_of(7)])
+    assert accuracy == 0.6
+    assert nll == pytest.approx((3 * 3 + 7 * 1) / 10)
+
+
+def task_of(images: int) -> Task:
+    labels = np.zeros(images, np.int32)
+    return separable_task()._replace(validation_labels=labels)

@@ -183,7 +183,8 @@ def test_halving_has_a_row_per_setting_and_rung(cache: Path, tmp_path: Path):
     )
     assert best in results(full.run), "a full run of this setting ends elsewhere"
     assert not (halved.run / "halving").exists()
-    assert chosen["tried"] == 10
+    assert (chosen["tried"], chosen["trained_as_long"]) == (10, 2)
+    assert 1 <= chosen["within_one_standard_error"] <= 2
 
 
 def test_one_value_each_is_a_grid_of_one(cache: Path, tmp_path: Path):
