@@ -18,11 +18,12 @@ demo: .venv/installed
 	done
 	$(BIN)/clip-adapter report $(DEMO)/alpha-selected $(ALPHAS:%=$(DEMO)/alpha-%)
 
+# The README's commands take longest, so they are begun first.
 test: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_readme.py tests
 
 dev: .venv/installed
 

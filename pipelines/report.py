@@ -17,6 +17,8 @@ Row = dict[str, Any]
 # Arguments that change no number of a method, and those that change a baseline's.
 IGNORED = {"baselines", "layout", "cache", "shots"}
 JUDGED_BY = {"seeds", "select", "train_classes", "augment"}
+# Columns of summary.csv.
+NEEDED = {"method", "shots", "seeds", "diverged", "test_accuracy_mean", "test_accuracy_std"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def report(config: ReportConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from clip_adapter.pipelines.tables import percent
+    from clip_adapter.pipelines.tables import SELECTION_WORDS, percent
 
     if not config.runs:
         raise UserError("Name at least one run folder.")
@@ -55,6 +57,11 @@ def report(config: ReportConfig) -> None:
             columns.setdefault(name, {})[row["shots"]] = row
     for line in _about(config.runs[0]):
         print(line)
+    common = runs[0][0]
+    if all(arguments["seeds"] == common["seeds"] for arguments, _ in runs):
+        print(f"seeds {', '.join(map(str, common['seeds']))}")
+    if all(arguments["select"] == common["select"] for arguments, _ in runs):
+        print(f"selected on {SELECTION_WORDS[common['select']]}")
     table = Table(title="test accuracy (%), mean ± standard deviation over seeds", box=SIMPLE_HEAD)
     table.add_column("shots", justify="right")
     for name in columns:
@@ -70,17 +77,19 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     from clip_adapter.pipelines.run_folder import read_arguments
 
     arguments = read_arguments(path)
-    try:
-        with (path / "summary.csv").open(newline="") as file:
-            return arguments, [_numbers(row) for row in csv.DictReader(file)]
-    except FileNotFoundError:
+    summary = path / "summary.csv"
+    if not summary.exists():
         raise UserError(
             f"{path} holds a run that has not finished; go on with: fit --resume {path}"
-        ) from None
-    except (OSError, ValueError, KeyError, AttributeError):
-        raise UserError(
-            f"{path}/summary.csv cannot be read; fit --resume {path} writes it anew."
-        ) from None
+        )
+    try:
+        with summary.open(newline="") as file:
+            rows = [_numbers(row) for row in csv.DictReader(file)]
+    except (OSError, ValueError):
+        rows = []
+    if not rows or not all(row.keys() >= NEEDED for row in rows):
+        raise UserError(f"{summary} cannot be read; fit --resume {path} writes it anew.")
+    return arguments, rows
 
 
 def _numbers(row: dict[str, str]) -> Row:

@@ -1,0 +1,95 @@
+"""`clip-adapter report`: several runs in one table."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.pipelines.fit import FitConfig, fit
+from clip_adapter.pipelines.report import ReportConfig, report
+from tests.pipelines.tiny_cache import tiny_data, write_cache
+
+DATA = tiny_data()
+SHORT: dict = {"epochs": 5, "evaluate_every": 5, "lr": (0.01,), "shots": (2, 4), "seeds": (1, 2)}
+BOTH = ("zero-shot", "linear-probe")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs `low`, `high` (another α), `other` (another seed and rule) and `foreign` (a cache)."""
+    folder = tmp_path_factory.mktemp("runs")
+    stated = SHORT | {"cache": write_cache(folder / "features.h5", DATA)}
+    fit(FitConfig(out=folder / "low", alpha=(0.2,), baselines=BOTH, **stated))
+    fit(FitConfig(out=folder / "high", alpha=(0.8,), baselines=BOTH, **stated))
+    other = stated | {"seeds": (3,), "select": "full-val"}
+    fit(FitConfig(out=folder / "other", alpha=(0.2,), baselines=BOTH, **other))
+    foreign = write_cache(folder / "foreign.h5", DATA.shuffled_labels("test"))
+    fit(FitConfig(out=folder / "foreign", alpha=(0.2,), **stated | {"cache": foreign}))
+    return folder
+
+
+def table(printed: str) -> tuple[list[str], dict[str, list[str]]]:
+    """Everything above the rule as words, and the cells of each row below it."""
+    above, _, below = printed.partition("───")
+    rows = [line.split() for line in below.splitlines() if "±" in line or "–" in line]
+    cells = {row[0]: [cell for cell in row[1:] if cell.replace(".", "").isdigit()] for row in rows}
+    return above.split(), cells
+
+
+def means(run: Path, method: str) -> dict[str, str]:
+    with (run / "summary.csv").open(newline="") as file:
+        return {
+            row["shots"]: f"{100 * float(row['test_accuracy_mean']):.2f}"
+            for row in csv.DictReader(file)
+            if row["method"] == method
+        }
+
+
+def test_a_column_per_run_and_a_common_baseline_once(runs: Path, capsys):
+    report(ReportConfig((runs / "low", runs / "high")))
+    heading, cells = table(capsys.readouterr().out)
+    names = ("zero-shot", "linear-probe", "clip-adapter")
+    assert [heading.count(name) for name in names] == [1, 1, 2]
+    assert " ".join(heading).endswith("alpha 0.2 alpha 0.8")
+    expected = [
+        means(runs / "low", "zero-shot"),
+        means(runs / "low", "linear-probe"),
+        means(runs / "low", "clip-adapter"),
+        means(runs / "high", "clip-adapter"),
+    ]
+    for shots in ("2", "4"):
+        assert cells[shots][::2] == [column[shots] for column in expected]
+
+
+def test_it_says_what_the_numbers_rest_on(runs: Path, capsys):
+    report(ReportConfig((runs / "low",)))
+    printed = capsys.readouterr().out
+    assert "tiny-clip (nothing) on tiny: 4 classes, 60 test images" in printed
+    assert "test split: made up" in printed
+    assert "seeds 1, 2\n" in printed
+    assert "selected on min(shots, 4) validation images per class" in printed
+
+
+def test_baselines_judged_otherwise_stand_apart(runs: Path, capsys):
+    report(ReportConfig((runs / "low", runs / "other")))
+    printed = capsys.readouterr().out
+    assert "seeds 1, 2\n" not in printed
+    heading, _ = table(printed)
+    assert heading.count("zero-shot") == heading.count("linear-probe") == 2
+
+
+def test_runs_that_cannot_be_compared(runs: Path, tmp_path: Path):
+    def refused(*paths: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            report(ReportConfig(paths))
+        return str(caught.value)
+
+    assert "Name at least one run folder" in refused()
+    assert "different caches" in refused(runs / "low", runs / "foreign")
+    assert f"{tmp_path} holds no run" in refused(tmp_path)
+    (tmp_path / "run.json").write_bytes((runs / "low" / "run.json").read_bytes())
+    assert "has not finished; go on with: fit --resume" in refused(tmp_path)
+    for damage in ("", "a\n1\n", "method,shots,test_accuracy_mean\nzero-shot,2,many\n"):
+        (tmp_path / "summary.csv").write_text(damage)
+        assert "summary.csv cannot be read" in refused(tmp_path), damage
