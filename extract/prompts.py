@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.console.wording import some
 
 ENSEMBLE = "ensemble"
 
@@ -105,22 +106,15 @@ def descriptions_in_order(
     missing = [name for plain, name in wanted.items() if plain not in by_name]
     extra = [name for name in descriptions if _plain(name) not in wanted]
     if missing:
-        beside = f" (there are some of {_some(extra)}, which is no class)" if extra else ""
-        raise UserError(f"There are no descriptions of {_some(missing)}{beside}; add them.")
+        beside = f" (there are some of {some(extra)}, which is no class)" if extra else ""
+        raise UserError(f"There are no descriptions of {some(missing)}{beside}; add them.")
     if extra:
-        raise UserError(
-            f"There are descriptions of {_some(extra)}, which is no class; remove them."
-        )
+        raise UserError(f"There are descriptions of {some(extra)}, which is no class; remove them.")
     return [by_name[_plain(name)] for name in class_names]
 
 
 def _plain(name: str) -> str:
     return " ".join(name.replace("_", " ").casefold().split())
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:3]))
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def prompts(class_name: str, templates: Sequence[str]) -> list[str]:

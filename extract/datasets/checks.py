@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.console.wording import counted, some
 from clip_adapter.extract.datasets.source import ImageDataset
 
 MINIMUM_CLASSES = 2
@@ -19,7 +20,7 @@ def checked(dataset: ImageDataset) -> ImageDataset:
     """
     if len(dataset.class_names) < MINIMUM_CLASSES:
         raise UserError(
-            f"{dataset.name} has {len(dataset.class_names)} classes "
+            f"{dataset.name} has {counted(len(dataset.class_names), 'class', 'classes')} "
             f"({', '.join(map(repr, dataset.class_names))}); at least two are needed."
         )
     for text in dataset.class_names:
@@ -52,9 +53,9 @@ def _check_training_images(dataset: ImageDataset) -> None:
     if "train" not in dataset.splits:
         return
     counts = np.bincount(dataset.splits["train"].labels, minlength=len(dataset.class_names))
-    empty = [repr(dataset.class_names[label]) for label in np.flatnonzero(counts == 0).tolist()]
+    empty = [dataset.class_names[label] for label in np.flatnonzero(counts == 0).tolist()]
     if empty:
-        shown = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
         raise UserError(
-            f"No training images for class {shown}; add some or leave the class out everywhere."
+            f"No training images for class {some(empty)}; "
+            "add some or leave the class out everywhere."
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.console.wording import counted
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"})
 
@@ -91,6 +92,6 @@ def require_files(root: Path, paths: Sequence[str], remedy: str) -> None:
     missing = [path for path in paths if not (root / path).is_file()]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(paths)} images are missing in {root}, "
+            f"{root} lacks {len(missing)} of {counted(len(paths), 'image')}, "
             f"the first is {missing[0]}; {remedy}."
         )

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.console.wording import counted
 from clip_adapter.extract.datasets.source import SourceOptions, Split
 
 SPLIT_SEED = 0
@@ -80,8 +81,9 @@ def _divide(
     for name in shares.keys() & {"train", "test"}:
         left = np.bincount(train.labels[parts[name]], minlength=len(class_names))
         for label in np.flatnonzero((counts > 0) & (left == 0)).tolist():
+            images = counted(counts[label], "image")
             raise UserError(
-                f"Class {class_names[label]!r} has {counts[label]} images, too few to give "
+                f"Class {class_names[label]!r} has {images}, too few to give "
                 f"{' and '.join(shares)} their share; add images to it or change --val and --test."
             )
     for name, part in parts.items():

@@ -42,7 +42,7 @@ def test_rows_keep_their_order_and_labels_are_class_names(tmp_path: Path) -> Non
 def test_paths_start_from_image_root_or_are_absolute(tmp_path: Path) -> None:
     (tmp_path / "tables").mkdir()
     path = table(tmp_path / "tables", ROWS, images=tmp_path / "images")
-    with pytest.raises(UserError, match=r"4 of 4 images are missing .* c.jpg; .*--image-root"):
+    with pytest.raises(UserError, match=r"lacks 4 of 4 images, .* c.jpg; .*--image-root"):
         open_table(path)
     assert grey(open_table(path, tmp_path / "images").splits["test"].read(0)) == 3
     path.write_text(ROWS.replace("d.jpg", str(tmp_path / "images" / "d.jpg")))
@@ -81,7 +81,7 @@ def test_without_split_column_it_is_divided(tmp_path: Path) -> None:
         ("path,label\na.jpg,x\nd.jpg,y\na.jpg,y\n", r"line 4: a.jpg stands in line 2 already"),
         ("path,label,split\na.jpg,x,dev\n", r"line 2: unknown split 'dev'; write train, val or"),
         ("path,label,split\na.jpg,x,\n", r"line 2: unknown split ''"),
-        ("path,label\ngone.jpg,x\nd.jpg,y\n", r"1 of 2 images are missing in .* is gone.jpg"),
+        ("path,label\ngone.jpg,x\nd.jpg,y\n", r"lacks 1 of 2 images, .* is gone.jpg"),
     ],
 )
 def test_bad_tables_are_one_sentence(text: str, message: str, tmp_path: Path) -> None:

@@ -105,8 +105,8 @@ def test_images_are_found_at_any_depth_by_extension_and_hidden_ones_are_not(tmp_
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ({"a": 6}, r"has 1 classes \('a'\); at least two are needed"),
-        ({"a": 6, "b": 1}, r"Class 'b' has 1 images, too few to give train and val and test"),
+        ({"a": 6}, r"has 1 class \('a'\); at least two are needed"),
+        ({"a": 6, "b": 1}, r"Class 'b' has 1 image, too few to give train and val and test"),
         ({"a": 2, "b": 2}, r"the val split would be empty; raise --val, or give --val 0"),
         ({}, r"holds no folders; put the images of every class into a folder"),
     ],
