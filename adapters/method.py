@@ -99,7 +99,12 @@ class Search:
 
 
 class Method(Protocol):
-    """One way to fit. A new method is a new file that implements this, and a line in methods.py."""
+    """One way to fit. A new method is a new file that implements this, and a line in methods.py.
+
+    The command line and saved adapters work without JAX, so they name it too: MethodName in
+    pipelines/fit.py, its hyper-parameters in pipelines/run_folder.py, and its arrays in
+    pipelines/adapter_layout.py.
+    """
 
     unseen_classes: bool
     """Whether it can classify classes that had no support images."""
