@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.cache import layout
-from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.cache.writer import DIGESTS, CacheWriter
 
 EXAMPLES = 20
 
@@ -18,7 +18,9 @@ def in_several_splits(writer: CacheWriter) -> dict[str, Any] | None:
     Returns {"images": how many distinct ones, "examples": at most twenty pairs of "SPLIT/ID"}.
     Eight bytes per image are in memory.
     """
-    digests = {split: writer.digests(split) for split in layout.SPLITS}
+    digests = {
+        split: np.fromiter(writer.listed(split, DIGESTS), np.uint64) for split in layout.SPLITS
+    }
     shared = np.zeros(0, np.uint64)
     examples: list[list[str]] = []
     for one, other in combinations(layout.SPLITS, 2):
@@ -40,6 +42,6 @@ def _ids(
     rows = set(np.flatnonzero(np.isin(digests, wanted)).tolist())
     return {
         int(digests[row]): f"{split}/{name}"
-        for row, name in enumerate(writer.ids(split))
+        for row, name in enumerate(writer.listed(split, "ids"))
         if row in rows
     }

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import h5py
 from clip_adapter.cache import layout
 from clip_adapter.cache.duplicates import in_several_splits
 from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.writer import DIGESTS, CacheWriter, Part
+from clip_adapter.cache.tally import Tally, tally
+from clip_adapter.cache.writer import DIGESTS, SKIPPED, SKIPPED_LABELS, CacheWriter, Part
 
-# What has to be the same in all parts, and what of the data set's record does not.
-SHARED = ("arguments", "backbone", "preprocess", "templates", "logit_scale", "logit_bias")
+# What has to be the same in all parts beside the arguments, and what of the data set's record not.
+SHARED = ("backbone", "preprocess", "templates", "logit_scale", "logit_bias")
 OF_THE_MACHINE = ("device", "torch_version")
 ROWS_AT_A_TIME = 1024
 
@@ -36,6 +38,15 @@ class _PartFile:
         return {key: value for key, value in stored.items() if key not in OF_THE_MACHINE}
 
 
+@dataclass(frozen=True)
+class Merged:
+    """What there is to say about joined parts. several: see `in_several_splits`."""
+
+    class_names: list[str]
+    tallies: dict[str, Tally]
+    several: dict[str, Any] | None
+
+
 def part_of(path: Path) -> tuple[dict[str, Any], Part]:
     """What the `extract` that wrote a part was asked for, and which part it is.
 
@@ -46,11 +57,10 @@ def part_of(path: Path) -> tuple[dict[str, Any], Part]:
         return opened.attribute("arguments"), opened.part
 
 
-def merge_parts(paths: Sequence[Path], out: Path) -> dict[str, Any] | None:
+def merge_parts(paths: Sequence[Path], out: Path) -> Merged:
     """Copy the parts into one cache, equal dataset for dataset to that of an undivided run.
 
     paths: all parts of one cache, in any order. What an interrupted run left for `out` goes.
-    Returns what `in_several_splits` found.
 
     Raises UserError for files that are no parts or damaged, parts that do not belong together,
     and parts that are missing.
@@ -67,8 +77,10 @@ def merge_parts(paths: Sequence[Path], out: Path) -> dict[str, Any] | None:
                 for part in parts:
                     _copy_images(part, split, writer)
             dataset = first.attribute("dataset")
-            if several := in_several_splits(writer):
-                dataset["in_several_splits"] = several
+            class_names = list(writer.listed(layout.TEXT, "class_names"))
+            merged = Merged(class_names, tally(writer), in_several_splits(writer))
+            if merged.several:
+                dataset["in_several_splits"] = merged.several
             writer.finish(
                 templates=first.attribute("templates"),
                 backbone=first.attribute("backbone"),
@@ -77,7 +89,7 @@ def merge_parts(paths: Sequence[Path], out: Path) -> dict[str, Any] | None:
                 logit_scale=first.attribute("logit_scale"),
                 logit_bias=first.attribute("logit_bias"),
             )
-    return several
+    return merged
 
 
 def _open(path: Path, stack: ExitStack) -> _PartFile:
@@ -90,7 +102,7 @@ def _open(path: Path, stack: ExitStack) -> _PartFile:
         if file.attrs["format_version"] != layout.FORMAT_VERSION:
             raise UserError(f"{path} is of another version of the format; extract it again.")
         opened = _PartFile(path, file, Part(**json.loads(file.attrs["part"])))
-        for name in (*SHARED, "dataset"):
+        for name in ("arguments", *SHARED, "dataset"):
             opened.attribute(name)
     return opened
 
@@ -109,22 +121,23 @@ def _reading(path: Path) -> Iterator[None]:
 def _check_together(parts: Sequence[_PartFile]) -> None:
     first = parts[0]
     for part in parts[1:]:
-        differing = [name for name in SHARED if part.attribute(name) != first.attribute(name)]
-        if part.dataset != first.dataset:
-            differing.append("dataset")
-        if part.part.of != first.part.of:
-            differing.append("number of parts")
-        if differing:
+        if differing := _differing(first, part):
             raise UserError(
                 f"{part.path} and {first.path} do not belong together: {', '.join(differing)} "
                 "differ; extract all parts with the same arguments."
             )
-    present = [part.part.index for part in parts]
-    wanted = list(range(1, first.part.of + 1))
-    if present != wanted:
-        missing = ", ".join(str(i) for i in wanted if i not in present)
-        problem = f"part {missing} of {len(wanted)} is missing" if missing else "a part comes twice"
-        raise UserError(f"These are not all parts of one cache: {problem}.")
+    for one, other in pairwise(parts):
+        if one.part.index == other.part.index:
+            raise UserError(
+                f"{one.path} and {other.path} are both part {one.part.index} of {one.part.of}; "
+                "name every part once."
+            )
+    present = {part.part.index for part in parts}
+    missing = [str(i) for i in range(1, first.part.of + 1) if i not in present]
+    if missing:
+        raise UserError(
+            f"Not all {first.part.of} parts are there; name part {', '.join(missing)} as well."
+        )
     for split in first.part.rows:
         ranges = [part.part.rows[split] for part in parts]
         joints = [0, *(stop for _, stop, _ in ranges)]
@@ -133,6 +146,18 @@ def _check_together(parts: Sequence[_PartFile]) -> None:
                 f"The parts do not meet in the {split} split; extract all of them with the same "
                 "--batch-size."
             )
+
+
+def _differing(first: _PartFile, part: _PartFile) -> list[str]:
+    """What parts of one cache have in common and these two have not."""
+    one, other = first.attribute("arguments"), part.attribute("arguments")
+    differing = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+    differing |= {name for name in SHARED if part.attribute(name) != first.attribute(name)}
+    if part.dataset != first.dataset:
+        differing.add("dataset")
+    if part.part.of != first.part.of:
+        differing.add("number of parts")
+    return sorted(differing)
 
 
 def _views(part: _PartFile) -> int:
@@ -156,12 +181,13 @@ def _copy_images(part: _PartFile, split: str, writer: CacheWriter) -> None:
         return
     with _reading(part.path):
         rows = group["labels"].shape[0]
-        skipped = group["skipped"].asstr()[...].tolist() if "skipped" in group else []
+        skipped = group[SKIPPED].asstr()[...].tolist() if SKIPPED in group else []
+        skipped_labels = group[SKIPPED_LABELS][...].tolist() if SKIPPED_LABELS in group else []
     for start in range(0, max(1, rows), ROWS_AT_A_TIME):
         chosen = slice(start, start + ROWS_AT_A_TIME)
         with _reading(part.path):
             features = group["features"][:, chosen].transpose(1, 0, 2)
             labels, ids = group["labels"][chosen], group["ids"].asstr()[chosen].tolist()
             digests = group[DIGESTS][chosen] if DIGESTS in group else None
-        writer.append_images(split, features, labels, ids, skipped, digests)
-        skipped = []
+        writer.append_images(split, features, labels, ids, skipped, digests, skipped_labels)
+        skipped, skipped_labels = [], []

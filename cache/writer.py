@@ -1,6 +1,6 @@
 """Write a feature cache: staged while it grows, assembled and renamed when it is whole."""
 
-import fcntl
+import errno
 import json
 import os
 import shutil
@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import h5py
@@ -21,9 +20,12 @@ import numpy.typing as npt
 from clip_adapter.cache import atomic, layout
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.staging import StagedRows
+from clip_adapter.cache.workplace import Workplace
 
-ARGUMENTS = "arguments.json"
 DIGESTS = "digests"
+SKIPPED = "skipped"
+SKIPPED_LABELS = "skipped_labels"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,13 @@ class Part:
 
 
 class CacheWriter:
-    """Collects features batch by batch beside `path` and puts the finished file there.
+    """Collects features batch by batch beside a path and puts the finished file there.
 
     Everything is staged in the folder `<path>.partial`. `finish` assembles the HDF5 file in that
-    folder and renames it, so that `path` either does not exist or is complete. A writer opened
+    folder and renames it, so that the path either does not exist or is complete. A writer opened
     with the same `arguments` after an interruption goes on behind the last whole batch.
 
+    place: the path, or the workplace taken beside it, which the writer closes.
     arguments: JSON-able description of what is written; two runs with equal arguments write the
         same cache.
     Raises UserError where the folder cannot be written, another process is writing the same file,
@@ -53,65 +56,36 @@ class CacheWriter:
     """
 
     def __init__(
-        self, path: Path, arguments: dict[str, Any], *, views: int, restart: bool = False
+        self,
+        place: Path | Workplace,
+        arguments: dict[str, Any],
+        *,
+        views: int,
+        restart: bool = False,
     ) -> None:
-        self.path = path
+        self._place = Workplace(place) if isinstance(place, Path) else place
+        self.path = self._place.path
         self.arguments = arguments
         self._views = views
-        self._folder = path.with_name(path.name + ".partial")
+        self._restart = restart
+        self._folder = self._place.folder
         self._staged: dict[str, StagedRows] = {}
-        if path.is_dir():
-            raise UserError(f"Cannot write {path}: it is a folder; name a file.")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._folder.mkdir(exist_ok=True)
-            self._lock = (self._folder / "lock").open("w")
-        except OSError as error:
-            raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
-        self._take_lock()
-        if restart:
-            self._empty_folder()
-        self._agree_on_arguments()
-
-    def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise UserError(
-                f"Another process is writing {self.path}; wait for it or choose another --out."
-            ) from None
-
-    def _empty_folder(self) -> None:
-        for entry in self._folder.iterdir():
-            if entry.name != "lock":
-                entry.unlink()
-
-    def _agree_on_arguments(self) -> None:
-        stated = self._folder / ARGUMENTS
-        if not stated.exists():
-            self._empty_folder()
-            atomic.write_text(stated, json.dumps(self.arguments, sort_keys=True))
-            return
-        earlier = json.loads(stated.read_text())
-        now = json.loads(json.dumps(self.arguments))
-        if earlier != now:
-            differing = sorted(
-                key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key)
-            )
+            with self._writing():
+                if restart:
+                    self._place.empty()
+                self._place.refuse_other(arguments)
+                self._place.state(arguments)
+        except BaseException:
             self.close()
-            raise UserError(
-                f"{self._folder} holds an interrupted run with other arguments "
-                f"({', '.join(differing)} differ); repeat those arguments to go on, "
-                "or use --force to start again."
-            )
+            raise
 
     def consumed(self, split: str) -> int:
         """Source images of a split that are dealt with already, skipped ones included."""
         if not self._has(split):
             return 0
         records = self._reopened(split).records()
-        return sum(len(record["ids"]) + len(record["skipped"]) for record in records)
+        return sum(len(record["ids"]) + len(record[SKIPPED]) for record in records)
 
     def append_images(
         self,
@@ -121,12 +95,14 @@ class CacheWriter:
         ids: Sequence[str],
         skipped: Sequence[str] = (),
         digests: npt.NDArray[np.uint64] | None = None,
+        skipped_labels: npt.ArrayLike = (),
     ) -> None:
         """Add a batch of images to a split.
 
         features: (B, V, D) float32 or float16, un-normalised; V is `views` for train, else 1.
         labels: (B,) integers. ids: B strings. skipped: ids of images that could not be read.
         digests: (B,) hashes of the images' pixels, for all batches of a split or for none.
+        skipped_labels: those of `skipped`, for all batches of a split or for none.
         Raises UserError for features that are not finite and ids that the file cannot hold, before
         anything of the batch is staged, and where the disk is full.
         """
@@ -138,7 +114,8 @@ class CacheWriter:
         record = {
             "labels": np.asarray(labels, np.int32).tolist(),
             "ids": list(ids),
-            "skipped": list(skipped),
+            SKIPPED: list(skipped),
+            SKIPPED_LABELS: np.asarray(skipped_labels, np.int32).tolist(),
         }
         if digests is not None:
             record[DIGESTS] = digests.tolist()
@@ -173,15 +150,11 @@ class CacheWriter:
         """Classes whose text features are staged already."""
         return self._reopened(layout.TEXT).rows if self._has(layout.TEXT) else 0
 
-    def digests(self, split: str) -> npt.NDArray[np.uint64]:
-        """The digests of a split's images so far, (N,), empty where none were given."""
-        return np.fromiter(self._listed(split, DIGESTS), np.uint64)
+    def listed(self, split: str, key: str) -> Iterator[Any]:
+        """What is noted of a split's images so far, in order.
 
-    def ids(self, split: str) -> Iterator[str]:
-        """The ids of a split's images so far, in order."""
-        return self._listed(split, "ids")
-
-    def _listed(self, split: str, key: str) -> Iterator[Any]:
+        key: labels, ids, digests; skipped, skipped_labels of those that are not there.
+        """
         if not self._has(split):
             return iter(())
         return (
@@ -197,10 +170,9 @@ class CacheWriter:
         except (OSError, RuntimeError) as error:
             number = getattr(error, "errno", None)
             reason = os.strerror(number) if number else " ".join(str(error).split())[:200]
-            raise UserError(
-                f"Cannot write {self.path}: {reason}; what is encoded is kept beside it, and the "
-                "same command goes on from there."
-            ) from error
+            kept = "what is encoded is kept beside it, and the same command goes on from there"
+            advice = "mend that and start again" if self._restart else kept
+            raise UserError(f"Cannot write {self.path}: {reason}; {advice}.") from error
 
     def _has(self, name: str) -> bool:
         return name in self._staged or (self._folder / f"{name}.shape").exists()
@@ -262,8 +234,26 @@ class CacheWriter:
             shutil.rmtree(self._folder)  # before the lock goes, so that nobody starts in there
         self.close()
 
+    def _reserve(self, path: Path) -> None:
+        """Have the disk say now whether the file fits: where a write fails, HDF5 may crash."""
+        size = layout.CHUNK_BYTES  # for what describes the rest
+        for name in (*layout.SPLITS, layout.TEXT):
+            if self._has(name):
+                staged = self._reopened(name)
+                chunk = layout.chunk_rows(staged.rows, staged.dim * staged.dtype.itemsize)
+                rows = -(-staged.rows // chunk) * chunk
+                size += staged.inner * rows * staged.dim * staged.dtype.itemsize
+                size += 2 * (self._folder / f"{name}.journal").stat().st_size
+        with path.open("wb") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno in NO_ROOM:  # else it is the file system that cannot tell
+                    raise
+
     def _assemble(self, attributes: dict[str, Any], templates: Sequence[str], whole: bool) -> None:
         assembled = self._folder / "assembled.h5"
+        self._reserve(assembled)
         # HDF5 1.10's file format, unlike the default of h5py, puts checksums on the metadata too:
         # one wrong byte there can turn a chunk into zeros or HDF5 into an endless loop.
         with h5py.File(assembled, "w", libver=("v110", "v110")) as file:
@@ -294,14 +284,17 @@ class CacheWriter:
         for start in range(0, staged.rows, rows):
             stop = min(start + rows, staged.rows)
             features[:, start:stop] = staged.read(start, stop).transpose(1, 0, 2)
-        labels = self._listed(split, "labels")
+        labels = self.listed(split, "labels")
         _write_list(group, "labels", labels, staged.rows, np.dtype(np.int32))
-        _write_strings(group, "ids", lambda: self._listed(split, "ids"))
-        if any(True for _ in self._listed(split, DIGESTS)):
-            digests = self._listed(split, DIGESTS)
+        _write_strings(group, "ids", lambda: self.listed(split, "ids"))
+        if any(True for _ in self.listed(split, DIGESTS)):
+            digests = self.listed(split, DIGESTS)
             _write_list(group, DIGESTS, digests, staged.rows, np.dtype(np.uint64))
-        if any(True for _ in self._listed(split, "skipped")):
-            _write_strings(group, "skipped", lambda: self._listed(split, "skipped"))
+        if any(True for _ in self.listed(split, SKIPPED)):
+            _write_strings(group, SKIPPED, lambda: self.listed(split, SKIPPED))
+        if labels_of_skipped := list(self.listed(split, SKIPPED_LABELS)):
+            count = len(labels_of_skipped)
+            _write_list(group, SKIPPED_LABELS, labels_of_skipped, count, np.dtype(np.int32))
 
     def _assemble_text(self, file: h5py.File, templates: Sequence[str]) -> None:
         staged = self._reopened(layout.TEXT)
@@ -321,17 +314,12 @@ class CacheWriter:
         for staged in self._staged.values():
             staged.close()
         self._staged.clear()
-        self._lock.close()
+        self._place.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.workplace import Workplace
 from clip_adapter.extract.prompts import read_descriptions, resolve_templates
 from clip_adapter.extract.shards import (
     Launch,
@@ -134,9 +135,10 @@ def extract(config: ExtractConfig) -> Path:
     if _already_there(config, shard):
         print(f"{config.out} is complete and was made with these arguments: nothing to do.")
         return config.out
-    from clip_adapter.extract.job import run_job
+    with _workplace(config) as place:
+        from clip_adapter.extract.job import run_job
 
-    print(run_job(config, shard))
+        print(run_job(config, shard, place))
     return config.out
 
 
@@ -148,6 +150,8 @@ def _extract_together(config: ExtractConfig, launch: Launch) -> Path:
         if launch.rank == 0:
             print(f"{config.out} is complete and was made with these arguments: nothing to do.")
         return config.out
+    if launch.rank == 0:
+        _workplace(config).close()  # better than to find out when the parts are to be joined
     from clip_adapter.extract.device import device_of_process
     from clip_adapter.extract.job import run_job
     from clip_adapter.extract.join import join_parts
@@ -156,7 +160,8 @@ def _extract_together(config: ExtractConfig, launch: Launch) -> Path:
     device = device_of_process(config.device, launch.local_rank)
     own = replace(config, out=out, shard=None, device=device)
     if not _already_there(own, launch.shard):
-        run_job(own, launch.shard, quiet=launch.rank > 0)
+        with _workplace(own) as place:
+            run_job(own, launch.shard, place, quiet=launch.rank > 0)
     wait_for_all()
     if launch.rank == 0:
         parts = [
@@ -175,12 +180,30 @@ def _check(config: ExtractConfig) -> None:
         raise UserError("--views and --augment-seed must not be negative.")
 
 
+def _workplace(config: ExtractConfig) -> Workplace:
+    """The place beside --out, taken before anything is loaded.
+
+    Raises UserError where nothing can be written there, by this run at least.
+    """
+    arguments = config.identity()
+    if config.precision == "auto":  # only the device will say
+        del arguments["precision"]
+    place = Workplace(config.out)
+    try:
+        if not config.force:
+            place.refuse_other(arguments, known_so_far=True)
+    except UserError:
+        place.close()
+        raise
+    return place
+
+
 def _already_there(config: ExtractConfig, shard: Shard) -> bool:
     """Whether the file exists with these arguments.
 
     Raises UserError where something else stands in its place.
     """
-    if not config.out.exists() or config.force:
+    if config.force or not config.out.exists() or config.out.is_dir():
         return False
     earlier = ExtractConfig().identity() | _arguments_of(config.out, shard)
     now = config.identity()

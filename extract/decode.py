@@ -43,8 +43,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Skipped:
-    """An image left out: its id and why."""
+    """An image left out: its row, its id and why."""
 
+    row: int
     name: str
     reason: str
 
@@ -151,7 +152,7 @@ def _decode_rows(
         except BadImage as error:
             if not plan.skip:
                 raise UserError(f"{error}; repair or remove it, or use --on-error skip.") from error
-            outcomes.append(Skipped(name, str(error)))
+            outcomes.append(Skipped(row, name, str(error)))
             continue
         for view in range(plan.views):
             pixels[view, position] = preprocess.view(image, name, view, plan.seed)

@@ -2,24 +2,34 @@
 
 import hashlib
 import json
+import sys
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from clip_adapter.cache.duplicates import in_several_splits
+from clip_adapter.cache.tally import Tally, tally
+from clip_adapter.cache.workplace import Workplace
 from clip_adapter.cache.writer import CacheWriter, Part
 from clip_adapter.console.progress import progress
+from clip_adapter.console.wording import counted
 from clip_adapter.extract.backbone import load_backbone
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset
-from clip_adapter.extract.decode import Plan, Skipped
+from clip_adapter.extract.decode import Plan
 from clip_adapter.extract.device import find_device, find_precision
 from clip_adapter.extract.encode import EncodedBatch, Encoder, encode_images
 from clip_adapter.extract.in_order import InOrder
-from clip_adapter.extract.join import warn_of_duplicates
+from clip_adapter.extract.outcome import (
+    describe,
+    describe_skipped,
+    warn_of_duplicates,
+    warn_of_lost_classes,
+)
 from clip_adapter.extract.prompts import (
     descriptions_in_order,
     read_descriptions,
@@ -33,11 +43,11 @@ if TYPE_CHECKING:
     from clip_adapter.extract.command import ExtractConfig
 
 
-def run_job(config: "ExtractConfig", shard: Shard, quiet: bool = False) -> str:
+def run_job(config: "ExtractConfig", shard: Shard, place: Workplace, quiet: bool = False) -> str:
     """Encode what is not staged yet, write the file (a part of a cache where there are several
     shards) and return what to say about it.
 
-    quiet: show no progress, because another process does.
+    place: where to write. quiet: show no progress, because another process does.
     """
     identity = config.identity()
     dataset = open_dataset(config.dataset, config.source_options())
@@ -52,13 +62,15 @@ def run_job(config: "ExtractConfig", shard: Shard, quiet: bool = False) -> str:
     identity["rows_sha256"] = _rows_sha256(dataset)
     restart = config.force
     with (
+        _told_how_to_go_on(config),
         warnings.catch_warnings(),
-        CacheWriter(config.out, identity, views=1 + config.views, restart=restart) as writer,
+        CacheWriter(place, identity, views=1 + config.views, restart=restart) as writer,
     ):
         # Pillow remarks on oddities of files that decode all the same; the others get a sentence.
         warnings.filterwarnings("ignore", module="PIL")
         encoder = Encoder(backbone, device, config.batch_size if config.compile else None)
         job = _Job(config, shard, dataset, encoder, writer, quiet)
+        job.say_where_it_goes_on()
         if shard.index == 1:
             job.encode_text(text)
         for name in dataset.splits:
@@ -70,11 +82,14 @@ def run_job(config: "ExtractConfig", shard: Shard, quiet: bool = False) -> str:
             "torch_version": torch.__version__,
         }
         part = None
+        tallies = tally(writer)
         if shard.of > 1:
             part = Part(shard.index, shard.of, {name: job.bounds(name) for name in dataset.splits})
-        elif several := in_several_splits(writer):
-            record["in_several_splits"] = several
+        else:
+            if several := in_several_splits(writer):
+                record["in_several_splits"] = several
             warn_of_duplicates(several)
+            warn_of_lost_classes(tallies, dataset.class_names)
         with job.watch("write"):
             writer.finish(
                 templates=text.stored_templates,
@@ -85,7 +100,20 @@ def run_job(config: "ExtractConfig", shard: Shard, quiet: bool = False) -> str:
                 logit_bias=backbone.logit_bias,
                 part=part,
             )
-    return job.summary()
+    return job.summary(tallies)
+
+
+@contextmanager
+def _told_how_to_go_on(config: "ExtractConfig") -> Iterator[None]:
+    """Lets an interruption say that nothing is lost (--force, though, starts again)."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if config.force:
+            raise
+        raise KeyboardInterrupt(
+            "what is encoded is kept, and the same command goes on from there"
+        ) from None
 
 
 def _text_plan(config: "ExtractConfig", dataset: ImageDataset) -> TextPlan:
@@ -115,10 +143,20 @@ class _Job:
         self._encoder = encoder
         self._writer = writer
         self._quiet = quiet
-        self._skipped: list[Skipped] = []
+        self._reason: str | None = None  # why the first image was skipped
         self._images = 0
         self._seconds = 0.0
         self.watch = Stopwatch()
+
+    def say_where_it_goes_on(self) -> None:
+        bounds = {name: self.bounds(name) for name in self._dataset.splits}
+        total = sum(stop - start for start, stop, _ in bounds.values())
+        done = sum(self._writer.consumed(name) for name in bounds)
+        if done and not self._quiet:
+            print(
+                f"extract: goes on from image {done:,} of {total:,}, where an earlier run stopped",
+                file=sys.stderr,
+            )
 
     def encode_text(self, plan: TextPlan) -> None:
         batches = encode_classes(
@@ -163,9 +201,10 @@ class _Job:
                     writing.submit(self._append, name, batch)
                 handled = len(batch.rows) + len(batch.skipped)
                 count += handled
-                self._skipped += batch.skipped
+                self._images += len(batch.rows)
+                if batch.skipped and self._reason is None:
+                    self._reason = batch.skipped[0].reason
                 advance(handled, self._note(count, plan.stop - plan.start - count, clock.elapsed))
-        self._images += count
         self._seconds += clock.elapsed
 
     def _append(self, name: str, batch: EncodedBatch) -> None:
@@ -177,6 +216,7 @@ class _Job:
             [split.ids[row] for row in batch.rows],
             [image.name for image in batch.skipped],
             batch.digests,
+            split.labels[[image.row for image in batch.skipped]],
         )
 
     def _note(self, count: int, remaining: int, seconds: float) -> str:
@@ -184,22 +224,19 @@ class _Job:
         minutes, rest = divmod(round(remaining / rate), 60)
         return f"{rate:,.0f} images/s, {minutes}:{rest:02} left; {self.watch.shares()}"
 
-    def summary(self) -> str:
-        out, shard = self._config.out, self._shard
-        size = out.stat().st_size / 2**20
-        counts = {name: self.bounds(name) for name in self._dataset.splits}
-        images = ", ".join(f"{stop - start} {name}" for name, (start, stop, _) in counts.items())
+    def summary(self, tallies: Mapping[str, Tally]) -> str:
+        shard = self._shard
         part = f" (part {shard.index} of {shard.of})" if shard.of > 1 else ""
-        classes = len(self._dataset.class_names)
-        lines = [f"{out}{part}: {images} images, {classes} classes, {size:.1f} MiB"]
-        if self._skipped:
-            lines.append(f"{len(self._skipped)} images skipped: {self._skipped[0].reason}")
+        lines = [describe(self._config.out, tallies, len(self._dataset.class_names), part)]
+        if skipped := describe_skipped(tallies, self._reason):
+            lines.append(skipped)
         if self._images:
             rate = self._images / self._seconds
             compiled = self._encoder.compile_seconds
             compiling = f"; {compiled:.0f} s to compile" if compiled else ""
+            encoded = counted(self._images, "image")
             lines.append(
-                f"{self._images:,} images in {self._seconds:.1f} s ({rate:,.0f} images/s): "
+                f"{encoded} in {self._seconds:.1f} s ({rate:,.0f} images/s): "
                 f"{self.watch.shares()}{compiling}"
             )
         return "\n".join(lines)

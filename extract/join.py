@@ -1,11 +1,15 @@
 """Join parts and say so, for `merge` and for the processes of torchrun."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from clip_adapter.cache.parts import merge_parts
+from clip_adapter.extract.outcome import (
+    describe,
+    describe_skipped,
+    warn_of_duplicates,
+    warn_of_lost_classes,
+)
 
 
 def join_parts(parts: Sequence[Path], out: Path) -> str:
@@ -13,16 +17,12 @@ def join_parts(parts: Sequence[Path], out: Path) -> str:
 
     Raises UserError as `merge_parts` does.
     """
-    if several := merge_parts(parts, out):
-        warn_of_duplicates(several)
-    return f"{out}: joined from {len(parts)} parts, {out.stat().st_size / 2**20:.1f} MiB"
-
-
-def warn_of_duplicates(several: dict[str, Any]) -> None:
-    """Say on standard error what `in_several_splits` found."""
-    one, other = several["examples"][0]
-    print(
-        f"warning: {several['images']} images are in more than one split ({one} is {other}); "
-        "the cache lists up to twenty",
-        file=sys.stderr,
-    )
+    merged = merge_parts(parts, out)
+    warn_of_duplicates(merged.several)
+    warn_of_lost_classes(merged.tallies, merged.class_names)
+    joined = f" (joined from {len(parts)} parts)"
+    lines = [
+        describe(out, merged.tallies, len(merged.class_names), joined),
+        describe_skipped(merged.tallies, None),
+    ]
+    return "\n".join(filter(None, lines))

@@ -1,107 +1,60 @@
 """`extract` as a person runs it."""
 
+import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.extract.command import ExtractConfig, extract
+from clip_adapter.cache.workplace import Workplace
+from clip_adapter.extract import job
+from clip_adapter.extract.command import ExtractConfig, main
+from clip_adapter.pipelines import umbrella
+from tests.extract.image_folders import make_folder
 
-BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
 REPORT = "import sys\ntry:\n    {}\nfinally:\n    print('modules', *sys.modules)"
 
 
-def run(
-    *command: str | Path, cwd: Path, environment: dict[str, str] = ENVIRONMENT
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [BIN / command[0], *command[1:]], cwd=cwd, capture_output=True, text=True, env=environment
-    )
-
-
 def modules_after(code: str, *arguments: str | Path, cwd: Path) -> tuple[set[str], str]:
     """The packages that a program imported, and what it printed before."""
-    finished = run("python", "-c", REPORT.format(code), *arguments, cwd=cwd)
-    assert finished.returncode == 0, finished.stderr
+    command = [sys.executable, "-c", REPORT.format(code), *arguments]
+    finished = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=ENVIRONMENT)
+    assert (finished.returncode, finished.stderr) == (0, "")
     printed, _, modules = finished.stdout.rpartition("modules ")
     return {name.partition(".")[0] for name in modules.split()}, printed
 
 
-def refused(finished: subprocess.CompletedProcess[str], *words: str) -> None:
-    assert finished.returncode == 2
-    assert finished.stdout == ""
-    assert finished.stderr.count("\n") == 1, finished.stderr
-    assert finished.stderr.startswith("extract: ")
+def exit_code(command: Callable[..., object], *arguments: Any) -> object:
+    with pytest.raises(SystemExit) as exited:
+        command(*arguments)
+    return exited.value.code
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *words: str) -> None:
+    assert exit_code(main, arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("extract: ")
+    assert output.err.count("\n") == 1
     for word in words:
-        assert word in finished.stderr
+        assert word in output.err
 
 
-def datasets(path: Path) -> dict[str, bytes]:
-    found = {}
-    with h5py.File(path) as file:
-        file.visititems(
-            lambda name, item: (
-                found.__setitem__(name, item[...].tobytes())
-                if isinstance(item, h5py.Dataset)
-                else None
-            )
-        )
-    return found
-
-
-def kill_when_staged(folder: Path, *command: str, batches: int) -> None:
-    """Start `extract` and kill it as soon as some batches are on the disk."""
-    journal = folder / "features.h5.partial" / "train.journal"
-    with subprocess.Popen([BIN / command[0], *command[1:]], cwd=folder, env=ENVIRONMENT) as child:
-        while not journal.exists() or journal.read_bytes().count(b"\n") < batches:
-            assert child.poll() is None
-            time.sleep(0.001)
-        child.send_signal(signal.SIGKILL)
-
-
-def test_killed_then_run_again_then_refused_then_forced(tmp_path: Path, digits_cache: Path) -> None:
-    """One story, since each chapter needs the cache of the one before."""
-    own = ("--templates", "the digit {}", "--batch-size", "16")
-    config = ExtractConfig(templates=("the digit {}",), batch_size=16)
-    whole = extract(replace(config, out=tmp_path / "whole" / "features.h5"))
-    out = tmp_path / "features.h5"
-
-    kill_when_staged(tmp_path, "extract", *own, batches=3)
-    assert not out.exists()
-    assert (tmp_path / "features.h5.partial").is_dir()
-    with pytest.raises(UserError, match=r"interrupted run .*\(templates differ\).*--force"):
-        extract(ExtractConfig(out=out))
-
+def test_the_default_in_a_process_of_its_own(tmp_path: Path, digits_cache: Path) -> None:
     code = "from clip_adapter.extract.command import main; main(sys.argv[1:])"
-    imported, printed = modules_after(code, *own, cwd=tmp_path)
-    assert "719 train, 179 val, 899 test images, 10 classes" in printed
+    imported, printed = modules_after(code, cwd=tmp_path)
+    assert printed.startswith("features.h5: 719 train, 179 val, 899 test images, 10 classes, ")
     assert "torch" in imported
     assert not imported & {"jax", "flax", "optax"}
-    assert datasets(out) == datasets(whole)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["features.h5", "whole"]
-
-    made = out.read_bytes()
-    again = run("extract", *own, cwd=tmp_path)
-    assert (again.returncode, again.stderr) == (0, "")
-    assert "nothing to do" in again.stdout
-    other = run("clip-adapter", "extract", "--backbone", "RN50", cwd=tmp_path)
-    refused(other, "features.h5 exists", "(backbone, templates differ)", "--force")
-    assert out.read_bytes() == made
-
-    default = run("extract", "--force", cwd=tmp_path)
-    assert (default.returncode, default.stderr) == (0, "")
-    assert default.stdout.startswith("features.h5: 719 train, 179 val, 899 test images")
-    with FeatureCache(out) as ours, FeatureCache(digits_cache) as shared:
+    assert [entry.name for entry in tmp_path.iterdir()] == ["features.h5"]
+    with FeatureCache(tmp_path / "features.h5") as ours, FeatureCache(digits_cache) as shared:
         for split in ("train", "val", "test"):
             features = ours.images(split).features
             np.testing.assert_allclose(features, shared.images(split).features, atol=1e-5)
@@ -110,17 +63,42 @@ def test_killed_then_run_again_then_refused_then_forced(tmp_path: Path, digits_c
         assert ours.arguments == shared.arguments
 
 
-def test_unknown_names_are_one_sentence(tmp_path: Path) -> None:
-    refused(run("extract", "--dataset", "digit", cwd=tmp_path), "'digit'", "near matches: digits")
-    finished = run("extract", "--backbone", "RN5O", cwd=tmp_path)
-    refused(finished, "Unknown backbone 'RN5O'", "near matches: RN50")
+def test_run_again_then_refused_then_forced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One story, since each chapter needs the cache of the one before."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "data", {"train": 1, "test": 1}, ("cat", "dog"))
+    own = ["--dataset", "folder:data", "--val", "0"]
+    out = tmp_path / "features.h5"
+
+    assert exit_code(main, own) == 0
+    assert capsys.readouterr().out.startswith("features.h5: 2 train, 2 test images, 2 classes, ")
+    made = out.read_bytes()
+    assert exit_code(main, own) == 0
+    output = capsys.readouterr()
+    assert "nothing to do" in output.out
+    assert output.err == ""
+
+    monkeypatch.setattr(sys, "argv", ["clip-adapter", "extract", *own, "--backbone", "RN50"])
+    assert exit_code(umbrella.main) == 2
+    said = capsys.readouterr().err
+    for words in ("features.h5 exists", "(backbone differ)", "--force"):
+        assert words in said
+    assert out.read_bytes() == made
+
+    assert exit_code(main, [*own, "--force", "--templates", "the {}"]) == 0
+    with FeatureCache(out) as cache:
+        assert cache.templates == ["the {}"]
+
+
+def test_unknown_names_leave_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, ["--dataset", "digit"], "'digit'", "near matches: digits")
+    refused(capsys, ["--backbone", "RN5O"], "Unknown backbone 'RN5O'", "near matches: RN50")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "a file").write_text("")
-    refused(run("extract", "--out", "a file/features.h5", cwd=tmp_path), "Cannot write a file/")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a file"]
 
 
 @pytest.mark.parametrize(
@@ -130,27 +108,64 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         (["--workers", "-1"], "--workers"),
         (["--templates", "no place"], "'no place' needs exactly one {}"),
         (["--device", "abacus"], "--device abacus is not available"),
-        (["--out", "/proc/features.h5"], "Cannot write /proc/features.h5"),
-        (["--out", "mine.txt"], "mine.txt cannot be read as HDF5"),
     ],
 )
 def test_bad_arguments(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from clip_adapter.extract.command import main
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, arguments, words)
+    assert not list(tmp_path.iterdir())
 
+
+@pytest.fixture
+def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("open_dataset", "load_backbone"):
+        monkeypatch.setattr(job, name, lambda *_: pytest.fail("something was loaded"))
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--out", "."], "Cannot write .: it is a folder; name a file"),
+        (["--out", ".", "--force"], "Cannot write .: it is a folder; name a file"),
+        (["--out", "mine.txt/a.h5"], "Cannot write mine.txt/a.h5: mine.txt is not a folder"),
+        (["--out", "mine.txt/b/a.h5"], "Cannot write mine.txt/b/a.h5: Not a directory"),
+        (["--out", "/proc/features.h5"], "Cannot write /proc/features.h5: "),
+        (["--out", "mine.txt"], "mine.txt cannot be read as HDF5"),
+        (["--out", "digits.h5", "--views", "2"], "exists and was made with other arguments (views"),
+        (["--out", "taken.h5"], "Another process is writing taken.h5; wait for it or"),
+        (["--out", "taken.h5", "--force"], "Another process is writing taken.h5; wait for it or"),
+        (["--out", "begun.h5"], "begun.h5.partial holds an interrupted run with other arguments"),
+    ],
+)
+def test_what_cannot_be_written_is_found_out_first(
+    tmp_path: Path, digits_cache: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str,
+) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_text("do not lose me")
-    with pytest.raises(SystemExit) as exited:
-        main(arguments)
-    assert exited.value.code == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert output.err.count("\n") == 1
-    assert words in output.err
+    (tmp_path / "digits.h5").symlink_to(digits_cache)
+    (tmp_path / "begun.h5.partial").mkdir()
+    other = json.dumps(ExtractConfig(views=3).identity())
+    (tmp_path / "begun.h5.partial" / "arguments.json").write_text(other)
+    before = sorted(tmp_path.rglob("*"))
+    with Workplace(tmp_path / "taken.h5"):
+        refused(capsys, arguments, words)
     assert (tmp_path / "mine.txt").read_text() == "do not lose me"
-    assert not (tmp_path / "features.h5").exists()
+    (tmp_path / "begun.h5.partial" / "lock").unlink(missing_ok=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_the_first_process_of_torchrun_looks_where_the_parts_will_be_joined(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    refused(capsys, ["--out", str(tmp_path)], "it is a folder; name a file")
 
 
 def test_fit_never_imports_torch(tmp_path: Path, digits_cache: Path) -> None:

@@ -1,8 +1,8 @@
 """Whole runs: interrupted, divided, with bad images, on a full disk."""
 
-import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +19,7 @@ import torch
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.extract.command import ExtractConfig, extract
+from clip_adapter.extract.job import _Job
 from clip_adapter.extract.shards import Shard, parse_shard
 from clip_adapter.pipelines.merge import MergeConfig, merge
 from tests.extract.image_folders import make_folder, photograph
@@ -86,22 +87,52 @@ def arguments(folder: Path, out: Path) -> list[str]:
 def test_skipped_images_and_images_in_two_splits_are_listed(
     whole: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(folder, tmp_path / "again.h5")
+    out = run(folder, tmp_path / "again.h5")
     output = capsys.readouterr()
-    assert "2 images skipped: train/dog/03.png cannot be decoded: " in output.out
-    assert "51 images in " in output.out
+    size = f"{out.stat().st_size / 1024:.1f} KiB"
+    assert output.out.startswith(
+        f"{out}: 26 train, 8 val, 15 test images, 3 classes, {size}\n"
+        "2 images skipped (1 train, 1 val): train/dog/03.png cannot be decoded: "
+    )
+    assert "\n49 images in " in output.out
+    found = "warning: found 1 image in more than one split (train/train/cat/02.png is test/"
+    assert output.err.startswith(found)
     assert output.err.count("\n") == 1
-    assert "1 images are in more than one split (train/train/cat/02.png is test/" in output.err
     with h5py.File(whole) as file:
         assert file["images/train/features"].shape == (3, 26, 128)
         assert file["images/val/features"].shape == (1, 8, 128)
         assert file["images/train/skipped"].asstr()[...].tolist() == ["train/dog/03.png"]
         assert file["images/val/skipped"].asstr()[...].tolist() == ["val/cat/00.png"]
-        assert "skipped" not in file["images/test"]
+        assert file["images/train/skipped_labels"][...].tolist() == [1]
+        assert file["images/val/skipped_labels"][...].tolist() == [0]
+        assert not {"skipped", "skipped_labels"} & set(file["images/test"])
     assert record(whole)["in_several_splits"] == {
         "images": 1,
         "examples": [["train/train/cat/02.png", "test/test/eel/01.png"]],
     }
+
+
+def test_classes_that_skipping_emptied_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_folder(tmp_path / "data", {"train": 2, "val": 1, "test": 1}, CLASSES)
+    for name in ("train/cat/00", "train/eel/00", "train/eel/01", "test/cat/00", "test/dog/00"):
+        (root / f"{name}.png").write_bytes(b"nothing")
+    warning = (
+        "warning: skipping left no train image of 'eel' and no test image of 'cat', 'dog'; "
+        "repair some or leave the class out everywhere.\n"
+    )
+    run(root, tmp_path / "whole.h5")
+    assert capsys.readouterr().err == warning
+    parts = tuple(run(root, tmp_path / f"{i}.h5", shard=f"{i}/2", batch_size=1) for i in (1, 2))
+    assert capsys.readouterr().err == ""  # each part misses classes that the other may have
+    out = merge(MergeConfig(out=tmp_path / "features.h5", parts=parts))
+    printed = capsys.readouterr()
+    assert printed.err == warning
+    assert printed.out.startswith(
+        f"{out} (joined from 2 parts): 3 train, 3 val, 1 test images, 3 classes, "
+    )
+    assert "5 images skipped (3 train, 2 test): train/cat/00.png\n" in printed.out
 
 
 def test_a_bad_image_stops_the_run_which_then_goes_on(
@@ -116,38 +147,72 @@ def test_a_bad_image_stops_the_run_which_then_goes_on(
     assert datasets(out) == datasets(whole)
 
 
-def test_killed_anywhere_it_ends_with_the_same_bytes(
-    whole: Path, folder: Path, tmp_path: Path
+def test_killed_or_interrupted_anywhere_it_ends_with_the_same_bytes(
+    whole: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng = random.Random(5)
     out = tmp_path / "features.h5"
     journals = [out.with_name("features.h5.partial") / f"{s}.journal" for s in ("train", "test")]
-    command = [BIN / "extract", *arguments(folder, out)]
-    for journal, batches in (
-        (journals[0], rng.randrange(1, 6)),
-        (journals[1], rng.randrange(1, 3)),
+    said: list[str] = []
+    for journal, batches, stop in (
+        (journals[0], rng.randrange(1, 6), signal.SIGKILL),
+        (journals[1], rng.randrange(1, 3), signal.SIGINT),
     ):
-        with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as child:
+        command = [BIN / "extract", *arguments(folder, out)]
+        with subprocess.Popen(
+            command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as child:
             while not journal.exists() or journal.read_bytes().count(b"\n") < batches:
                 assert child.poll() is None, "it ended before it was killed"
                 time.sleep(0.0005)
             time.sleep(rng.random() * 0.01)
-            child.send_signal(signal.SIGKILL)
+            child.send_signal(stop)
+            said += child.communicate()[1].splitlines()
+        assert child.returncode == (130 if stop == signal.SIGINT else -stop)
         assert not out.exists()
+    goes_on = r"extract: goes on from image \d+ of 51, where an earlier run stopped"
+    assert re.fullmatch(goes_on, said[0])
+    kept = "what is encoded is kept, and the same command goes on from there"
+    assert said[1:] == [f"extract: interrupted; {kept}"]
     run(folder, out)
+    printed = capsys.readouterr()
+    assert re.match(goes_on, printed.err)
+    assert "26 train, 8 val, 15 test images" in printed.out
+    assert "2 images skipped (1 train, 1 val): train/dog/03.png\n" in printed.out
     assert datasets(out) == datasets(whole)
 
 
-def test_two_processes_do_not_write_one_file(folder: Path, tmp_path: Path) -> None:
-    from clip_adapter.cache.writer import CacheWriter
-
+def test_force_starts_again_and_promises_nothing_else(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     out = tmp_path / "features.h5"
-    identity = ExtractConfig(dataset=f"folder:{folder}", out=out, views=2).identity()
-    with (
-        CacheWriter(out, identity | {"precision": "fp32"}, views=3),
-        pytest.raises(UserError, match="Another process is writing"),
-    ):
+    with pytest.raises(UserError):
+        run(folder, out, on_error="fail")
+    encode_split = _Job.encode_split
+
+    def interrupted(job: _Job, name: str) -> None:
+        encode_split(job, name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Job, "encode_split", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on from there"):
         run(folder, out)
+    assert "goes on from image 12 of 51" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt) as interruption:
+        run(folder, out, force=True)
+    assert interruption.value.args == ()
+    assert capsys.readouterr().err == ""
+
+
+def test_batches_and_workers_change_no_feature(whole: Path, folder: Path, tmp_path: Path) -> None:
+    out = run(folder, tmp_path / "features.h5", batch_size=7, workers=5)
+    with FeatureCache(out) as ours, FeatureCache(whole) as wanted:
+        for split in ("train", "val", "test"):
+            some, other = ours.images(split), wanted.images(split)
+            np.testing.assert_allclose(some.features, other.features, atol=1e-5)
+            assert some.ids == other.ids
+            assert some.labels.tolist() == other.labels.tolist()
 
 
 def test_other_arguments_do_not_go_on_with_a_run(folder: Path, tmp_path: Path) -> None:
@@ -160,18 +225,18 @@ def test_other_arguments_do_not_go_on_with_a_run(folder: Path, tmp_path: Path) -
         run(folder, out, precision="bf16")
 
 
-def test_a_file_that_must_not_grow(folder: Path, tmp_path: Path) -> None:
-    """A limit on the size of files behaves like a full disk: writing fails in the middle."""
+def test_a_disk_that_is_full_in_the_end(whole: Path, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "features.h5"
-
-    limited = ["bash", "-c", 'ulimit -f 16; exec "$@"', "bash", BIN / "extract"]
-    finished = subprocess.run(
-        [*limited, *arguments(folder, out)], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert finished.returncode == 2
-    assert finished.stderr.count("\n") == 1, finished.stderr
-    assert "features.h5: File too large; what is encoded is kept" in finished.stderr
+    with pytest.raises(UserError):
+        run(folder, out, on_error="fail")
+    assembled = tmp_path / "features.h5.partial" / "assembled.h5"
+    assembled.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"features\.h5: No space left on device; what is encoded"):
+        run(folder, out)
     assert not out.exists()
+    assembled.unlink()
+    run(folder, out)
+    assert datasets(out) == datasets(whole)
 
 
 @pytest.mark.parametrize("count", [2, 3, 9])
@@ -191,7 +256,7 @@ def test_parts_join_into_the_undivided_cache(
         run(folder, parts[0], shard=f"2/{count}")
     random.Random(count).shuffle(parts)
     out = merge(MergeConfig(out=tmp_path / "features.h5", parts=tuple(parts)))
-    assert "1 images are in more than one split" in capsys.readouterr().err
+    assert "found 1 image in more than one split" in capsys.readouterr().err
     assert datasets(out) == datasets(whole)
     assert record(out) == record(whole)
     run(folder, out)
@@ -211,11 +276,14 @@ def test_parts_that_do_not_belong_together(whole: Path, folder: Path, tmp_path: 
         assert not (tmp_path / "features.h5").exists()
 
     refused("Name the parts")
-    refused("part 2 of 2 is missing", one)
-    refused("part 1 of 2 is missing", two)
-    refused("a part comes twice", one, two, two)
+    refused("Not all 2 parts are there; name part 2 as well", one)
+    refused("Not all 2 parts are there; name part 1 as well", two)
+    refused(r"2\.h5 and .*2\.h5 are both part 2 of 2; name every part once", one, two, two)
+    (tmp_path / "copy.h5").write_bytes(one.read_bytes())
+    refused(r"1\.h5 and .*copy\.h5 are both part 1 of 2", one, tmp_path / "copy.h5")
     refused("number of parts differ", one, part("2of3.h5", shard="2/3"))
-    refused("arguments differ", one, part("other.h5", shard="2/2", augment_seed=1))
+    other = part("other.h5", shard="2/2", augment_seed=1)
+    refused(r"other\.h5 and .*1\.h5 do not belong together: augment_seed differ;", one, other)
     refused("do not meet in the train split", one, part("big.h5", shard="2/2", batch_size=5))
     refused("is no part of a cache", one, whole)
     refused("There is no part at", one, tmp_path / "missing.h5")
@@ -257,7 +325,11 @@ def test_torchrun_divides_and_joins_by_itself(whole: Path, folder: Path, tmp_pat
     ]  # fmt: skip
     finished = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout == f"{out}: joined from 2 parts, {out.stat().st_size / 2**20:.1f} MiB\n"
+    size = f"{out.stat().st_size / 1024:.1f} KiB"
+    assert finished.stdout == (
+        f"{out} (joined from 2 parts): 26 train, 8 val, 15 test images, 3 classes, {size}\n"
+        "2 images skipped (1 train, 1 val): train/dog/03.png\n"
+    )
     assert [entry.name for entry in tmp_path.iterdir()] == ["features.h5"]
     assert datasets(out) == datasets(whole)
 
@@ -298,14 +370,10 @@ def test_training_draws_views_only_when_asked(whole: Path, digits_cache: Path) -
 
 def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
     """The real loop and writer, with an encoder that costs nothing."""
-
-    def peak(rows: int) -> int:
-        command = [sys.executable, "-c", GROWING, str(rows), str(tmp_path / f"{rows}.h5")]
-        finished = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-        assert finished.returncode == 0, finished.stderr
-        return json.loads(finished.stdout.splitlines()[-1])
-
-    few, many = peak(2_000), peak(60_000)
+    command = [sys.executable, "-c", GROWING, str(tmp_path), "2000", "200000"]
+    finished = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    few, many = map(int, finished.stdout.split())
     assert many < 1.1 * few
 
 
@@ -315,6 +383,7 @@ from pathlib import Path
 import numpy as np, torch
 from PIL import Image
 from clip_adapter.cache.duplicates import in_several_splits
+from clip_adapter.cache.tally import tally
 from clip_adapter.cache.writer import CacheWriter
 from clip_adapter.extract.datasets.source import Split
 from clip_adapter.extract.decode import Plan
@@ -335,20 +404,21 @@ class Ids:
     def __getitem__(self, row): return f"some/folder/of/images/{row:012d}.jpg"
     def __len__(self): return self.rows
 
-rows = int(sys.argv[1])
 image = Image.new("RGB", (4, 4))
-split = Split(Ids(rows), np.zeros(rows, np.int32), lambda row: image.copy(), "made up")
-with CacheWriter(Path(sys.argv[2]), {}, views=1) as writer:
-    writer.append_text(np.ones((2, 1, 16), np.float32), ["a", "b"])
-    with InOrder() as writing:
-        for batch in encode_images(Free(), split, Plan(0, rows, 256, 2), Stopwatch()):
-            ids = [split.ids[row] for row in batch.rows]
-            writing.submit(writer.append_images, "train", batch.features + 1,
-                           split.labels[batch.rows], ids, (), batch.digests)
-    in_several_splits(writer)
-    writer.finish(templates=["{}"], backbone={}, preprocess={}, dataset={}, logit_scale=1,
-                  logit_bias=0)
-print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+folder = Path(sys.argv[1])
+for rows in map(int, sys.argv[2:]):  # in one process: its peak after few is part of that after many
+    split = Split(Ids(rows), np.zeros(rows, np.int32), lambda row: image.copy(), "made up")
+    with CacheWriter(folder / f"{rows}.h5", {}, views=1) as writer:
+        writer.append_text(np.ones((2, 1, 16), np.float32), ["a", "b"])
+        with InOrder() as writing:
+            for batch in encode_images(Free(), split, Plan(0, rows, 1024, 1), Stopwatch()):
+                ids = [split.ids[row] for row in batch.rows]
+                writing.submit(writer.append_images, "train", batch.features + 1,
+                               split.labels[batch.rows], ids, (), batch.digests)
+        in_several_splits(writer), tally(writer)
+        writer.finish(templates=["{}"], backbone={}, preprocess={}, dataset={}, logit_scale=1,
+                      logit_bias=0)
+    print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 
 

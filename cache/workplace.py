@@ -1,0 +1,99 @@
+"""The folder in which a cache grows, and the one process that may write there."""
+
+import fcntl
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+from clip_adapter.cache import atomic
+from clip_adapter.cache.errors import UserError
+
+ARGUMENTS = "arguments.json"
+LOCK = "lock"
+
+
+class Workplace:
+    """`<path>.partial`, which belongs to this process until it is closed.
+
+    Raises UserError where it cannot be made or belongs to another process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.is_dir():
+            raise UserError(f"Cannot write {path}: it is a folder; name a file.")
+        self.path = path
+        self.folder = path.with_name(path.name + ".partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
+            self._lock = (self.folder / LOCK).open("w")
+        except FileExistsError as error:
+            raise UserError(f"Cannot write {path}: {error.filename} is not a folder.") from error
+        except OSError as error:
+            raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
+        if not self._take_lock():
+            self._lock.close()
+            raise UserError(
+                f"Another process is writing {path}; wait for it or choose another --out."
+            )
+
+    def _take_lock(self) -> bool:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return self._lock_stands()
+
+    def _lock_stands(self) -> bool:
+        """Whether the lock is still in the folder, which whoever is done removes."""
+        return os.fstat(self._lock.fileno()).st_nlink > 0
+
+    def refuse_other(self, arguments: dict[str, Any], *, known_so_far: bool = False) -> None:
+        """Hold what an interrupted run left here, if anything, to the arguments of this one.
+
+        known_so_far: there are more arguments, which are not known yet.
+        Raises UserError where it was started with others.
+        """
+        stated = self.folder / ARGUMENTS
+        if not stated.exists():
+            return
+        earlier = json.loads(stated.read_text())
+        now = json.loads(json.dumps(arguments))
+        names = now.keys() if known_so_far else earlier.keys() | now.keys()
+        differing = sorted(name for name in names if earlier.get(name) != now.get(name))
+        if differing:
+            raise UserError(
+                f"{self.folder} holds an interrupted run with other arguments "
+                f"({', '.join(differing)} differ); repeat those arguments to go on, "
+                "or use --force to start again."
+            )
+
+    def state(self, arguments: dict[str, Any]) -> None:
+        """Write down what this run is, and begin it unless it has begun."""
+        stated = self.folder / ARGUMENTS
+        if not stated.exists():
+            self.empty()
+            atomic.write_text(stated, json.dumps(arguments, sort_keys=True))
+
+    def empty(self) -> None:
+        for entry in self.folder.iterdir():
+            if entry.name != LOCK:
+                entry.unlink()
+
+    def close(self) -> None:
+        """Leave what was begun to the next process, and no trace where nothing was."""
+        if self._lock.closed:
+            return
+        if self._lock_stands() and not (self.folder / ARGUMENTS).exists():
+            (self.folder / LOCK).unlink()
+            with suppress(OSError):  # somebody else's files lie there too
+                self.folder.rmdir()
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,62 @@
+"""One process at a time, no trace of one that began nothing."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.workplace import Workplace
+
+
+def test_nothing_is_left_where_nothing_was_begun(tmp_path: Path) -> None:
+    with Workplace(tmp_path / "features.h5") as place:
+        assert place.folder.is_dir()
+        with pytest.raises(UserError, match="Another process is writing"):
+            Workplace(tmp_path / "features.h5")
+    assert not list(tmp_path.iterdir())
+    place.close()
+
+
+def test_what_was_begun_stays(tmp_path: Path) -> None:
+    for _ in range(2):
+        with Workplace(tmp_path / "features.h5") as place:
+            place.state({"a": 1, "b": [2]})
+    with Workplace(tmp_path / "features.h5") as place:
+        place.refuse_other({"a": 1, "b": (2,)})
+        place.refuse_other({"a": 1}, known_so_far=True)
+        with pytest.raises(UserError, match=r"other arguments \(b differ\)"):
+            place.refuse_other({"a": 1})
+        with pytest.raises(UserError, match=r"other arguments \(a, c differ\)"):
+            place.refuse_other({"a": 2, "c": 3}, known_so_far=True)
+
+
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "features.h5.partial"
+    folder.mkdir()
+    (folder / "mine").write_text("do not lose me")
+    Workplace(tmp_path / "features.h5").close()
+    assert [entry.name for entry in folder.iterdir()] == ["mine"]
+
+
+def test_who_took_a_lock_that_is_gone_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening and taking it, the process before finished and removed the folder."""
+    from clip_adapter.cache import workplace
+
+    flock = workplace.fcntl.flock
+
+    def finish_first(*arguments: int) -> None:
+        shutil.rmtree(tmp_path / "features.h5.partial")
+        flock(*arguments)
+
+    monkeypatch.setattr(workplace.fcntl, "flock", finish_first)
+    with pytest.raises(UserError, match="Another process is writing"):
+        Workplace(tmp_path / "features.h5")
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "features.h5.partial").write_text("mine")
+    with pytest.raises(UserError, match=r"features\.h5\.partial is not a folder"):
+        Workplace(tmp_path / "features.h5")
