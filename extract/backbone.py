@@ -48,20 +48,22 @@ class Backbone:
     """A frozen open_clip model in evaluation mode and what belongs to it.
 
     preprocess: PIL image → (3, H, W) float32, the deterministic evaluation preprocessing.
-    tokenizer: list of strings → (B, context) int64.
+    tokenizer: list of strings (and how many tokens, if not as many as usual) → (B, context) int64.
     identity: what the cache records; two backbones with one `weights_sha256` give one answer.
     logit_scale: the multiplier itself. logit_bias: 0 for models without one.
     dtype: what the model computes in and takes images as.
+    assumption: a sentence on what the weights do not say and was taken for granted.
     """
 
     model: open_clip.CLIP | open_clip.CustomTextCLIP
     preprocess: Callable[[Image.Image], torch.Tensor]
-    tokenizer: Callable[[list[str]], torch.Tensor]
+    tokenizer: Callable[..., torch.Tensor]
     identity: dict[str, Any]
     preprocess_config: dict[str, Any]
     logit_scale: float
     logit_bias: float
     dtype: torch.dtype = torch.float32
+    assumption: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,15 @@ class _Recipe:
     """How open_clip is asked: architecture or schema, weights (tag or file), activation.
 
     With a schema the model's own configuration holds weights and activation. `preparation`: the
-    preprocessing that belongs to weights from a file, as far as it is known.
+    preprocessing that belongs to weights from a file, as far as it is known. `assumption`: see
+    Backbone.
     """
 
     model_name: str
     weights: str | None
     quick_gelu: bool
     preparation: Mapping[str, Any] = field(default_factory=dict)
+    assumption: str | None = None
 
 
 def load_backbone(
@@ -120,6 +124,7 @@ def load_backbone(
         logit_scale=model.logit_scale.exp().item(),
         logit_bias=0.0 if bias is None else bias.item(),
         dtype=DTYPES[precision],
+        assumption=recipe.assumption,
     )
 
 
@@ -230,16 +235,22 @@ def _resolve(name: str, pretrained: str | None) -> _Recipe:
 def _recipe_of_file(name: str, architecture: str, tags: list[str], path: Path) -> _Recipe:
     """What is known about a file of weights: by its hash, by its form, by the architecture."""
     tag = _tag_of_file(architecture, tags, path)
+    assumption = None
     if tag is not None:
         quick_gelu = _tag_says_quick_gelu(architecture, tag)
     else:
         quick_gelu = name.endswith(QUICKGELU) or is_torchscript(path)
+        if not quick_gelu and open_clip.get_model_config(name + QUICKGELU) is not None:
+            assumption = (
+                f"{path.name} is not known by its hash and taken to use GELU; if it was trained "
+                f"with QuickGELU, as OpenAI's models were, name the backbone {name}{QUICKGELU}."
+            )
     published = [
         {key: config[key] for key in PREPARATION if key in config}
         for config in (_tag_config(architecture, t) for t in ([tag] if tag else tags))
     ]
     agreed = published[0] if published and all(p == published[0] for p in published) else {}
-    return _Recipe(architecture, str(path), quick_gelu, agreed)
+    return _Recipe(architecture, str(path), quick_gelu, agreed, assumption)
 
 
 def _without_quickgelu(name: str) -> str:
@@ -270,7 +281,7 @@ def _tag_of_file(architecture: str, tags: list[str], path: Path) -> str | None:
     return None
 
 
-def _tokenizer(model_name: str) -> Callable[[list[str]], torch.Tensor]:
+def _tokenizer(model_name: str) -> Callable[..., torch.Tensor]:
     """open_clip's tokenizer for the model; a local folder may bring its own merges."""
     folder = Path(model_name.removeprefix("local-dir:"))
     merges = folder / BPE_FILE
@@ -282,7 +293,7 @@ def _tokenizer(model_name: str) -> Callable[[list[str]], torch.Tensor]:
 
 
 @torch.inference_mode()
-def _embed_dim(model: open_clip.CLIP, tokenizer: Callable[[list[str]], torch.Tensor]) -> int:
+def _embed_dim(model: open_clip.CLIP, tokenizer: Callable[..., torch.Tensor]) -> int:
     return model.encode_text(tokenizer([""])).shape[-1]
 
 

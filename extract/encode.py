@@ -65,6 +65,16 @@ class Encoder:
         tokens = self._tokenizer(list(prompts)).to(self.device)
         return self._model.encode_text(tokens).float().cpu().numpy()
 
+    def too_long(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts of which the text tower reads only the beginning."""
+        asked = ["", *prompts]
+        tokens = self._tokenizer(asked)
+        roomier = self._tokenizer(asked, tokens.shape[1] + 1)
+        # One place more is filled with padding, as for "", unless something had been cut off.
+        added = roomier.sum(dim=1) - tokens.sum(dim=1)
+        is_cut = (added[1:] != added[0]).tolist()
+        return [prompt for prompt, cut in zip(prompts, is_cut, strict=True) if cut]
+
     @torch.inference_mode()
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Features (V, B, D) on the device, of pixels (V, B, height, width, 3), uint8.

@@ -16,7 +16,7 @@ from clip_adapter.cache.tally import Tally, tally
 from clip_adapter.cache.workplace import Workplace
 from clip_adapter.cache.writer import CacheWriter, Part
 from clip_adapter.console.progress import progress
-from clip_adapter.console.wording import counted
+from clip_adapter.console.wording import counted, warn
 from clip_adapter.extract.backbone import load_backbone
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset
@@ -55,6 +55,8 @@ def run_job(config: "ExtractConfig", shard: Shard, place: Workplace, quiet: bool
     device = find_device(config.device)
     precision = find_precision(config.precision, device)
     backbone = load_backbone(config.backbone, config.pretrained, precision)
+    if backbone.assumption and not quiet:
+        warn(backbone.assumption)
     # What a resumed run must agree on beyond its arguments: the weights and the rows themselves,
     # which may change under an unchanged path.
     identity["precision"] = precision
@@ -165,8 +167,15 @@ class _Job:
             start=self._writer.text_rows(),
             batch_size=self._config.batch_size,
         )
+        too_long: list[str] = []
         for batch in batches:
             self._writer.append_text(batch.features, batch.names, batch.prompts)
+            too_long += batch.too_long
+        if too_long:
+            warn(
+                f"the text tower reads only the beginning of {counted(len(too_long), 'prompt')}, "
+                f"the first of them {too_long[0]!r}; shorten what is to count."
+            )
 
     def bounds(self, name: str) -> tuple[int, int, int]:
         """The first row of a split that this shard has, the one behind its last, and N."""

@@ -37,11 +37,15 @@ class TextPlan:
 
 @dataclass(frozen=True)
 class EncodedClasses:
-    """Text features (B, P, D) float32 of consecutive classes and the prompts (B, P) they are of."""
+    """Text features (B, P, D) float32 of consecutive classes and the prompts (B, P) they are of.
+
+    too_long: those of the prompts of which the text tower reads only the beginning.
+    """
 
     names: Sequence[str]
     features: npt.NDArray[np.float32]
     prompts: list[list[str]] | None
+    too_long: list[str]
 
 
 def encode_classes(
@@ -57,7 +61,8 @@ def encode_classes(
     while start < len(plan.class_names):
         stop = min(len(plan.class_names), (start // step + 1) * step)
         asked = [plan.prompts(label) for label in range(start, stop)]
-        encoded = encoder.text([prompt for own in asked for prompt in own])
+        flat = [prompt for own in asked for prompt in own]
+        encoded = encoder.text(flat)
         ends = np.cumsum([len(own) for own in asked])[:-1]
         features = [_filled_up(own, rows) for own in np.split(encoded, ends)]
         filled = [[*own, *[""] * (rows - len(own))] for own in asked]
@@ -65,6 +70,7 @@ def encode_classes(
             plan.class_names[start:stop],
             np.stack(features),
             filled if plan.descriptions else None,
+            encoder.too_long(flat),
         )
         start = stop
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from safetensors.torch import save_file
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.backbone import GLYPH_CLIP_FOLDER, load_backbone
+from clip_adapter.extract.command import ExtractConfig, extract
+from tests.extract.image_folders import make_folder
 from tests.extract.tiny_models import VIT_CONFIG, random_model, register, with_weights_of
 
 
@@ -114,6 +117,27 @@ def test_a_published_file_is_recognised_by_its_hash(
     backbone = load_backbone(name, str(saved))
     assert backbone.identity["quick_gelu"] is quick_gelu
     assert backbone.identity["pretrained"] == "weights.pt"
+    assert (backbone.assumption is None) is (tag is not None or quick_gelu)
+
+
+def test_what_an_unknown_file_does_not_say_is_said(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_folder(tmp_path / "data", {"train": 1, "test": 1}, ("cat", "dog"))
+    config = ExtractConfig(
+        dataset=f"folder:{data}",
+        backbone="ViT-B-32",
+        pretrained=str(saved),
+        out=tmp_path / "features.h5",
+        val=0.0,
+    )
+    extract(config)
+    assert capsys.readouterr().err == (
+        "warning: weights.pt is not known by its hash and taken to use GELU; if it was trained "
+        "with QuickGELU, as OpenAI's models were, name the backbone ViT-B-32-quickgelu.\n"
+    )
+    extract(replace(config, backbone="ViT-B-32-quickgelu", out=tmp_path / "other.h5"))
+    assert capsys.readouterr().err == ""
 
 
 class Holder(torch.nn.Module):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,26 @@ def test_equal_pixels_have_equal_digests(vit: Backbone) -> None:
     (batch,) = encode(Encoder(vit, CPU), split)
     assert batch.digests[0] == batch.digests[3]
     assert len(set(batch.digests.tolist())) == 3
+
+
+def test_prompts_are_too_long_from_the_token_on_that_has_no_place() -> None:
+    backbone = load_backbone("glyph-clip")
+    prompts = ["", "a", "dog " * 21, "dog " * 22, "dog " * 23, "dog " * 80, "a dog"]
+    kept = backbone.tokenizer.context_length - 2  # beside the tokens of the two ends
+    wanted = [prompt for prompt in prompts if len(backbone.tokenizer.encode(prompt)) > kept]
+    assert wanted == prompts[4:6]
+    assert Encoder(backbone, CPU).too_long(prompts) == wanted
+
+
+def test_prompts_are_too_long_for_tokenizers_that_fill_up_with_the_end(vit: Backbone) -> None:
+    """As SigLIP's does."""
+
+    def tokenizer(prompts: list[str], context: int = 5) -> torch.Tensor:
+        rows = [[ord(letter) for letter in prompt][: context - 1] for prompt in prompts]
+        return torch.tensor([row + [1] * (context - len(row)) for row in rows])
+
+    encoder = Encoder(replace(vit, tokenizer=tokenizer), CPU)
+    assert encoder.too_long(["", "ab", "abcd", "abcde", "abcdefgh"]) == ["abcde", "abcdefgh"]
 
 
 def test_decoding_stays_two_batches_ahead(vit: Backbone) -> None:

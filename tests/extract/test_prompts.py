@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from clip_adapter.extract.prompts import (
     resolve_templates,
 )
 from clip_adapter.extract.text import TextPlan
+from tests.extract.image_folders import make_folder
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -93,9 +95,33 @@ def test_rows_are_named() -> None:
     assert plan.prompts(0) == ["the a b", "x"]
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A data set with a training image and a test image of each class."""
+    return f"folder:{make_folder(tmp_path_factory.mktemp('data'), {'train': 1, 'test': 1}, NAMES)}"
+
+
+def test_prompts_that_are_cut_off_are_counted(
+    images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = " word" * 30
+    config = ExtractConfig(
+        dataset=images,
+        out=tmp_path / "features.h5",
+        templates=("a {}", f"{words}{{}}", f"a {{}}{words}"),
+        batch_size=7,
+        val=0.0,
+    )
+    extract(config)
+    assert capsys.readouterr().err == (
+        "warning: the text tower reads only the beginning of 20 prompts, the first of them "
+        f"'{words}eight'; shorten what is to count.\n"
+    )
+
+
 @pytest.mark.parametrize("batch_size", [64, 3])
 def test_weights_of_classes_with_different_numbers_of_sentences(
-    tmp_path: Path, batch_size: int
+    images: str, tmp_path: Path, batch_size: int
 ) -> None:
     """The mean of every class is over its own sentences alone."""
     sentences = {
@@ -103,14 +129,14 @@ def test_weights_of_classes_with_different_numbers_of_sentences(
     }
     out = extract(
         ExtractConfig(
+            dataset=images,
             out=tmp_path / "features.h5",
             descriptions=described(tmp_path, sentences),
             templates=("a photo of the digit {}.",),
             batch_size=batch_size,
+            val=0.0,
         )
     )
-    import h5py
-
     with FeatureCache(out) as cache, h5py.File(out) as file:
         text = cache.text_features()
         stored = file["text/prompts"].asstr()[...]
@@ -120,13 +146,16 @@ def test_weights_of_classes_with_different_numbers_of_sentences(
         ]
     assert text.shape == (10, 5, 128)
     weights = np.asarray(classifier_weights(text))
-    for c, name in enumerate(NAMES):
+    for c, name in enumerate(sorted(NAMES)):
         own = [f"a photo of the digit {name}.", *sentences[name]]
         assert stored[c].tolist() == own + [""] * (5 - len(own))
         wanted = unit(unit(text[c, : len(own)]).mean(axis=0))
         np.testing.assert_allclose(weights[c], wanted, atol=1e-6)
     alone = ExtractConfig(
-        out=out, descriptions=described(tmp_path, {**sentences, "one": ["other"]})
+        dataset=images,
+        out=out,
+        descriptions=described(tmp_path, {**sentences, "one": ["other"]}),
+        val=0.0,
     )
     with pytest.raises(UserError, match=r"other arguments \(descriptions, templates differ\)"):
         extract(alone)
