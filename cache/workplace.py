@@ -50,16 +50,20 @@ class Workplace:
         """Whether the lock is still in the folder, which whoever is done removes."""
         return os.fstat(self._lock.fileno()).st_nlink > 0
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is something here to go on with."""
+        return (self.folder / ARGUMENTS).exists()
+
     def refuse_other(self, arguments: dict[str, Any], *, known_so_far: bool = False) -> None:
         """Hold what an interrupted run left here, if anything, to the arguments of this one.
 
         known_so_far: there are more arguments, which are not known yet.
         Raises UserError where it was started with others.
         """
-        stated = self.folder / ARGUMENTS
-        if not stated.exists():
+        if not self.begun:
             return
-        earlier = json.loads(stated.read_text())
+        earlier = json.loads((self.folder / ARGUMENTS).read_text())
         now = json.loads(json.dumps(arguments))
         names = now.keys() if known_so_far else earlier.keys() | now.keys()
         differing = sorted(name for name in names if earlier.get(name) != now.get(name))
@@ -72,10 +76,9 @@ class Workplace:
 
     def state(self, arguments: dict[str, Any]) -> None:
         """Write down what this run is, and begin it unless it has begun."""
-        stated = self.folder / ARGUMENTS
-        if not stated.exists():
+        if not self.begun:
             self.empty()
-            atomic.write_text(stated, json.dumps(arguments, sort_keys=True))
+            atomic.write_text(self.folder / ARGUMENTS, json.dumps(arguments, sort_keys=True))
 
     def empty(self) -> None:
         for entry in self.folder.iterdir():
@@ -86,7 +89,7 @@ class Workplace:
         """Leave what was begun to the next process, and no trace where nothing was."""
         if self._lock.closed:
             return
-        if self._lock_stands() and not (self.folder / ARGUMENTS).exists():
+        if self._lock_stands() and not self.begun:
             (self.folder / LOCK).unlink()
             with suppress(OSError):  # somebody else's files lie there too
                 self.folder.rmdir()

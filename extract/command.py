@@ -1,7 +1,8 @@
 """`extract`: encode a data set once and write the feature cache."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -151,7 +152,8 @@ def _extract_together(config: ExtractConfig, launch: Launch) -> Path:
             print(f"{config.out} is complete and was made with these arguments: nothing to do.")
         return config.out
     if launch.rank == 0:
-        _workplace(config).close()  # better than to find out when the parts are to be joined
+        with _workplace(config):  # better than to find out when the parts are to be joined
+            pass
     from clip_adapter.extract.device import device_of_process
     from clip_adapter.extract.job import run_job
     from clip_adapter.extract.join import join_parts
@@ -180,22 +182,27 @@ def _check(config: ExtractConfig) -> None:
         raise UserError("--views and --augment-seed must not be negative.")
 
 
-def _workplace(config: ExtractConfig) -> Workplace:
+@contextmanager
+def _workplace(config: ExtractConfig) -> Iterator[Workplace]:
     """The place beside --out, taken before anything is loaded.
 
-    Raises UserError where nothing can be written there, by this run at least.
+    Raises UserError where nothing can be written there, by this run at least. An interruption is
+    given to say that nothing is lost (--force, though, would start again).
     """
     arguments = config.identity()
     if config.precision == "auto":  # only the device will say
         del arguments["precision"]
-    place = Workplace(config.out)
-    try:
+    with Workplace(config.out) as place:
         if not config.force:
             place.refuse_other(arguments, known_so_far=True)
-    except UserError:
-        place.close()
-        raise
-    return place
+        try:
+            yield place
+        except KeyboardInterrupt:
+            if config.force or not place.begun:
+                raise
+            raise KeyboardInterrupt(
+                "what is encoded is kept, and the same command goes on from there"
+            ) from None
 
 
 def _already_there(config: ExtractConfig, shard: Shard) -> bool:

@@ -4,8 +4,8 @@ import hashlib
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,7 +64,6 @@ def run_job(config: "ExtractConfig", shard: Shard, place: Workplace, quiet: bool
     identity["rows_sha256"] = _rows_sha256(dataset)
     restart = config.force
     with (
-        _told_how_to_go_on(config),
         warnings.catch_warnings(),
         CacheWriter(place, identity, views=1 + config.views, restart=restart) as writer,
     ):
@@ -103,19 +102,6 @@ def run_job(config: "ExtractConfig", shard: Shard, place: Workplace, quiet: bool
                 part=part,
             )
     return job.summary(tallies)
-
-
-@contextmanager
-def _told_how_to_go_on(config: "ExtractConfig") -> Iterator[None]:
-    """Lets an interruption say that nothing is lost (--force, though, starts again)."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if config.force:
-            raise
-        raise KeyboardInterrupt(
-            "what is encoded is kept, and the same command goes on from there"
-        ) from None
 
 
 def _text_plan(config: "ExtractConfig", dataset: ImageDataset) -> TextPlan:

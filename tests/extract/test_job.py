@@ -18,8 +18,8 @@ import torch
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.extract import job
 from clip_adapter.extract.command import ExtractConfig, extract
-from clip_adapter.extract.job import _Job
 from clip_adapter.extract.shards import Shard, parse_shard
 from clip_adapter.pipelines.merge import MergeConfig, merge
 from tests.extract.image_folders import make_folder, photograph
@@ -182,27 +182,30 @@ def test_killed_or_interrupted_anywhere_it_ends_with_the_same_bytes(
     assert datasets(out) == datasets(whole)
 
 
-def test_force_starts_again_and_promises_nothing_else(
+@pytest.mark.parametrize("where", ["open_dataset", "encode_images", "in_several_splits"])
+def test_an_interruption_promises_what_is_true(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, where: str,
 ) -> None:  # fmt: skip
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def said(out: Path, **options: Any) -> tuple[object, ...]:
+        with pytest.raises(KeyboardInterrupt) as interruption:
+            run(folder, out, **options)
+        return interruption.value.args
+
     out = tmp_path / "features.h5"
     with pytest.raises(UserError):
         run(folder, out, on_error="fail")
-    encode_split = _Job.encode_split
-
-    def interrupted(job: _Job, name: str) -> None:
-        encode_split(job, name)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(_Job, "encode_split", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="the same command goes on from there"):
-        run(folder, out)
-    assert "goes on from image 12 of 51" in capsys.readouterr().err
-    with pytest.raises(KeyboardInterrupt) as interruption:
-        run(folder, out, force=True)
-    assert interruption.value.args == ()
-    assert capsys.readouterr().err == ""
+    capsys.readouterr()
+    monkeypatch.setattr(job, where, interrupt)
+    assert said(out) == ("what is encoded is kept, and the same command goes on from there",)
+    loaded = where != "open_dataset"
+    assert ("goes on from image 12 of 51" in capsys.readouterr().err) is loaded
+    assert bool(said(tmp_path / "other.h5")) is loaded
+    assert said(out, force=True) == ()
+    assert "goes on" not in capsys.readouterr().err
 
 
 def test_batches_and_workers_change_no_feature(whole: Path, folder: Path, tmp_path: Path) -> None:
