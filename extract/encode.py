@@ -1,7 +1,8 @@
 """The encode loop: a frozen CLIP over images and prompts."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.backbone import Backbone
 from clip_adapter.extract.datasets.source import Split
 from clip_adapter.extract.decode import PixelBatch, Plan, Skipped, decode
+from clip_adapter.extract.forward import forward_passes, shared_cores
 from clip_adapter.extract.preprocess import Preprocess
 from clip_adapter.extract.stopwatch import Stopwatch
 
@@ -82,7 +84,10 @@ class Encoder:
         Each view is a forward pass of its own: view 0 comes out the same with and without others.
         """
         pixels = pixels.to(self.device, non_blocking=True)
-        count, batch = pixels.shape[1], self._fixed_batch
+        views, count = pixels.shape[:2]
+        if not count:
+            return torch.empty((views, 0, self.dim), dtype=self.stored_dtype, device=self.device)
+        batch = self._fixed_batch
         if batch is not None and count < batch:
             pixels = torch.cat([pixels, pixels[:, :1].expand(-1, batch - count, -1, -1, -1)], dim=1)
         return torch.stack([self._forward(view)[:count] for view in pixels])
@@ -100,7 +105,7 @@ class Encoder:
         self._forward = torch.compile(self._image_features, dynamic=False)
         try:
             # On a CPU weights become constants, laid out for its caches.
-            with inductor.patch(freezing=self.device.type == "cpu"):
+            with inductor.patch(freezing=self.device.type == "cpu"), shared_cores(self.device):
                 self._forward(torch.zeros(shape, dtype=torch.uint8, device=self.device))
         except Exception as error:  # the compiler's stages raise errors of their own kinds
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -116,54 +121,34 @@ def encode_images(
 ) -> Iterator[EncodedBatch]:
     """Encode the planned rows of a split, batch by batch, in order.
 
-    On a GPU the features of a batch are fetched while the next one is being computed.
     watch: is told what the loop waits for: decode or forward.
 
     Raises UserError naming the first image that cannot be used; see `decode`.
     """
-    behind: _Running | None = None
+    running: deque[tuple[PixelBatch, Callable[[], torch.Tensor]]] = deque()
     pixels = decode(split, encoder.preprocess, plan)
-    while True:
+    with forward_passes(encoder) as (start, ahead):
+
+        def oldest() -> EncodedBatch:
+            batch, features = running.popleft()
+            with watch("forward"):
+                array = np.ascontiguousarray(features().numpy().transpose(1, 0, 2))
+            return EncodedBatch(array, batch.rows, batch.digests, batch.skipped)
+
         failure: UserError | None = None
-        with watch("decode"):
-            try:
-                batch = next(pixels, None)
-            except UserError as error:  # raised when what came before is delivered
-                batch, failure = None, error
-        with watch("forward"):
-            running = None if batch is None else _Running(encoder, batch)
-            encoded = None if behind is None else behind.result()
-        if encoded is not None:
-            yield encoded
+        while True:
+            with watch("decode"):
+                try:
+                    batch = next(pixels, None)
+                except UserError as error:  # raised when what came before is delivered
+                    batch, failure = None, error
+            if batch is None:
+                break
+            with watch("forward"):
+                running.append((batch, start(batch.pixels)))
+            if len(running) > ahead:
+                yield oldest()
+        while running:
+            yield oldest()
         if failure is not None:
             raise failure
-        if running is None:
-            return
-        behind = running
-
-
-class _Running:
-    """A batch whose features are being computed and copied back."""
-
-    def __init__(self, encoder: Encoder, batch: PixelBatch) -> None:
-        self._batch = batch
-        self._copied: torch.cuda.Event | None = None
-        views, count = batch.pixels.shape[:2]
-        if not count:
-            self._features = torch.empty((views, 0, encoder.dim), dtype=encoder.stored_dtype)
-            return
-        features = encoder.images(batch.pixels)
-        if encoder.device.type == "cuda":
-            self._features = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
-            self._features.copy_(features, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record(torch.cuda.current_stream(encoder.device))
-        else:
-            self._features = features.cpu()
-
-    def result(self) -> EncodedBatch:
-        if self._copied is not None:
-            self._copied.synchronize()
-        features = np.ascontiguousarray(self._features.numpy().transpose(1, 0, 2))
-        batch = self._batch
-        return EncodedBatch(features, batch.rows, batch.digests, batch.skipped)
