@@ -3,8 +3,8 @@
 Both sides encode the same images with the same weights in one process, alternating. A figure is
 the median of the rounds in images per second, with the smallest and the largest behind it; a ratio
 above 1 means that ours is faster. Beside them stand the two parts of ours alone, decoding and the
-forward pass: ours cannot be faster than the slower of the two, and should come close to it; on a CPU,
-where both need the same cores, to the time of both together.
+forward pass: ours cannot be faster than the slower of the two, and should come close to it; on a
+CPU, where both need the same cores, to the time of both together.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from clip_adapter.extract.stopwatch import Stopwatch
 
 # Oxford Pets' images are of about this size.
 PHOTOGRAPH = (500, 375)
-DEFAULT_IMAGES = {"RN50": 192, "ViT-B-32": 384, "glyph-clip": 1797}
+DEFAULT_IMAGES = {"RN50": 256, "ViT-B-32": 512, "glyph-clip": 1797}
 
 
 @dataclass(frozen=True)

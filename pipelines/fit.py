@@ -188,13 +188,13 @@ def fit(config: FitConfig) -> FitResult:
     run = config.resume or config.out
     if config.resume and config.out:
         raise UserError("--resume goes on in its own folder; leave --out out.")
+    set_up_jax()
     if config.resume:
         config = _resumed(config, config.resume)
     _check(config)
     grid = config.grid()
     for sentence in config.without_effect():
         print(f"fit: {sentence}", file=sys.stderr)
-    set_up_jax()
     from clip_adapter.pipelines.experiment import run_experiment
     from clip_adapter.pipelines.run_folder import new_run_path
 
@@ -202,9 +202,10 @@ def fit(config: FitConfig) -> FitResult:
     try:
         return run_experiment(config, grid, run, resume=config.resume is not None)
     except KeyboardInterrupt:
-        if (run / "run.json").exists():
-            print(f"\nWhat is finished is kept; go on with: fit --resume {run}", file=sys.stderr)
-        raise
+        if not (run / "run.json").exists():
+            raise
+        kept = f"what is finished is kept; go on with: fit --resume {run}"
+        raise KeyboardInterrupt(kept) from None
 
 
 def _resumed(config: FitConfig, run: Path) -> FitConfig:

@@ -13,6 +13,7 @@ import tyro
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.console.command import run_command
+from clip_adapter.console.wording import size
 from clip_adapter.pipelines.adapter_file import ARRAYS_FILE, INFO_FILE, SavedAdapter, load_adapter
 from clip_adapter.pipelines.adapter_layout import RATIOS
 from clip_adapter.pipelines.plain_text import printable
@@ -57,7 +58,7 @@ def _cache_facts(cache: FeatureCache) -> Facts:
         stated = dict(file.attrs)
         dtype = file["text/features"].dtype
     facts = [
-        ("file", f"{cache.path}, {_size(cache.path.stat().st_size)}"),
+        ("file", f"{cache.path}, {size(cache.path.stat().st_size)}"),
         ("what", f"feature cache, format version {stated['format_version']}"),
         ("made by", f"{stated.get('writer', 'unknown')}, {stated.get('created_at', 'undated')}"),
         ("content", f"SHA-256 {stated.get('content_sha256', 'not stated')}"),
@@ -83,10 +84,10 @@ def _split_words(cache: FeatureCache, split: str) -> str:
 def _adapter_facts(path: Path, adapter: SavedAdapter) -> Facts:
     folder = path if path.is_dir() else path.parent
     info = adapter.info
-    size = sum((folder / name).stat().st_size for name in (INFO_FILE, ARRAYS_FILE))
+    total = sum((folder / name).stat().st_size for name in (INFO_FILE, ARRAYS_FILE))
     numbers = sum(array.size for array in adapter.arrays.values())
     return [
-        ("file", f"{folder}, {_size(size)}"),
+        ("file", f"{folder}, {size(total)}"),
         ("what", f"adapter of {info.method}, {numbers} fitted numbers"),
         ("setting", _words(info.setting) or "none"),
         *_ratio_facts(adapter),
@@ -150,10 +151,6 @@ def _shortened(text: str) -> str:
 
 def _logit_words(scale: float, bias: float) -> str:
     return f"scale {scale:g}" + (f", bias {bias:g}" if bias else "")
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def print_facts(config: InspectConfig) -> None:

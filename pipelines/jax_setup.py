@@ -2,12 +2,16 @@
 
 import logging
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def set_up_jax() -> None:
     """Keep compiled programs in the user's cache folder, or in JAX_COMPILATION_CACHE_DIR."""
-    import jax
+    with _uninterrupted():
+        import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -17,3 +21,13 @@ def set_up_jax() -> None:
     # Without a GPU build of JAX on a machine with a GPU, JAX says so in a warning of its own; a
     # cache folder that cannot be written is no reason to warn at every compilation.
     logging.getLogger("jax._src.compiler").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits: within the loading of JAX's libraries it would be lost, or end in a crash."""
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
