@@ -1,6 +1,5 @@
 """The folder in which a cache grows, and the one process that may write there."""
 
-import fcntl
 import json
 import os
 from contextlib import suppress
@@ -9,6 +8,7 @@ from typing import Any, Self
 
 from clip_adapter.cache import atomic
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.lock import take_lock
 
 ARGUMENTS = "arguments.json"
 LOCK = "lock"
@@ -33,18 +33,12 @@ class Workplace:
             raise UserError(f"Cannot write {path}: {error.filename} is not a folder.") from error
         except OSError as error:
             raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
-        if not self._take_lock():
+        # Between opening and locking it, the process before may have finished and removed it.
+        if not (take_lock(self._lock.fileno(), path) and self._lock_stands()):
             self._lock.close()
             raise UserError(
                 f"Another process is writing {path}; wait for it or choose another --out."
             )
-
-    def _take_lock(self) -> bool:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return self._lock_stands()
 
     def _lock_stands(self) -> bool:
         """Whether the lock is still in the folder, which whoever is done removes."""

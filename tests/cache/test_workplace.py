@@ -1,10 +1,13 @@
 """One process at a time, no trace of one that began nothing."""
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from clip_adapter.cache import lock
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.workplace import Workplace
 
@@ -43,17 +46,31 @@ def test_who_took_a_lock_that_is_gone_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between opening and taking it, the process before finished and removed the folder."""
-    from clip_adapter.cache import workplace
-
-    flock = workplace.fcntl.flock
+    flock = lock.fcntl.flock
 
     def finish_first(*arguments: int) -> None:
         shutil.rmtree(tmp_path / "features.h5.partial")
         flock(*arguments)
 
-    monkeypatch.setattr(workplace.fcntl, "flock", finish_first)
+    monkeypatch.setattr(lock.fcntl, "flock", finish_first)
     with pytest.raises(UserError, match="Another process is writing"):
         Workplace(tmp_path / "features.h5")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF])
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:  # fmt: skip
+    def fail(*_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(lock.fcntl, "flock", fail)
+    Workplace(tmp_path / "features.h5").close()
+    assert not list(tmp_path.iterdir())
+    said = capsys.readouterr().err
+    assert f"features.h5 cannot be locked ({os.strerror(number)}); let no other process" in said
+    assert said.count("\n") == 1
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
