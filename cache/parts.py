@@ -14,12 +14,15 @@ from clip_adapter.cache import layout
 from clip_adapter.cache.duplicates import in_several_splits
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.tally import Tally, tally
+from clip_adapter.cache.workplace import Workplace
 from clip_adapter.cache.writer import DIGESTS, SKIPPED, SKIPPED_LABELS, CacheWriter, Part
 
 # What has to be the same in all parts beside the arguments, and what of the data set's record not.
 SHARED = ("backbone", "preprocess", "templates", "logit_scale", "logit_bias")
 OF_THE_MACHINE = ("device", "torch_version")
 ROWS_AT_A_TIME = 1024
+# Keeps `extract` from going on with what a killed merge left.
+MERGING = {"shard": "merge"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ def merge_parts(paths: Sequence[Path], out: Path) -> Merged:
         _check_together(parts)
         first = parts[0]
         views = max(map(_views, parts))
-        with CacheWriter(out, first.attribute("arguments"), views=views, restart=True) as writer:
+        place = Workplace(out, MERGING)
+        with CacheWriter(place, first.attribute("arguments"), views=views, restart=True) as writer:
             _copy_text(first, writer)
             for split in first.part.rows:
                 for part in parts:
@@ -145,6 +149,21 @@ def _check_together(parts: Sequence[_PartFile]) -> None:
             raise UserError(
                 f"The parts do not meet in the {split} split; extract all of them with the same "
                 "--batch-size."
+            )
+    for part in parts:
+        _check_count(part)
+
+
+def _check_count(part: _PartFile) -> None:
+    """Every image that the part was to encode is there or listed as skipped."""
+    for split, (start, stop, _) in part.part.rows.items():
+        with _reading(part.path):
+            group = part.file.get(f"images/{split}", {})
+            found = sum(len(group[name]) for name in ("labels", SKIPPED) if name in group)
+        if found != stop - start:
+            raise UserError(
+                f"{part.path} accounts for {found} of its {stop - start} {split} images; "
+                "extract it again."
             )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -17,13 +18,16 @@ LOCK = "lock"
 class Workplace:
     """`<path>.partial`, which belongs to this process until it is closed.
 
+    own: what only this folder has to agree on with an interrupted run, such as the shard, which
+        is no argument of the cache that the parts make together.
     Raises UserError where it cannot be made or belongs to another process.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, own: Mapping[str, Any] | None = None) -> None:
         if path.is_dir():
             raise UserError(f"Cannot write {path}: it is a folder; name a file.")
         self.path = path
+        self._own = dict(own or {})
         self.folder = path.with_name(path.name + ".partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +62,7 @@ class Workplace:
         if not self.begun:
             return
         earlier = json.loads((self.folder / ARGUMENTS).read_text())
-        now = json.loads(json.dumps(arguments))
+        now = json.loads(json.dumps(arguments | self._own))
         names = now.keys() if known_so_far else earlier.keys() | now.keys()
         differing = sorted(name for name in names if earlier.get(name) != now.get(name))
         if differing:
@@ -72,7 +76,8 @@ class Workplace:
         """Write down what this run is, and begin it unless it has begun."""
         if not self.begun:
             self.empty()
-            atomic.write_text(self.folder / ARGUMENTS, json.dumps(arguments, sort_keys=True))
+            stated = json.dumps(arguments | self._own, sort_keys=True)
+            atomic.write_text(self.folder / ARGUMENTS, stated)
 
     def empty(self) -> None:
         for entry in self.folder.iterdir():

@@ -1,7 +1,7 @@
 """`extract`: encode a data set once and write the feature cache."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,7 +136,7 @@ def extract(config: ExtractConfig) -> Path:
     if _already_there(config, shard):
         print(f"{config.out} is complete and was made with these arguments: nothing to do.")
         return config.out
-    with _workplace(config) as place:
+    with _workplace(config, _own(config, shard)) as place:
         from clip_adapter.extract.job import run_job
 
         print(run_job(config, shard, place))
@@ -152,7 +152,9 @@ def _extract_together(config: ExtractConfig, launch: Launch) -> Path:
             print(f"{config.out} is complete and was made with these arguments: nothing to do.")
         return config.out
     if launch.rank == 0:
-        with _workplace(config):  # better than to find out when the parts are to be joined
+        from clip_adapter.cache.parts import MERGING
+
+        with _workplace(config, MERGING):  # better to find out before the parts are encoded
             pass
     from clip_adapter.extract.device import device_of_process
     from clip_adapter.extract.job import run_job
@@ -162,7 +164,7 @@ def _extract_together(config: ExtractConfig, launch: Launch) -> Path:
     device = device_of_process(config.device, launch.local_rank)
     own = replace(config, out=out, shard=None, device=device)
     if not _already_there(own, launch.shard):
-        with _workplace(own) as place:
+        with _workplace(own, _own(own, launch.shard)) as place:
             run_job(own, launch.shard, place, quiet=launch.rank > 0)
     wait_for_all()
     if launch.rank == 0:
@@ -182,17 +184,26 @@ def _check(config: ExtractConfig) -> None:
         raise UserError("--views and --augment-seed must not be negative.")
 
 
+def _own(config: ExtractConfig, shard: Shard) -> dict[str, Any]:
+    """What decides, beside the identity, which rows a run encodes: only the same ones go on."""
+    own: dict[str, Any] = {"shard": f"{shard.index}/{shard.of}"}
+    if shard.of > 1:  # shards meet at multiples of it
+        own["batch_size"] = config.batch_size
+    return own
+
+
 @contextmanager
-def _workplace(config: ExtractConfig) -> Iterator[Workplace]:
+def _workplace(config: ExtractConfig, own: Mapping[str, Any]) -> Iterator[Workplace]:
     """The place beside --out, taken before anything is loaded.
 
+    own: see Workplace.
     Raises UserError where nothing can be written there, by this run at least. An interruption is
     given to say that nothing is lost (--force, though, would start again).
     """
     arguments = config.identity()
     if config.precision == "auto":  # only the device will say
         del arguments["precision"]
-    with Workplace(config.out) as place:
+    with Workplace(config.out, own) as place:
         if not config.force:
             place.refuse_other(arguments, known_so_far=True)
         try:

@@ -1,5 +1,6 @@
 """Whole runs: interrupted, divided, with bad images, on a full disk."""
 
+import json
 import os
 import random
 import re
@@ -226,6 +227,61 @@ def test_other_arguments_do_not_go_on_with_a_run(folder: Path, tmp_path: Path) -
         run(folder, out, views=1, augment_seed=4)
     with pytest.raises(UserError, match=r"other arguments \(precision differ\)"):
         run(folder, out, precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "differing"),
+    [
+        ({"shard": "1/2"}, {"shard": "2/2"}, "shard"),
+        ({"shard": "1/2"}, {"shard": "1/3"}, "shard"),
+        ({"shard": "1/2"}, {}, "shard"),
+        ({}, {"shard": "1/2"}, "batch_size, shard"),
+        ({"shard": "1/2"}, {"shard": "1/2", "batch_size": 5}, "batch_size"),
+    ],
+)
+def test_another_shard_does_not_go_on_with_a_run(
+    folder: Path, tmp_path: Path,
+    first: dict[str, Any], then: dict[str, Any], differing: str,
+) -> None:  # fmt: skip
+    out = tmp_path / "features.h5"
+    with pytest.raises(UserError, match="cannot be decoded"):
+        run(folder, out, on_error="fail", **first)
+    with pytest.raises(UserError, match=rf"other arguments \({differing} differ\); repeat those"):
+        run(folder, out, **then)
+    run(folder, out, **first)
+    with h5py.File(out) as file:
+        assert not {"shard", "batch_size"} & json.loads(file.attrs["arguments"]).keys()
+
+
+def test_extract_does_not_go_on_with_a_killed_merge(
+    whole: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = tuple(run(folder, tmp_path / f"{i}.h5", shard=f"{i}/2") for i in (1, 2))
+    out = tmp_path / "features.h5"
+
+    def kill(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("clip_adapter.cache.parts.in_several_splits", kill)
+        merge(MergeConfig(out=out, parts=ways))
+    with pytest.raises(UserError, match=r"other arguments \(shard differ\)"):
+        run(folder, out)
+    merge(MergeConfig(out=out, parts=ways))
+    assert datasets(out) == datasets(whole)
+
+
+def test_a_part_with_too_few_images_is_refused(folder: Path, tmp_path: Path) -> None:
+    ways = tuple(run(folder, tmp_path / f"{i}.h5", shard=f"{i}/2") for i in (1, 2))
+    with h5py.File(ways[1], "r+") as file:
+        group = file["images/test"]
+        for name in ("labels", "ids", "digests"):
+            kept = group[name][:-1]
+            del group[name]
+            group[name] = kept
+    with pytest.raises(UserError, match=r"2\.h5 accounts for 6 of its 7 test images; extract it"):
+        merge(MergeConfig(out=tmp_path / "features.h5", parts=ways))
+    assert not (tmp_path / "features.h5").exists()
 
 
 def test_a_disk_that_is_full_in_the_end(whole: Path, folder: Path, tmp_path: Path) -> None:
