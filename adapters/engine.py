@@ -84,6 +84,8 @@ class Engine:
         self._at_once = (
             min(os.cpu_count() or 1, MOST_AT_ONCE) if on_cpu and self.mesh.size == 1 else 1
         )
+        # One pool for all runs: under cross-validation the folds are run in step.
+        self._pool = ThreadPoolExecutor(self._at_once, thread_name_prefix="train")
 
     def run(
         self,
@@ -122,7 +124,24 @@ class Engine:
             trained = jax.block_until_ready(program(task, stacked, state, start, end))
             return Chunk(indices, trained, time.perf_counter() - started)
 
-        yield from _in_order(train, range(0, len(hypers), size), self._at_once)
+        yield from self._in_order(train, range(0, len(hypers), size))
+
+    def _in_order(self, train: Callable[[int], Chunk], firsts: Sequence[int]) -> Iterator[Chunk]:
+        """train(first) for each, in order, some at a time and no further ahead than that."""
+        if min(self._at_once, len(firsts)) < 2:
+            yield from map(train, firsts)
+            return
+        running: deque[Future[Chunk]] = deque()
+        try:
+            for first in firsts:
+                running.append(self._pool.submit(train, first))
+                if len(running) == self._at_once:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
 
     def _chunk_size(
         self, architecture: Architecture, schedule: Schedule, task: Task, settings: int
@@ -176,23 +195,6 @@ class Engine:
         epoch = jax.ShapeDtypeStruct((), jnp.int32)
         with jax.default_matmul_precision("tensorfloat32"):
             return program.lower(task, hypers, states, epoch, epoch).compile()
-
-
-def _in_order(
-    train: Callable[[int], Chunk], firsts: Sequence[int], at_once: int
-) -> Iterator[Chunk]:
-    """train(first) for each, in order, up to `at_once` at a time and no further ahead than that."""
-    if min(at_once, len(firsts)) < 2:
-        yield from map(train, firsts)
-        return
-    with ThreadPoolExecutor(at_once) as pool:
-        running: deque[Future[Chunk]] = deque()
-        for first in firsts:
-            running.append(pool.submit(train, first))
-            if len(running) == at_once:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
 
 
 def _numbers(*shape: int) -> HyperParameters:

@@ -11,7 +11,15 @@ import numpy.typing as npt
 
 from clip_adapter.adapters.classifier import accuracy, cosine_logits, cross_entropy
 from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.method import Arrays, Evaluation, Grid, Search, Setting, blockwise
+from clip_adapter.adapters.method import (
+    Arrays,
+    Evaluation,
+    Grid,
+    Search,
+    Setting,
+    blockwise,
+    pooled,
+)
 from clip_adapter.adapters.training import Task
 
 _cosine_logits = jax.jit(cosine_logits)
@@ -28,10 +36,11 @@ class ZeroShot:
         for fold in search.folds:
             features = fold.validation_features
             logits = _cosine_logits(features, fold.weights, fold.logit_scale, fold.logit_bias)
-            nll = cross_entropy(logits, fold.validation_labels).mean()
-            scores.append([float(accuracy(logits, fold.validation_labels)), float(nll)])
-        mean_accuracy, mean_nll = np.mean(scores, axis=0).tolist()
-        yield Evaluation({}, 0, 0, mean_accuracy, mean_nll, time.perf_counter() - started, dict)
+            losses = cross_entropy(logits, fold.validation_labels)
+            right = accuracy(logits, fold.validation_labels)
+            scores.append([float(right), float(losses.mean())])
+        pooled_accuracy, nll = pooled(scores, search.folds).tolist()
+        yield Evaluation({}, 0, 0, pooled_accuracy, nll, time.perf_counter() - started, dict)
 
     def evaluations(self, grid: Grid) -> int:
         return 1

@@ -42,7 +42,7 @@ def main() -> None:
     works = {"one": one_fit, "grid": grid, "side-by-side": side_by_side, "process": whole_process}
     parser.add_argument("work", nargs="*", choices=[*works, []], help="by default all")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each comparison")
-    parser.add_argument("--epochs", type=int, default=100, help="epochs of a run in a grid")
+    parser.add_argument("--epochs", type=int, default=100, help="epochs of a run")
     arguments = parser.parse_args()
     require_idle()
     set_up_jax()
@@ -57,7 +57,6 @@ def main() -> None:
 def one_fit(rounds: int, epochs: int, peak: float) -> None:
     """One setting on 1,024 images."""
     task = synthetic_task(DIM, CLASSES, 16, 4)
-    epochs = epochs // 5
     for batch_size in (256, 32):
         work = Work(epochs, batch_size)
         setting = Setting(0.6, 1e-3, 1e-2)

@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import closing
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,17 +19,24 @@ from clip_adapter.pipelines.adapter_file import save_adapter
 from clip_adapter.pipelines.fit import FitConfig, FitResult
 from clip_adapter.pipelines.plot import plot_grid
 from clip_adapter.pipelines.provenance import Provenance
-from clip_adapter.pipelines.run_folder import RunFolder
+from clip_adapter.pipelines.run_folder import RunFolder, new_folder
 from clip_adapter.pipelines.runner import Runner
-from clip_adapter.pipelines.tasks import CachedData, Draw, Shots, draws, load_data
+from clip_adapter.pipelines.tasks import (
+    CachedData,
+    Draw,
+    Shots,
+    base_classes,
+    draws,
+    load_data,
+)
 
 Row = dict[str, Any]
 
 MEASURES = ("val_accuracy", "test_accuracy", "new_accuracy", "harmonic_mean")
 
 
-def run_experiment(config: FitConfig, grid: Grid, run: Path, *, resume: bool) -> FitResult:
-    """Fit everything that `config` asks for into the folder `run`; see `fit`."""
+def run_experiment(config: FitConfig, grid: Grid) -> FitResult:
+    """Fit everything that `config` asks for; see `fit`."""
     with FeatureCache(config.cache) as cache:
         provenance = Provenance.of(cache)
         data = load_data(cache, config.augment)
@@ -38,7 +44,8 @@ def run_experiment(config: FitConfig, grid: Grid, run: Path, *, resume: bool) ->
     _check_possible(config, grid, data)
     engine = Engine(config.layout)
     arguments = config.arguments() | {"cache_sha256": provenance.cache_sha256}
-    with closing(RunFolder(run, arguments, resume=resume)) as folder:
+    run = config.resume or config.out or new_folder()
+    with closing(RunFolder(run, arguments, resume=config.resume is not None)) as folder:
         folder.write_json(
             "provenance.json",
             {"clip_adapter": version("clip-adapter"), "about": provenance.lines()},
@@ -50,7 +57,11 @@ def run_experiment(config: FitConfig, grid: Grid, run: Path, *, resume: bool) ->
             for name in METHODS
             if name in {config.method, *config.baselines}
         ]
-        _run_tasks(config, grid, tasks, runners, folder)
+        try:
+            _run_tasks(config, grid, tasks, runners, folder)
+        except KeyboardInterrupt:
+            message = f"what is finished is kept; go on with: fit --resume {run}"
+            raise KeyboardInterrupt(message) from None
         selected = folder.selected()
         summary = _summarise(selected)
         folder.write_summary(summary)
@@ -100,8 +111,25 @@ def _check_possible(config: FitConfig, grid: Grid, data: CachedData) -> None:
     if config.train_classes == "base":
         if not METHODS[config.method].unseen_classes:
             raise UserError(f"--train-classes base: {config.method} cannot classify new classes.")
-        if data.classes < 2:
-            raise UserError("--train-classes base needs at least two classes.")
+        _check_halves(config, data)
+
+
+def _check_halves(config: FitConfig, data: CachedData) -> None:
+    if data.classes < 2:
+        raise UserError("--train-classes base needs at least two classes.")
+    base = base_classes(data)
+    judged = data.val if config.select in ("few-shot-val", "full-val") else None
+    for name, split, halves in (
+        ("train", data.train, ("first",)),
+        ("val", judged, ("first",)),
+        ("test", data.test, ("first", "second")),
+    ):
+        there = {"first": split.labels < base, "second": split.labels >= base} if split else {}
+        for half in halves:
+            if split and not there[half].any():
+                raise UserError(
+                    f"--train-classes base needs {name} images of the {half} half of the classes."
+                )
 
 
 def _kept(tasks: Sequence[Draw]) -> Draw:

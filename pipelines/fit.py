@@ -155,6 +155,8 @@ class FitConfig:
             idle |= dict.fromkeys(("alpha", "alpha_init"), "with --branch text")
         if self.branch == "image":
             idle |= dict.fromkeys(("beta", "beta_init"), "with --branch image")
+        if self.select == "none":
+            idle["search"] = "with --select none"
         if "clip-adapter" not in {self.method, *self.baselines}:
             idle |= dict.fromkeys(ADAPTER_OPTIONS, f"with --method {self.method}")
         return [
@@ -181,11 +183,11 @@ class FitResult:
 def fit(config: FitConfig) -> FitResult:
     """Run `fit`.
 
-    Raises UserError for bad input, before anything is written.
+    Raises UserError for bad input, before anything is written; and where every setting of the task
+    whose adapter is to be kept diverged, after everything else is.
     """
     from clip_adapter.pipelines.jax_setup import set_up_jax
 
-    run = config.resume or config.out
     if config.resume and config.out:
         raise UserError("--resume goes on in its own folder; leave --out out.")
     set_up_jax()
@@ -196,20 +198,13 @@ def fit(config: FitConfig) -> FitResult:
     for sentence in config.without_effect():
         print(f"fit: {sentence}", file=sys.stderr)
     from clip_adapter.pipelines.experiment import run_experiment
-    from clip_adapter.pipelines.run_folder import new_run_path
 
-    run = run or new_run_path()
-    try:
-        return run_experiment(config, grid, run, resume=config.resume is not None)
-    except KeyboardInterrupt:
-        if not (run / "run.json").exists():
-            raise
-        kept = f"what is finished is kept; go on with: fit --resume {run}"
-        raise KeyboardInterrupt(kept) from None
+    return run_experiment(config, grid)
 
 
 def _resumed(config: FitConfig, run: Path) -> FitConfig:
-    """The configuration of the run; arguments given beside --resume must be the run's own.
+    """The configuration of the run; arguments given beside --resume must be the run's own, but for
+    the cache, which may have moved.
 
     Raises UserError where they are not, or where there is no run.
     """
@@ -222,7 +217,9 @@ def _resumed(config: FitConfig, run: Path) -> FitConfig:
     given = json.loads(json.dumps(config.arguments()))
     default = json.loads(json.dumps(FitConfig().arguments()))
     differing = [
-        name for name in given if given[name] != default[name] and given[name] != stated.get(name)
+        name
+        for name in sorted(given.keys() - {"cache"})
+        if given[name] != default[name] and given[name] != stated.get(name)
     ]
     if differing or stated.keys() != default.keys():
         raise UserError(
@@ -232,7 +229,9 @@ def _resumed(config: FitConfig, run: Path) -> FitConfig:
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()
     }
-    return FitConfig(**values | {"cache": Path(stated["cache"]), "resume": run})
+    moved = config.cache != FitConfig.cache
+    cache = config.cache if moved else Path(stated["cache"])
+    return FitConfig(**values | {"cache": cache, "resume": run})
 
 
 def _check(config: FitConfig) -> None:

@@ -163,4 +163,4 @@ def print_facts(config: InspectConfig) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command `clip-adapter inspect`."""
-    run_command(InspectConfig, print_facts, "inspect", arguments)
+    run_command(InspectConfig, print_facts, "clip-adapter inspect", arguments)

@@ -44,4 +44,4 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command `clip-adapter merge`."""
     from clip_adapter.console.command import run_command
 
-    run_command(MergeConfig, lambda config: merge(config) and None, "merge", arguments)
+    run_command(MergeConfig, lambda config: merge(config) and None, "clip-adapter merge", arguments)

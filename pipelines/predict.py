@@ -186,4 +186,4 @@ def _no_advance(count: int, note: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command `clip-adapter predict`."""
-    run_command(PredictConfig, print_predictions, "predict", arguments)
+    run_command(PredictConfig, print_predictions, "clip-adapter predict", arguments)

@@ -12,7 +12,8 @@ import tyro
 from clip_adapter.cache.errors import UserError
 
 Row = dict[str, Any]
-
+Run = tuple[dict[str, Any], list[Row]]
+"""The arguments of a run, and the rows of its summary.csv."""
 
 # Arguments that change no number of a method, and those that change a baseline's.
 IGNORED = {"baselines", "layout", "cache", "shots"}
@@ -41,39 +42,39 @@ def report(config: ReportConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from clip_adapter.pipelines.tables import SELECTION_WORDS, percent
+    from clip_adapter.pipelines.tables import KINDS, percent
 
     if not config.runs:
         raise UserError("Name at least one run folder.")
     runs = [_read(path) for path in config.runs]
-    if len({arguments["cache_sha256"] for arguments, _ in runs}) > 1:
+    if len({arguments.get("cache_sha256") for arguments, _ in runs}) > 1:
         raise UserError("These runs were made on different caches; compare runs on one.")
-    columns: dict[str, dict[str, Row]] = {}
-    for arguments, rows in runs:
+    columns: dict[str, dict[str, str]] = {}
+    for path, (arguments, rows) in zip(config.runs, runs, strict=True):
         for row in rows:
-            own = row["method"] == arguments["method"]
-            ignored = IGNORED if own else set(arguments) - JUDGED_BY
+            # Whatever else was asked for changes nothing about the baselines.
+            ignored = IGNORED if row["method"] == "clip-adapter" else set(arguments) - JUDGED_BY
             name = row["method"] + _difference(arguments, runs, ignored)
-            columns.setdefault(name, {})[row["shots"]] = row
-    for line in _about(config.runs[0]):
+            for kind, words in KINDS[arguments["train_classes"]].items():
+                cell = percent(row, kind)
+                column = columns.setdefault(name + words, {})
+                if column.get(row["shots"], cell) != cell:
+                    column = columns.setdefault(f"{name}{words} ({path.name})", {})
+                column[row["shots"]] = cell
+    for line in [*_about(config.runs[0]), *_common(config.runs, runs)]:
         print(line)
-    common = runs[0][0]
-    if all(arguments["seeds"] == common["seeds"] for arguments, _ in runs):
-        print(f"seeds {', '.join(map(str, common['seeds']))}")
-    if all(arguments["select"] == common["select"] for arguments, _ in runs):
-        print(f"selected on {SELECTION_WORDS[common['select']]}")
     table = Table(title="test accuracy (%), mean ± standard deviation over seeds", box=SIMPLE_HEAD)
     table.add_column("shots", justify="right")
     for name in columns:
         table.add_column(name.replace(" ", "\n", 1), justify="right")
     numbers = dict.fromkeys(shots for column in columns.values() for shots in column)
     for shots in sorted(numbers, key=lambda text: (text == "all", len(text), text)):
-        cells = [percent(column.get(shots, {}), "test_accuracy") for column in columns.values()]
-        table.add_row(shots, *cells)
-    Console(width=max(80, 16 * len(columns) + 10), highlight=False).print(table)
+        table.add_row(shots, *(column.get(shots, "–") for column in columns.values()))
+    width = max(80, 16 * len(columns) + 10)
+    Console(width=width, highlight=False, markup=False).print(table)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+def _read(path: Path) -> Run:
     from clip_adapter.pipelines.run_folder import read_arguments
 
     arguments = read_arguments(path)
@@ -106,14 +107,28 @@ def _about(run: Path) -> list[str]:
         raise UserError(f"{run} has no readable provenance.json; fit it again.") from None
 
 
-def _difference(
-    arguments: dict[str, Any], runs: Sequence[tuple[dict[str, Any], Any]], ignored: set[str]
-) -> str:
+def _common(paths: Sequence[Path], runs: "Sequence[Run]") -> list[str]:
+    """Seeds and selection, where the runs have them in common; else their columns are named so."""
+    from clip_adapter.pipelines.run_folder import read_selected
+    from clip_adapter.pipelines.tables import judged_by
+
+    seeds = {", ".join(map(str, arguments["seeds"])) for arguments, _ in runs}
+    judged = {
+        judged_by(a["select"], a["shots"], a["method"], read_selected(path))
+        for path, (a, _) in zip(paths, runs, strict=True)
+    }
+    return [
+        *(f"seeds {words}" for words in seeds if len(seeds) == 1),
+        *(f"selected on {words}" for words in judged if len(judged) == 1),
+    ]
+
+
+def _difference(arguments: dict[str, Any], runs: "Sequence[Run]", ignored: set[str]) -> str:
     """The arguments in which the runs differ, as ` name value`, but for the ignored ones."""
     differing = [
         name
         for name in arguments
-        if name not in ignored and any(other[name] != arguments[name] for other, _ in runs)
+        if name not in ignored and any(other.get(name) != arguments[name] for other, _ in runs)
     ]
     return "".join(f" {name} {_words(arguments[name])}" for name in differing)
 

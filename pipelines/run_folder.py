@@ -14,9 +14,10 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from io import StringIO
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,7 @@ class RunFolder:
         return list(csv.DictReader(StringIO(whole)))
 
     def selected(self) -> list[Row]:
-        """The rows of selected.jsonl."""
-        lines = (self.path / "selected.jsonl").read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return read_selected(self.path)
 
     def add_selected(self, row: Row) -> None:
         rows = [*self.selected(), row]
@@ -215,11 +214,28 @@ class StateFolder(MutableMapping[str, Leaves]):
         return sum(1 for _ in self)
 
 
-def new_run_path(parent: Path = Path("runs")) -> Path:
-    """runs/<UTC time>, with a number behind it where that is taken."""
+def new_folder(parent: Path = Path("runs")) -> Path:
+    """Make runs/<UTC time>, with a number behind it where another run has taken that.
+
+    Raises UserError where it cannot be made.
+    """
     stem = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    candidates = (parent / (stem if n == 0 else f"{stem}-{n}") for n in range(1000))
-    return next(path for path in candidates if not path.exists())
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in count():
+            path = parent / (f"{stem}-{number}" if number else stem)
+            with suppress(FileExistsError):
+                path.mkdir()
+                break
+    except OSError as error:
+        raise UserError(f"Cannot write to {parent}: {error.strerror}.") from error
+    return path
+
+
+def read_selected(path: Path) -> list[Row]:
+    """The rows of selected.jsonl of a run, without a last line that was cut off."""
+    lines = (path / "selected.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def read_arguments(path: Path) -> Row:
@@ -261,7 +277,9 @@ def _key(row: Row, epochs_run: int | str) -> tuple[str, ...]:
 
 def _check_same(path: Path, earlier: Row, now: Row) -> None:
     now = json.loads(json.dumps(now))
-    differing = sorted(k for k in earlier.keys() | now.keys() if earlier.get(k) != now.get(k))
+    # The content of the cache counts, not where it lies.
+    names = (earlier.keys() | now.keys()) - {"cache"}
+    differing = sorted(name for name in names if earlier.get(name) != now.get(name))
     if differing == ["cache_sha256"]:
         raise UserError(
             f"{now['cache']} is no longer the cache that {path} was started on; start a new run."

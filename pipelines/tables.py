@@ -23,6 +23,13 @@ SELECTION_WORDS = {
 }
 
 
+# What there is to report of a method, by the classes it was fitted on.
+KINDS = {
+    "all": {"test_accuracy": ""},
+    "base": {"test_accuracy": " base", "new_accuracy": " new", "harmonic_mean": " H"},
+}
+
+
 def print_run(
     config: "FitConfig",
     description: Sequence[str],
@@ -32,10 +39,10 @@ def print_run(
     compilations: int,
 ) -> None:
     """Print the whole report of a run on standard output."""
-    console = Console(width=110, highlight=False, soft_wrap=True)
+    console = Console(width=110, highlight=False, soft_wrap=True, markup=False)
     for line in description:
         console.print(line)
-    judged = _judged(config, selected)
+    judged = judged_by(config.select, config.shots, config.method, selected)
     console.print(f"selected on {judged}; test computed for the selected setting only")
     for line in _repetitions(tasks):
         console.print(line)
@@ -44,20 +51,20 @@ def print_run(
     console.print(f"{compilations} program{'s' * (compilations != 1)} compiled or loaded")
 
 
-def _judged(config: "FitConfig", selected: Sequence[Row]) -> str:
-    """What chose settings and epochs, in words."""
-    words = SELECTION_WORDS[config.select]
-    if config.select == "few-shot-val" and "all" in config.shots:
+def judged_by(select: str, shots: "Sequence[Shots]", method: str, selected: Sequence[Row]) -> str:
+    """What chose the settings and epochs of `method`, in words."""
+    words = SELECTION_WORDS[select]
+    if select == "few-shot-val" and "all" in shots:
         whole = SELECTION_WORDS["full-val"]
-        words = f"{words} (at `all` shots: {whole})" if len(config.shots) > 1 else whole
+        words = f"{words} (at `all` shots: {whole})" if len(shots) > 1 else whole
     unjudged = [
         row["shots"]
         for row in selected
-        if row["method"] == config.method and "tried" in row and "val_accuracy" not in row
+        if row["method"] == method and "tried" in row and "val_accuracy" not in row
     ]
-    if config.select == "cv" and unjudged:
-        shots = ", ".join(map(str, dict.fromkeys(unjudged)))
-        words += f" (at {shots} shots a class has one image: nothing, the defaults)"
+    if select == "cv" and unjudged:
+        numbers = ", ".join(map(str, dict.fromkeys(unjudged)))
+        words += f" (at {numbers} shots a class has one image: nothing, the defaults)"
     return words
 
 
@@ -68,9 +75,7 @@ def _accuracy_table(config: "FitConfig", summary: Sequence[Row]) -> Table:
     over = f"mean ± standard deviation over seeds {seeds}" if several else f"seed {seeds}"
     table = Table(title=f"test accuracy (%), {over}", box=SIMPLE_HEAD)
     methods = list(dict.fromkeys(row["method"] for row in summary))
-    kinds = {"test_accuracy": ""}
-    if config.train_classes == "base":
-        kinds = {"test_accuracy": " base", "new_accuracy": " new", "harmonic_mean": " H"}
+    kinds = KINDS[config.train_classes]
     table.add_column("shots", justify="right")
     for method in methods:
         for words in kinds.values():

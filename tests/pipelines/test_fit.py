@@ -14,6 +14,7 @@ import pytest
 from clip_adapter.adapters.methods import METHODS
 from clip_adapter.pipelines.adapter_file import load_adapter
 from clip_adapter.pipelines.fit import FitConfig, fit
+from clip_adapter.pipelines.run_folder import new_folder
 from tests.pipelines.run_files import results, selected, summary
 from tests.pipelines.tiny_cache import TinyData, run_fit, tiny_data, write_cache
 
@@ -217,6 +218,12 @@ def test_the_paper_preset(cache: Path, tmp_path: Path):
         "batch_size": "32",
     }
     assert setting.items() >= stated.items()
+
+
+def test_runs_begun_in_the_same_second_have_folders_of_their_own(tmp_path: Path):
+    folders = [new_folder(tmp_path / "runs") for _ in range(3)]
+    assert len(set(folders)) == 3
+    assert all(folder.is_dir() for folder in folders)
 
 
 def test_another_method_and_its_baselines(cache: Path, tmp_path: Path, capsys):

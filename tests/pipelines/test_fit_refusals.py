@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 
 from clip_adapter.pipelines.fit import main
@@ -164,6 +165,28 @@ def test_base_to_new_needs_two_classes(folder: Path, capsys: pytest.CaptureFixtu
     write_cache(folder / "one.h5", tiny_data(train=(9,)))
     arguments = ["--cache", "one.h5", "--train-classes", "base", "--shots", 2]
     assert "at least two classes" in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("split", "kept", "words"),
+    [
+        ("train", (2, 3), "train images of the first half"),
+        ("val", (2, 3), "val images of the first half"),
+        ("test", (0, 1), "test images of the second half"),
+    ],
+)
+def test_base_to_new_needs_images_of_both_halves(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    split: str,
+    kept: tuple[int, ...],
+    words: str,
+):
+    features, labels = DATA.splits[split]
+    there = np.isin(labels, kept)
+    write_cache(folder / "half.h5", DATA.with_split(split, (features[:, there], labels[there])))
+    arguments = ["--cache", "half.h5", "--train-classes", "base", "--shots", 2]
+    assert words in refused(capsys, *arguments)
 
 
 def test_a_folder_with_a_run_is_not_written_over(folder: Path, capsys: pytest.CaptureFixture[str]):

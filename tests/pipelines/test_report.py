@@ -79,6 +79,41 @@ def test_baselines_judged_otherwise_stand_apart(runs: Path, capsys):
     assert heading.count("zero-shot") == heading.count("linear-probe") == 2
 
 
+def test_runs_on_half_of_the_classes_say_so(runs: Path, tmp_path: Path, capsys):
+    stated = SHORT | {"cache": runs / "features.h5", "train_classes": "base", "alpha": (0.2,)}
+    fit(FitConfig(out=tmp_path / "base", baselines=("zero-shot",), **stated))
+    capsys.readouterr()
+    report(ReportConfig((tmp_path / "base",)))
+    heading, _ = table(capsys.readouterr().out)
+    for method in ("zero-shot", "clip-adapter"):
+        assert heading.count(method) == 3
+    assert [heading.count(kind) for kind in ("base", "new", "H")] == [2, 2, 2]
+
+
+def test_no_column_hides_another(runs: Path, tmp_path: Path, capsys):
+    """The adapter as a baseline differs by α, and the same arguments twice by their folder."""
+    stated = SHORT | {"cache": runs / "features.h5", "method": "linear-probe"}
+    for alpha in (0.2, 0.8):
+        out = tmp_path / f"{alpha}"
+        fit(FitConfig(out=out, alpha=(alpha,), baselines=("clip-adapter",), **stated))
+    (tmp_path / "edited").mkdir()
+    for path in (tmp_path / "0.2").glob("*.*"):
+        (tmp_path / "edited" / path.name).write_bytes(path.read_bytes())
+    summary = (tmp_path / "0.2" / "summary.csv").read_text()
+    mean = means(tmp_path / "0.2", "clip-adapter")["2"]
+    changed = summary.replace(f"{float(mean) / 100:.2}", "0.1")
+    (tmp_path / "edited" / "summary.csv").write_text(changed)
+    capsys.readouterr()
+    report(ReportConfig((tmp_path / "0.2", tmp_path / "0.8")))
+    heading, _ = table(capsys.readouterr().out)
+    assert heading.count("linear-probe") == 1
+    assert " ".join(heading).endswith("alpha 0.2 alpha 0.8")
+    report(ReportConfig((tmp_path / "0.2", tmp_path / "edited")))
+    heading, cells = table(capsys.readouterr().out)
+    assert "(edited)" in heading
+    assert mean in cells["2"]
+
+
 def test_runs_that_cannot_be_compared(runs: Path, tmp_path: Path):
     def refused(*paths: Path) -> str:
         with pytest.raises(UserError) as caught:

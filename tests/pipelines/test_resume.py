@@ -209,12 +209,26 @@ def test_a_torn_last_line_is_fitted_again(folder: Path, whole: Callable[[str], P
 def test_other_arguments_are_refused(folder: Path, whole: Callable[[str], Path]):
     shutil.copytree(whole("full"), folder / "run")
     before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
-    for other in ({"lr": (0.5,)}, {"seeds": (1, 2, 3)}, {"cache": folder / "other.h5"}):
+    for other in ({"lr": (0.5,)}, {"seeds": (1, 2, 3)}):
         with pytest.raises(UserError, match="other arguments"):
             fit(FitConfig(resume=folder / "run", **other))
     assert all(path.read_bytes() == content for path, content in before.items())
     same = FitConfig(resume=folder / "run", alpha=(0.2, 0.5, 0.8), seeds=(1, 2))
     assert choices(fit(same).run) == choices(whole("full"))
+
+
+def test_the_cache_may_have_moved(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    stated = {"epochs": 10, "evaluate_every": 1, "baselines": (), "seeds": (1,)}
+    first = fit(config(folder, "full", **stated))
+    (folder / "run" / "summary.csv").unlink()
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    (folder / "features.h5").rename(elsewhere / "moved.h5")
+    monkeypatch.chdir(elsewhere)
+    second = fit(FitConfig(resume=folder / "run", cache=Path("moved.h5")))
+    assert second.summary == first.summary
+    with pytest.raises(UserError, match=r"no feature cache at features\.h5"):
+        fit(FitConfig(resume=folder / "run"))
 
 
 def test_another_cache_content_is_refused(folder: Path):
