@@ -50,3 +50,9 @@ def _blocks(dataset: h5py.Dataset) -> Iterator[np.ndarray]:
         rows = chunk_rows(dataset.shape[0], dataset.dtype.itemsize)
         for start in range(0, dataset.shape[0], rows):
             yield dataset[start : start + rows]
+
+
+def count_skipped(file: h5py.File) -> int:
+    """Images that a cache or a part of one lists as skipped."""
+    lists = (file.get(f"images/{split}/skipped") for split in SPLITS)
+    return sum(len(names) for names in lists if names is not None)

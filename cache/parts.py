@@ -50,14 +50,16 @@ class Merged:
     several: dict[str, Any] | None
 
 
-def part_of(path: Path) -> tuple[dict[str, Any], Part]:
-    """What the `extract` that wrote a part was asked for, and which part it is.
+def part_of(path: Path) -> tuple[dict[str, Any], Part, int]:
+    """What the `extract` that wrote a part was asked for, which part it is, and how many images
+    it lists as skipped.
 
     Raises UserError for a file that is no part.
     """
     with ExitStack() as stack:
         opened = _open(path, stack)
-        return opened.attribute("arguments"), opened.part
+        with _reading(path):
+            return opened.attribute("arguments"), opened.part, layout.count_skipped(opened.file)
 
 
 def merge_parts(paths: Sequence[Path], out: Path) -> Merged:

@@ -179,6 +179,11 @@ class FeatureCache:
     def logit_bias(self) -> float:
         return float(self._file.attrs["logit_bias"])
 
+    @property
+    def skipped(self) -> int:
+        """Images of the data set that could not be read and are not here."""
+        return layout.count_skipped(self._file)
+
     @cached_property
     def class_names(self) -> list[str]:
         return self._strings("text/class_names")

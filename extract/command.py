@@ -134,7 +134,7 @@ def extract(config: ExtractConfig) -> Path:
         return _extract_together(config, launch)
     shard = parse_shard(config.shard)
     if _already_there(config, shard):
-        print(f"{config.out} is complete and was made with these arguments: nothing to do.")
+        print(_nothing_to_do(config.out))
         return config.out
     with _workplace(config, _own(config, shard)) as place:
         from clip_adapter.extract.job import run_job
@@ -149,7 +149,7 @@ def _extract_together(config: ExtractConfig, launch: Launch) -> Path:
         raise UserError("Under torchrun each process takes its part by itself; leave out --shard.")
     if _already_there(config, Shard()):
         if launch.rank == 0:
-            print(f"{config.out} is complete and was made with these arguments: nothing to do.")
+            print(_nothing_to_do(config.out))
         return config.out
     if launch.rank == 0:
         from clip_adapter.cache.parts import MERGING
@@ -219,38 +219,52 @@ def _workplace(config: ExtractConfig, own: Mapping[str, Any]) -> Iterator[Workpl
 def _already_there(config: ExtractConfig, shard: Shard) -> bool:
     """Whether the file exists with these arguments.
 
-    Raises UserError where something else stands in its place.
+    Raises UserError where something else stands in its place, or images were skipped that should
+    not be.
     """
     if config.force or not config.out.exists() or config.out.is_dir():
         return False
-    earlier = ExtractConfig().identity() | _arguments_of(config.out, shard)
+    stored, skipped = _arguments_of(config.out, shard)
+    earlier = ExtractConfig().identity() | stored
     now = config.identity()
     if config.precision == "auto":  # whatever it was on the machine that made the file
         now["precision"] = earlier["precision"]
     differing = sorted(key for key in now if earlier.get(key) != now[key])
-    if not differing:
-        return True
-    raise UserError(
-        f"{config.out} exists and was made with other arguments ({', '.join(differing)} differ); "
-        "choose another --out, or --force to overwrite it."
+    if differing:
+        raise UserError(
+            f"{config.out} exists and was made with other arguments ({', '.join(differing)} "
+            "differ); choose another --out, or --force to overwrite it."
+        )
+    if config.on_error == "fail":
+        from clip_adapter.extract.outcome import refuse_skipped
+
+        refuse_skipped(config.out, skipped)
+    return True
+
+
+def _nothing_to_do(out: Path) -> str:
+    return (
+        f"{out} is complete and was made with these arguments; images and weights were not "
+        "looked at again (--force does): nothing to do."
     )
 
 
-def _arguments_of(path: Path, shard: Shard) -> dict[str, Any]:
+def _arguments_of(path: Path, shard: Shard) -> tuple[dict[str, Any], int]:
+    """What a file was made with, and how many images were skipped."""
     if shard.of > 1:
         from clip_adapter.cache.parts import part_of
 
-        arguments, part = part_of(path)
+        arguments, part, skipped = part_of(path)
         if (part.index, part.of) != (shard.index, shard.of):
             raise UserError(
                 f"{path} is part {part.index} of {part.of} of a cache; choose another --out, or "
                 "--force to overwrite it."
             )
-        return arguments
+        return arguments, skipped
     from clip_adapter.cache.reader import FeatureCache
 
     with FeatureCache(path) as cache:
-        return cache.arguments
+        return cache.arguments, cache.skipped
 
 
 def _sha256(value: Any) -> str:

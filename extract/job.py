@@ -14,7 +14,7 @@ import torch
 from clip_adapter.cache.duplicates import in_several_splits
 from clip_adapter.cache.tally import Tally, tally
 from clip_adapter.cache.workplace import Workplace
-from clip_adapter.cache.writer import CacheWriter, Part
+from clip_adapter.cache.writer import SKIPPED, CacheWriter, Part
 from clip_adapter.console.progress import progress
 from clip_adapter.console.wording import counted, warn
 from clip_adapter.extract.backbone import load_backbone
@@ -27,6 +27,7 @@ from clip_adapter.extract.in_order import InOrder
 from clip_adapter.extract.outcome import (
     describe,
     describe_skipped,
+    refuse_skipped,
     warn_of_duplicates,
     warn_of_lost_classes,
 )
@@ -71,7 +72,7 @@ def run_job(config: "ExtractConfig", shard: Shard, place: Workplace, quiet: bool
         warnings.filterwarnings("ignore", module="PIL")
         encoder = Encoder(backbone, device, config.batch_size if config.compile else None)
         job = _Job(config, shard, dataset, encoder, writer, quiet)
-        job.say_where_it_goes_on()
+        job.check_what_is_there()
         if shard.index == 1:
             job.encode_text(text)
         for name in dataset.splits:
@@ -136,7 +137,15 @@ class _Job:
         self._seconds = 0.0
         self.watch = Stopwatch()
 
-    def say_where_it_goes_on(self) -> None:
+    def check_what_is_there(self) -> None:
+        """Say where it goes on.
+
+        Raises UserError where images were skipped that should not be.
+        """
+        if self._config.on_error == "fail":
+            names = self._dataset.splits
+            skipped = sum(1 for name in names for _ in self._writer.listed(name, SKIPPED))
+            refuse_skipped(self._config.out, skipped)
         bounds = {name: self.bounds(name) for name in self._dataset.splits}
         total = sum(stop - start for start, stop, _ in bounds.values())
         done = sum(self._writer.consumed(name) for name in bounds)

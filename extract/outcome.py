@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.tally import Tally
 from clip_adapter.console.wording import counted, size, some, warn
 
@@ -29,6 +30,15 @@ def describe_skipped(tallies: Mapping[str, Tally], reason: str | None) -> str | 
     first = next(tally.skipped[0] for tally in tallies.values() if tally.skipped)
     total = counted(sum(skipped.values()), "image")
     return f"{total} skipped ({_by_split(skipped)}): {reason or first}"
+
+
+def refuse_skipped(path: Path, count: int) -> None:
+    """Raises UserError where an earlier run skipped images and this one was told not to."""
+    if count:
+        raise UserError(
+            f"An earlier run skipped {counted(count, 'image')} of {path}; repeat --on-error skip "
+            "to do without, or use --force to start again."
+        )
 
 
 def _by_split(counts: Mapping[str, int]) -> str:

@@ -77,7 +77,10 @@ def test_run_again_then_refused_then_forced(
     made = out.read_bytes()
     assert exit_code(main, own) == 0
     output = capsys.readouterr()
-    assert "nothing to do" in output.out
+    assert output.out == (
+        "features.h5 is complete and was made with these arguments; images and weights were not "
+        "looked at again (--force does): nothing to do.\n"
+    )
     assert output.err == ""
 
     monkeypatch.setattr(sys, "argv", ["clip-adapter", "extract", *own, "--backbone", "RN50"])

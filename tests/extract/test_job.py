@@ -322,6 +322,26 @@ def test_parts_join_into_the_undivided_cache(
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_images_that_were_skipped_stay_skipped_only_where_that_is_asked_for(
+    whole: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = run(folder, tmp_path / "1.h5", shard="1/2")
+    begun = tmp_path / "features.h5"
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job, "in_several_splits", interrupt)
+        run(folder, begun)
+    for out, count, shard in ((whole, "2 images", None), (part, "1 image", "1/2")):
+        words = rf"^An earlier run skipped {count} of {out}; repeat --on-error skip .*--force"
+        with pytest.raises(UserError, match=words):
+            run(folder, out, on_error="fail", shard=shard)
+    with pytest.raises(UserError, match=r"^An earlier run skipped 2 images of"):
+        run(folder, begun, on_error="fail")
+
+
 def test_parts_that_do_not_belong_together(whole: Path, folder: Path, tmp_path: Path) -> None:
     def part(name: str, **options: Any) -> Path:
         return run(folder, tmp_path / name, **options)
