@@ -26,16 +26,17 @@ from clip_adapter.pipelines.merge import MergeConfig, merge
 from tests.extract.image_folders import make_folder, photograph
 
 BIN = Path(sys.executable).parent
-ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+THREADS = 4  # as many passes at once, each on one thread
+ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(THREADS)}
 CLASSES = ("cat", "dog", "eel")
 SMALL = {"batch_size": 4, "workers": 2}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
+def several_threads() -> Iterator[None]:
     """As in the processes that the tests start: with other threads rounding differs."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(threads)
 
