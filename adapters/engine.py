@@ -59,8 +59,11 @@ class Chunk:
 
     def row(self, row: int) -> Leaves:
         """The state of one setting, on the host."""
-        # The whole chunk comes to the host once, for all of its rows; each row is then a copy.
-        return [np.array(np.asarray(leaf)[row]) for leaf in jax.tree.leaves(self.state)]
+        # The whole chunk comes to the host once, for all of its rows. A row is a copy, which lets
+        # the others go, unless it is the only one.
+        alone = len(self.indices) == 1
+        rows = [np.asarray(leaf)[row : row + 1] for leaf in jax.tree.leaves(self.state)]
+        return [(r if alone else r.copy()).reshape(r.shape[1:]) for r in rows]
 
 
 class Engine:
