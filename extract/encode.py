@@ -83,11 +83,12 @@ class Encoder:
 
         Each view is a forward pass of its own: view 0 comes out the same with and without others.
         """
-        pixels = pixels.to(self.device, non_blocking=True)
+        batch = self._fixed_batch
+        # What is compiled knows tensors made in inference mode; for others it is compiled again.
+        pixels = pixels.to(self.device, non_blocking=True, copy=batch is not None)
         views, count = pixels.shape[:2]
         if not count:
             return torch.empty((views, 0, self.dim), dtype=self.stored_dtype, device=self.device)
-        batch = self._fixed_batch
         if batch is not None and count < batch:
             pixels = torch.cat([pixels, pixels[:, :1].expand(-1, batch - count, -1, -1, -1)], dim=1)
         return torch.stack([self._forward(view)[:count] for view in pixels])

@@ -1,6 +1,7 @@
 """Encoding: equal to open_clip by hand, whatever the architecture, precision and batch."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch._dynamo.utils import counters
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.backbone import Backbone, load_backbone
@@ -251,6 +253,23 @@ def test_decoding_stays_two_batches_ahead(
     next(batches)
     assert len(asked) <= (passes + 3) * 4  # one given out, some in passes, two ahead
     batches.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+def test_compiled_features_are_the_eager_ones(
+    vit: Backbone, with_threads: Callable[[int], None]
+) -> None:
+    """In worker threads, which compile nothing again, though the last batch is smaller."""
+    with_threads(2)
+    encoder = Encoder(vit, CPU, compiled_for=4)
+    assert encoder.compile_seconds > 0
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs
+    compiled = encode(encoder, a_split())
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert [len(batch.rows) for batch in compiled] == [4, 4, 3]
+    eager = features(encode(Encoder(vit, CPU), a_split()))
+    np.testing.assert_allclose(features(compiled), eager, atol=1e-5)
 
 
 def test_a_gpu_that_is_not_there() -> None:
