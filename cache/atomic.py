@@ -1,5 +1,6 @@
 """Small files that are either whole or absent."""
 
+import os
 from pathlib import Path
 
 
@@ -9,7 +10,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` beside `path` and rename it there, so that nobody sees half of it."""
+    """Write `content` beside `path` and rename it there, so that nobody sees half of it, not
+    even after a power cut."""
     temporary = path.with_name(path.name + ".new")
-    temporary.write_bytes(content)
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)

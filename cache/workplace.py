@@ -57,11 +57,11 @@ class Workplace:
         """Hold what an interrupted run left here, if anything, to the arguments of this one.
 
         known_so_far: there are more arguments, which are not known yet.
-        Raises UserError where it was started with others.
+        Raises UserError where it was started with others, or nobody can tell any more.
         """
         if not self.begun:
             return
-        earlier = json.loads((self.folder / ARGUMENTS).read_text())
+        earlier = self.read(ARGUMENTS)
         now = json.loads(json.dumps(arguments | self._own))
         names = now.keys() if known_so_far else earlier.keys() | now.keys()
         differing = sorted(name for name in names if earlier.get(name) != now.get(name))
@@ -71,6 +71,21 @@ class Workplace:
                 f"({', '.join(differing)} differ); repeat those arguments to go on, "
                 "or use --force to start again."
             )
+
+    def read(self, name: str) -> dict[str, Any]:
+        """The JSON object in one of the files here. Raises UserError where there is none."""
+        try:
+            found = json.loads((self.folder / name).read_text())
+        except (OSError, ValueError) as error:
+            raise self.damaged(name) from error
+        if not isinstance(found, dict):
+            raise self.damaged(name)
+        return found
+
+    def damaged(self, name: str) -> UserError:
+        return UserError(
+            f"{self.folder / name} is damaged or cannot be read; use --force to start again."
+        )
 
     def state(self, arguments: dict[str, Any]) -> None:
         """Write down what this run is, and begin it unless it has begun."""

@@ -186,9 +186,12 @@ class CacheWriter:
 
     def _reopened(self, name: str) -> StagedRows:
         if name not in self._staged:
-            shape = json.loads((self._folder / f"{name}.shape").read_text())
-            dtype = np.dtype(shape["dtype"])
-            self._staged[name] = StagedRows(self._folder, name, shape["inner"], shape["dim"], dtype)
+            shape = self._place.read(f"{name}.shape")
+            try:
+                inner, dim, dtype = shape["inner"], shape["dim"], np.dtype(shape["dtype"])
+                self._staged[name] = StagedRows(self._folder, name, inner, dim, dtype)
+            except (KeyError, TypeError, ValueError) as error:
+                raise self._place.damaged(f"{name}.*") from error
         return self._staged[name]
 
     def finish(

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
+from clip_adapter.cache import atomic
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.writer import CacheWriter
 from tests.cache.small_cache import ARGUMENTS, BATCH, FINISH, make_cache, write_all
@@ -86,6 +87,48 @@ def test_rows_that_the_disk_lost_are_made_again(
 ) -> None:
     os.truncate(staged / "train.rows", (staged / "train.rows").stat().st_size - 1)
     assert go_on(tmp_path / "features.h5") == uninterrupted
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.shape", ""),
+        ("train.shape", '{"inner": 1}'),
+        ("train.shape", '{"inner": "1", "dim": 4, "dtype": "float32"}'),
+        ("train.shape", '{"inner": 1, "dim": 4, "dtype": "nonsense"}'),
+        ("train.journal", "nonsense\n"),
+        ("train.journal", "[]\n"),
+    ],
+)
+def test_damage_asks_for_force(
+    staged: Path, tmp_path: Path, uninterrupted: dict[str, tuple], name: str, content: str
+) -> None:
+    (staged / name).write_text(content)
+    path = tmp_path / "features.h5"
+    with (
+        CacheWriter(path, ARGUMENTS, views=1) as writer,
+        pytest.raises(UserError, match=r"train\..* is damaged .*; use --force to start again"),
+    ):
+        writer.consumed("train")
+    with CacheWriter(path, ARGUMENTS, views=1, restart=True) as writer:
+        write_all(writer)
+        writer.finish(**FINISH)
+    assert datasets(path) == uninterrupted
+
+
+def test_small_files_are_on_the_disk_before_they_get_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        assert not (tmp_path / "small").exists()
+        synced.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    atomic.write_text(tmp_path / "small", "text")
+    assert synced == [4]
+    assert (tmp_path / "small").read_text() == "text"
 
 
 def test_a_run_killed_while_it_assembled_the_file(

@@ -34,6 +34,15 @@ def test_what_was_begun_stays(tmp_path: Path) -> None:
             place.refuse_other({"a": 2, "c": 3}, known_so_far=True)
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\0"])
+def test_arguments_that_nobody_can_read_are_refused(tmp_path: Path, content: bytes) -> None:
+    with Workplace(tmp_path / "features.h5") as place:
+        place.state({"a": 1})
+        (place.folder / "arguments.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"arguments\.json is damaged .*; use --force to start"):
+            place.refuse_other({"a": 1})
+
+
 def test_files_of_others_stay(tmp_path: Path) -> None:
     folder = tmp_path / "features.h5.partial"
     folder.mkdir()
