@@ -48,8 +48,8 @@ def test_long_work_prints_a_line_every_ten_seconds(
 def test_a_terminal_gets_a_bar() -> None:
     program = (
         "from clip_adapter.console.progress import progress\n"
-        "with progress('encode train', 7, done=2) as advance:\n"
-        "    advance(3, 'a note')\n"
+        "with progress('encode [red] [/]', 7, done=2) as advance:\n"
+        "    advance(3, 'a note [/b] :cat: [x]')\n"
     )
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
@@ -61,5 +61,5 @@ def test_a_terminal_gets_a_bar() -> None:
     os.close(ours)
     assert finished.returncode == 0
     assert finished.stdout == b""
-    for part in ("encode train", "5/7", "a note"):
+    for part in ("encode [red] [/]", "5/7", "a note [/b] :cat: [x]"):
         assert part in shown
