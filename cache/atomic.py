@@ -9,12 +9,15 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` beside `path` and rename it there, so that nobody sees half of it, not
-    even after a power cut."""
+def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Write `content` beside `path` and rename it there, so that nobody sees half of it.
+
+    sync: not even after a power cut, for which the disk is waited for.
+    """
     temporary = path.with_name(path.name + ".new")
     with temporary.open("wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
     temporary.replace(path)

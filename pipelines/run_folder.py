@@ -10,7 +10,6 @@ adapter.*, adapters/   the fitted adapters
 """
 
 import csv
-import fcntl
 import json
 import os
 from collections.abc import Iterator, MutableMapping, Sequence
@@ -21,12 +20,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from clip_adapter.adapters.engine import Leaves
 from clip_adapter.adapters.method import Evaluation, Setting
 from clip_adapter.cache import atomic
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.lock import take_lock
 from clip_adapter.console.progress import Advance
 
 SETTING_COLUMNS = (
@@ -190,13 +191,17 @@ class StateFolder(MutableMapping[str, Leaves]):
     def __getitem__(self, name: str) -> Leaves:
         if not self._path(name).exists():
             raise KeyError(name)
-        tensors = load_file(self._path(name))
+        try:
+            tensors = load_file(self._path(name))
+        except SafetensorError as error:
+            raise UserError(f"{self._path(name)} is damaged; start a new run.") from error
         return [tensors[str(index)] for index in range(len(tensors))]
 
     def __setitem__(self, name: str, leaves: Leaves) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         content = save({str(index): leaf for index, leaf in enumerate(leaves)})
-        atomic.write_bytes(self._path(name), content)
+        # Megabytes for each setting: waiting for the disk would take as long as training.
+        atomic.write_bytes(self._path(name), content, sync=False)
 
     def __delitem__(self, name: str) -> None:
         if not self._path(name).exists():
@@ -255,11 +260,9 @@ def read_arguments(path: Path) -> Row:
 def _lock(path: Path) -> int:
     """A descriptor of the folder, locked; closing it, or the end of the process, frees it."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not take_lock(descriptor, path):
         os.close(descriptor)
-        raise UserError(f"Another process is writing to {path}; wait until it ends.") from None
+        raise UserError(f"Another process is writing to {path}; wait until it ends.")
     return descriptor
 
 

@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.fit import FitConfig, FitResult, fit
-from clip_adapter.pipelines.run_folder import RunFolder
+from clip_adapter.pipelines.run_folder import RunFolder, StateFolder
 from tests.pipelines.run_files import adapters, choices, results, selected
 from tests.pipelines.tiny_cache import FIT, tiny_data, write_cache
 
@@ -172,6 +173,16 @@ def test_over_folds_survivors_go_on_too(folder: Path, monkeypatch: pytest.Monkey
     assert any((folder / "run" / "halving").rglob("*fold-3*"))
     fit(FitConfig(resume=folder / "run"))
     assert_same_end(folder / "run", expected)
+
+
+def test_a_damaged_state_is_one_sentence(tmp_path: Path):
+    states = StateFolder(tmp_path / "halving")
+    states["rung-0"] = [np.arange(3.0), np.array(7)]
+    assert [leaf.tolist() for leaf in states["rung-0"]] == [[0.0, 1.0, 2.0], 7]
+    (path,) = (tmp_path / "halving").iterdir()
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=f"{path} is damaged"):
+        states["rung-0"]
 
 
 def test_a_finished_run_is_shown_again(
