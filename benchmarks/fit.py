@@ -45,6 +45,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100, help="epochs of a run")
     arguments = parser.parse_args()
     require_idle()
+    # As JAX does: late in a run the moments of AdamW underflow, which slowed PyTorch down by half.
+    torch.set_flush_denormal(True)
     set_up_jax()
     print(machine(), f"| JAX on {jax.devices()[0].device_kind}", f"| {torch_device()} in PyTorch\n")
     peak = gemm_peak()

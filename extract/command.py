@@ -261,8 +261,15 @@ def _arguments_of(path: Path, shard: Shard) -> tuple[dict[str, Any], int]:
                 "--force to overwrite it."
             )
         return arguments, skipped
+    import h5py
+
     from clip_adapter.cache.reader import FeatureCache
 
+    if not h5py.is_hdf5(path):
+        raise UserError(
+            f"{path} exists and is no feature cache; choose another --out, or --force to "
+            "overwrite it."
+        )
     with FeatureCache(path) as cache:
         return cache.arguments, cache.skipped
 

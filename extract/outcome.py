@@ -29,7 +29,7 @@ def describe_skipped(tallies: Mapping[str, Tally], reason: str | None) -> str | 
         return None
     first = next(tally.skipped[0] for tally in tallies.values() if tally.skipped)
     total = counted(sum(skipped.values()), "image")
-    return f"{total} skipped ({_by_split(skipped)}): {reason or first}"
+    return f"{total} skipped ({_by_split(skipped)}), the first: {reason or first}"
 
 
 def refuse_skipped(path: Path, count: int) -> None:

@@ -108,6 +108,11 @@ def _check_possible(config: FitConfig, grid: Grid, data: CachedData) -> None:
     ratios = {"image": (grid.alpha,), "text": (grid.beta,), "both": (grid.alpha, grid.beta)}
     if config.select == "none" and max(map(len, (*axes, *ratios[grid.branch]))) > 1:
         raise UserError("--select none cannot choose between several settings; give one of each.")
+    if max(grid.reduction) > (dim := data.weights.shape[1]):
+        raise UserError(
+            f"--reduction {max(grid.reduction)} leaves no hidden unit: "
+            f"the features have {dim} numbers."
+        )
     if config.train_classes == "base":
         if not METHODS[config.method].unseen_classes:
             raise UserError(f"--train-classes base: {config.method} cannot classify new classes.")

@@ -176,7 +176,8 @@ def print_predictions(config: PredictConfig) -> int:
         FORMATS[config.format](out, predictions, readable(advance))
     if unreadable_count:
         total = len(predictions)
-        print(f"predict: {unreadable_count} of {total} images cannot be read", file=sys.stderr)
+        counts = f"{unreadable_count} of {total} images cannot be read"
+        print(f"clip-adapter predict: {counts}", file=sys.stderr)
     return EXIT_PARTIAL if unreadable_count else 0
 
 

@@ -50,7 +50,7 @@ def open_csv(table: Path, options: SourceOptions) -> ImageDataset:
         table.stem,
         class_names,
         DEFAULT_TEMPLATES,
-        complete_splits(splits, class_names, options),
+        complete_splits(splits, class_names, options, published=False),
         {"name": table.stem, "source": "csv", "version": None},
     )
 
@@ -60,7 +60,9 @@ def _rows(table: Path) -> Iterator[tuple[str, str, str]]:
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
-            columns = reader.fieldnames or []
+            columns = reader.fieldnames
+            if not columns:
+                raise UserError(f"{table} is empty; name the columns path and label.")
             if missing := [name for name in REQUIRED if name not in columns]:
                 raise UserError(
                     f"{table} has no column {' and no column '.join(missing)} in its first row "

@@ -53,7 +53,7 @@ def open_folder(root: Path, options: SourceOptions) -> ImageDataset:
         root.resolve().name,
         class_names,
         DEFAULT_TEMPLATES,
-        complete_splits(splits, class_names, options),
+        complete_splits(splits, class_names, options, published=False),
         {"name": root.resolve().name, "source": "folder", "version": None},
     )
 

@@ -18,20 +18,24 @@ DEFAULT_FRACTIONS = {"val": 0.2, "test": 0.3}
 
 
 def complete_splits(
-    splits: Mapping[str, Split], class_names: Sequence[str], options: SourceOptions
+    splits: Mapping[str, Split],
+    class_names: Sequence[str],
+    options: SourceOptions,
+    *,
+    published: bool = True,
 ) -> dict[str, Split]:
     """The splits in the order train, val, test, with what is missing made out of train.
 
-    A source with a val split but no test split is tested on the former, as the literature does
-    with ImageNet and Food-101. What is missing then is cut out of train, class by class, with the
-    fractions and the seed of `options`; a fraction of 0 makes no such split. A source without
-    train is left as it is.
+    A published data set with a val split but no test split is tested on the former, as the
+    literature does with ImageNet and Food-101; what people call val themselves stays val. What is
+    missing then is cut out of train, class by class, with the fractions and the seed of `options`;
+    a fraction of 0 makes no such split. A source without train is left as it is.
 
     Raises UserError for fractions that are impossible or ask for a split that is there already,
     and for a class with too few images to be divided.
     """
     given = dict(splits)
-    if "test" not in given and "val" in given:
+    if published and "test" not in given and "val" in given:
         val = given.pop("val")
         given["test"] = Split(val.ids, val.labels, val.read, f"{val.origin}, used as test split")
     refuse_fractions(options, given)

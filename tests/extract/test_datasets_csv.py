@@ -74,7 +74,7 @@ def test_without_split_column_it_is_divided(tmp_path: Path) -> None:
             "file,class\na.jpg,x\n",
             r"no column path and no column label in its first row \(file, cl",
         ),
-        ("", r"no column path and no column label"),
+        ("", r"is empty; name the columns path and label"),
         ("path,label\n", r"labels.csv has no rows"),
         ("path,label\na.jpg,x\nd.jpg\n", r"line 3: label is empty"),
         ("path,label\n,x\n", r"line 2: path is empty"),

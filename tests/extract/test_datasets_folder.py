@@ -71,16 +71,17 @@ def test_split_folders_are_taken_as_they_are_under_any_usual_name(tmp_path: Path
         open_folder(tmp_path)
 
 
-def test_without_test_folder_the_val_folder_is_the_test_split(tmp_path: Path) -> None:
+def test_without_test_folder_the_val_folder_stays_val(tmp_path: Path) -> None:
     flat(tmp_path / "train", cat=10, dog=10)
     flat(tmp_path / "val", cat=4, dog=4)
     data = open_folder(tmp_path)
     assert {name: len(split.ids) for name, split in data.splits.items()} == {
-        "train": 16,
-        "val": 4,
-        "test": 8,
+        "train": 14,
+        "val": 8,
+        "test": 6,
     }
-    assert data.splits["test"].origin == "folder val, used as test split"
+    assert data.splits["val"].origin == "folder val"
+    assert "folder train" in data.splits["test"].origin
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--out", "mine.txt/a.h5"], "Cannot write mine.txt/a.h5: mine.txt is not a folder"),
         (["--out", "mine.txt/b/a.h5"], "Cannot write mine.txt/b/a.h5: Not a directory"),
         (["--out", "/proc/features.h5"], "Cannot write /proc/features.h5: "),
-        (["--out", "mine.txt"], "mine.txt cannot be read as HDF5"),
+        (["--out", "mine.txt"], "mine.txt exists and is no feature cache; choose another --out"),
         (["--out", "digits.h5", "--views", "2"], "exists and was made with other arguments (views"),
         (["--out", "taken.h5"], "Another process is writing taken.h5; wait for it or"),
         (["--out", "taken.h5", "--force"], "Another process is writing taken.h5; wait for it or"),

@@ -94,7 +94,7 @@ def test_skipped_images_and_images_in_two_splits_are_listed(
     size = f"{out.stat().st_size / 1024:.1f} KiB"
     assert output.out.startswith(
         f"{out}: 26 train, 8 val, 15 test images, 3 classes, {size}\n"
-        "2 images skipped (1 train, 1 val): train/dog/03.png cannot be decoded: "
+        "2 images skipped (1 train, 1 val), the first: train/dog/03.png cannot be decoded: "
     )
     assert "\n49 images in " in output.out
     found = "warning: found 1 image in more than one split (train/train/cat/02.png is test/"
@@ -134,7 +134,7 @@ def test_classes_that_skipping_emptied_are_named(
     assert printed.out.startswith(
         f"{out} (joined from 2 parts): 3 train, 3 val, 1 test images, 3 classes, "
     )
-    assert "5 images skipped (3 train, 2 test): train/cat/00.png\n" in printed.out
+    assert "5 images skipped (3 train, 2 test), the first: train/cat/00.png\n" in printed.out
 
 
 def test_a_bad_image_stops_the_run_which_then_goes_on(
@@ -180,7 +180,7 @@ def test_killed_or_interrupted_anywhere_it_ends_with_the_same_bytes(
     printed = capsys.readouterr()
     assert re.match(goes_on, printed.err)
     assert "26 train, 8 val, 15 test images" in printed.out
-    assert "2 images skipped (1 train, 1 val): train/dog/03.png\n" in printed.out
+    assert "2 images skipped (1 train, 1 val), the first: train/dog/03.png\n" in printed.out
     assert datasets(out) == datasets(whole)
 
 
@@ -408,7 +408,7 @@ def test_torchrun_divides_and_joins_by_itself(whole: Path, folder: Path, tmp_pat
     size = f"{out.stat().st_size / 1024:.1f} KiB"
     assert finished.stdout == (
         f"{out} (joined from 2 parts): 26 train, 8 val, 15 test images, 3 classes, {size}\n"
-        "2 images skipped (1 train, 1 val): train/dog/03.png\n"
+        "2 images skipped (1 train, 1 val), the first: train/dog/03.png\n"
     )
     assert [entry.name for entry in tmp_path.iterdir()] == ["features.h5"]
     assert datasets(out) == datasets(whole)

@@ -66,6 +66,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("--batch-size 0", "--batch-size 0 must be"),
         ("--evaluate-every 0", "--evaluate-every 0 must be"),
         ("--reduction 4 0", "--reduction 0 must be"),
+        ("--reduction 4 17", "--reduction 17 leaves no hidden unit: the features have 16 numbers"),
         ("--shots 0", "--shots 0 is no number of images"),
         ("--shots -2", "--shots -2 is no number of images"),
         (

@@ -130,7 +130,7 @@ def test_unreadable_images_are_named_and_the_rest_is_predicted(
     skipped = (image_folder / "02.png", image_folder / "03.png", notes)
     for path, line in zip(skipped, named[:3], strict=True):
         assert line.startswith(f"{path} skipped: ")
-    assert named[3] == "predict: 3 of 13 images cannot be read"
+    assert named[3] == "clip-adapter predict: 3 of 13 images cannot be read"
 
 
 @pytest.mark.parametrize(
