@@ -56,8 +56,8 @@ class ExtractConfig:
         on_error: What to do about an image that cannot be decoded: stop, or leave it out
             and list it in the cache.
         precision: What the model computes in; auto is fp32 on a CPU, bf16 or fp16 on a GPU.
-        compile: Compile the image encoder first, which takes from half a minute to some
-            minutes and pays for tens of thousands of images.
+        compile: Compile the image encoder first, which takes from a quarter of a minute to some
+            minutes. On a CPU it made RN50 faster from 800 images on, and ViT-B-32 slower.
         batch_size: Images per forward pass.
         workers: Threads that decode images.
         device: PyTorch device; auto takes a GPU where there is one.
