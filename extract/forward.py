@@ -38,7 +38,7 @@ def shared_cores(device: torch.device) -> Iterator[int]:
     """How many forward passes to run at once; PyTorch gives each its share of a CPU's cores.
 
     A pass of its own occupies a core better than half of the operations of a common one: on two
-    cores 15.9 instead of 13.3 images/s for RN50, 5,800 instead of 3,300 for glyph-clip.
+    cores 15.0 instead of 13.8 images/s for RN50, 5,800 instead of 3,300 for glyph-clip.
     """
     cores = torch.get_num_threads()
     at_once = passes_at_once(cores) if device.type == "cpu" else 1
