@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,9 @@ def ours(
             name: tuple(dict.fromkeys(getattr(s, name) for s in settings)) for name in GRID
         }
         searched = Grid(**columns, schedule=schedule, halving=halving)
-        return list(method.search(Search(searched, [arrays]), engine))
+        found = method.search(Search(searched, [arrays]), engine)
+        # As `fit` does, which does not keep what was fitted for every setting.
+        return [replace(evaluation, arrays=None) for evaluation in found]
 
     return side
 

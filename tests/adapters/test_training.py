@@ -195,6 +195,21 @@ def test_a_run_ends_where_pytorch_ends(
     assert_close(named(state.best, 0), expected.snapshots[due[best] - 1], by=2e-5)
 
 
+@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("left_out", [0, 3])
+def test_a_single_batch_of_all_images_or_of_all_but_a_few(
+    engine: Engine, views: int, left_out: int
+):
+    task = separable_task(views=views, seed=7, noise=2.0)
+    support = task.features.shape[1]
+    schedule = Schedule(10, support - left_out, 1, drop_last=True)
+    assert len(list(batches(task, schedule, 0))) == 1
+    hyper = HyperParameters(0.6, 0.0, 3e-3, 0.1)
+    expected = TorchRun(Architecture(), schedule, task, hyper).train(schedule.epochs)
+    state: RunState = run(engine, Architecture(), schedule, task, hyper).state
+    assert_close(named(state.parameters, 0), expected.snapshots[-1], by=2e-5)
+
+
 def test_a_long_warm_up_ends_after_a_hundred_steps(engine: Engine):
     schedule = Schedule(1200, 256, 1200, "sgd", "linear")
     task = separable_task(noise=2.0)
