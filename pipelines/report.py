@@ -18,7 +18,8 @@ Run = tuple[dict[str, Any], list[Row]]
 # Arguments that change no number of a method, and those that change a baseline's.
 IGNORED = {"baselines", "layout", "cache", "shots"}
 JUDGED_BY = {"seeds", "select", "train_classes", "augment"}
-# Columns of summary.csv.
+# What a run was asked for in any case, and columns of summary.csv.
+ASKED = {"method", "shots", "seeds", "select", "train_classes", "cache_sha256"}
 NEEDED = {"method", "shots", "seeds", "diverged", "test_accuracy_mean", "test_accuracy_std"}
 
 
@@ -47,7 +48,7 @@ def report(config: ReportConfig) -> None:
     if not config.runs:
         raise UserError("Name at least one run folder.")
     runs = [_read(path) for path in config.runs]
-    if len({arguments.get("cache_sha256") for arguments, _ in runs}) > 1:
+    if len({arguments["cache_sha256"] for arguments, _ in runs}) > 1:
         raise UserError("These runs were made on different caches; compare runs on one.")
     columns: dict[str, dict[str, str]] = {}
     for path, (arguments, rows) in zip(config.runs, runs, strict=True):
@@ -78,6 +79,8 @@ def _read(path: Path) -> Run:
     from clip_adapter.pipelines.run_folder import read_arguments
 
     arguments = read_arguments(path)
+    if not arguments.keys() >= ASKED:
+        raise UserError(f"{path / 'run.json'} is not of this version of fit; fit it again.")
     summary = path / "summary.csv"
     if not summary.exists():
         raise UserError(

@@ -238,9 +238,15 @@ def new_folder(parent: Path = Path("runs")) -> Path:
 
 
 def read_selected(path: Path) -> list[Row]:
-    """The rows of selected.jsonl of a run, without a last line that was cut off."""
-    lines = (path / "selected.jsonl").read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The rows of selected.jsonl of a run, without a last line that was cut off.
+
+    Raises UserError where they cannot be read.
+    """
+    try:
+        lines = (path / "selected.jsonl").read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'selected.jsonl'} cannot be read; fit it again.") from error
 
 
 def read_arguments(path: Path) -> Row:

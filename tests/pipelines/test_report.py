@@ -128,3 +128,16 @@ def test_runs_that_cannot_be_compared(runs: Path, tmp_path: Path):
     for damage in ("", "a\n1\n", "method,shots,test_accuracy_mean\nzero-shot,2,many\n"):
         (tmp_path / "summary.csv").write_text(damage)
         assert "summary.csv cannot be read" in refused(tmp_path), damage
+
+
+def test_a_run_folder_with_parts_missing_or_of_another_version(runs: Path, tmp_path: Path):
+    for path in (runs / "low").glob("*.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for damage in ("{\n", None):
+        selected = tmp_path / "selected.jsonl"
+        selected.unlink() if damage is None else selected.write_text(damage)
+        with pytest.raises(UserError, match=r"selected\.jsonl cannot be read"):
+            report(ReportConfig((tmp_path,)))
+    (tmp_path / "run.json").write_text('{"seeds": [1]}')
+    with pytest.raises(UserError, match=r"run\.json is not of this version of fit"):
+        report(ReportConfig((tmp_path,)))
