@@ -37,7 +37,7 @@ Program = Callable[..., RunState]
 Leaves = list[npt.NDArray[Any]]
 """A RunState on the host, as its leaves in tree order."""
 
-# Vectorising more settings than this no longer makes a step of any of them cheaper.
+# More settings than this are not vectorised at once: a guess, to be measured on a GPU.
 LARGEST_CHUNK = 256
 # Of the device memory, the share that a chunk may take; under cross-validation the chunks of up to
 # four folds are there together.
@@ -152,13 +152,14 @@ class Engine:
         devices = self.mesh.size
         if self.layout == "sequential":
             return devices
-        per_device = min(LARGEST_CHUNK, -(-settings // devices))
+        most = LARGEST_CHUNK
         memory = self.mesh.devices.flat[0].memory_stats()
         if memory:
             need = _setting_bytes(architecture, schedule, task)
-            fitting = int(memory["bytes_limit"] * MEMORY_SHARE / need)
-            per_device = max(1, min(per_device, fitting))
-        return devices * per_device
+            most = max(1, min(most, int(memory["bytes_limit"] * MEMORY_SHARE / need)))
+        # Chunks as equal as can be, so that the last one is not filled up with many copies.
+        chunks = -(-settings // (devices * most))
+        return devices * -(-settings // (devices * chunks))
 
     def _program(
         self, architecture: Architecture, schedule: Schedule, task: Task, size: int

@@ -8,6 +8,7 @@ climb with a single rung.
 import sys
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -76,7 +77,9 @@ def climb(
 
     def forget(rung: int, index: int) -> None:
         for fold in range(len(search.folds)):
-            search.states.pop(_name(rung, fold, index), None)
+            # Not pop, which would read the state from disk.
+            with suppress(KeyError):
+                del search.states[_name(rung, fold, index)]
 
     def drop(ranked: list[Rank], rung: int, going_on: int) -> None:
         """Forget those that cannot go on any more."""

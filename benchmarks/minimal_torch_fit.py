@@ -19,6 +19,8 @@ def draw(labels: torch.Tensor, shots: int, rng: random.Random) -> list[int]:
 
 
 def main() -> None:
+    # As JAX does; denormal moments slow AdamW down late in a run.
+    torch.set_flush_denormal(True)
     with h5py.File(sys.argv[1]) as file:
         splits = {
             name: (
@@ -62,9 +64,7 @@ def main() -> None:
     with torch.inference_mode():
         test_features, test_labels = splits["test"]
         accuracy = (logits(test_features).argmax(1) == test_labels).float().mean().item()
-        zero_shot = scale * normalize(test_features, dim=-1) @ weights.T
-        baseline = (zero_shot.argmax(1) == test_labels).float().mean().item()
-    print(f"zero-shot {baseline:.4f}, adapter {accuracy:.4f}")
+    print(f"test accuracy {accuracy:.4f}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Ratio = float | Literal["learned", "hypernet"]
 LARGEST_SEED = 2**31 - 1  # JAX takes an int32
+LARGEST_COUNT = 1_000_000  # of epochs and the like: steps are counted in int32 as well
 PAPER = {"learning_rate": 0.002, "weight_decay": 5e-4}
 ADAPTER_OPTIONS = (
     *("branch", "alpha", "beta", "alpha_init", "beta_init", "reduction", "lr", "weight_decay"),
@@ -125,9 +126,8 @@ class FitConfig:
         _check_ratios("--beta-init", (self.beta_init,))
         _check_positive("--lr", rates)
         _check_positive("--reduction", self.reduction)
-        _check_positive("--epochs", (schedule.epochs,))
-        _check_positive("--batch-size", (schedule.batch_size,))
-        _check_positive("--evaluate-every", (schedule.evaluate_every,))
+        for name in ("epochs", "batch_size", "evaluate_every"):
+            _check_count(f"--{name.replace('_', '-')}", getattr(schedule, name))
         if any(not 0 <= decay < float("inf") for decay in decays):
             raise UserError("--weight-decay must be a number ≥ 0.")
         return Grid(
@@ -235,8 +235,9 @@ def _resumed(config: FitConfig, run: Path) -> FitConfig:
 
 
 def _check(config: FitConfig) -> None:
-    if not config.shots or not config.seeds:
-        raise UserError("--shots and --seeds need at least one value.")
+    for name in ("shots", "seeds", "reduction", "beta"):
+        if not getattr(config, name):
+            raise UserError(f"--{name} needs at least one value.")
     for shots in config.shots:
         if isinstance(shots, int) and shots < 1:
             raise UserError(f"--shots {shots} is no number of images; give 1 or more, or `all`.")
@@ -258,6 +259,11 @@ def _check_positive(name: str, values: Sequence[float]) -> None:
     for value in values:
         if not 0 < value < float("inf"):
             raise UserError(f"{name} {value} must be a positive number.")
+
+
+def _check_count(name: str, value: int) -> None:
+    if not 0 < value <= LARGEST_COUNT:
+        raise UserError(f"{name} {value} must lie between 1 and {LARGEST_COUNT}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

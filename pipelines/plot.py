@@ -16,8 +16,8 @@ def plot_grid(run: Path, method: str, grid: Grid) -> None:
     """Write `validation.png` from results.csv: a panel for each number of shots.
 
     A cell is the best validation accuracy over the other hyper-parameters, averaged over seeds; a
-    setting that halving stopped counts as far as it ran. Nothing is written where neither the ratio
-    nor the learning rate has several values.
+    setting that halving stopped counts as far as it ran. It is empty where all settings diverged.
+    Nothing is written where neither the ratio nor the learning rate has several values.
     """
     ratio = "beta" if grid.branch == "text" else "alpha"
     panels = _panels(run / "results.csv", method, ratio)
@@ -28,21 +28,23 @@ def plot_grid(run: Path, method: str, grid: Grid) -> None:
     figure = Figure(figsize=(1 + 3 * len(panels), 3.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     values = [accuracy for cells in panels.values() for accuracy in cells.values()]
-    middle = (min(values) + max(values)) / 2
+    low, high = np.nanmin([*values, 100.0]), np.nanmax([*values, 0.0])
     for axis, (shots, cells) in zip(axes, panels.items(), strict=True):
         ratios = sorted({cell[0] for cell in cells})
         rates = sorted({cell[1] for cell in cells})
         table = [[cells.get((r, rate), np.nan) for r in ratios] for rate in rates]
-        axis.imshow(table, origin="lower", aspect="auto", vmin=min(values), vmax=max(values))
+        axis.imshow(table, origin="lower", aspect="auto", vmin=low, vmax=high)
         for (row, column), accuracy in np.ndenumerate(table):
-            color = "black" if accuracy > middle else "white"
-            axis.text(column, row, f"{accuracy:.1f}", ha="center", va="center", color=color)
+            words = "–" if np.isnan(accuracy) else f"{accuracy:.1f}"
+            color = "white" if accuracy <= (low + high) / 2 else "black"
+            axis.text(column, row, words, ha="center", va="center", color=color)
         axis.set_xticks(range(len(ratios)), [f"{value:g}" for value in ratios])
         axis.set_yticks(range(len(rates)), [f"{value:g}" for value in rates])
         axis.set_title(f"{shots} shot{'s' * (shots != '1')}")
         axis.set_xlabel(ratio)
     axes[0].set_ylabel("learning rate")
-    figure.suptitle("validation accuracy (%)")
+    stopped = ", settings that halving stopped as far as they ran" if grid.halving else ""
+    figure.suptitle(f"validation accuracy (%), best of the other hyper-parameters{stopped}", size=9)
     figure.savefig(run / PLOT, dpi=120)
 
 
@@ -51,14 +53,16 @@ def _panels(results: Path, method: str, ratio: str) -> dict[str, dict[Cell, floa
     best: dict[tuple[str, Cell], dict[str, float]] = defaultdict(dict)
     with results.open(newline="") as file:
         for row in csv.DictReader(file):
-            if row["method"] != method or row["status"] != "ok" or not _is_number(row[ratio]):
+            if row["method"] != method or not _is_number(row[ratio]):
                 continue
             seeds = best[row["shots"], (float(row[ratio]), float(row["learning_rate"]))]
+            if row["status"] != "ok":
+                continue
             accuracy = 100 * float(row["val_accuracy"])
             seeds[row["seed"]] = max(accuracy, seeds.get(row["seed"], 0.0))
     panels: dict[str, dict[Cell, float]] = defaultdict(dict)
     for (shots, cell), seeds in best.items():
-        panels[shots][cell] = float(np.mean(list(seeds.values())))
+        panels[shots][cell] = float(np.mean(list(seeds.values()))) if seeds else float("nan")
     return panels
 
 

@@ -18,9 +18,10 @@ Run = tuple[dict[str, Any], list[Row]]
 # Arguments that change no number of a method, and those that change a baseline's.
 IGNORED = {"baselines", "layout", "cache", "shots"}
 JUDGED_BY = {"seeds", "select", "train_classes", "augment"}
-# What a run was asked for in any case, and columns of summary.csv.
-ASKED = {"method", "shots", "seeds", "select", "train_classes", "cache_sha256"}
-NEEDED = {"method", "shots", "seeds", "diverged", "test_accuracy_mean", "test_accuracy_std"}
+# What a run was asked for in any case, and columns of summary.csv (no accuracies where all
+# settings diverged).
+ASKED = {"method": str, "shots": list, "seeds": list, "select": str, "cache_sha256": str}
+NEEDED = {"method", "shots", "seeds", "diverged"}
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,11 @@ def report(config: ReportConfig) -> None:
 
 def _read(path: Path) -> Run:
     from clip_adapter.pipelines.run_folder import read_arguments
+    from clip_adapter.pipelines.tables import KINDS
 
     arguments = read_arguments(path)
-    if not arguments.keys() >= ASKED:
+    known = all(isinstance(arguments.get(name), kind) for name, kind in ASKED.items())
+    if not known or arguments.get("train_classes") not in KINDS:
         raise UserError(f"{path / 'run.json'} is not of this version of fit; fit it again.")
     summary = path / "summary.csv"
     if not summary.exists():
@@ -88,10 +91,13 @@ def _read(path: Path) -> Run:
         )
     try:
         with summary.open(newline="") as file:
-            rows = [_numbers(row) for row in csv.DictReader(file)]
-    except (OSError, ValueError):
+            table = list(csv.DictReader(file))
+        # Cells without a heading have the name None, headings without a cell the value None.
+        whole = all(row.keys() >= NEEDED and None not in [*row, *row.values()] for row in table)
+        rows = [_numbers(row) for row in table] if whole else []
+    except (OSError, ValueError, csv.Error):
         rows = []
-    if not rows or not all(row.keys() >= NEEDED for row in rows):
+    if not rows:
         raise UserError(f"{summary} cannot be read; fit --resume {path} writes it anew.")
     return arguments, rows
 
@@ -99,15 +105,19 @@ def _read(path: Path) -> Run:
 def _numbers(row: dict[str, str]) -> Row:
     """A row of summary.csv with its means and deviations as numbers, None where empty."""
     measures = {name: value for name, value in row.items() if name.endswith(("_mean", "_std"))}
-    return row | {name: float(value) if value else None for name, value in measures.items()}
+    numbers: Row = {name: float(value) if value else None for name, value in measures.items()}
+    return row | {"diverged": int(row["diverged"])} | numbers
 
 
 def _about(run: Path) -> list[str]:
     """Backbone, data set and split source in words."""
     try:
-        return json.loads((run / "provenance.json").read_text())["about"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{run} has no readable provenance.json; fit it again.") from None
+        about = json.loads((run / "provenance.json").read_text())["about"]
+    except (OSError, ValueError, KeyError, TypeError):
+        about = None
+    if not isinstance(about, list):
+        raise UserError(f"{run} has no readable provenance.json; fit it again.")
+    return about
 
 
 def _common(paths: Sequence[Path], runs: "Sequence[Run]") -> list[str]:

@@ -244,9 +244,12 @@ def read_selected(path: Path) -> list[Row]:
     """
     try:
         lines = (path / "selected.jsonl").read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except (OSError, ValueError) as error:
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        if not all(row.keys() >= set(TASK_COLUMNS) for row in rows):
+            raise ValueError("not the rows of a run")
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path / 'selected.jsonl'} cannot be read; fit it again.") from error
+    return rows
 
 
 def read_arguments(path: Path) -> Row:

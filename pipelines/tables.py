@@ -148,7 +148,7 @@ def percent(row: Row, kind: str) -> str:
     if mean is None:
         return "–"
     spread = "" if deviation is None else f" ± {100 * deviation:.2f}"
-    lost = f" ({row['diverged']} of {row['seeds']} seeds diverged)" if int(row["diverged"]) else ""
+    lost = f" ({row['diverged']} of {row['seeds']} seeds diverged)" if row["diverged"] else ""
     return f"{100 * mean:.2f}{spread}{lost}"
 
 

@@ -1,6 +1,7 @@
 """The engine: how often it compiles, and that the layout changes no result."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ import jax.monitoring
 import numpy as np
 import pytest
 
-from clip_adapter.adapters.clip_adapter import Architecture
+from clip_adapter.adapters import training
+from clip_adapter.adapters.clip_adapter import Architecture, Branch
 from clip_adapter.adapters.engine import Engine, Layout
 from clip_adapter.adapters.training import HyperParameters, Task
 from tests.adapters.tasks import SHORT, separable_task
@@ -73,6 +75,30 @@ def test_a_program_is_compiled_per_static_signature_and_not_per_setting(engine: 
 @pytest.fixture(scope="module")
 def vectorised() -> Engine:
     return Engine("vectorised")
+
+
+@pytest.mark.parametrize(("branch", "adapters"), [("image", 1), ("text", 1), ("both", 2)])
+def test_kernels_are_updated_in_place(
+    branch: Branch, adapters: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Without `_together` XLA copies a kernel of each adapter at every step."""
+
+    def copies() -> int:
+        program = Engine("sequential")._program(Architecture(branch), SHORT, separable_task(), 1)
+        return len(re.findall(r"= f32\[\d+,\d+\]\S* copy\(", program.as_text()))
+
+    together = copies()
+    monkeypatch.setattr(training, "_together", lambda gradient: gradient)
+    assert copies() == together + adapters
+
+
+def test_chunks_are_as_equal_as_can_be(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("clip_adapter.adapters.engine.LARGEST_CHUNK", 4)
+    engine = Engine("vectorised")
+    hypers = [HyperParameters(alpha, 0.0, 1e-3, 0.01) for alpha in (0.2, 0.3, 0.4, 0.5, 0.6)]
+    chunks = list(engine.run(Architecture(), SHORT, separable_task(), hypers))
+    assert [len(chunk.state.history) for chunk in chunks] == [3, 3]
+    assert [chunk.indices for chunk in chunks] == [[0, 1, 2], [3, 4]]
 
 
 def test_layouts_agree(engine: Engine, vectorised: Engine):

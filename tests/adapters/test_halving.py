@@ -1,5 +1,6 @@
 """Successive halving: who goes on, what it costs, and that survivors really go on."""
 
+from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -102,6 +103,27 @@ def test_no_more_states_are_kept_than_settings_that_can_go_on():
     kept = [(e.epochs_run, len(search.states)) for e in climb(settings, [2, 6], search, train)]
     assert max(states for epochs, states in kept if epochs == 2) == 30 // 3 + 1
     assert train.legs[1][2] == list(range(20, 30))
+
+
+class Shelf(UserDict[str, Leaves]):
+    """Notes which states are read; on disk that takes time, or finds a damaged file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[str] = []
+
+    def __getitem__(self, name: str) -> Leaves:
+        self.read.append(name)
+        return super().__getitem__(name)
+
+
+def test_only_states_that_are_gone_on_from_are_read():
+    shelf = Shelf()
+    search = Search(Grid(), [separable_task()], states=shelf)
+    list(climb([{"number": i} for i in range(7)], [2, 6, 20], search, Script(SCORES)))
+    going_on = [(0, 1), (0, 3), (0, 6), (1, 1)]
+    assert shelf.read == [f"rung-{rung}-fold-0-setting-{index}" for rung, index in going_on]
+    assert not shelf.data
 
 
 def test_what_is_known_is_not_trained_again():

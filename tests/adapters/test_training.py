@@ -196,18 +196,20 @@ def test_a_run_ends_where_pytorch_ends(
 
 
 @pytest.mark.parametrize("views", [1, 3])
-@pytest.mark.parametrize("left_out", [0, 3])
+@pytest.mark.parametrize(("left_out", "drop_last"), [(0, False), (0, True), (3, True)])
 def test_a_single_batch_of_all_images_or_of_all_but_a_few(
-    engine: Engine, views: int, left_out: int
+    engine: Engine, views: int, left_out: int, drop_last: bool
 ):
     task = separable_task(views=views, seed=7, noise=2.0)
     support = task.features.shape[1]
-    schedule = Schedule(10, support - left_out, 1, drop_last=True)
+    schedule = Schedule(10, support - left_out, 1, drop_last=drop_last)
     assert len(list(batches(task, schedule, 0))) == 1
     hyper = HyperParameters(0.6, 0.0, 3e-3, 0.1)
     expected = TorchRun(Architecture(), schedule, task, hyper).train(schedule.epochs)
     state: RunState = run(engine, Architecture(), schedule, task, hyper).state
     assert_close(named(state.parameters, 0), expected.snapshots[-1], by=2e-5)
+    np.testing.assert_allclose(state.history[0], expected.evaluations, atol=1e-4)
+    assert np.ptp(state.history[0, :, 1]) > 0.01, "hardly anything moved: nothing is compared"
 
 
 def test_a_long_warm_up_ends_after_a_hundred_steps(engine: Engine):

@@ -1,6 +1,7 @@
 """`clip-adapter report`: several runs in one table."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,15 @@ def test_runs_that_cannot_be_compared(runs: Path, tmp_path: Path):
     assert f"{tmp_path} holds no run" in refused(tmp_path)
     (tmp_path / "run.json").write_bytes((runs / "low" / "run.json").read_bytes())
     assert "has not finished; go on with: fit --resume" in refused(tmp_path)
-    for damage in ("", "a\n1\n", "method,shots,test_accuracy_mean\nzero-shot,2,many\n"):
+    summary = (runs / "low" / "summary.csv").read_text()
+    for damage in (
+        *("", "a\n1\n", "method,shots,test_accuracy_mean\nzero-shot,2,many\n"),
+        summary.rstrip("\n") + ",one cell more\n",
+        summary[: summary.rindex(",")] + "\n",
+        summary.replace("zero-shot", "z" * 200_000, 1),
+        summary.replace("diverged", "lost"),
+        summary.replace(",0,", ",x,"),
+    ):
         (tmp_path / "summary.csv").write_text(damage)
         assert "summary.csv cannot be read" in refused(tmp_path), damage
 
@@ -133,11 +142,31 @@ def test_runs_that_cannot_be_compared(runs: Path, tmp_path: Path):
 def test_a_run_folder_with_parts_missing_or_of_another_version(runs: Path, tmp_path: Path):
     for path in (runs / "low").glob("*.*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    for damage in ("{\n", None):
+    for damage in ("{\n", "[1]\n", '{"shots": 2}\n', None):
         selected = tmp_path / "selected.jsonl"
         selected.unlink() if damage is None else selected.write_text(damage)
         with pytest.raises(UserError, match=r"selected\.jsonl cannot be read"):
             report(ReportConfig((tmp_path,)))
+    (tmp_path / "selected.jsonl").write_bytes((runs / "low" / "selected.jsonl").read_bytes())
+    for damage in ("[]", '{"about": 3}', "{"):
+        (tmp_path / "provenance.json").write_text(damage)
+        with pytest.raises(UserError, match=r"no readable provenance\.json"):
+            report(ReportConfig((tmp_path,)))
+    stated = json.loads((tmp_path / "run.json").read_text())
+    for difference in ({"seeds": 5}, {"select": None}, {"train_classes": "some"}):
+        (tmp_path / "run.json").write_text(json.dumps(stated | difference))
+        with pytest.raises(UserError, match=r"run\.json is not of this version of fit"):
+            report(ReportConfig((tmp_path,)))
     (tmp_path / "run.json").write_text('{"seeds": [1]}')
     with pytest.raises(UserError, match=r"run\.json is not of this version of fit"):
         report(ReportConfig((tmp_path,)))
+
+
+def test_a_run_in_which_every_setting_diverged(runs: Path, tmp_path: Path, capsys):
+    stated = SHORT | {"cache": runs / "features.h5", "lr": (1e30,)}
+    with pytest.raises(UserError, match="diverged"):
+        fit(FitConfig(out=tmp_path / "lost", alpha=(0.2,), baselines=(), **stated))
+    capsys.readouterr()
+    report(ReportConfig((tmp_path / "lost",)))
+    _, cells = table(capsys.readouterr().out)
+    assert cells == {"2": [], "4": []}
