@@ -36,7 +36,7 @@ GRID = {
     "learning_rate": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
     "weight_decay": (0.0, 1e-2, 1e-1),
 }
-# A GPU trains so many side by side that 96 would not show it.
+# What is timed on a GPU, where settings are trained side by side.
 GPU_GRID = GRID | {
     "alpha": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
     "weight_decay": (0.0, 1e-3, 1e-2, 1e-1),

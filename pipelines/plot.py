@@ -17,18 +17,20 @@ def plot_grid(run: Path, method: str, grid: Grid) -> None:
 
     A cell is the best validation accuracy over the other hyper-parameters, averaged over seeds; a
     setting that halving stopped counts as far as it ran. It is empty where all settings diverged.
-    Nothing is written where neither the ratio nor the learning rate has several values.
+    Nothing is written where neither the ratio nor the learning rate has several values, or
+    everything diverged.
     """
     ratio = "beta" if grid.branch == "text" else "alpha"
     panels = _panels(run / "results.csv", method, ratio)
-    if not panels or max(len(cells) for cells in panels.values()) < 2:
+    means = (accuracy for cells in panels.values() for accuracy in cells.values())
+    values = [accuracy for accuracy in means if not np.isnan(accuracy)]
+    if not values or max(len(cells) for cells in panels.values()) < 2:
         return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1 + 3 * len(panels), 3.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    values = [accuracy for cells in panels.values() for accuracy in cells.values()]
-    low, high = np.nanmin([*values, 100.0]), np.nanmax([*values, 0.0])
+    low, high = min(values), max(values)
     for axis, (shots, cells) in zip(axes, panels.items(), strict=True):
         ratios = sorted({cell[0] for cell in cells})
         rates = sorted({cell[1] for cell in cells})

@@ -20,7 +20,14 @@ IGNORED = {"baselines", "layout", "cache", "shots"}
 JUDGED_BY = {"seeds", "select", "train_classes", "augment"}
 # What a run was asked for in any case, and columns of summary.csv (no accuracies where all
 # settings diverged).
-ASKED = {"method": str, "shots": list, "seeds": list, "select": str, "cache_sha256": str}
+ASKED = {
+    "method": str,
+    "shots": list,
+    "seeds": list,
+    "select": str,
+    "train_classes": str,
+    "cache_sha256": str,
+}
 NEEDED = {"method", "shots", "seeds", "diverged"}
 
 
@@ -78,11 +85,12 @@ def report(config: ReportConfig) -> None:
 
 def _read(path: Path) -> Run:
     from clip_adapter.pipelines.run_folder import read_arguments
-    from clip_adapter.pipelines.tables import KINDS
+    from clip_adapter.pipelines.tables import KINDS, SELECTION_WORDS
 
     arguments = read_arguments(path)
     known = all(isinstance(arguments.get(name), kind) for name, kind in ASKED.items())
-    if not known or arguments.get("train_classes") not in KINDS:
+    known = known and arguments["select"] in SELECTION_WORDS
+    if not known or arguments["train_classes"] not in KINDS:
         raise UserError(f"{path / 'run.json'} is not of this version of fit; fit it again.")
     summary = path / "summary.csv"
     if not summary.exists():

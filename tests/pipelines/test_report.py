@@ -153,7 +153,7 @@ def test_a_run_folder_with_parts_missing_or_of_another_version(runs: Path, tmp_p
         with pytest.raises(UserError, match=r"no readable provenance\.json"):
             report(ReportConfig((tmp_path,)))
     stated = json.loads((tmp_path / "run.json").read_text())
-    for difference in ({"seeds": 5}, {"select": None}, {"train_classes": "some"}):
+    for difference in ({"seeds": 5}, {"select": "some"}, {"train_classes": "some"}):
         (tmp_path / "run.json").write_text(json.dumps(stated | difference))
         with pytest.raises(UserError, match=r"run\.json is not of this version of fit"):
             report(ReportConfig((tmp_path,)))
@@ -165,7 +165,7 @@ def test_a_run_folder_with_parts_missing_or_of_another_version(runs: Path, tmp_p
 def test_a_run_in_which_every_setting_diverged(runs: Path, tmp_path: Path, capsys):
     stated = SHORT | {"cache": runs / "features.h5", "lr": (1e30,)}
     with pytest.raises(UserError, match="diverged"):
-        fit(FitConfig(out=tmp_path / "lost", alpha=(0.2,), baselines=(), **stated))
+        fit(FitConfig(out=tmp_path / "lost", alpha=(0.2, 0.8), baselines=(), **stated))
     capsys.readouterr()
     report(ReportConfig((tmp_path / "lost",)))
     _, cells = table(capsys.readouterr().out)
