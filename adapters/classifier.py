@@ -1,7 +1,17 @@
-"""The zero-shot CLIP classifier and the metrics that every method is judged by."""
+"""The zero-shot CLIP classifier, and the few functions that the methods' formulas share.
 
-import jax
-import jax.numpy as jnp
+`xp` is numpy, jax.numpy or torch. The three spell `@ exp log sqrt tanh where amax` and
+`sum(axis=, keepdims=)` alike, and the formulas use no more than that.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from clip_adapter.adapters.method import Array, Batch, Head
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 # Added to squared norms. An adapter may return the zero vector (all its ReLUs closed, α = 1), whose
 # direction is undefined; this keeps value and gradient finite, and is below float32 rounding for
@@ -9,45 +19,63 @@ import jax.numpy as jnp
 TINY = 1e-12
 
 
-def unit(x: jax.Array) -> jax.Array:
-    """x / ‖x‖ along the last axis, in x's dtype."""
-    return x / _norm(x)
+def norm(xp: Any, x: Float[Array, "*N D"]) -> Float[Array, "*N 1"]:
+    """‖x‖ along the last axis."""
+    return xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True) + TINY)
 
 
-def _norm(x: jax.Array) -> jax.Array:
-    """‖x‖ along the last axis, which stays, of length 1."""
-    return jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True) + TINY)
+def unit(xp: Any, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+    """x / ‖x‖ along the last axis."""
+    return x / norm(xp, x)
 
 
-def classifier_weights(text_features: jax.Array) -> jax.Array:
+def relu(xp: Any, x: Float[Array, "*N"]) -> Float[Array, "*N"]:
+    """max(x, 0) with gradient 0 at 0."""
+    # JAX's maximum has gradient ½ there; where(x > 0, x, 0) would turn NaN into 0 and so hide that
+    # a run diverged.
+    return xp.where(x <= 0, 0, x)
+
+
+def sigmoid(xp: Any, x: Float[Array, "*N"]) -> Float[Array, "*N"]:
+    """1 / (1 + exp(−x))."""
+    return (1 + xp.tanh(x / 2)) / 2
+
+
+def log_softmax(xp: Any, logits: Float[Array, "N C"]) -> Float[Array, "N C"]:
+    """Logarithms of the softmax along the classes."""
+    shifted = logits - xp.amax(logits, axis=-1, keepdims=True)
+    return shifted - xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True))
+
+
+def one_hot(xp: Any, labels: Int[Array, " N"], classes: int, like: Array) -> Float[Array, "N C"]:
+    """1 in the column of each row's label, else 0, in the dtype of `like`."""
+    return xp.asarray(labels[:, None] == xp.arange(classes)[None], dtype=like.dtype)
+
+
+def classifier_weights(xp: Any, text: Float[Array, "C P D"]) -> Float[Array, "C D"]:
     """Prompt-ensembled classifier weights W (CLIP, arXiv 2103.00020, section 3.1.4).
 
     W_c = unit(mean_p unit(t_cp)): each template's feature normalised, averaged over templates,
     normalised again.
-
-    text_features: (C, P, D) float32. Returns (C, D) float32.
     """
-    return unit(jnp.mean(unit(text_features), axis=1))
+    return unit(xp, xp.mean(unit(xp, text), axis=1))
 
 
-def cosine_logits(
-    features: jax.Array, weights: jax.Array, logit_scale: jax.Array, logit_bias: jax.Array
-) -> jax.Array:
-    """scale · unit(f) · unit(W)ᵀ + bias.
-
-    features: (N, D). weights: (C, D). logit_scale: the multiplier itself. Returns (N, C).
-    """
+def cosine_logits(xp: Any, features: Float[Array, "N D"], head: Head) -> Float[Array, "N C"]:
+    """scale · unit(f) · unit(W)ᵀ + bias, for un-normalised features f and the head's weights W."""
     # Dividing the (N, C) products by ‖f‖ instead of the (N, D) features spares a pass over them
     # forward and another one backward: 5 % of a training step at D = 1024 and C = 64 on a CPU.
-    return (logit_scale / _norm(features)) * (features @ unit(weights).T) + logit_bias
+    products = features @ unit(xp, head.weights).T
+    return (head.logit_scale / norm(xp, features)) * products + head.logit_bias
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """−log softmax(logits)[label] per row. logits: (N, C). labels: (N,) integers. Returns (N,)."""
-    log_probabilities = jax.nn.log_softmax(logits)
-    return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
+def cross_entropy(
+    xp: Any, logits: Float[Array, "N C"], labels: Int[Array, " N"]
+) -> Float[Array, " N"]:
+    """−log softmax(logits)[label] per row. Not for PyTorch, which has no take_along_axis."""
+    return -xp.take_along_axis(log_softmax(xp, logits), labels[:, None], axis=1)[:, 0]
 
 
-def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The share of rows, in [0, 1], whose largest logit is the label's."""
-    return jnp.mean(jnp.argmax(logits, axis=1) == labels)
+def mean_cross_entropy(xp: Any, logits: Float[Array, "B C"], batch: Batch) -> Float[Array, ""]:
+    """Mean cross-entropy over the rows of a batch that count."""
+    return xp.sum(cross_entropy(xp, logits, batch.labels) * batch.counts) / xp.sum(batch.counts)

@@ -1,18 +1,20 @@
 """Run a grid of settings through one compiled program per static signature.
 
-A chunk of K settings is one call of the program: training (training.py) over stacked
-hyper-parameters and states. Within a device the settings run one after another (`sequential`) or
-side by side (`vectorised`); over several devices the chunk is sharded. The layout changes a result
-by no more than float rounding.
+A chunk of K settings is one call of the program, or several that each take it some epochs further:
+training (training.py) over stacked numbers and states. Within a device the settings run one after
+another (`sequential`) or side by side (`vectorised`); over several devices the chunk is sharded.
+How settings share a device changes a result by no more than float rounding.
 """
 
+from __future__ import annotations
+
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -22,20 +24,14 @@ import numpy.typing as npt
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from clip_adapter.adapters.clip_adapter import Architecture
-from clip_adapter.adapters.training import (
-    HyperParameters,
-    RunState,
-    Schedule,
-    Task,
-    advance,
-    initial_state,
-)
+from clip_adapter.adapters.method import Method, Setting, Task
+from clip_adapter.adapters.training import RunState, advance, initial_state
 
-Layout = Literal["auto", "sequential", "vectorised"]
-Program = Callable[..., RunState]
+Placement = Literal["auto", "sequential", "vectorised"]
 Leaves = list[npt.NDArray[Any]]
 """A RunState on the host, as its leaves in tree order."""
+Progress = Callable[[float], None]
+"""Called with the settings trained since the last call, in fractions."""
 
 # More settings than this are not vectorised at once: a guess, to be measured on a GPU.
 LARGEST_CHUNK = 256
@@ -44,6 +40,12 @@ LARGEST_CHUNK = 256
 MEMORY_SHARE = 0.2
 # Threads that train on a CPU: more would multiply the memory of the validation logits.
 MOST_AT_ONCE = 4
+# Between two calls of a program a run can be interrupted, and says how far it is.
+SECONDS_PER_CALL = 0.25
+
+
+class Cancelled(Exception):
+    """The run was stopped from outside; nobody waits for its result."""
 
 
 @dataclass(frozen=True)
@@ -66,78 +68,125 @@ class Chunk:
         return [(r if alone else r.copy()).reshape(r.shape[1:]) for r in rows]
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Settings that share a program: what selects it, and the numbers of each of them."""
+
+    method: Method
+    static: Setting
+    task: Task
+    numbers: Sequence[Setting]
+
+    def abstract_numbers(self, *shape: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in self.numbers[0]}
+
+    def abstract_state(self) -> RunState:
+        """The shapes of one setting's state."""
+        return jax.eval_shape(self._initial, self.abstract_numbers())
+
+    def _initial(self, numbers: Setting) -> RunState:
+        return initial_state(self.method, self.task, {**self.static, **numbers})
+
+
 class Engine:
     """Compiles programs and keeps them; `compilations` counts them.
 
-    layout: `auto` takes `sequential` on a CPU, where one setting's parameters and moments fit the
-        cache and many do not, and `vectorised` elsewhere, where one setting does not fill the
+    placement: `auto` takes `sequential` on a CPU, where one setting's parameters and moments fit
+        the cache and many do not, and `vectorised` elsewhere, where one setting does not fill the
         device.
+    progress: told how much was trained, from any thread.
     """
 
-    def __init__(self, layout: Layout = "auto") -> None:
-        self.layout = layout
+    def __init__(self, placement: Placement = "auto", progress: Progress | None = None) -> None:
+        self.placement = placement
+        self.progress: Progress = progress or (lambda settings: None)
         self.mesh = Mesh(np.array(jax.devices()), ("settings",))
         self.compilations = 0
         self._programs: dict[Any, Program] = {}
         on_cpu = jax.default_backend() == "cpu"
-        if layout == "auto":
-            self.layout = "sequential" if on_cpu else "vectorised"
+        if placement == "auto":
+            self.placement = "sequential" if on_cpu else "vectorised"
         # A second chunk on a CPU keeps the cores busy where the first one is in a serial part: per
         # setting, 4.0 → 3.5 ms a step at batch 256 and 1.2 → 0.86 ms at batch 32 (D 1024, 2 cores).
-        self._at_once = (
-            min(os.cpu_count() or 1, MOST_AT_ONCE) if on_cpu and self.mesh.size == 1 else 1
-        )
+        alone = not on_cpu or self.mesh.size > 1
+        self._at_once = 1 if alone else min(len(os.sched_getaffinity(0)), MOST_AT_ONCE)
         # One pool for all runs: under cross-validation the folds are run in step.
         self._pool = ThreadPoolExecutor(self._at_once, thread_name_prefix="train")
 
     def run(
         self,
-        architecture: Architecture,
-        schedule: Schedule,
+        method: Method,
+        static: Setting,
         task: Task,
-        hypers: Sequence[HyperParameters],
+        numbers: Sequence[Setting],
         *,
-        start: int = 0,
+        first: int = 0,
         stop: int | None = None,
         states: Sequence[Callable[[], Leaves]] = (),
     ) -> Iterator[Chunk]:
-        """Train all settings from epoch `start` to `stop` (by default the last), chunk by chunk.
+        """Train all settings from epoch `first` to `stop` (by default the last), chunk by chunk.
 
-        hypers: one HyperParameters of plain numbers per setting. states: one function per setting
-        that gives its state at `start`, needed where that is not 0.
+        static, numbers: what Method.split makes of settings that share a program.
+        states: one function per setting that gives its state at `first`, needed where that is
+            not 0.
         """
-        size = self._chunk_size(architecture, schedule, task, len(hypers))
-        program = self._program(architecture, schedule, task, size)
-        end = schedule.epochs if stop is None else stop
-        blank = jax.eval_shape(partial(initial_state, architecture, schedule, task), _numbers())
-        structure = jax.tree.structure(blank)
+        grid = Grid(method, static, task, numbers)
+        size = self._chunk_size(grid)
+        program = self._program(grid, size)
+        last = int(static["epochs"]) if stop is None else stop
+        cancelled = threading.Event()
 
-        def train(first: int) -> Chunk:
-            started = time.perf_counter()
-            indices = list(range(first, min(first + size, len(hypers))))
+        def advanced(indices: Sequence[int], state: RunState, start: int, end: int) -> RunState:
             # The last chunk is filled up with copies, so that one program serves all.
-            filled = [min(first + offset, len(hypers) - 1) for offset in range(size)]
-            columns = zip(*(hypers[index] for index in filled), strict=True)
-            stacked = HyperParameters(*(np.array(column, np.float32) for column in columns))
-            if start:
-                leaves = zip(*(states[index]() for index in filled), strict=True)
-                state = jax.tree.unflatten(structure, [np.stack(leaf) for leaf in leaves])
-            else:
-                state = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), leaf.dtype), blank)
-            trained = jax.block_until_ready(program(task, stacked, state, start, end))
-            return Chunk(indices, trained, time.perf_counter() - started)
+            filled = [indices[min(row, len(indices) - 1)] for row in range(size)]
+            stacked = {
+                name: np.array([numbers[index][name] for index in filled], np.float32)
+                for name in numbers[0]
+            }
+            for epoch, until in program.calls(start, end):
+                if cancelled.is_set():
+                    raise Cancelled
+                state = program(task, stacked, state, epoch, until, end)
+                self.progress(len(indices) * (until - epoch) / int(static["epochs"]))
+            return state
 
-        yield from self._in_order(train, range(0, len(hypers), size))
+        def leaves_at_first(index: int) -> Leaves:
+            try:
+                leaves = states[index]()
+            except KeyError:
+                leaves = []
+            if program.fits(leaves):
+                return leaves
+            # It was lost or damaged since it was kept; what it held can be had again.
+            state = advanced([index], program.blank_states(), 0, first)
+            return Chunk([index], state, 0.0).row(0)
 
-    def _in_order(self, train: Callable[[int], Chunk], firsts: Sequence[int]) -> Iterator[Chunk]:
-        """train(first) for each, in order, some at a time and no further ahead than that."""
-        if min(self._at_once, len(firsts)) < 2:
-            yield from map(train, firsts)
+        def train(start: int) -> Chunk:
+            started = time.perf_counter()
+            indices = list(range(start, min(start + size, len(numbers))))
+            state = program.blank_states()
+            if first:
+                rows = [leaves_at_first(index) for index in indices]
+                rows += [rows[-1]] * (size - len(rows))
+                stacks = [np.stack(leaf) for leaf in zip(*rows, strict=True)]
+                state = jax.tree.unflatten(jax.tree.structure(state), stacks)
+            state = advanced(indices, state, first, last)
+            return Chunk(indices, state, time.perf_counter() - started)
+
+        try:
+            yield from self._in_order(train, range(0, len(numbers), size))
+        finally:
+            cancelled.set()
+
+    def _in_order(self, train: Callable[[int], Chunk], starts: Sequence[int]) -> Iterator[Chunk]:
+        """train(start) for each, in order, some at a time and no further ahead than that."""
+        if min(self._at_once, len(starts)) < 2:
+            yield from map(train, starts)
             return
         running: deque[Future[Chunk]] = deque()
         try:
-            for first in firsts:
-                running.append(self._pool.submit(train, first))
+            for start in starts:
+                running.append(self._pool.submit(train, start))
                 if len(running) == self._at_once:
                     yield running.popleft().result()
             while running:
@@ -146,75 +195,97 @@ class Engine:
             for future in running:
                 future.cancel()
 
-    def _chunk_size(
-        self, architecture: Architecture, schedule: Schedule, task: Task, settings: int
-    ) -> int:
-        devices = self.mesh.size
-        if self.layout == "sequential":
+    def _chunk_size(self, grid: Grid) -> int:
+        devices, settings = self.mesh.size, len(grid.numbers)
+        if self.placement == "sequential":
             return devices
         most = LARGEST_CHUNK
         memory = self.mesh.devices.flat[0].memory_stats()
         if memory:
-            need = _setting_bytes(architecture, schedule, task)
-            most = max(1, min(most, int(memory["bytes_limit"] * MEMORY_SHARE / need)))
+            most = max(1, min(most, int(memory["bytes_limit"] * MEMORY_SHARE / _bytes_of(grid))))
         # Chunks as equal as can be, so that the last one is not filled up with many copies.
         chunks = -(-settings // (devices * most))
         return devices * -(-settings // (devices * chunks))
 
-    def _program(
-        self, architecture: Architecture, schedule: Schedule, task: Task, size: int
-    ) -> Program:
-        shapes = tuple(np.shape(array) for array in task)
-        signature = (architecture, schedule, shapes, size)
-        if signature not in self._programs:
-            self._programs[signature] = self._compile(architecture, schedule, task, size)
+    def _program(self, grid: Grid, size: int) -> Program:
+        leaves, structure = jax.tree.flatten(grid.task)
+        shapes = tuple((np.shape(leaf), str(leaf.dtype)) for leaf in leaves)
+        names = tuple(grid.numbers[0])
+        key = (grid.method, tuple(grid.static.items()), names, shapes, structure, size)
+        if key not in self._programs:
+            self._programs[key] = Program(grid, size, self.placement, self.mesh)
             self.compilations += 1
-        return self._programs[signature]
+        return self._programs[key]
 
-    def _compile(
-        self, architecture: Architecture, schedule: Schedule, task: Task, size: int
-    ) -> Program:
+
+class Program:
+    """The compiled training of `size` settings that differ in numbers only."""
+
+    def __init__(self, grid: Grid, size: int, placement: Placement, mesh: Mesh) -> None:
+        self._size = size
+        self._blank = grid.abstract_state()
+        self._epochs_per_call = 1
+
         def chunk(
-            task: Task, hypers: HyperParameters, states: RunState, start: int, stop: int
+            task: Task, stacked: Any, states: RunState, first: int, stop: int, judged: int
         ) -> RunState:
-            def one(pair: tuple[HyperParameters, RunState]) -> RunState:
-                return advance(architecture, schedule, task, *pair, start, stop)
+            def one(numbers: Setting, state: RunState) -> RunState:
+                return advance(grid.method, grid.static, task, numbers, state, first, stop, judged)
 
-            if self.layout == "sequential":
-                return jax.lax.map(one, (hypers, states))
-            return jax.vmap(lambda *pair: one(pair))(hypers, states)
+            if placement == "sequential":
+                return jax.lax.map(lambda pair: one(*pair), (stacked, states))
+            return jax.vmap(one)(stacked, states)
 
         sharded = jax.shard_map(
             chunk,
-            mesh=self.mesh,
-            in_specs=(P(), P("settings"), P("settings"), P(), P()),
+            mesh=mesh,
+            in_specs=(P(), P("settings"), P("settings"), P(), P(), P()),
             out_specs=P("settings"),
             check_vma=False,
         )
-        program = jax.jit(sharded, donate_argnums=2)
-        hypers = _numbers(size)
-        states = jax.eval_shape(
-            jax.vmap(partial(initial_state, architecture, schedule, task)), hypers
+        states = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), self._blank
         )
-        epoch = jax.ShapeDtypeStruct((), jnp.int32)
+        epochs = [jax.ShapeDtypeStruct((), jnp.int32)] * 3
+        jitted = jax.jit(sharded, donate_argnums=2)
         with jax.default_matmul_precision("tensorfloat32"):
-            return program.lower(task, hypers, states, epoch, epoch).compile()
+            lowered = jitted.lower(grid.task, grid.abstract_numbers(size), states, *epochs)
+            self._compiled = lowered.compile()
+
+    def blank_states(self) -> RunState:
+        """States of the right shapes, for runs that start."""
+        return jax.tree.map(
+            lambda leaf: jnp.zeros((self._size, *leaf.shape), leaf.dtype), self._blank
+        )
+
+    def fits(self, leaves: Leaves) -> bool:
+        """Whether these can be the state of one setting."""
+        wanted = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(self._blank)]
+        return [(leaf.shape, leaf.dtype) for leaf in leaves] == wanted
+
+    def calls(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Epochs from … to of each call, so that one takes about SECONDS_PER_CALL."""
+        while first < stop:
+            called = time.perf_counter()
+            until = min(stop, first + self._epochs_per_call)
+            yield first, until
+            pace = (time.perf_counter() - called) / (until - first)
+            self._epochs_per_call = max(1, int(SECONDS_PER_CALL / max(pace, 1e-9)))
+            first = until
+
+    def __call__(
+        self, task: Task, stacked: Setting, state: RunState, first: int, stop: int, judged: int
+    ) -> RunState:
+        return jax.block_until_ready(self._compiled(task, stacked, state, first, stop, judged))
 
 
-def _numbers(*shape: int) -> HyperParameters:
-    """Abstract HyperParameters."""
-    numbers: list[Any] = [jax.ShapeDtypeStruct(shape, jnp.float32)] * len(HyperParameters._fields)
-    return HyperParameters(*numbers)
-
-
-def _setting_bytes(architecture: Architecture, schedule: Schedule, task: Task) -> int:
+def _bytes_of(grid: Grid) -> int:
     """Device memory of one setting: states in and out, gradients, activations of the widest batch.
 
     An activation row is D wide about eight times over (features, hidden and blended values,
     their normalised forms and gradients) and C wide about four times (logits to gradients).
     """
-    state = jax.eval_shape(partial(initial_state, architecture, schedule, task), _numbers())
-    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    classes, dim = task.weights.shape
-    rows = max(schedule.batch_size, len(task.validation_labels), classes)
+    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(grid.abstract_state()))
+    classes, dim = grid.task.head.weights.shape
+    rows = max(int(grid.static["batch_size"]), len(grid.task.validation_labels), classes)
     return 3 * state_bytes + rows * (8 * dim + 4 * classes) * 4

@@ -1,174 +1,220 @@
-"""What a method is: a way to turn a support set into a classifier, judged on validation data."""
+"""What a method is: a record of pure functions and a table of its hyper-parameters.
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+Everything else that concerns a method (flags, ranges, columns, checks of saved adapters, the
+estimator, the PyTorch module) is derived from its record. This module and the records import the
+standard library only: the command line reads the tables, and needs no arrays for that.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import numpy.typing as npt
+from clip_adapter.adapters.hyper import Hyper, Value
 
-from clip_adapter.adapters.clip_adapter import Branch
-from clip_adapter.adapters.engine import Engine, Leaves
-from clip_adapter.adapters.training import Schedule, Task
-
-Ratio = float | Literal["learned", "hypernet"]
-Setting = dict[str, Any]
-"""One point of a grid: hyper-parameters by name, JSON-able."""
-Arrays = dict[str, npt.NDArray[Any]]
-"""What was fitted: arrays by name."""
-
-# Logits are computed for this many rows at a time, always: how a matrix product is blocked depends
-# on its shape, and with it the last bit of the result.
-BLOCK = 512
-
-DEFAULTS = MappingProxyType(
-    {"alpha": 0.2, "beta": 0.2, "reduction": 4, "learning_rate": 1e-3, "weight_decay": 1e-2}
-)
+Array = Any
+"""An array of NumPy, JAX or PyTorch; the formulas are written for all three."""
+Setting = Mapping[str, Value]
+"""A value for each hyper-parameter that has an effect: one point of a grid, JSON-able."""
+Arrays = Mapping[str, Array]
+"""What was fitted, by name."""
+Score = tuple[float, float]
+"""(accuracy, −negative log-likelihood) on validation; larger is better."""
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The hyper-parameters to try: tuples make a product, single values hold for all settings.
+class Head(NamedTuple):
+    """The zero-shot classifier: what turns image features into logits without any labelled image.
 
-    alpha, beta: residual ratios of the image and the text adapter; `learned` and `hypernet` start
-        from alpha_init and beta_init. halving: successive halving instead of every setting to the
-        end. defaults: values by name to take, where they are among those to try, when nothing
-        chooses.
+    weights: (C, D), unit rows. logit_scale, logit_bias: numbers, the scale is the multiplier itself.
+    text: (C, P, D), the un-normalised features of each prompt, for methods that need them.
     """
 
-    branch: Branch = "image"
-    alpha: tuple[Ratio, ...] = (0.2, 0.4, 0.6, 0.8)
-    beta: tuple[Ratio, ...] = (0.2,)
-    alpha_init: float = 0.5
-    beta_init: float = 0.5
-    reduction: tuple[int, ...] = (4,)
-    learning_rate: tuple[float, ...] = (1e-3,)
-    weight_decay: tuple[float, ...] = (1e-2,)
-    schedule: Schedule = field(default_factory=Schedule)
-    halving: bool = False
-    defaults: Mapping[str, float] = field(default_factory=lambda: DEFAULTS)
+    weights: Array
+    logit_scale: Array
+    logit_bias: Array
+    text: Array = None
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """How a setting did on the validation data.
+class Task(NamedTuple):
+    """The arrays of one (cache, shots, seed), which all settings share.
 
-    epochs_run: how long it was trained. epoch: the best of its evaluated epochs: highest accuracy,
-    then lowest negative log-likelihood, then earliest. accuracy in [0, 1] and nll: at that epoch,
-    over the images of all folds; an nll that is not finite marks a setting that diverged.
-    arrays: fetches what was fitted, as it was at `epoch`; None where that was not kept.
+    features: (V, S, D) float32, the support set; V > 1 draws a view per sample and step.
+    labels: (S,) int32. validation_features: (M, D); validation_labels: (M,). seed: () integer,
+    decides initialisation and batch order, alike for all settings. extra: what the method `needs`
+    beyond that, as nested arrays by name.
     """
 
-    setting: Setting
-    epochs_run: int
-    epoch: int
-    accuracy: float
-    nll: float
-    seconds: float
-    arrays: Callable[[], Arrays] | None = None
+    features: Array
+    labels: Array
+    validation_features: Array
+    validation_labels: Array
+    head: Head
+    seed: Array
+    extra: Mapping[str, Any] = {}
+
+
+class Batch(NamedTuple):
+    """Images of one training step.
+
+    features: (B, D). labels: (B,). counts: (B,), 0 for rows that only fill the batch up.
+    key: a random key of this step, for losses that draw.
+    """
+
+    features: Array
+    labels: Array
+    counts: Array
+    key: Array
+
+
+Classify = Callable[[Array], Array]
+"""(N, D) features → (N, C) logits."""
+Solve = Callable[[Setting], Arrays]
+
+
+def _nothing(xp: Any, task: Task, setting: Setting) -> Arrays:
+    return {}
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """One way to fit a classifier. A new one is a file with a record and a line in methods.py.
+
+    name: as on the command line. reference: where it is published. hyper: its hyper-parameters.
+
+    logits(xp, arrays, setting, features, head) → (N, C): the formula, in the array library `xp`
+        (numpy, jax.numpy or torch), for the arrays that were fitted.
+    shapes: of the arrays that are saved, in letters, such as `"S D"`; C and D are those of the
+        classifier weights, "" is a number.
+    fit(xp, task, setting) → arrays: the closed form; of a trained method, where training starts.
+    trained: names in them that the optimiser moves; the others are constants of the task.
+    network: `"module:Class"` instead, a Flax module (setting, task, rngs=…) that makes them;
+        called with (features, task) it gives logits.
+    loss(xp, classify, arrays, batch, setting, task) → (): None for mean cross-entropy.
+    optimizer(setting, task, steps per epoch) → optax transformation: None for the recipe that the
+        setting names (recipe.py).
+    finish(arrays, setting, task) → what is saved, where that is not what was trained.
+    solver(task) → (setting → arrays): instead of fit, a solver on the host in NumPy; it is made
+        once for a task, so that it may keep what serves every setting.
+    propose(values): a generator that yields settings and is sent the score of each; None for the
+        product of the table.
+    for_classes(arrays, setting, task, head) → arrays that classify the classes of another head,
+        where the fitted ones do not.
+    describe(xp, arrays, setting, features, head) → numbers by name whose mean and spread say what
+        was learned, such as a predicted ratio for each image.
+    needs: `text` (the prompts' features), `tower` (the text tower and tokens), `projection` (the
+        features before the last visual projection, and that projection).
+    uses_views: whether augmented views of the support set take part where there are some.
+    unseen_classes: whether `logits` can classify classes that had no support images.
+    presets: values by hyper-parameter, by the preset's name.
+    """
+
+    name: str
+    reference: str
+    hyper: Mapping[str, Hyper]
+    logits: Callable[..., Array]
+    shapes: Mapping[str, str] = field(default_factory=dict)
+    fit: Callable[..., Arrays] = _nothing
+    trained: tuple[str, ...] = ()
+    network: str = ""
+    loss: Callable[..., Array] | None = None
+    optimizer: Callable[..., Any] | None = None
+    finish: Callable[..., Arrays] | None = None
+    solver: Callable[[Task], Solve] | None = None
+    propose: Callable[..., Generator[Setting, Score, None]] | None = None
+    for_classes: Callable[..., Arrays] | None = None
+    describe: Callable[..., Mapping[str, Array]] | None = None
+    needs: tuple[str, ...] = ()
+    uses_views: bool = False
+    unseen_classes: bool = True
+    presets: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
 
     @property
-    def failed(self) -> bool:
-        return not np.isfinite(self.nll)
+    def is_trained(self) -> bool:
+        """Whether an optimiser moves something, step by step."""
+        return bool(self.trained or self.network)
 
-    @property
-    def score(self) -> tuple[float, float]:
-        """(accuracy, −NLL), (−∞, −∞) for a setting that diverged; larger is better."""
-        return (-np.inf, -np.inf) if self.failed else (self.accuracy, -self.nll)
+    def defaults(self, preset: str = "") -> dict[str, Value]:
+        """The value of each hyper-parameter where nothing is given and nothing chooses."""
+        table = {name: hyper.default for name, hyper in self.hyper.items()}
+        return table | dict(self.presets.get(preset, {}))
 
+    def values(
+        self, given: Mapping[str, Sequence[Value]], preset: str = "", *, one: bool = False
+    ) -> dict[str, tuple[Value, ...]]:
+        """The values to try of each hyper-parameter: those given, else the preset's, else the
+        table's (with `one`, which says that nothing will choose, its default).
 
-Known = Callable[[Setting, int], Evaluation | None]
-"""What an interrupted run found already for a setting after so many epochs."""
-
-
-@dataclass(frozen=True)
-class Search:
-    """What a method searches: a grid, judged on folds (support sets with validation sets).
-
-    known: evaluations that need not be repeated. states: a place for the states of runs that may
-    go on, by name.
-    """
-
-    grid: Grid
-    folds: Sequence[Task]
-    known: Known = lambda setting, epochs_run: None
-    states: MutableMapping[str, Leaves] = field(default_factory=dict)
-
-
-class Method(Protocol):
-    """One way to fit. A new method is a new file that implements this, and a line in methods.py.
-
-    The command line and saved adapters work without JAX, so they name it too: MethodName in
-    pipelines/fit.py, its hyper-parameters in pipelines/run_folder.py, and its arrays in
-    pipelines/adapter_layout.py.
-    """
-
-    unseen_classes: bool
-    """Whether it can classify classes that had no support images."""
-
-    def search(self, search: Search, engine: Engine) -> Iterator[Evaluation]:
-        """Try settings, each on every fold. Those that ran to the end may be chosen."""
-
-    def evaluations(self, grid: Grid) -> int:
-        """How many evaluations `search` makes."""
-
-    def single(self, grid: Grid) -> Setting:
-        """The setting to take when there is nothing to choose by."""
-
-    def fit(self, setting: Setting, epoch: int | None, task: Task, engine: Engine) -> Arrays:
-        """Fit one setting on the support set, up to `epoch` (None: the end).
-
-        On the task it was judged on, this gives the arrays that the search had.
+        Raises ValueError, in a sentence, for names that the method does not have, values out of
+        range, and several values where one holds for all settings.
         """
+        if unknown := [name for name in given if name not in self.hyper]:
+            raise ValueError(f"{self.name} has no {', '.join(unknown)}")
+        defaults, of_preset = self.defaults(preset), self.presets.get(preset, {})
+        found = {}
+        for name, hyper in self.hyper.items():
+            several = hyper.tried if not one and name not in of_preset else ()
+            found[name] = hyper.checked_values(
+                name, given.get(name) or several or (defaults[name],)
+            )
+        return found
 
-    def logits(
-        self,
-        setting: Setting,
-        arrays: Mapping[str, npt.NDArray[Any]],
-        features: npt.ArrayLike,
-        weights: npt.ArrayLike,
-        logit_scale: float,
-        logit_bias: float,
-    ) -> npt.NDArray[np.float32]:
-        """(N, C) float32 for features (N, D) and zero-shot classifier weights (C, D)."""
+    def settings(self, values: Mapping[str, Sequence[Value]]) -> list[dict[str, Value]]:
+        """The product of the values; a hyper-parameter without effect in a setting is not in it."""
+        found: list[dict[str, Value]] = [{}]
+        for name, hyper in self.hyper.items():
+            found = [
+                grown
+                for setting in found
+                for grown in (
+                    [setting | {name: value} for value in values[name]]
+                    if hyper.applies(setting)
+                    else [setting]
+                )
+            ]
+        return found
 
-    def describe(
-        self,
-        setting: Setting,
-        arrays: Mapping[str, npt.NDArray[Any]],
-        features: npt.ArrayLike,
-        weights: npt.ArrayLike,
-    ) -> dict[str, float]:
-        """Numbers by name that say what was learned, judged on features (N, D)."""
+    def default_setting(
+        self, values: Mapping[str, Sequence[Value]], preset: str = ""
+    ) -> dict[str, Value]:
+        """The setting to take of these where nothing chooses: the most defaults, then the first."""
+        defaults = self.defaults(preset)
+
+        def agreeing(setting: Setting) -> int:
+            return sum(setting[name] == defaults[name] for name in setting)
+
+        return max(self.settings(values), key=agreeing)
+
+    def checked(self, setting: Mapping[str, Any]) -> dict[str, Value]:
+        """The setting with plain Python values.
+
+        Raises ValueError, in a sentence, where a value is missing or out of range.
+        """
+        checked: dict[str, Value] = {}
+        for name, hyper in self.hyper.items():
+            if hyper.applies(checked):
+                if name not in setting:
+                    raise ValueError(f"{name} is missing")
+                checked[name] = hyper.checked(name, setting[name])
+        return checked
+
+    def split(self, setting: Setting) -> tuple[dict[str, Value], dict[str, float]]:
+        """(what selects the compiled program, what it takes as numbers)."""
+        static: dict[str, Value] = {}
+        numbers: dict[str, float] = {}
+        for name, value in setting.items():
+            if self.hyper[name].static or isinstance(value, str | bool):
+                static[name] = value
+            else:
+                numbers[name] = float(value)
+        return static, numbers
 
 
-def pooled(judged: Sequence[npt.ArrayLike], folds: Sequence[Task]) -> npt.NDArray[np.float64]:
-    """Accuracy and mean negative log-likelihood over the validation images of all folds.
-
-    judged: (…, 2) per fold, accuracy in [0, 1] and mean negative log-likelihood. Returns (…, 2);
-    the images that are right are counted, so that equal accuracies are equal numbers.
-    """
-    sizes = np.array([len(fold.validation_labels) for fold in folds])
-    accuracy, nll = np.moveaxis(np.asarray(judged, np.float64), (0, -1), (-1, 0))
-    right = np.rint(accuracy * sizes).sum(axis=-1)
-    return np.stack([right, (nll * sizes).sum(axis=-1)], axis=-1) / sizes.sum()
-
-
-def blockwise(
-    function: Callable[[jax.Array], jax.Array], features: npt.ArrayLike
-) -> npt.NDArray[np.float32]:
-    """function(features), (N, D) → (N, C), in blocks of always the same shape.
-
-    In full float32, also where matrix products would be rounded to fewer bits by default (GPU).
-    """
-    rows = np.asarray(features, np.float32)
-    blocks = []
-    for start in range(0, len(rows), BLOCK):
-        block = rows[start : start + BLOCK]
-        filled = np.pad(block, ((0, BLOCK - len(block)), (0, 0)))
-        with jax.default_matmul_precision("float32"):
-            blocks.append(np.asarray(function(jnp.asarray(filled)))[: len(block)])
-    return np.concatenate(blocks)
+def same_program(
+    method: Method, settings: Sequence[Setting]
+) -> Iterator[tuple[dict[str, Value], list[int]]]:
+    """The settings in groups that share a compiled program: (static part, their indices)."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, setting in enumerate(settings):
+        static, numbers = method.split(setting)
+        groups.setdefault((*static.items(), *numbers), []).append(index)
+    for members in groups.values():
+        yield method.split(settings[members[0]])[0], members

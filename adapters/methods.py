@@ -1,12 +1,15 @@
 """The methods by name."""
 
-from clip_adapter.adapters.clip_adapter_method import ClipAdapterMethod
-from clip_adapter.adapters.linear_probe import LinearProbe
+from clip_adapter.adapters.clip_adapter import CLIP_ADAPTER
+from clip_adapter.adapters.linear_probe import LINEAR_PROBE
 from clip_adapter.adapters.method import Method
-from clip_adapter.adapters.zero_shot import ZeroShot
+from clip_adapter.adapters.zero_shot import ZERO_SHOT
 
 METHODS: dict[str, Method] = {
-    "zero-shot": ZeroShot(),
-    "linear-probe": LinearProbe(),
-    "clip-adapter": ClipAdapterMethod(),
+    method.name: method
+    for method in (
+        ZERO_SHOT,
+        LINEAR_PROBE,
+        CLIP_ADAPTER,
+    )
 }

@@ -1,0 +1,105 @@
+"""Score every point of a closed form's grid in one compiled program.
+
+The axes are nested, not zipped into points: the first runs one value after another, the others side
+by side. What depends on no hyper-parameter, or on some of them, is then computed once for each of
+their values: batching leaves alone what does not touch the batched number, and XLA moves what does
+not change out of the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from clip_adapter.adapters.hyper import Value
+from clip_adapter.adapters.method import Arrays, Method, Setting, Task
+from clip_adapter.adapters.scoring import VALIDATION_ROWS, validation_score
+
+# What the points that are computed side by side may take in memory.
+SIDE_BY_SIDE_BYTES = 1 << 28
+
+
+def grid_scores(
+    method: Method, static: Setting, axes: Mapping[str, Sequence[float]], task: Task
+) -> npt.NDArray[np.float32]:
+    """(len(first axis), …, len(last axis), 2): accuracy and mean negative log-likelihood of each
+    point on the task's validation data.
+
+    axes: the values of each number, the costliest first.
+    """
+    # A tuple: a dictionary leaves `jit` with its keys sorted.
+    values = tuple(jnp.asarray(axis, jnp.float32) for axis in axes.values())
+    inner = int(np.prod([len(axis) for axis in values[1:]], dtype=int))
+    fits = inner * _point_bytes(method, static, list(axes), task) <= SIDE_BY_SIDE_BYTES
+    program = _grid_program(method, tuple(static.items()), tuple(axes), fits)
+    with jax.default_matmul_precision("float32"):
+        return np.asarray(program(values, task))
+
+
+def fit(method: Method, setting: Setting, task: Task) -> Arrays:
+    """The closed form's arrays for one setting."""
+    static, numbers = method.split(setting)
+    program = _fit_program(method, tuple(static.items()))
+    with jax.default_matmul_precision("float32"):
+        return program({name: np.float32(value) for name, value in numbers.items()}, task)
+
+
+def _point_bytes(method: Method, static: Setting, names: Sequence[str], task: Task) -> int:
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    arrays = jax.eval_shape(
+        lambda numbers, task: method.fit(jnp, task, {**static, **numbers}),
+        dict.fromkeys(names, number),
+        task,
+    )
+    rows = min(len(task.validation_labels), VALIDATION_ROWS)
+    logits = 3 * rows * len(task.head.weights)
+    return 4 * (logits + sum(leaf.size for leaf in jax.tree.leaves(arrays)))
+
+
+@lru_cache(maxsize=256)
+def _fit_program(
+    method: Method, static: tuple[tuple[str, Value], ...]
+) -> Callable[[Setting, Task], Arrays]:
+    # The numbers are inputs, so that fitting the chosen setting again compiles nothing.
+    return jax.jit(lambda numbers, task: method.fit(jnp, task, {**dict(static), **numbers}))
+
+
+@lru_cache(maxsize=256)
+def _grid_program(
+    method: Method,
+    static: tuple[tuple[str, Value], ...],
+    names: tuple[str, ...],
+    side_by_side: bool,
+) -> Callable[[tuple[jax.Array, ...], Task], jax.Array]:
+    def program(values: tuple[jax.Array, ...], task: Task) -> jax.Array:
+        def point(*numbers: Any) -> jax.Array:
+            setting = {**dict(static), **dict(zip(names, numbers, strict=True))}
+            arrays = method.fit(jnp, task, setting)
+            return validation_score(
+                lambda features: method.logits(jnp, arrays, setting, features, task.head), task
+            )
+
+        function: Any = point
+        for axis in reversed(range(len(names))):
+            function = _along(function, axis, values[axis], one_by_one=not (axis and side_by_side))
+        return function()
+
+    return jax.jit(program)
+
+
+def _along(function: Any, axis: int, values: jax.Array, *, one_by_one: bool) -> Any:
+    """`function` of the numbers before `axis`, for every value there."""
+
+    def mapped(*before: Any) -> jax.Array:
+        def at(value: jax.Array) -> jax.Array:
+            return function(*before, value)
+
+        return jax.lax.map(at, values) if one_by_one else jax.vmap(at)(values)
+
+    return mapped

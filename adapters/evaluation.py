@@ -1,0 +1,54 @@
+"""How a setting did on validation data, and where that is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from clip_adapter.adapters.method import Arrays, Score, Setting
+
+if TYPE_CHECKING:
+    from clip_adapter.adapters.engine import Leaves
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a setting did on the validation data.
+
+    epochs_run: how long it was trained, 0 where nothing is trained. epoch: the one that counts:
+    the last, or the best of those evaluated. accuracy in [0, 1] and nll: at that epoch, over the
+    images of all folds; an nll that is not finite marks a setting that diverged.
+    seconds: what it took. arrays: fetches what was fitted; None where that was not kept.
+    """
+
+    setting: Setting
+    epochs_run: int
+    epoch: int
+    accuracy: float
+    nll: float
+    seconds: float
+    arrays: Callable[[], Arrays] | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it diverged."""
+        return not np.isfinite(self.nll)
+
+    @property
+    def score(self) -> Score:
+        """(accuracy, −NLL), (−∞, −∞) for a setting that diverged; larger is better."""
+        return (-np.inf, -np.inf) if self.failed else (self.accuracy, -self.nll)
+
+
+class Journal(Protocol):
+    """What a search has found so far, kept where an interruption does not reach it."""
+
+    @property
+    def states(self) -> MutableMapping[str, Leaves]:
+        """Places for the states of runs that may go on, by name."""
+
+    def known(self, setting: Setting, epochs_run: int) -> Evaluation | None:
+        """What was found already of a setting after so many epochs."""

@@ -1,0 +1,106 @@
+"""How well logits do: accuracy and negative log-likelihood, over any number of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from clip_adapter.adapters.classifier import cross_entropy
+from clip_adapter.adapters.method import Arrays, Classify, Head, Method, Setting, Task
+from clip_adapter.adapters.hyper import Value
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Bool, Float, Int
+
+# Validation rows that are scored at a time inside a compiled program.
+VALIDATION_ROWS = 2048
+# Logits are computed for this many rows at a time, always: how a matrix product is blocked depends
+# on its shape, and with it the last bit of the result.
+BLOCK = 512
+
+
+def sums(
+    logits: Float[Array, "N C"], labels: Int[Array, " N"], counts: Bool[Array, " N"] | None = None
+) -> Float[Array, "2"]:
+    """(rows whose largest logit is the label's, summed negative log-likelihood) of those that
+    count."""
+    right = jnp.argmax(logits, axis=1) == labels
+    losses = cross_entropy(jnp, logits, labels)
+    if counts is not None:
+        right, losses = right & counts, jnp.where(counts, losses, 0)
+    return jnp.stack([jnp.sum(right).astype(losses.dtype), jnp.sum(losses)])
+
+
+def validation_score(classify: Classify, task: Task) -> Float[Array, "2"]:
+    """Accuracy in [0, 1] and mean negative log-likelihood on the task's validation data, of which
+    there has to be some."""
+    features, labels = task.validation_features, task.validation_labels
+    count = len(labels)
+    if count <= VALIDATION_ROWS:
+        return sums(classify(features), labels) / count
+    blocks = -(-count // VALIDATION_ROWS)
+    missing = blocks * VALIDATION_ROWS - count
+
+    def cut(array: Array) -> Array:
+        padded = jnp.pad(array, ((0, missing), *[(0, 0)] * (array.ndim - 1)))
+        return padded.reshape(blocks, VALIDATION_ROWS, *array.shape[1:])
+
+    counts = cut(jnp.ones(count, bool))
+    scored = jax.lax.map(
+        lambda block: sums(classify(block[0]), *block[1:]), (cut(features), cut(labels), counts)
+    )
+    return jnp.sum(scored, axis=0) / count
+
+
+def pooled(judged: Sequence[npt.ArrayLike], folds: Sequence[Task]) -> npt.NDArray[np.float64]:
+    """Accuracy and mean negative log-likelihood over the validation images of all folds.
+
+    judged: (…, 2) per fold, accuracy in [0, 1] and mean negative log-likelihood. Returns (…, 2);
+    the images that are right are counted, so that equal accuracies are equal numbers.
+    """
+    sizes = np.array([len(fold.validation_labels) for fold in folds])
+    accuracy, nll = np.moveaxis(np.asarray(judged, np.float64), (0, -1), (-1, 0))
+    right = np.rint(accuracy * sizes).sum(axis=-1)
+    return np.stack([right, (nll * sizes).sum(axis=-1)], axis=-1) / sizes.sum()
+
+
+def make_classify(
+    method: Method, setting: Setting, arrays: Arrays, head: Head
+) -> Callable[[npt.ArrayLike], npt.NDArray[np.float32]]:
+    """(N, D) features → (N, C) float32 logits on the host, in blocks of always the same shape.
+
+    In full float32, also where matrix products would be rounded to fewer bits by default (GPU).
+    """
+    static, numbers = method.split(setting)
+    program = _logits_program(method, tuple(static.items()))
+    placed = jax.device_put((dict(arrays), {n: np.float32(v) for n, v in numbers.items()}, head))
+
+    def classify(features: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        rows = np.asarray(features, np.float32)
+        logits = np.empty((len(rows), len(head.weights)), np.float32)
+        for start in range(0, len(rows), BLOCK):
+            block = rows[start : start + BLOCK]
+            filled = jnp.asarray(np.pad(block, ((0, BLOCK - len(block)), (0, 0))))
+            with jax.default_matmul_precision("float32"):
+                logits[start : start + BLOCK] = np.asarray(program(*placed, filled))[: len(block)]
+        return logits
+
+    return classify
+
+
+@lru_cache(maxsize=1024)
+def _logits_program(
+    method: Method, static: tuple[tuple[str, Value], ...]
+) -> Callable[[Arrays, Setting, Head, Array], Array]:
+    return jax.jit(
+        lambda arrays, numbers, head, features: method.logits(
+            jnp, arrays, {**dict(static), **numbers}, features, head
+        )
+    )

@@ -1,0 +1,212 @@
+"""Evaluate settings of any method on folds: trained runs, a closed form's grid, or a solver."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from clip_adapter.adapters import closed_form, recipe, training
+from clip_adapter.adapters.engine import Chunk, Engine, Leaves
+from clip_adapter.adapters.evaluation import Evaluation, Journal
+from clip_adapter.adapters.hyper import Value
+from clip_adapter.adapters.method import Arrays, Method, Setting, Solve, Task, same_program
+from clip_adapter.adapters.scoring import make_classify, pooled, sums
+from clip_adapter.adapters.successive_halving import Rung, rung_epochs, successive_halving
+
+Values = Mapping[str, Sequence[Value]]
+
+
+def search(
+    method: Method,
+    values: Values,
+    folds: Sequence[Task],
+    engine: Engine,
+    journal: Journal,
+    *,
+    halving: bool = False,
+) -> Iterator[Evaluation]:
+    """Each setting that `values` make, judged on every fold; under halving also on the way.
+
+    folds: support sets with validation sets. Those that ran to the end may be chosen.
+    """
+    if method.solver:
+        yield from _solved(method, values, folds, engine, journal)
+    elif method.is_trained:
+        settings = method.settings(values)
+        rungs = rungs_of(settings[0], halving=halving)
+        train = partial(_train, method, engine)
+        yield from successive_halving(settings, rungs, folds, journal, train)
+    else:
+        yield from _closed(method, values, folds, engine, journal)
+
+
+def rungs_of(setting: Setting, *, halving: bool) -> list[int]:
+    """The epochs at which settings of a trained method are compared."""
+    epochs = int(setting["epochs"])
+    return rung_epochs(epochs, int(setting.get("evaluate_every", 1))) if halving else [epochs]
+
+
+def fit(method: Method, setting: Setting, epoch: int | None, task: Task, engine: Engine) -> Arrays:
+    """Fit one setting on the support set, up to `epoch` (None: the end); float32 arrays of NumPy.
+
+    On the task it was judged on, this gives the arrays that the search had.
+    """
+    if method.solver:
+        return _as_saved(method, method.solver(_on_host(task))(setting))
+    if method.is_trained:
+        static, numbers = method.split(setting)
+        (chunk,) = engine.run(method, static, task, [numbers], stop=epoch)
+        return _trained_arrays(method, setting, task, chunk, 0)
+    return _as_saved(method, closed_form.fit(method, setting, task))
+
+
+def _train(
+    method: Method, engine: Engine, rung: Rung
+) -> Iterator[tuple[int, Evaluation, Callable[[], list[Leaves]]]]:
+    """Train each setting of a rung on every fold; yields its index, how it did, its states."""
+    for static, group in same_program(method, [rung.settings[index] for index in rung.indices]):
+        members = [rung.indices[position] for position in group]
+        numbers = [method.split(rung.settings[index])[1] for index in members]
+        runs = [
+            engine.run(
+                method,
+                static,
+                task,
+                numbers,
+                first=rung.first,
+                stop=rung.stop,
+                states=[partial(rung.state, fold, index) for index in members],
+            )
+            for fold, task in enumerate(rung.folds)
+        ]
+        for chunks in zip(*runs, strict=True):
+            histories = pooled([chunk.state.history for chunk in chunks], rung.folds)
+            seconds = sum(chunk.seconds for chunk in chunks) / len(chunks[0].indices)
+            for row, position in enumerate(chunks[0].indices):
+                index = members[position]
+                setting = rung.settings[index]
+                kept = (
+                    partial(_trained_arrays, method, setting, rung.folds[0], chunks[0], row)
+                    if len(chunks) == 1
+                    else None
+                )
+                yield (
+                    index,
+                    _judged(setting, rung.stop, histories[row], seconds, kept),
+                    partial(_rows, chunks, row),
+                )
+
+
+def _judged(
+    setting: Setting,
+    epochs_run: int,
+    history: npt.NDArray[np.float64],
+    seconds: float,
+    arrays: Callable[[], Arrays] | None,
+) -> Evaluation:
+    """Judge a run by its last epoch, or by its best evaluated one where that is kept; one NaN on
+    the way marks it as diverged."""
+    if setting["epoch"] != "best":
+        accuracy, nll = history[0].tolist()
+        return Evaluation(setting, epochs_run, epochs_run, accuracy, nll, seconds, arrays)
+    epochs = [epoch for epoch in recipe.evaluated_epochs(setting) if epoch <= epochs_run]
+    reached = history[: len(epochs)]
+    accuracies, nlls = reached.T
+    best = np.lexsort((np.arange(len(epochs)), nlls, -accuracies))[0]
+    nll = float(nlls[best]) if np.isfinite(reached).all() else float("nan")
+    accuracy = float(accuracies[best])
+    return Evaluation(setting, epochs_run, epochs[best], accuracy, nll, seconds, arrays)
+
+
+def _rows(chunks: Sequence[Chunk], row: int) -> list[Leaves]:
+    return [chunk.row(row) for chunk in chunks]
+
+
+def _trained_arrays(method: Method, setting: Setting, task: Task, chunk: Chunk, row: int) -> Arrays:
+    """What is saved of row `row` of a chunk."""
+    state = chunk.state
+    kept = state.best if setting["epoch"] == "best" else state.trained
+    trained = {name: np.asarray(array)[row] for name, array in kept.items()}
+    return _as_saved(method, training.fitted(method, setting, task, trained))
+
+
+def _closed(
+    method: Method, values: Values, folds: Sequence[Task], engine: Engine, journal: Journal
+) -> Iterator[Evaluation]:
+    settings = method.settings(values)
+    known = [journal.known(setting, 0) for setting in settings]
+    for static, members in same_program(method, settings):
+        found = [known[index] for index in members]
+        if all(found):
+            yield from (evaluation for evaluation in found if evaluation)
+            continue
+        started = time.perf_counter()
+        names = method.split(settings[members[0]])[1]
+        axes = {
+            name: list(dict.fromkeys(float(settings[index][name]) for index in members))
+            for name in names
+        }
+        scores = [closed_form.grid_scores(method, static, axes, fold) for fold in folds]
+        judged = pooled([score.reshape(-1, 2) for score in scores], folds)
+        seconds = (time.perf_counter() - started) / len(members)
+        engine.progress(len(members))
+        for index, (accuracy, nll) in zip(members, judged.tolist(), strict=True):
+            yield Evaluation(settings[index], 0, 0, accuracy, nll, seconds)
+
+
+def _solved(
+    method: Method, values: Values, folds: Sequence[Task], engine: Engine, journal: Journal
+) -> Iterator[Evaluation]:
+    assert method.solver is not None
+    tasks = [_on_host(fold) for fold in folds]
+    solvers: list[Solve] = []
+    proposed = method.propose(values) if method.propose else _product(method, values)
+    setting = next(proposed, None)
+    while setting is not None:
+        evaluation = journal.known(setting, 0)
+        if evaluation is None:
+            solvers = solvers or [method.solver(task) for task in tasks]
+            evaluation = _evaluate(method, setting, folds, solvers)
+        engine.progress(1)
+        yield evaluation
+        try:
+            setting = proposed.send(evaluation.score)
+        except StopIteration:
+            return
+
+
+def _product(method: Method, values: Values) -> Iterator[Setting]:  # type: ignore[misc]
+    for setting in method.settings(values):
+        yield setting
+
+
+def _evaluate(
+    method: Method, setting: Setting, folds: Sequence[Task], solvers: Sequence[Solve]
+) -> Evaluation:
+    started = time.perf_counter()
+    fits = [_as_saved(method, solve(setting)) for solve in solvers]
+    scores = []
+    for arrays, fold in zip(fits, folds, strict=True):
+        classify = make_classify(method, setting, arrays, fold.head)
+        score = sums(classify(fold.validation_features), fold.validation_labels)
+        scores.append(np.asarray(score) / len(fold.validation_labels))
+    accuracy, nll = pooled(scores, folds).tolist()
+    kept = partial(dict, fits[0]) if len(folds) == 1 else None
+    return Evaluation(setting, 0, 0, accuracy, nll, time.perf_counter() - started, kept)
+
+
+def _on_host(task: Task) -> Task:
+    return jax.tree.map(np.asarray, task)
+
+
+def _as_saved(method: Method, arrays: Arrays) -> Arrays:
+    return {
+        name: np.asarray(array, np.float32)
+        for name, array in arrays.items()
+        if name in method.shapes
+    }
