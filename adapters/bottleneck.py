@@ -1,4 +1,4 @@
-"""CLIP-Adapter's parameters as Flax NNX modules; their calls are the formulas of clip_adapter.py."""
+"""CLIP-Adapter's parameters as Flax NNX modules, whose calls are clip_adapter.py's formulas."""
 
 from __future__ import annotations
 
@@ -104,10 +104,12 @@ class ClipAdapter(nnx.Module):
 
     def __init__(self, setting: Setting, task: Task, *, rngs: nnx.Rngs) -> None:
         dim = task.head.weights.shape[1]
-        for branch in RATIOS:
+
+        def adapter(branch: str) -> ResidualAdapter | None:
             there = setting["branch"] in (branch, "both")
-            adapter = ResidualAdapter(setting, branch, dim, rngs=rngs) if there else None
-            setattr(self, branch, nnx.data(adapter))
+            return nnx.data(ResidualAdapter(setting, branch, dim, rngs=rngs) if there else None)
+
+        self.image, self.text = adapter("image"), adapter("text")
 
     def __call__(self, features: Float[Array, "N D"], task: Task) -> Float[Array, "N C"]:
         """The logits of image features, un-normalised."""

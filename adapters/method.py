@@ -13,8 +13,9 @@ from clip_adapter.adapters.hyper import Hyper, Value
 
 Array = Any
 """An array of NumPy, JAX or PyTorch; the formulas are written for all three."""
-Setting = Mapping[str, Value]
-"""A value for each hyper-parameter that has an effect: one point of a grid, JSON-able."""
+Setting = Mapping[str, Any]
+"""A Value for each hyper-parameter that has an effect: one point of a grid, JSON-able. Inside a
+compiled program its numbers are traced arrays."""
 Arrays = Mapping[str, Array]
 """What was fitted, by name."""
 Score = tuple[float, float]
@@ -24,7 +25,7 @@ Score = tuple[float, float]
 class Head(NamedTuple):
     """The zero-shot classifier: what turns image features into logits without any labelled image.
 
-    weights: (C, D), unit rows. logit_scale, logit_bias: numbers, the scale is the multiplier itself.
+    weights: (C, D), unit rows. logit_scale, logit_bias: numbers; the scale is the multiplier.
     text: (C, P, D), the un-normalised features of each prompt, for methods that need them.
     """
 

@@ -21,7 +21,7 @@ def parameters(module: nnx.Module) -> dict[str, jax.Array]:
 
 
 def filled(module: nnx.Module, arrays: Arrays) -> nnx.Module:
-    """The module with these parameters. Inside `jit` the drawing of its own falls away as unused."""
+    """The module with these parameters; inside `jit` the drawing of its own falls away unused."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
     state = {path: variable.replace(arrays[_name(path)]) for path, variable in flat}
     nnx.update(module, nnx.from_flat_state(state))

@@ -27,7 +27,7 @@ def trained_with(
 
     learning_rates: those to try where the user gives none.
     """
-    count = {"low": 1, "high": LARGEST_COUNT, "static": True, "single": True}
+    count: dict[str, Any] = {"low": 1, "high": LARGEST_COUNT, "static": True, "single": True}
     choice: dict[str, Any] = {"static": True, "single": True}
     return {
         "learning_rate": Hyper(
@@ -119,7 +119,7 @@ def scheduled_rate(setting: Setting, steps: int, step: Array, rate: str = "learn
     if setting["warmup"] == "constant":
         epoch = step // steps
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * (epoch - 1) / epochs))
-        return jnp.where(epoch < 1, 1e-5, peak * cosine)
+        return jnp.where(epoch < 1, 1e-5, jnp.asarray(peak) * cosine)
     total = epochs * steps
     warm = min(100, total // 10)
     cosine = 0.5 * (1 + jnp.cos(jnp.pi * (step - warm) / max(1, total - warm)))

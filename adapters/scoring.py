@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.adapters.classifier import cross_entropy
-from clip_adapter.adapters.method import Arrays, Classify, Head, Method, Setting, Task
 from clip_adapter.adapters.hyper import Value
+from clip_adapter.adapters.method import Arrays, Classify, Head, Method, Setting, Task
 
 if TYPE_CHECKING:
     from jax import Array
@@ -28,7 +28,7 @@ BLOCK = 512
 
 def sums(
     logits: Float[Array, "N C"], labels: Int[Array, " N"], counts: Bool[Array, " N"] | None = None
-) -> Float[Array, "2"]:
+) -> Float[Array, "score=2"]:
     """(rows whose largest logit is the label's, summed negative log-likelihood) of those that
     count."""
     right = jnp.argmax(logits, axis=1) == labels
@@ -38,7 +38,7 @@ def sums(
     return jnp.stack([jnp.sum(right).astype(losses.dtype), jnp.sum(losses)])
 
 
-def validation_score(classify: Classify, task: Task) -> Float[Array, "2"]:
+def validation_score(classify: Classify, task: Task) -> Float[Array, "score=2"]:
     """Accuracy in [0, 1] and mean negative log-likelihood on the task's validation data, of which
     there has to be some."""
     features, labels = task.validation_features, task.validation_labels
@@ -96,9 +96,7 @@ def make_classify(
 
 
 @lru_cache(maxsize=1024)
-def _logits_program(
-    method: Method, static: tuple[tuple[str, Value], ...]
-) -> Callable[[Arrays, Setting, Head, Array], Array]:
+def _logits_program(method: Method, static: tuple[tuple[str, Value], ...]) -> Callable[..., Array]:
     return jax.jit(
         lambda arrays, numbers, head, features: method.logits(
             jnp, arrays, {**dict(static), **numbers}, features, head

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -14,7 +15,15 @@ from clip_adapter.adapters import closed_form, recipe, training
 from clip_adapter.adapters.engine import Chunk, Engine, Leaves
 from clip_adapter.adapters.evaluation import Evaluation, Journal
 from clip_adapter.adapters.hyper import Value
-from clip_adapter.adapters.method import Arrays, Method, Setting, Solve, Task, same_program
+from clip_adapter.adapters.method import (
+    Arrays,
+    Method,
+    Score,
+    Setting,
+    Solve,
+    Task,
+    same_program,
+)
 from clip_adapter.adapters.scoring import make_classify, pooled, sums
 from clip_adapter.adapters.successive_halving import Rung, rung_epochs, successive_halving
 
@@ -180,8 +189,8 @@ def _solved(
             return
 
 
-def _product(method: Method, values: Values) -> Iterator[Setting]:  # type: ignore[misc]
-    for setting in method.settings(values):
+def _product(method: Method, values: Values) -> Generator[Setting, Score, None]:
+    for setting in method.settings(values):  # noqa: UP028 (it is sent scores)
         yield setting
 
 
@@ -193,10 +202,11 @@ def _evaluate(
     scores = []
     for arrays, fold in zip(fits, folds, strict=True):
         classify = make_classify(method, setting, arrays, fold.head)
-        score = sums(classify(fold.validation_features), fold.validation_labels)
+        logits = jnp.asarray(classify(fold.validation_features))
+        score = sums(logits, fold.validation_labels)
         scores.append(np.asarray(score) / len(fold.validation_labels))
     accuracy, nll = pooled(scores, folds).tolist()
-    kept = partial(dict, fits[0]) if len(folds) == 1 else None
+    kept = (lambda: fits[0]) if len(folds) == 1 else None
     return Evaluation(setting, 0, 0, accuracy, nll, time.perf_counter() - started, kept)
 
 

@@ -41,7 +41,7 @@ class RunState(NamedTuple):
     optimizer: optax.OptState
     best: Arrays
     best_evaluation: Int[Array, ""]
-    history: Float[Array, "E 2"]
+    history: Float[Array, "E score=2"]
 
 
 def advance(
@@ -191,7 +191,7 @@ def _together(gradient: Arrays) -> Arrays:
 
 def _score(
     method: Method, task: Task, setting: Setting, constants: Arrays, trained: Arrays
-) -> Float[Array, "2"]:
+) -> Float[Array, "score=2"]:
     return validation_score(classifier(method, task, setting, {**constants, **trained}), task)
 
 
