@@ -2,28 +2,27 @@
 
 import hashlib
 import json
-import sys
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from clip_adapter.cache.duplicates import in_several_splits
 from clip_adapter.cache.tally import Tally, tally
+from clip_adapter.cache.words import counted, quoted
 from clip_adapter.cache.workplace import Workplace
 from clip_adapter.cache.writer import SKIPPED, CacheWriter, Part
-from clip_adapter.console.progress import progress
-from clip_adapter.console.wording import counted, warn
 from clip_adapter.extract.backbone import load_backbone
+from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset
 from clip_adapter.extract.decode import Plan
 from clip_adapter.extract.device import find_device, find_precision
 from clip_adapter.extract.encode import EncodedBatch, Encoder, encode_images
 from clip_adapter.extract.in_order import InOrder
+from clip_adapter.extract.listener import Listener
 from clip_adapter.extract.outcome import (
     describe,
     describe_skipped,
@@ -40,15 +39,12 @@ from clip_adapter.extract.shards import Shard
 from clip_adapter.extract.stopwatch import Stopwatch
 from clip_adapter.extract.text import TextPlan, encode_classes
 
-if TYPE_CHECKING:
-    from clip_adapter.extract.command import ExtractConfig
 
-
-def run_job(config: "ExtractConfig", shard: Shard, place: Workplace, quiet: bool = False) -> str:
+def run_job(config: ExtractConfig, shard: Shard, place: Workplace, listener: Listener) -> None:
     """Encode what is not staged yet, write the file (a part of a cache where there are several
-    shards) and return what to say about it.
+    shards) and tell what is in it.
 
-    place: where to write. quiet: show no progress, because another process does.
+    place: where to write.
     """
     identity = config.identity()
     dataset = open_dataset(config.dataset, config.source_options())
@@ -56,8 +52,8 @@ def run_job(config: "ExtractConfig", shard: Shard, place: Workplace, quiet: bool
     device = find_device(config.device)
     precision = find_precision(config.precision, device)
     backbone = load_backbone(config.backbone, config.pretrained, precision)
-    if backbone.assumption and not quiet:
-        warn(backbone.assumption)
+    if backbone.assumption:
+        listener.warn(backbone.assumption)
     # What a resumed run must agree on beyond its arguments: the weights and the rows themselves,
     # which may change under an unchanged path.
     identity["precision"] = precision
@@ -71,7 +67,7 @@ def run_job(config: "ExtractConfig", shard: Shard, place: Workplace, quiet: bool
         # Pillow remarks on oddities of files that decode all the same; the others get a sentence.
         warnings.filterwarnings("ignore", module="PIL")
         encoder = Encoder(backbone, device, config.batch_size if config.compile else None)
-        job = _Job(config, shard, dataset, encoder, writer, quiet)
+        job = _Job(config, shard, dataset, encoder, writer, listener)
         job.check_what_is_there()
         if shard.index == 1:
             job.encode_text(text)
@@ -90,8 +86,8 @@ def run_job(config: "ExtractConfig", shard: Shard, place: Workplace, quiet: bool
         else:
             if several := in_several_splits(writer):
                 record["in_several_splits"] = several
-            warn_of_duplicates(several)
-            warn_of_lost_classes(tallies, dataset.class_names)
+            warn_of_duplicates(several, listener)
+            warn_of_lost_classes(tallies, dataset.class_names, listener)
         with job.watch("write"):
             writer.finish(
                 templates=text.stored_templates,
@@ -102,10 +98,10 @@ def run_job(config: "ExtractConfig", shard: Shard, place: Workplace, quiet: bool
                 logit_bias=backbone.logit_bias,
                 part=part,
             )
-    return job.summary(tallies)
+    listener.result(job.summary(tallies))
 
 
-def _text_plan(config: "ExtractConfig", dataset: ImageDataset) -> TextPlan:
+def _text_plan(config: ExtractConfig, dataset: ImageDataset) -> TextPlan:
     templates = resolve_templates(config.templates)
     if config.descriptions is None:
         return TextPlan(dataset.class_names, templates or dataset.templates)
@@ -119,19 +115,19 @@ class _Job:
 
     def __init__(
         self,
-        config: "ExtractConfig",
+        config: ExtractConfig,
         shard: Shard,
         dataset: ImageDataset,
         encoder: Encoder,
         writer: CacheWriter,
-        quiet: bool,
+        listener: Listener,
     ) -> None:
         self._config = config
         self._shard = shard
         self._dataset = dataset
         self._encoder = encoder
         self._writer = writer
-        self._quiet = quiet
+        self._listener = listener
         self._reason: str | None = None  # why the first image was skipped
         self._images = 0
         self._seconds = 0.0
@@ -149,10 +145,9 @@ class _Job:
         bounds = {name: self.bounds(name) for name in self._dataset.splits}
         total = sum(stop - start for start, stop, _ in bounds.values())
         done = sum(self._writer.consumed(name) for name in bounds)
-        if done and not self._quiet:
-            print(
-                f"extract: goes on from image {done:,} of {total:,}, where an earlier run stopped",
-                file=sys.stderr,
+        if done:
+            self._listener.note(
+                f"goes on from image {done:,} of {total:,}, where an earlier run stopped"
             )
 
     def encode_text(self, plan: TextPlan) -> None:
@@ -167,9 +162,9 @@ class _Job:
             self._writer.append_text(batch.features, batch.names, batch.prompts)
             too_long += batch.too_long
         if too_long:
-            warn(
+            self._listener.warn(
                 f"the text tower reads only the beginning of {counted(len(too_long), 'prompt')}, "
-                f"the first of them {too_long[0]!r}; shorten what is to count."
+                f"the first of them {quoted(too_long[0])}; shorten what is to count."
             )
 
     def bounds(self, name: str) -> tuple[int, int, int]:
@@ -192,11 +187,7 @@ class _Job:
             skip=self._config.on_error == "skip",
             pinned=self._encoder.device.type == "cuda",
         )
-        shown = (
-            nullcontext(_no_advance)
-            if self._quiet
-            else progress(f"encode {name}", stop - start, done)
-        )
+        shown = self._listener.progress(f"encode {name}", stop - start, done)
         clock = Stopwatch()
         count = 0
         with shown as advance, InOrder() as writing:
@@ -244,10 +235,6 @@ class _Job:
                 f"{self.watch.shares()}{compiling}"
             )
         return "\n".join(lines)
-
-
-def _no_advance(count: int, note: str) -> None:
-    """Progress that nobody sees."""
 
 
 def _rows_sha256(dataset: ImageDataset) -> str:

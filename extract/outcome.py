@@ -6,7 +6,8 @@ from typing import Any
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.tally import Tally
-from clip_adapter.console.wording import counted, size, some, warn
+from clip_adapter.cache.words import counted, size, some
+from clip_adapter.extract.listener import Listener
 
 
 def describe(out: Path, tallies: Mapping[str, Tally], classes: int, note: str = "") -> str:
@@ -45,7 +46,9 @@ def _by_split(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {split}" for split, count in counts.items()) or "0"
 
 
-def warn_of_lost_classes(tallies: Mapping[str, Tally], class_names: Sequence[str]) -> None:
+def warn_of_lost_classes(
+    tallies: Mapping[str, Tally], class_names: Sequence[str], listener: Listener
+) -> None:
     """Name the classes of which skipping left no image of a split."""
     lost = [
         f"no {split} image of {some([class_names[label] for label in tally.lost])}"
@@ -53,15 +56,17 @@ def warn_of_lost_classes(tallies: Mapping[str, Tally], class_names: Sequence[str
         if tally.lost
     ]
     if lost:
-        warn(f"skipping left {' and '.join(lost)}; repair some or leave the class out everywhere.")
+        listener.warn(
+            f"skipping left {' and '.join(lost)}; repair some or leave the class out everywhere."
+        )
 
 
-def warn_of_duplicates(several: dict[str, Any] | None) -> None:
+def warn_of_duplicates(several: dict[str, Any] | None, listener: Listener) -> None:
     """Say what `in_several_splits` found."""
     if several is None:
         return
     one, other = several["examples"][0]
-    warn(
+    listener.warn(
         f"found {counted(several['images'], 'image')} in more than one split ({one} is {other}); "
         "the cache lists up to twenty."
     )

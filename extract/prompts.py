@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clip_adapter.cache.errors import UserError
-from clip_adapter.console.wording import some
+from clip_adapter.cache.words import some
 
 ENSEMBLE = "ensemble"
 

@@ -13,11 +13,11 @@ from clip_adapter.adapters.method import Grid
 from clip_adapter.adapters.methods import METHODS
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.console.progress import progress
 from clip_adapter.pipelines import tables
 from clip_adapter.pipelines.adapter_file import save_adapter
 from clip_adapter.pipelines.fit import FitConfig, FitResult
 from clip_adapter.pipelines.plot import plot_grid
+from clip_adapter.pipelines.progress import progress
 from clip_adapter.pipelines.provenance import Provenance
 from clip_adapter.pipelines.run_folder import RunFolder, new_folder
 from clip_adapter.pipelines.runner import Runner

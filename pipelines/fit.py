@@ -268,6 +268,6 @@ def _check_count(name: str, value: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script `fit`."""
-    from clip_adapter.console.command import run_command
+    from clip_adapter.pipelines.command import run_command
 
     run_command(FitConfig, lambda config: fit(config) and None, "fit", arguments)

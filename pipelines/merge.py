@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-import tyro
-
 from clip_adapter.cache.errors import UserError
+from clip_adapter.pipelines.argument_types import Positional
+from clip_adapter.pipelines.command import run_command
+from clip_adapter.pipelines.spoken import Spoken
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class MergeConfig:
         force: Overwrite an existing file.
     """
 
-    out: tyro.conf.Positional[Path]
-    parts: tyro.conf.Positional[tuple[Path, ...]]
+    out: Positional[Path]
+    parts: Positional[tuple[Path, ...]]
     force: bool = False
 
 
@@ -36,12 +37,10 @@ def merge(config: MergeConfig) -> Path:
         raise UserError(f"{config.out} exists; choose another name, or --force to overwrite it.")
     from clip_adapter.extract.join import join_parts
 
-    print(join_parts(config.parts, config.out))
+    join_parts(config.parts, config.out, Spoken("merge"))
     return config.out
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command `clip-adapter merge`."""
-    from clip_adapter.console.command import run_command
-
     run_command(MergeConfig, lambda config: merge(config) and None, "clip-adapter merge", arguments)

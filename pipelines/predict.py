@@ -1,6 +1,5 @@
 """`predict`: classify image files with a fitted adapter."""
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,16 +11,17 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-import tyro
 from PIL import Image
 
+from clip_adapter.cache.cores import available_cores
 from clip_adapter.cache.errors import UserError
-from clip_adapter.console.command import EXIT_PARTIAL, run_command
-from clip_adapter.console.progress import Advance, progress
+from clip_adapter.cache.words import printable
 from clip_adapter.extract.datasets.image_files import images_below, unreadable
 from clip_adapter.extract.images import BadImage, read_rgb
-from clip_adapter.pipelines.plain_text import printable
+from clip_adapter.pipelines.argument_types import Positional
+from clip_adapter.pipelines.command import EXIT_PARTIAL, run_command
 from clip_adapter.pipelines.prediction_formats import FORMATS, Prediction
+from clip_adapter.pipelines.progress import Advance, no_advance, progress
 
 if TYPE_CHECKING:
     import torch
@@ -36,24 +36,31 @@ class PredictConfig:
     A probability is a share of the softmax over the adapter's classes, for models with a logit bias
     (SigLIP) too: an adapter is fitted to tell its classes apart, and that is what softmax says;
     the sigmoid of such a model's own head would say whether one caption fits one image.
+
+    Attributes:
+        paths: Image files, and folders to search for them.
+        adapter: Run folder that `fit` wrote, or one of the adapter's two files.
+        backbone: Backbone to load, where the adapter names one that is neither glyph-clip nor a
+            model and tag of open_clip's; what an adapter names otherwise is not loaded unasked.
+        pretrained: Where the backbone's weights lie now, if they were given as a local file or
+            folder.
+        top: How many classes to name for each image.
+        format: How to print; json is one array with an object per image. In csv, a cell that a
+            spreadsheet would take for a formula begins with an apostrophe.
+        batch_size: Images per forward pass.
+        workers: Threads that decode images.
+        device: PyTorch device; auto takes a GPU where there is one.
     """
 
-    paths: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, and folders to search for them."""
+    paths: Positional[tuple[Path, ...]]
     adapter: Path
-    """Run folder that `fit` wrote, or one of the adapter's two files."""
+    backbone: str | None = None
     pretrained: str | None = None
-    """Where the backbone's weights lie now, if they were given as a local file or folder."""
     top: int = 3
-    """How many classes to name for each image."""
     format: Literal["table", "csv", "json"] = "table"
-    """json: one array with an object per image."""
     batch_size: int = 64
-    """Images per forward pass."""
-    workers: int = os.cpu_count() or 1
-    """Threads that decode images."""
+    workers: int = available_cores()
     device: str = "auto"
-    """PyTorch device; auto takes a GPU where there is one."""
 
 
 class Predictions:
@@ -159,7 +166,7 @@ def print_predictions(config: PredictConfig) -> int:
     unreadable_count = 0
     out = sys.stdout  # bound here, because a progress bar on standard error takes sys.stdout over
     # Where the rows appear on a terminal, they show the progress themselves.
-    bar = nullcontext(_no_advance) if out.isatty() else progress("predict", len(predictions))
+    bar = nullcontext(no_advance) if out.isatty() else progress("predict", len(predictions))
 
     def readable(advance: Advance) -> Iterator[Prediction]:
         nonlocal unreadable_count
@@ -179,10 +186,6 @@ def print_predictions(config: PredictConfig) -> int:
         counts = f"{unreadable_count} of {total} images cannot be read"
         print(f"clip-adapter predict: {counts}", file=sys.stderr)
     return EXIT_PARTIAL if unreadable_count else 0
-
-
-def _no_advance(count: int, note: str) -> None:
-    """Progress that nobody sees."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

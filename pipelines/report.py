@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import tyro
-
 from clip_adapter.cache.errors import UserError
+from clip_adapter.pipelines.argument_types import Positional
+from clip_adapter.pipelines.command import run_command
 
 Row = dict[str, Any]
 Run = tuple[dict[str, Any], list[Row]]
@@ -33,10 +33,13 @@ NEEDED = {"method", "shots", "seeds", "diverged"}
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Print the test accuracies of finished runs side by side."""
+    """Print the test accuracies of finished runs side by side.
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders that `fit` wrote."""
+    Attributes:
+        runs: Run folders that `fit` wrote.
+    """
+
+    runs: Positional[tuple[Path, ...]]
 
 
 def report(config: ReportConfig) -> None:
@@ -165,6 +168,4 @@ def _words(value: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command `clip-adapter report`."""
-    from clip_adapter.console.command import run_command
-
     run_command(ReportConfig, report, "clip-adapter report", arguments)

@@ -28,7 +28,7 @@ from clip_adapter.adapters.method import Evaluation, Setting
 from clip_adapter.cache import atomic
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.lock import take_lock
-from clip_adapter.console.progress import Advance
+from clip_adapter.pipelines.progress import Advance
 
 SETTING_COLUMNS = (
     "branch",

@@ -8,6 +8,7 @@ import pytest
 @pytest.fixture(scope="session")
 def digits_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cache of the embedded default, as `extract` makes it."""
-    from clip_adapter.extract.command import ExtractConfig, extract
+    from clip_adapter.extract.config import ExtractConfig
+    from clip_adapter.extract.run import extract
 
     return extract(ExtractConfig(out=tmp_path_factory.mktemp("digits") / "features.h5"))

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tyro
 
-from clip_adapter.extract.command import ExtractConfig
+from clip_adapter.extract.config import ExtractConfig
+from clip_adapter.pipelines.command_line import parse
 from clip_adapter.pipelines.fit import FitConfig
 
 README = Path(__file__).parents[1] / "README.md"
@@ -40,7 +40,7 @@ def test_commands_and_examples_run_and_print_what_the_readme_shows(tmp_path: Pat
 def test_commands_that_need_a_network_parse(command: str) -> None:
     program, *arguments = shlex.split(command)
     config = {"extract": ExtractConfig, "fit": FitConfig}[program]
-    assert isinstance(tyro.cli(config, args=arguments), config)
+    assert isinstance(parse(config, program, arguments), config)
 
 
 def run(command: list[str], folder: Path, environment: dict[str, str]) -> str:

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 
 from clip_adapter.cache.errors import UserError
-from clip_adapter.console.wording import counted, some
+from clip_adapter.cache.words import counted, some
 from clip_adapter.extract.datasets.source import ImageDataset
 
 MINIMUM_CLASSES = 2

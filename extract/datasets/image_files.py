@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from clip_adapter.cache.errors import UserError
-from clip_adapter.console.wording import counted
+from clip_adapter.cache.words import counted
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"})
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from clip_adapter.cache.errors import UserError
-from clip_adapter.console.wording import counted
+from clip_adapter.cache.words import counted
 from clip_adapter.extract.datasets.source import SourceOptions, Split
 
 SPLIT_SEED = 0

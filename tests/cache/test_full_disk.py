@@ -24,7 +24,7 @@ import resource, sys
 from dataclasses import dataclass
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from clip_adapter.console.command import run_command
+from clip_adapter.pipelines.command import run_command
 from tests.cache.small_cache import make_cache
 
 @dataclass

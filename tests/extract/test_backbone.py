@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.backbone import GLYPH_CLIP_FOLDER, load_backbone
-from clip_adapter.extract.command import ExtractConfig, extract
+from clip_adapter.extract.config import ExtractConfig
+from clip_adapter.extract.run import extract
+from clip_adapter.pipelines.spoken import Spoken
 from tests.extract.image_folders import make_folder
 from tests.extract.tiny_models import VIT_CONFIG, random_model, register, with_weights_of
 
@@ -131,12 +133,13 @@ def test_what_an_unknown_file_does_not_say_is_said(
         out=tmp_path / "features.h5",
         val=0.0,
     )
-    extract(config)
+    extract(config, Spoken("extract"))
     assert capsys.readouterr().err == (
         "warning: weights.pt is not known by its hash and taken to use GELU; if it was trained "
         "with QuickGELU, as OpenAI's models were, name the backbone ViT-B-32-quickgelu.\n"
     )
-    extract(replace(config, backbone="ViT-B-32-quickgelu", out=tmp_path / "other.h5"))
+    other = replace(config, backbone="ViT-B-32-quickgelu", out=tmp_path / "other.h5")
+    extract(other, Spoken("extract"))
     assert capsys.readouterr().err == ""
 
 

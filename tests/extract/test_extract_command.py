@@ -14,8 +14,9 @@ import pytest
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.workplace import Workplace
 from clip_adapter.extract import job
-from clip_adapter.extract.command import ExtractConfig, main
-from clip_adapter.pipelines import umbrella
+from clip_adapter.extract.config import ExtractConfig
+from clip_adapter.pipelines import commands
+from clip_adapter.pipelines.extract_command import main
 from tests.extract.image_folders import make_folder
 
 ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
@@ -48,7 +49,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *words: st
 
 
 def test_the_default_in_a_process_of_its_own(tmp_path: Path, digits_cache: Path) -> None:
-    code = "from clip_adapter.extract.command import main; main(sys.argv[1:])"
+    code = "from clip_adapter.pipelines.extract_command import main; main(sys.argv[1:])"
     imported, printed = modules_after(code, cwd=tmp_path)
     assert printed.startswith("features.h5: 719 train, 179 val, 899 test images, 10 classes, ")
     assert "torch" in imported
@@ -84,7 +85,7 @@ def test_run_again_then_refused_then_forced(
     assert output.err == ""
 
     monkeypatch.setattr(sys, "argv", ["clip-adapter", "extract", *own, "--backbone", "RN50"])
-    assert exit_code(umbrella.main) == 2
+    assert exit_code(commands.main) == 2
     said = capsys.readouterr().err
     for words in ("features.h5 exists", "(backbone differ)", "--force"):
         assert words in said
@@ -193,9 +194,9 @@ def test_fit_never_imports_torch(tmp_path: Path, digits_cache: Path) -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "from clip_adapter.extract.command import main; main(['--help'])",
+        "from clip_adapter.pipelines.extract_command import main; main(['--help'])",
         "from clip_adapter.pipelines.fit import main; main(['--help'])",
-        "from clip_adapter.pipelines.umbrella import main; sys.argv[1:] = ['--help']; main()",
+        "from clip_adapter.pipelines.commands import main; sys.argv[1:] = ['--help']; main()",
     ],
 )
 def test_help_imports_nothing_heavy(tmp_path: Path, code: str) -> None:

@@ -20,9 +20,11 @@ import torch
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.extract import job
-from clip_adapter.extract.command import ExtractConfig, extract
+from clip_adapter.extract.config import ExtractConfig
+from clip_adapter.extract.run import extract
 from clip_adapter.extract.shards import Shard, parse_shard
 from clip_adapter.pipelines.merge import MergeConfig, merge
+from clip_adapter.pipelines.spoken import Spoken
 from tests.extract.image_folders import make_folder, photograph
 
 BIN = Path(sys.executable).parent
@@ -76,7 +78,7 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, out: Path, **options: Any) -> Path:
     values: dict[str, Any] = {"on_error": "skip", "views": 2, **SMALL, **options}
-    return extract(ExtractConfig(dataset=f"folder:{folder}", out=out, **values))
+    return extract(ExtractConfig(dataset=f"folder:{folder}", out=out, **values), Spoken("extract"))
 
 
 def arguments(folder: Path, out: Path) -> list[str]:

@@ -10,13 +10,15 @@ import pytest
 from clip_adapter.adapters.classifier import classifier_weights
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.extract.command import ExtractConfig, extract
+from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.prompts import (
     descriptions_in_order,
     read_descriptions,
     resolve_templates,
 )
+from clip_adapter.extract.run import extract
 from clip_adapter.extract.text import TextPlan
+from clip_adapter.pipelines.spoken import Spoken
 from tests.extract.image_folders import make_folder
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -112,7 +114,7 @@ def test_prompts_that_are_cut_off_are_counted(
         batch_size=7,
         val=0.0,
     )
-    extract(config)
+    extract(config, Spoken("extract"))
     assert capsys.readouterr().err == (
         "warning: the text tower reads only the beginning of 20 prompts, the first of them "
         f"'{words}eight'; shorten what is to count.\n"

@@ -39,7 +39,7 @@ def exit_code(*arguments: object) -> int:
 
 def test_the_command_predicts_without_jax(run: Path, image_folder: Path, digits: Any) -> None:
     program = (
-        "import sys, atexit; from clip_adapter.pipelines.umbrella import main;"
+        "import sys, atexit; from clip_adapter.pipelines.commands import main;"
         "atexit.register(lambda: print('jax' in sys.modules, file=sys.stderr)); main()"
     )
     result = subprocess.run(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from clip_adapter.console.wording import counted, size, some, warn
+from clip_adapter.cache.words import counted, printable, quoted, shortened, size, some
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,13 @@ def test_long_lists_are_cut() -> None:
     assert some(list("abcdefg")) == "'a', 'b', 'c' and 4 more"
 
 
-def test_a_warning_is_one_line_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    warn("This is odd.")
-    assert capsys.readouterr() == ("", "warning: This is odd.\n")
+def test_what_comes_from_outside_is_cut_and_quoted() -> None:
+    assert quoted("RN5O") == "'RN5O'"
+    assert quoted("a\nb\x1b") == r"'a\nb\x1b'"
+    assert len(quoted("x" * 10_000)) == 160
+    assert shortened("abcdef", 6) == "abcdef"
+    assert shortened("abcdefg", 6) == "abcde…"
+
+
+def test_no_name_commands_a_terminal() -> None:
+    assert printable("two\nlines \x1b[2J \udcff 字 ±") == r"two\nlines \x1b[2J \udcff 字 ±"

@@ -12,7 +12,7 @@ from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.writer import CacheWriter
 from clip_adapter.pipelines.adapter_file import SavedAdapter, save_adapter
-from clip_adapter.pipelines.inspect import InspectConfig, inspect, main
+from clip_adapter.pipelines.inspect_file import InspectConfig, inspect, main
 
 CLASSES = 1000
 TEMPLATES = [f"photo {n} of a {{}}" for n in range(80)]

@@ -8,29 +8,30 @@ from typing import Any, NoReturn
 
 import h5py
 import numpy as np
-import tyro
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.console.command import run_command
-from clip_adapter.console.wording import size
+from clip_adapter.cache.words import printable, shortened, size
 from clip_adapter.pipelines.adapter_file import ARRAYS_FILE, INFO_FILE, SavedAdapter, load_adapter
 from clip_adapter.pipelines.adapter_layout import RATIOS
-from clip_adapter.pipelines.plain_text import printable
+from clip_adapter.pipelines.argument_types import Positional
+from clip_adapter.pipelines.command import run_command
 
 FIRST_CLASSES = 5
 FIRST_TEMPLATES = 2
-LONGEST_VALUE = 160
 
 Facts = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Say what is in a feature cache or a fitted adapter, on one screen."""
+    """Say what is in a feature cache or a fitted adapter, on one screen.
 
-    file: tyro.conf.Positional[Path]
-    """Feature cache, run folder, adapter.json or adapter.safetensors."""
+    Attributes:
+        file: Feature cache, run folder, adapter.json or adapter.safetensors.
+    """
+
+    file: Positional[Path]
 
 
 def inspect(config: InspectConfig) -> Facts:
@@ -125,7 +126,7 @@ def _origin_facts(
 
 def _first(values: Sequence[str], count: int) -> str:
     """The first few values and how many there are."""
-    shown = ", ".join(_shortened(value) for value in values[:count])
+    shown = ", ".join(shortened(value) for value in values[:count])
     return f"{len(values)}: {shown}{', …' if len(values) > count else ''}"
 
 
@@ -138,15 +139,11 @@ def _flat(document: Mapping[str, Any], prefix: str = "") -> Facts:
     nested = (
         _flat(value, f"{prefix}{name}.")
         if isinstance(value, dict)
-        else [(prefix + name, f"{value:.6g}" if type(value) is float else _shortened(str(value)))]
+        else [(prefix + name, f"{value:.6g}" if type(value) is float else shortened(str(value)))]
         for name, value in document.items()
         if value is not None
     )
     return list(chain.from_iterable(nested))
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 1] + "…"
 
 
 def _logit_words(scale: float, bias: float) -> str:

@@ -2,12 +2,12 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-LINE_EVERY_SECONDS = 10.0
+from clip_adapter.extract.listener import Advance
 
-Advance = Callable[[int, str], None]
+LINE_EVERY_SECONDS = 10.0
 
 
 @contextmanager
@@ -62,3 +62,7 @@ def _lines(what: str, total: int, done: int) -> Advance:
             print(f"{what}: {done}/{total} {note}".rstrip(), file=sys.stderr)
 
     return advance
+
+
+def no_advance(count: int, note: str) -> None:
+    """Progress that nobody sees."""

@@ -1,0 +1,47 @@
+"""Counts, sizes, lists and names in words, safe to print."""
+
+from collections.abc import Sequence
+
+NAMES_SHOWN = 3
+LONGEST_NAME = 160
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """`1 image`, `2,000 images`; `plural` for nouns that want more than an s."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that fits, such as `48.2 KiB`."""
+    for unit in ("KiB", "MiB"):
+        count /= 1024
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} GiB"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names: `'a', 'b', 'c' and 4 more`."""
+    shown = ", ".join(map(quoted, names[:NAMES_SHOWN]))
+    rest = len(names) - NAMES_SHOWN
+    return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def quoted(value: object) -> str:
+    """A value from outside as Python writes it, the end of a long one cut off: `'RN5O'`."""
+    return shortened(repr(value))
+
+
+def shortened(text: str, longest: int = LONGEST_NAME) -> str:
+    """The text, or its beginning and an ellipsis."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, and bytes that are no UTF-8 in a file name, as escapes.
+
+    What comes from a file cannot start a new line or command a terminal in this form.
+    """
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )

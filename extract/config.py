@@ -1,0 +1,125 @@
+"""What one `extract` is asked for."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from clip_adapter.cache.cores import available_cores
+from clip_adapter.cache.errors import UserError
+from clip_adapter.extract.prompts import read_descriptions, resolve_templates
+
+if TYPE_CHECKING:
+    from clip_adapter.extract.datasets.source import SourceOptions
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """Encode a data set once with a frozen CLIP and write its features to one HDF5 file.
+
+    An interrupted run goes on where it stopped when the same command is given again.
+
+    Attributes:
+        dataset: Data set: digits (embedded), a name of the literature such as oxford_pets,
+            tfds:BUILDER[/CONFIG], coop:FOLDER, folder:FOLDER, csv:FILE, or hf:ORG/NAME.
+        backbone: CLIP model: glyph-clip (embedded, a demonstration), an open_clip name such
+            as RN50, local-dir:FOLDER or hf-hub:ORG/NAME.
+        pretrained: Weights: a tag of open_clip's, or a local file or folder. By default
+            openai where it exists.
+        out: Where the feature cache goes.
+        templates: Prompt templates with {} for the class name, text files with one per
+            line, or `ensemble` for ImageNet's seven; by default the data set's own.
+        descriptions: JSON file {class: [sentences]} of prompts for each class, in place of
+            the data set's own templates and beside those given with --templates.
+        views: Augmented views (random crop and flip) to store of each training image, for
+            fit --augment.
+        augment_seed: Seed of these views.
+        data_dir: Where TensorFlow Datasets keeps its data; by default its own folder.
+        data_root: Folder that holds data sets in CoOp's layout; a name found there is taken
+            with its published split.
+        image_root: What relative paths in a csv: table start from; by default the table's
+            folder.
+        val: Share of the training images that becomes val where the data set has none.
+            Default 0.2; 0 makes none.
+        test: The same for test. Default 0.3.
+        split_seed: Seed of that division.
+        on_error: What to do about an image that cannot be decoded: stop, or leave it out
+            and list it in the cache.
+        precision: What the model computes in; auto is fp32 on a CPU, bf16 or fp16 on a GPU.
+        compile: Compile the image encoder first, which takes from a quarter of a minute to some
+            minutes. On a CPU it made RN50 faster from 800 images on, and ViT-B-32 slower.
+        batch_size: Images per forward pass.
+        workers: Threads that decode images.
+        device: PyTorch device; auto takes a GPU where there is one.
+        shard: Encode only part I of N, written I/N (1/4 … 4/4); `clip-adapter merge` joins
+            the parts. Under torchrun every process takes its part by itself.
+        force: Overwrite an existing cache or an interrupted run.
+    """
+
+    dataset: str = "digits"
+    backbone: str = "glyph-clip"
+    pretrained: str | None = None
+    out: Path = Path("features.h5")
+    templates: tuple[str, ...] = ()
+    descriptions: Path | None = None
+    views: int = 0
+    augment_seed: int = 0
+    data_dir: Path | None = None
+    data_root: Path | None = None
+    image_root: Path | None = None
+    val: float | None = None
+    test: float | None = None
+    split_seed: int = 0
+    on_error: Literal["fail", "skip"] = "fail"
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    compile: bool = False
+    batch_size: int = 64
+    workers: int = available_cores()
+    device: str = "auto"
+    shard: str | None = None
+    force: bool = False
+
+    def check(self) -> None:
+        """Raises UserError for numbers out of range."""
+        if self.batch_size < 1 or self.workers < 1:
+            raise UserError("--batch-size and --workers must be at least 1.")
+        if self.views < 0 or self.augment_seed < 0:
+            raise UserError("--views and --augment-seed must not be negative.")
+
+    def source_options(self) -> "SourceOptions":
+        from clip_adapter.extract.datasets.source import SourceOptions
+
+        return SourceOptions(
+            data_dir=self.data_dir,
+            data_root=self.data_root,
+            image_root=self.image_root,
+            val=self.val,
+            test=self.test,
+            seed=self.split_seed,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """The arguments that decide what the cache holds, as JSON.
+
+        Raises UserError for files of prompts that cannot be used.
+        """
+        return {
+            "dataset": self.dataset,
+            "backbone": self.backbone,
+            "pretrained": self.pretrained,
+            "templates": list(resolve_templates(self.templates)),
+            "descriptions": self.descriptions and _sha256(read_descriptions(self.descriptions)),
+            "views": self.views,
+            "augment_seed": self.augment_seed,
+            "data_root": None if self.data_root is None else str(self.data_root),
+            "image_root": None if self.image_root is None else str(self.image_root),
+            "val": self.val,
+            "test": self.test,
+            "split_seed": self.split_seed,
+            "precision": self.precision,
+        }
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,165 @@
+"""`extract`: encode a data set once and write the feature cache."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.workplace import Workplace
+from clip_adapter.extract.config import ExtractConfig
+from clip_adapter.extract.listener import Listener
+from clip_adapter.extract.shards import (
+    Launch,
+    Shard,
+    find_launch,
+    parse_shard,
+    part_path,
+    wait_for_all,
+)
+
+
+def extract(config: ExtractConfig, listener: Listener | None = None) -> Path:
+    """Run `extract` and return the path of the cache, or of the part that `shard` asks for.
+
+    listener: is told of progress, warnings and the result; by default nobody is.
+    Raises UserError for bad input; see the messages.
+    """
+    config.check()
+    listener = listener or Listener()
+    launch = find_launch()
+    if launch is not None:
+        return _extract_together(config, launch, listener if launch.rank == 0 else Listener())
+    shard = parse_shard(config.shard)
+    if _already_there(config, shard):
+        listener.result(_nothing_to_do(config.out))
+        return config.out
+    with _workplace(config, _own(config, shard)) as place:
+        from clip_adapter.extract.job import run_job
+
+        run_job(config, shard, place, listener)
+    return config.out
+
+
+def _extract_together(config: ExtractConfig, launch: Launch, listener: Listener) -> Path:
+    """This process's part, and in the first process the whole, as soon as all parts are there."""
+    if config.shard is not None:
+        raise UserError("Under torchrun each process takes its part by itself; leave out --shard.")
+    if _already_there(config, Shard()):
+        listener.result(_nothing_to_do(config.out))
+        return config.out
+    if launch.rank == 0:
+        from clip_adapter.cache.parts import MERGING
+
+        with _workplace(config, MERGING):  # better to find out before the parts are encoded
+            pass
+    from clip_adapter.extract.device import device_of_process
+    from clip_adapter.extract.job import run_job
+    from clip_adapter.extract.join import join_parts
+
+    out = part_path(config.out, launch.shard)
+    device = device_of_process(config.device, launch.local_rank)
+    own = replace(config, out=out, shard=None, device=device)
+    if not _already_there(own, launch.shard):
+        with _workplace(own, _own(own, launch.shard)) as place:
+            run_job(own, launch.shard, place, listener)
+    wait_for_all()
+    if launch.rank == 0:
+        parts = [
+            part_path(config.out, Shard(i + 1, launch.processes)) for i in range(launch.processes)
+        ]
+        join_parts(parts, config.out, listener)
+        for part in parts:
+            part.unlink()
+    return config.out
+
+
+def _own(config: ExtractConfig, shard: Shard) -> dict[str, Any]:
+    """What decides, beside the identity, which rows a run encodes: only the same ones go on."""
+    own: dict[str, Any] = {"shard": f"{shard.index}/{shard.of}"}
+    if shard.of > 1:  # shards meet at multiples of it
+        own["batch_size"] = config.batch_size
+    return own
+
+
+@contextmanager
+def _workplace(config: ExtractConfig, own: Mapping[str, Any]) -> Iterator[Workplace]:
+    """The place beside --out, taken before anything is loaded.
+
+    own: see Workplace.
+    Raises UserError where nothing can be written there, by this run at least. An interruption is
+    given to say that nothing is lost (--force, though, would start again).
+    """
+    arguments = config.identity()
+    if config.precision == "auto":  # only the device will say
+        del arguments["precision"]
+    with Workplace(config.out, own) as place:
+        if not config.force:
+            place.refuse_other(arguments, known_so_far=True)
+        try:
+            yield place
+        except KeyboardInterrupt:
+            if config.force or not place.begun:
+                raise
+            raise KeyboardInterrupt(
+                "what is encoded is kept, and the same command goes on from there"
+            ) from None
+
+
+def _already_there(config: ExtractConfig, shard: Shard) -> bool:
+    """Whether the file exists with these arguments.
+
+    Raises UserError where something else stands in its place, or images were skipped that should
+    not be.
+    """
+    if config.force or not config.out.exists() or config.out.is_dir():
+        return False
+    stored, skipped = _arguments_of(config.out, shard)
+    earlier = ExtractConfig().identity() | stored
+    now = config.identity()
+    if config.precision == "auto":  # whatever it was on the machine that made the file
+        now["precision"] = earlier["precision"]
+    differing = sorted(key for key in now if earlier.get(key) != now[key])
+    if differing:
+        raise UserError(
+            f"{config.out} exists and was made with other arguments ({', '.join(differing)} "
+            "differ); choose another --out, or --force to overwrite it."
+        )
+    if config.on_error == "fail":
+        from clip_adapter.extract.outcome import refuse_skipped
+
+        refuse_skipped(config.out, skipped)
+    return True
+
+
+def _nothing_to_do(out: Path) -> str:
+    return (
+        f"{out} is complete and was made with these arguments; images and weights were not "
+        "looked at again (--force does): nothing to do."
+    )
+
+
+def _arguments_of(path: Path, shard: Shard) -> tuple[dict[str, Any], int]:
+    """What a file was made with, and how many images were skipped."""
+    if shard.of > 1:
+        from clip_adapter.cache.parts import part_of
+
+        arguments, part, skipped = part_of(path)
+        if (part.index, part.of) != (shard.index, shard.of):
+            raise UserError(
+                f"{path} is part {part.index} of {part.of} of a cache; choose another --out, or "
+                "--force to overwrite it."
+            )
+        return arguments, skipped
+    import h5py
+
+    from clip_adapter.cache.reader import FeatureCache
+
+    if not h5py.is_hdf5(path):
+        raise UserError(
+            f"{path} exists and is no feature cache; choose another --out, or --force to "
+            "overwrite it."
+        )
+    with FeatureCache(path) as cache:
+        return cache.arguments, cache.skipped

@@ -1,0 +1,30 @@
+"""What a run has to say, on the terminal."""
+
+import sys
+from contextlib import AbstractContextManager
+
+from clip_adapter.cache.words import printable
+from clip_adapter.extract.listener import Advance, Listener
+from clip_adapter.pipelines.progress import progress
+
+
+class Spoken(Listener):
+    """Results go to standard output, all else to standard error; names in it command no terminal.
+
+    program: stands before notes.
+    """
+
+    def __init__(self, program: str) -> None:
+        self._program = program
+
+    def result(self, text: str) -> None:
+        print("\n".join(map(printable, text.split("\n"))))
+
+    def note(self, sentence: str) -> None:
+        print(printable(f"{self._program}: {sentence}"), file=sys.stderr)
+
+    def warn(self, sentence: str) -> None:
+        print(printable(f"warning: {sentence}"), file=sys.stderr)
+
+    def progress(self, what: str, total: int, done: int = 0) -> AbstractContextManager[Advance]:
+        return progress(what, total, done)
