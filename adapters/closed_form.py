@@ -15,11 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Arrays, Method, Setting, Task
-from clip_adapter.adapters.scoring import VALIDATION_ROWS, validation_score
+from clip_adapter.adapters.scoring import VALIDATION_ROWS, Scored, validation_score
 
 # What the points that are computed side by side may take in memory.
 SIDE_BY_SIDE_BYTES = 1 << 28
@@ -27,9 +26,9 @@ SIDE_BY_SIDE_BYTES = 1 << 28
 
 def grid_scores(
     method: Method, static: Setting, axes: Mapping[str, Sequence[float]], task: Task
-) -> npt.NDArray[np.float32]:
-    """(len(first axis), …, len(last axis), 2): accuracy and mean negative log-likelihood of each
-    point on the task's validation data.
+) -> Scored:
+    """How each point does on the task's validation data: `score` (len(first axis), …, 2), `right`
+    (len(first axis), …, M).
 
     axes: the values of each number, the costliest first.
     """
@@ -39,7 +38,7 @@ def grid_scores(
     fits = inner * _point_bytes(method, static, list(axes), task) <= SIDE_BY_SIDE_BYTES
     program = _grid_program(method, tuple(static.items()), tuple(axes), fits)
     with jax.default_matmul_precision("float32"):
-        return np.asarray(program(values, task))
+        return jax.device_get(program(values, task))
 
 
 def fit(method: Method, setting: Setting, task: Task) -> Arrays:
@@ -76,9 +75,9 @@ def _grid_program(
     static: tuple[tuple[str, Value], ...],
     names: tuple[str, ...],
     side_by_side: bool,
-) -> Callable[[tuple[jax.Array, ...], Task], jax.Array]:
-    def program(values: tuple[jax.Array, ...], task: Task) -> jax.Array:
-        def point(*numbers: Any) -> jax.Array:
+) -> Callable[[tuple[jax.Array, ...], Task], Scored]:
+    def program(values: tuple[jax.Array, ...], task: Task) -> Scored:
+        def point(*numbers: Any) -> Scored:
             setting = {**dict(static), **dict(zip(names, numbers, strict=True))}
             arrays = method.fit(jnp, task, setting)
             return validation_score(
@@ -96,8 +95,8 @@ def _grid_program(
 def _along(function: Any, axis: int, values: jax.Array, *, one_by_one: bool) -> Any:
     """`function` of the numbers before `axis`, for every value there."""
 
-    def mapped(*before: Any) -> jax.Array:
-        def at(value: jax.Array) -> jax.Array:
+    def mapped(*before: Any) -> Scored:
+        def at(value: jax.Array) -> Scored:
             return function(*before, value)
 
         return jax.lax.map(at, values) if one_by_one else jax.vmap(at)(values)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from clip_adapter.adapters.method import Arrays, Score, Setting
 
@@ -21,7 +22,8 @@ class Evaluation:
     epochs_run: how long it was trained, 0 where nothing is trained. epoch: the one that counts:
     the last, or the best of those evaluated. accuracy in [0, 1] and nll: at that epoch, over the
     images of all folds; an nll that is not finite marks a setting that diverged.
-    seconds: what it took. arrays: fetches what was fitted; None where that was not kept.
+    right: (M,) bool, the validation images that it classifies correctly, fold after fold; None
+    where that is not known. seconds: what it took. arrays: fetches what was fitted; None where that was not kept.
     """
 
     setting: Setting
@@ -30,6 +32,7 @@ class Evaluation:
     accuracy: float
     nll: float
     seconds: float
+    right: npt.NDArray[np.bool_] | None = None
     arrays: Callable[[], Arrays] | None = None
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,37 +26,43 @@ VALIDATION_ROWS = 2048
 BLOCK = 512
 
 
-def sums(
-    logits: Float[Array, "N C"], labels: Int[Array, " N"], counts: Bool[Array, " N"] | None = None
-) -> Float[Array, "score=2"]:
-    """(rows whose largest logit is the label's, summed negative log-likelihood) of those that
-    count."""
+class Scored(NamedTuple):
+    """How logits do on M rows.
+
+    score: accuracy in [0, 1] and mean negative log-likelihood. right: the rows whose largest logit
+    is the label's.
+    """
+
+    score: Float[Array, "score=2"]
+    right: Bool[Array, " M"]
+
+
+def score(logits: Float[Array, "M C"], labels: Int[Array, " M"]) -> Scored:
+    """How these logits do."""
     right = jnp.argmax(logits, axis=1) == labels
     losses = cross_entropy(jnp, logits, labels)
-    if counts is not None:
-        right, losses = right & counts, jnp.where(counts, losses, 0)
-    return jnp.stack([jnp.sum(right).astype(losses.dtype), jnp.sum(losses)])
+    return Scored(jnp.stack([jnp.mean(right.astype(losses.dtype)), jnp.mean(losses)]), right)
 
 
-def validation_score(classify: Classify, task: Task) -> Float[Array, "score=2"]:
-    """Accuracy in [0, 1] and mean negative log-likelihood on the task's validation data, of which
-    there has to be some."""
+def validation_score(classify: Classify, task: Task) -> Scored:
+    """How a classifier does on the task's validation data, of which there has to be some."""
     features, labels = task.validation_features, task.validation_labels
     count = len(labels)
     if count <= VALIDATION_ROWS:
-        return sums(classify(features), labels) / count
+        return score(classify(features), labels)
     blocks = -(-count // VALIDATION_ROWS)
-    missing = blocks * VALIDATION_ROWS - count
 
     def cut(array: Array) -> Array:
+        missing = blocks * VALIDATION_ROWS - count
         padded = jnp.pad(array, ((0, missing), *[(0, 0)] * (array.ndim - 1)))
         return padded.reshape(blocks, VALIDATION_ROWS, *array.shape[1:])
 
-    counts = cut(jnp.ones(count, bool))
-    scored = jax.lax.map(
-        lambda block: sums(classify(block[0]), *block[1:]), (cut(features), cut(labels), counts)
-    )
-    return jnp.sum(scored, axis=0) / count
+    def rows(block: tuple[Array, Array]) -> tuple[Array, Array]:
+        logits = classify(block[0])
+        return cross_entropy(jnp, logits, block[1]), jnp.argmax(logits, axis=1) == block[1]
+
+    losses, right = (a.ravel()[:count] for a in jax.lax.map(rows, (cut(features), cut(labels))))
+    return Scored(jnp.stack([jnp.mean(right.astype(losses.dtype)), jnp.mean(losses)]), right)
 
 
 def pooled(judged: Sequence[npt.ArrayLike], folds: Sequence[Task]) -> npt.NDArray[np.float64]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +26,13 @@ from clip_adapter.adapters.method import (
     Task,
     same_program,
 )
-from clip_adapter.adapters.scoring import make_classify, pooled, sums
-from clip_adapter.adapters.successive_halving import Rung, rung_epochs, successive_halving
+from clip_adapter.adapters.scoring import make_classify, pooled, score
+from clip_adapter.adapters.successive_halving import (
+    Rung,
+    rung_epochs,
+    successive_halving,
+    survivors,
+)
 
 Values = Mapping[str, Sequence[Value]]
 
@@ -51,13 +58,37 @@ def search(
         train = partial(_train, method, engine)
         yield from successive_halving(settings, rungs, folds, journal, train)
     else:
-        yield from _closed(method, values, folds, engine, journal)
+        yield from _closed(method, values, folds, engine)
 
 
 def rungs_of(setting: Setting, *, halving: bool) -> list[int]:
     """The epochs at which settings of a trained method are compared."""
     epochs = int(setting["epochs"])
     return rung_epochs(epochs, int(setting.get("evaluate_every", 1))) if halving else [epochs]
+
+
+def work(method: Method, values: Values, folds: int, *, halving: bool = False) -> float:
+    """How much `search` will tell the engine's progress, in settings trained on one fold.
+
+    Of a solver that is sent scores it is what it takes where all scores are equal.
+    """
+    if method.solver:
+        proposed = method.propose(values) if method.propose else _product(method, values)
+        count = 0
+        with suppress(StopIteration):
+            next(proposed)
+            while True:
+                count += 1
+                proposed.send((0.0, 0.0))
+        return count
+    settings = method.settings(values)
+    if not method.is_trained:
+        return len(settings)
+    rungs = rungs_of(settings[0], halving=halving)
+    counts = survivors(len(settings), len(rungs))
+    spans = [stop - first for first, stop in pairwise([0, *rungs])]
+    epochs = sum(count * span for count, span in zip(counts, spans, strict=True))
+    return folds * epochs / rungs[-1]
 
 
 def fit(method: Method, setting: Setting, epoch: int | None, task: Task, engine: Engine) -> Arrays:
@@ -95,6 +126,7 @@ def _train(
         ]
         for chunks in zip(*runs, strict=True):
             histories = pooled([chunk.state.history for chunk in chunks], rung.folds)
+            right = np.concatenate([np.asarray(chunk.state.right) for chunk in chunks], axis=1)
             seconds = sum(chunk.seconds for chunk in chunks) / len(chunks[0].indices)
             for row, position in enumerate(chunks[0].indices):
                 index = members[position]
@@ -106,7 +138,7 @@ def _train(
                 )
                 yield (
                     index,
-                    _judged(setting, rung.stop, histories[row], seconds, kept),
+                    _judged(setting, rung.stop, histories[row], seconds, right[row], kept),
                     partial(_rows, chunks, row),
                 )
 
@@ -116,20 +148,21 @@ def _judged(
     epochs_run: int,
     history: npt.NDArray[np.float64],
     seconds: float,
+    right: npt.NDArray[np.bool_],
     arrays: Callable[[], Arrays] | None,
 ) -> Evaluation:
     """Judge a run by its last epoch, or by its best evaluated one where that is kept; one NaN on
     the way marks it as diverged."""
     if setting["epoch"] != "best":
         accuracy, nll = history[0].tolist()
-        return Evaluation(setting, epochs_run, epochs_run, accuracy, nll, seconds, arrays)
+        return Evaluation(setting, epochs_run, epochs_run, accuracy, nll, seconds, right, arrays)
     epochs = [epoch for epoch in recipe.evaluated_epochs(setting) if epoch <= epochs_run]
     reached = history[: len(epochs)]
     accuracies, nlls = reached.T
     best = np.lexsort((np.arange(len(epochs)), nlls, -accuracies))[0]
     nll = float(nlls[best]) if np.isfinite(reached).all() else float("nan")
     accuracy = float(accuracies[best])
-    return Evaluation(setting, epochs_run, epochs[best], accuracy, nll, seconds, arrays)
+    return Evaluation(setting, epochs_run, epochs[best], accuracy, nll, seconds, right, arrays)
 
 
 def _rows(chunks: Sequence[Chunk], row: int) -> list[Leaves]:
@@ -145,27 +178,24 @@ def _trained_arrays(method: Method, setting: Setting, task: Task, chunk: Chunk, 
 
 
 def _closed(
-    method: Method, values: Values, folds: Sequence[Task], engine: Engine, journal: Journal
+    method: Method, values: Values, folds: Sequence[Task], engine: Engine
 ) -> Iterator[Evaluation]:
+    """Nothing is looked up: a whole grid takes no longer than reading what it found before."""
     settings = method.settings(values)
-    known = [journal.known(setting, 0) for setting in settings]
     for static, members in same_program(method, settings):
-        found = [known[index] for index in members]
-        if all(found):
-            yield from (evaluation for evaluation in found if evaluation)
-            continue
         started = time.perf_counter()
         names = method.split(settings[members[0]])[1]
         axes = {
             name: list(dict.fromkeys(float(settings[index][name]) for index in members))
             for name in names
         }
-        scores = [closed_form.grid_scores(method, static, axes, fold) for fold in folds]
-        judged = pooled([score.reshape(-1, 2) for score in scores], folds)
+        scored = [closed_form.grid_scores(method, static, axes, fold) for fold in folds]
+        judged = pooled([fold.score.reshape(-1, 2) for fold in scored], folds)
+        right = np.concatenate([f.right.reshape(len(members), -1) for f in scored], axis=1)
         seconds = (time.perf_counter() - started) / len(members)
         engine.progress(len(members))
-        for index, (accuracy, nll) in zip(members, judged.tolist(), strict=True):
-            yield Evaluation(settings[index], 0, 0, accuracy, nll, seconds)
+        for index, (accuracy, nll), row in zip(members, judged.tolist(), right, strict=True):
+            yield Evaluation(settings[index], 0, 0, accuracy, nll, seconds, row)
 
 
 def _solved(
@@ -199,15 +229,15 @@ def _evaluate(
 ) -> Evaluation:
     started = time.perf_counter()
     fits = [_as_saved(method, solve(setting)) for solve in solvers]
-    scores = []
+    scored = []
     for arrays, fold in zip(fits, folds, strict=True):
         classify = make_classify(method, setting, arrays, fold.head)
         logits = jnp.asarray(classify(fold.validation_features))
-        score = sums(logits, fold.validation_labels)
-        scores.append(np.asarray(score) / len(fold.validation_labels))
-    accuracy, nll = pooled(scores, folds).tolist()
+        scored.append(jax.device_get(score(logits, fold.validation_labels)))
+    accuracy, nll = pooled([fold.score for fold in scored], folds).tolist()
+    right = np.concatenate([fold.right for fold in scored])
     kept = (lambda: fits[0]) if len(folds) == 1 else None
-    return Evaluation(setting, 0, 0, accuracy, nll, time.perf_counter() - started, kept)
+    return Evaluation(setting, 0, 0, accuracy, nll, time.perf_counter() - started, right, kept)
 
 
 def _on_host(task: Task) -> Task:

@@ -18,11 +18,11 @@ from flax import nnx
 from clip_adapter.adapters import networks, recipe
 from clip_adapter.adapters.classifier import mean_cross_entropy
 from clip_adapter.adapters.method import Arrays, Batch, Classify, Method, Setting, Task
-from clip_adapter.adapters.scoring import validation_score
+from clip_adapter.adapters.scoring import Scored, validation_score
 
 if TYPE_CHECKING:
     from jax import Array
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
     Epoch = int | Int[Array, ""]
 
@@ -35,6 +35,7 @@ class RunState(NamedTuple):
     by the earlier epoch; else empty. best_evaluation: its row of `history`, −1 before the first.
     history: (E, 2), accuracy and negative log-likelihood at each evaluation, NaN where not
     reached; of a run that keeps its last epoch (1, 2), those after the last one so far.
+    right: the validation images that the kept parameters classify correctly.
     """
 
     trained: Arrays
@@ -42,6 +43,7 @@ class RunState(NamedTuple):
     best: Arrays
     best_evaluation: Int[Array, ""]
     history: Float[Array, "E score=2"]
+    right: Bool[Array, " M"]
 
 
 def advance(
@@ -95,6 +97,7 @@ def initial_state(method: Method, task: Task, setting: Setting) -> RunState:
         best=trained if keeps_best else {},
         best_evaluation=jnp.int32(-1),
         history=jnp.full((evaluations, 2), jnp.nan),
+        right=jnp.zeros(len(task.validation_labels), bool),
     )
 
 
@@ -191,7 +194,7 @@ def _together(gradient: Arrays) -> Arrays:
 
 def _score(
     method: Method, task: Task, setting: Setting, constants: Arrays, trained: Arrays
-) -> Float[Array, "score=2"]:
+) -> Scored:
     return validation_score(classifier(method, task, setting, {**constants, **trained}), task)
 
 
@@ -201,7 +204,8 @@ def _judge(
     """Record how the parameters do on the validation data."""
     if not len(task.validation_labels):
         return state
-    return state._replace(history=_score(method, task, setting, constants, state.trained)[None])
+    now = _score(method, task, setting, constants, state.trained)
+    return state._replace(history=now.score[None], right=now.right)
 
 
 def _keep_best(
@@ -216,7 +220,7 @@ def _keep_best(
     index = (epoch // setting["evaluate_every"]).astype(jnp.int32)
     if not len(task.validation_labels):
         return state._replace(best=state.trained, best_evaluation=index)
-    now = _score(method, task, setting, constants, state.trained)
+    now, right = _score(method, task, setting, constants, state.trained)
     best = state.history[state.best_evaluation]
     better = (
         (state.best_evaluation < 0)
@@ -227,4 +231,5 @@ def _keep_best(
         best=jax.tree.map(partial(jnp.where, better), state.trained, state.best),
         best_evaluation=jnp.where(better, index, state.best_evaluation),
         history=state.history.at[index].set(now),
+        right=jnp.where(better, right, state.right),
     )
