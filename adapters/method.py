@@ -184,17 +184,18 @@ class Method:
 
         return max(self.settings(values), key=agreeing)
 
-    def checked(self, setting: Mapping[str, Any]) -> dict[str, Value]:
+    def checked(self, setting: Mapping[str, Any], *, partial: bool = False) -> dict[str, Value]:
         """The setting with plain Python values.
 
-        Raises ValueError, in a sentence, where a value is missing or out of range.
+        Raises ValueError, in a sentence, where a value is missing (unless `partial`) or out of
+        range.
         """
         checked: dict[str, Value] = {}
         for name, hyper in self.hyper.items():
-            if hyper.applies(checked):
-                if name not in setting:
-                    raise ValueError(f"{name} is missing")
+            if name in setting:
                 checked[name] = hyper.checked(name, setting[name])
+            elif hyper.applies(checked) and not partial:
+                raise ValueError(f"{name} is missing")
         return checked
 
     def split(self, setting: Setting) -> tuple[dict[str, Value], dict[str, float]]:

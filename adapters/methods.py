@@ -1,10 +1,20 @@
-"""The methods by name."""
+"""The methods by name: those of this house, and those of installed packages and of the user.
+
+A package offers its own through the entry-point group `clip_adapter.methods`; a user names one as
+`MODULE:NAME`.
+"""
+
+import sys
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
 
 from clip_adapter.adapters.clip_adapter import CLIP_ADAPTER
 from clip_adapter.adapters.linear_probe import LINEAR_PROBE
 from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.zero_shot import ZERO_SHOT
 
+GROUP = "clip_adapter.methods"
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -13,3 +23,42 @@ METHODS: dict[str, Method] = {
         CLIP_ADAPTER,
     )
 }
+
+
+def find_method(name: str) -> Method:
+    """The method of a name, or of `MODULE:NAME`, which imports MODULE (also from the folder one
+    stands in). It is then known by its own name as well.
+
+    Raises LookupError, in a sentence, where there is none.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if ":" in name:
+        return _imported(name)
+    for entry in entry_points(group=GROUP, name=name):
+        return _known(entry.load(), name)
+    known = sorted({*METHODS, *(entry.name for entry in entry_points(group=GROUP))})
+    raise LookupError(f"there is no method {name!r:.80}; the methods are {', '.join(known)}")
+
+
+def _imported(name: str) -> Method:
+    module, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        return _known(getattr(import_module(module), attribute), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise LookupError(f"the method {name!r:.80} cannot be imported ({error})") from error
+    finally:
+        if added:
+            sys.path.remove(here)
+
+
+def _known(method: object, name: str) -> Method:
+    if not isinstance(method, Method):
+        raise LookupError(f"{name!r:.80} is no Method")
+    if METHODS.setdefault(method.name, method) is not method:
+        raise LookupError(f"{name!r:.80} is called {method.name}, like another method")
+    return method

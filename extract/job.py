@@ -22,7 +22,7 @@ from clip_adapter.extract.decode import Plan
 from clip_adapter.extract.device import find_device, find_precision
 from clip_adapter.extract.encode import EncodedBatch, Encoder, encode_images
 from clip_adapter.extract.in_order import InOrder
-from clip_adapter.extract.listener import Listener
+from clip_adapter.cache.listener import Listener
 from clip_adapter.extract.outcome import (
     describe,
     describe_skipped,

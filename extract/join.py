@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clip_adapter.cache.parts import merge_parts
-from clip_adapter.extract.listener import Listener
+from clip_adapter.cache.listener import Listener
 from clip_adapter.extract.outcome import (
     describe,
     describe_skipped,

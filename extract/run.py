@@ -9,7 +9,7 @@ from typing import Any
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.workplace import Workplace
 from clip_adapter.extract.config import ExtractConfig
-from clip_adapter.extract.listener import Listener
+from clip_adapter.cache.listener import Listener
 from clip_adapter.extract.shards import (
     Launch,
     Shard,

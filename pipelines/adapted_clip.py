@@ -2,33 +2,24 @@
 
 import json
 import reprlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.backbone import Backbone, load_backbone
 from clip_adapter.extract.images import read_rgb
 from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter, load_adapter
-from clip_adapter.pipelines.adapter_layout import branches
-
-# As in adapters/classifier.py: keeps the direction of a zero vector finite.
-TINY = 1e-12
-
-Arrays = Mapping[str, npt.NDArray[Any]]
+from clip_adapter.pipelines.fitted_head import FittedHead
 
 
 class AdaptedClip(nn.Module):
     """images (B, 3, H, W) → logits (B, C): an open_clip model with a fitted adapter inside.
 
-    Every method that `fit` saves is supported. The logits are those of the Flax modules within
+    Every method that `fit` saves is supported. The logits are those of the training side within
     1e-5 of the logit scale. The module is in evaluation mode and nothing in it asks for gradients;
     `.to(device)`, `state_dict` and `torch.export` work as for any other.
 
@@ -40,7 +31,7 @@ class AdaptedClip(nn.Module):
         super().__init__()
         _check_same(backbone, adapter.info)
         self.clip = backbone.model
-        self.head = make_head(adapter)
+        self.head = FittedHead(adapter)
         self._transform = backbone.preprocess
         self.class_names = tuple(adapter.info.class_names)
         self.requires_grad_(False).eval()
@@ -74,116 +65,6 @@ class AdaptedClip(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (B, C) of preprocessed images (B, 3, H, W)."""
         return self.head(self.clip.encode_image(images))
-
-
-def make_head(adapter: SavedAdapter) -> nn.Module:
-    """The module image features (B, D) → logits (B, C) of an adapter that `load_adapter` read."""
-    if adapter.info.method == "linear-probe":
-        return LinearHead(adapter)
-    return CosineHead(adapter)
-
-
-class LinearHead(nn.Module):
-    """f K + b, the linear probe."""
-
-    def __init__(self, adapter: SavedAdapter) -> None:
-        super().__init__()
-        self.linear = _linear(adapter.arrays["kernel"])
-        self.linear.bias = nn.Parameter(torch.tensor(adapter.arrays["bias"]))
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.linear(features.to(self.linear.weight.dtype))
-
-
-class CosineHead(nn.Module):
-    """scale · unit(f*) · unit(W*)ᵀ + bias with f* and W* from the adapters that there are.
-
-    W* does not depend on the image, so that it is computed once, here.
-    """
-
-    def __init__(self, adapter: SavedAdapter) -> None:
-        super().__init__()
-        info = adapter.info
-        adapted = branches(info.setting) if info.method == "clip-adapter" else ()
-        text = ResidualAdapter(adapter.arrays, "text") if "text" in adapted else nn.Identity()
-        self.image = (
-            ResidualAdapter(adapter.arrays, "image") if "image" in adapted else nn.Identity()
-        )
-        self.logit_scale = info.logit_scale
-        self.logit_bias = info.logit_bias
-        self.classifier: torch.Tensor
-        with torch.no_grad():
-            weights = _unit(text(torch.tensor(adapter.weights)))
-        self.register_buffer("classifier", weights)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        adapted = self.image(features.to(self.classifier.dtype))
-        return self.logit_scale * (_unit(adapted) @ self.classifier.T) + self.logit_bias
-
-
-class ResidualAdapter(nn.Module):
-    """ρ·A(x) + (1 − ρ)·x, A(x) = ReLU(ReLU(x W1) W2): (N, D) → (N, D)."""
-
-    def __init__(self, arrays: Arrays, branch: str) -> None:
-        super().__init__()
-        self.down = _linear(arrays[f"{branch}/bottleneck/down/kernel"])
-        self.up = _linear(arrays[f"{branch}/bottleneck/up/kernel"])
-        self.ratio = _ratio(
-            {
-                name.removeprefix(f"{branch}/ratio/"): array
-                for name, array in arrays.items()
-                if name.startswith(f"{branch}/ratio/")
-            }
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        ratio = self.ratio(x)
-        return ratio * F.relu(self.up(F.relu(self.down(x)))) + (1 - ratio) * x
-
-
-class ConstantRatio(nn.Module):
-    """The same ρ for every row: a fixed one, or a learned one after its sigmoid."""
-
-    def __init__(self, value: torch.Tensor) -> None:
-        super().__init__()
-        self.value: torch.Tensor
-        self.register_buffer("value", value)
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.value
-
-
-class HyperNetwork(nn.Module):
-    """A ρ per row, sigmoid(v · ReLU(V unit(x)) + λ): (N, D) → (N, 1)."""
-
-    def __init__(self, arrays: Arrays) -> None:
-        super().__init__()
-        self.hidden = _linear(arrays["hidden/kernel"])
-        self.direction = _linear(arrays["direction"])
-        self.direction.bias = nn.Parameter(torch.tensor(arrays["logit"]).reshape(1))
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(self.direction(F.relu(self.hidden(_unit(rows)))))
-
-
-def _ratio(arrays: Arrays) -> nn.Module:
-    if "value" in arrays:
-        return ConstantRatio(torch.tensor(arrays["value"]))
-    if "direction" in arrays:
-        return HyperNetwork(arrays)
-    return ConstantRatio(torch.sigmoid(torch.tensor(arrays["logit"])))
-
-
-def _linear(kernel: npt.NDArray[np.float32]) -> nn.Linear:
-    """x K without a bias; Flax keeps K as (inputs, outputs), PyTorch its transpose."""
-    inputs, outputs = kernel.shape
-    layer = nn.Linear(inputs, outputs, bias=False)
-    layer.weight = nn.Parameter(torch.tensor(kernel.T))
-    return layer
-
-
-def _unit(x: torch.Tensor) -> torch.Tensor:
-    return x / torch.sqrt(torch.sum(x * x, dim=-1, keepdim=True) + TINY)
 
 
 def _recorded_backbone(info: AdapterInfo, pretrained: str | None) -> Backbone:

@@ -17,17 +17,17 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from clip_adapter.cache import atomic
+from clip_adapter.adapters.method import Head, Method
+from clip_adapter.adapters.methods import find_method
+from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
-from clip_adapter.pipelines.adapter_layout import (
-    RATIOS,
-    array_shapes,
-    check_setting,
-    is_number,
-)
+from clip_adapter.pipelines.adapter_check import check_usable
 
 FORMAT = "clip-adapter"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+# Version 1 kept a fixed ratio among the arrays, too.
+ONLY_IN_VERSION_1 = "/ratio/value"
 INFO_FILE = "adapter.json"
 ARRAYS_FILE = "adapter.safetensors"
 WEIGHTS = "weights"
@@ -71,7 +71,7 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {**adapter.arrays, WEIGHTS: adapter.weights}
     content = save({name: np.asarray(array, order="C") for name, array in tensors.items()})
-    atomic.write_bytes(folder / ARRAYS_FILE, content)
+    files.write_bytes(folder / ARRAYS_FILE, content)
     document = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -80,7 +80,7 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
     }
     document = json.loads(json.dumps(document))
     document[OWN_SHA256] = document_sha256(document)
-    atomic.write_text(folder / INFO_FILE, json.dumps(document, indent=1))
+    files.write_text(folder / INFO_FILE, json.dumps(document, indent=1))
 
 
 def document_sha256(document: Mapping[str, Any]) -> str:
@@ -101,6 +101,8 @@ def load_adapter(run: Path) -> SavedAdapter:
     info = _checked_info(run / INFO_FILE, document)
     path = run / ARRAYS_FILE
     tensors = _read_tensors(path, document[ARRAYS_SHA256])
+    if document["format_version"] == 1:
+        tensors = {n: t for n, t in tensors.items() if not n.endswith(ONLY_IN_VERSION_1)}
     _check_arrays(path, info, tensors)
     weights = tensors.pop(WEIGHTS)
     return SavedAdapter(info, tensors, weights)
@@ -118,9 +120,9 @@ def _read_document(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{path} does not describe an adapter of clip-adapter.")
     version = document.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in READABLE:
         raise UserError(
-            f"{path} has format version {reprlib.repr(version)}, this program reads version "
+            f"{path} has format version {reprlib.repr(version)}, this program reads versions up to "
             f"{FORMAT_VERSION}; update clip-adapter or fit the adapter again."
         )
     names = [*(field.name for field in fields(AdapterInfo)), ARRAYS_SHA256, OWN_SHA256]
@@ -141,12 +143,28 @@ def _checked_info(path: Path, document: Mapping[str, Any]) -> AdapterInfo:
     values = {field.name: document[field.name] for field in fields(AdapterInfo)}
     # JSON may write a number without its point; JAX takes no integer of more than 32 bits.
     numbers = {name: float(document[name]) for name in ("logit_scale", "logit_bias")}
-    info = AdapterInfo(**values | numbers)
     try:
-        check_setting(info.method, info.setting)
+        # Version 1 said less about how an adapter was trained.
+        partial = document["format_version"] == 1
+        setting = _method(values["method"]).checked(values["setting"], partial=partial)
     except ValueError as error:
         raise UserError(f"{path} describes no adapter that can be used: {error}.") from error
-    return info
+    return AdapterInfo(**values | numbers | {"setting": setting})
+
+
+def _method(name: str) -> Method:
+    # A file may name what is installed, and have nothing imported that the user did not name.
+    if ":" in name:
+        raise ValueError(f"{name!r:.80} is no name of a method")
+    try:
+        return find_method(name)
+    except LookupError as error:
+        raise ValueError(str(error)) from None
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a number (no bool) that float32, in which all is computed, can hold."""
+    return type(value) in (int, float) and abs(value) <= 3.4e38  # type: ignore[arg-type]
 
 
 def _is_string(value: object) -> bool:
@@ -166,8 +184,8 @@ _TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
     "setting": ("an object", _is_object),
     "class_names": ("a list of strings", _are_strings),
     "templates": ("a list of strings", _are_strings),
-    "logit_scale": ("a number", is_number),
-    "logit_bias": ("a number", is_number),
+    "logit_scale": ("a number", _is_number),
+    "logit_bias": ("a number", _is_number),
     "backbone": ("an object", _is_object),
     "preprocess": ("an object", _is_object),
     "dataset": ("an object", _is_object),
@@ -199,23 +217,13 @@ def _check_arrays(path: Path, info: AdapterInfo, tensors: Mapping[str, npt.NDArr
     weights = tensors.get(WEIGHTS)
     if weights is None or weights.ndim != 2 or len(weights) != len(info.class_names):
         raise UserError(f"{path} does not hold the classifier weights of its classes.")
-    dim = weights.shape[1]
-    expected = array_shapes(info.method, info.setting, len(weights), dim)
-    expected[WEIGHTS] = (len(weights), max(1, dim))
-    for name in sorted(expected.keys() | tensors.keys()):
-        wanted = f"{expected[name]} float32" if name in expected else "nothing"
-        found = f"{tensors[name].shape} {tensors[name].dtype}" if name in tensors else "nothing"
-        if found != wanted:
-            raise UserError(
-                f"{path} does not fit {INFO_FILE}: {reprlib.repr(name)} should be {wanted} and is "
-                f"{found}; fit the adapter again."
-            )
-        if not np.isfinite(tensors[name]).all():
-            raise UserError(f"{path}: {name} holds values that are not finite; fit it again.")
-    for branch, ratio in RATIOS.items():
-        value = tensors.get(f"{branch}/ratio/value")
-        if value is not None and value != np.float32(info.setting[ratio]):
-            raise UserError(
-                f"{path} does not fit {INFO_FILE}: {ratio} is {value} in one and "
-                f"{info.setting[ratio]} in the other; fit the adapter again."
-            )
+    if weights.dtype != np.float32 or not weights.size or not np.isfinite(weights).all():
+        raise UserError(f"{path}: {WEIGHTS} holds something else than finite float32 numbers.")
+    arrays = {name: array for name, array in tensors.items() if name != WEIGHTS}
+    head = Head(weights, np.float32(info.logit_scale), np.float32(info.logit_bias))
+    try:
+        check_usable(_method(info.method), info.setting, arrays, head)
+    except ValueError as error:
+        raise UserError(
+            f"{path} does not fit {INFO_FILE}: {error}; fit the adapter again."
+        ) from error

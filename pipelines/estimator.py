@@ -1,9 +1,10 @@
-"""CLIP-Adapter as a scikit-learn classifier on arrays of image features."""
+"""Any method as a scikit-learn classifier on arrays of image features."""
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Literal, Self
+from typing import Any, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -15,22 +16,23 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from clip_adapter.adapters.classifier import classifier_weights
 from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.method import Grid
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.adapters.training import Schedule, Task
-from clip_adapter.pipelines.adapter_layout import check_setting
+from clip_adapter.adapters.hyper import Value
+from clip_adapter.adapters.method import Head, Method, Task
+from clip_adapter.adapters.methods import find_method
+from clip_adapter.adapters.scoring import make_classify
+from clip_adapter.adapters.search import fit
 
-Ratio = float | Literal["learned", "hypernet"]
 
-
-class ClipAdapterClassifier(ClassifierMixin, BaseEstimator):
-    """CLIP-Adapter (arXiv 2110.04544) as a scikit-learn classifier.
+class FewShotClassifier(ClassifierMixin, BaseEstimator):
+    """A method of this package as a scikit-learn classifier.
 
     `fit` is the training of the command `fit`, with its defaults, on all rows it is given, to the
     last epoch: choosing hyper-parameters is left to GridSearchCV.
 
     Parameters
     ----------
+    method : str
+        The method's name, such as "clip-adapter" or "tip-adapter".
     text_features : array (C, D) or (C, P, D), or None
         Text features of the classes, with an axis for several prompt templates or without one, in
         the order of `classes`. They are normalised, averaged over templates and normalised again.
@@ -39,20 +41,13 @@ class ClipAdapterClassifier(ClassifierMixin, BaseEstimator):
     classes : sequence of C labels, or None
         The labels that the rows of `text_features` belong to; None for the sorted labels that occur
         in y. With them, y need not hold every class.
-    branch : {"image", "text", "both"}
-        Where the adapter sits. The text branch adapts the classifier weights.
-    alpha, beta : float in [0, 1], "learned" or "hypernet"
-        Residual ratios of the image and the text adapter.
-    alpha_init, beta_init : float in [0, 1]
-        Where a learned or predicted ratio starts.
-    reduction : int
-        The bottleneck's width is D / reduction.
-    learning_rate, weight_decay, epochs, batch_size, optimizer, warmup, drop_last :
-        How it is trained; see `clip_adapter.adapters.training.Schedule`.
     logit_scale, logit_bias : float
         The backbone's; the scale is the multiplier itself (about 100 for CLIP).
     random_state : int, RandomState or None
         Decides initialisation and batch order.
+    **hyper
+        The method's hyper-parameters by name (`fit --method NAME --help` lists them); those not
+        given have the table's defaults.
 
     Attributes
     ----------
@@ -68,71 +63,81 @@ class ClipAdapterClassifier(ClassifierMixin, BaseEstimator):
 
     def __init__(
         self,
+        method: str = "clip-adapter",
         text_features: npt.ArrayLike | None = None,
         *,
         classes: Sequence[object] | None = None,
-        branch: Literal["image", "text", "both"] = "image",
-        alpha: Ratio = 0.2,
-        beta: Ratio = Grid.beta[0],
-        alpha_init: float = Grid.alpha_init,
-        beta_init: float = Grid.beta_init,
-        reduction: int = Grid.reduction[0],
-        learning_rate: float = Grid.learning_rate[0],
-        weight_decay: float = Grid.weight_decay[0],
-        epochs: int = Schedule.epochs,
-        batch_size: int = Schedule.batch_size,
-        optimizer: Literal["adamw", "sgd"] = Schedule.optimizer,
-        warmup: Literal["linear", "constant"] = Schedule.warmup,
-        drop_last: bool = Schedule.drop_last,
         logit_scale: float = 100.0,
         logit_bias: float = 0.0,
         random_state: int | np.random.RandomState | None = None,
+        **hyper: Any,
     ) -> None:
+        self.method = method
         self.text_features = text_features
         self.classes = classes
-        self.branch = branch
-        self.alpha = alpha
-        self.beta = beta
-        self.alpha_init = alpha_init
-        self.beta_init = beta_init
-        self.reduction = reduction
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.optimizer = optimizer
-        self.warmup = warmup
-        self.drop_last = drop_last
         self.logit_scale = logit_scale
         self.logit_bias = logit_bias
         self.random_state = random_state
+        self.__dict__ |= hyper
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The parameters by name, the method's hyper-parameters among them."""
+        own = super().get_params(deep)
+        return own | {n: getattr(self, n, v) for n, v in self._method().defaults().items()}
+
+    def set_params(self, **params: Any) -> Self:
+        """Set parameters; the method first, as it decides which others there are."""
+        if "method" in params:
+            super().set_params(method=params.pop("method"))
+        return super().set_params(**params)
 
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
         """Fit on image features X (S, D) with labels y (S,) of any type that can be sorted."""
+        method = self._method()
         features, labels = validate_data(self, X, y, dtype=np.float32)
         check_classification_targets(labels)
         self.classes_, order = self._known_classes(labels)
         targets = np.searchsorted(self.classes_, labels)
         if self.text_features is None:
-            self.weights_ = _class_means(features, targets, len(self.classes_))
+            self._text_ = _class_means(features, targets, len(self.classes_))[:, None]
         else:
-            self.weights_ = self._text_weights(features.shape[1])[order]
-        self.setting_ = self._setting()
+            self._text_ = self._text(features.shape[1])[order]
+        self.weights_ = np.asarray(classifier_weights(jnp, jnp.asarray(self._text_)))
+        self.setting_ = self._setting(method)
         self.logit_scale_, self.logit_bias_ = float(self.logit_scale), float(self.logit_bias)
         task = Task(
-            features=jnp.asarray(features[None]),
-            labels=jnp.asarray(targets, jnp.int32),
-            validation_features=jnp.zeros((0, features.shape[1])),
-            validation_labels=jnp.zeros(0, jnp.int32),
-            weights=jnp.asarray(self.weights_),
-            logit_scale=jnp.float32(self.logit_scale_),
-            logit_bias=jnp.float32(self.logit_bias_),
-            seed=jnp.int32(check_random_state(self.random_state).randint(2**31 - 1)),
+            features=features[None],
+            labels=targets.astype(np.int32),
+            validation_features=np.zeros((0, features.shape[1]), np.float32),
+            validation_labels=np.zeros(0, np.int32),
+            head=self._head(),
+            seed=np.int32(check_random_state(self.random_state).randint(2**31 - 1)),
         )
-        self.arrays_ = METHODS["clip-adapter"].fit(self.setting_, None, task, _engine())
+        self.arrays_ = fit(method, self.setting_, None, jax.tree.map(jnp.asarray, task), _engine())
         if not all(np.isfinite(array).all() for array in self.arrays_.values()):
-            raise ValueError("The training diverged; try a smaller learning_rate or scale X.")
+            raise ValueError("Training diverged; try a smaller learning_rate.")
         return self
+
+    def _method(self) -> Method:
+        try:
+            return find_method(self.method)
+        except LookupError as error:
+            raise ValueError(f"{error}.") from None
+
+    def _setting(self, method: Method) -> dict[str, Value]:
+        """The hyper-parameters as `fit` takes them."""
+        if lacking := set(method.needs) - {"text"}:
+            raise ValueError(f"{method.name} needs more than features: {', '.join(lacking)}.")
+        own = {*method.hyper, *self._get_param_names(), "method"}
+        if unknown := [n for n in vars(self) if n not in own and not n.endswith("_")]:
+            raise ValueError(f"{method.name} has no {', '.join(unknown)}.")
+        given = {name: (getattr(self, name),) for name in method.hyper if hasattr(self, name)}
+        return method.settings(method.values(given, one=True))[0]
+
+    def _head(self) -> Head:
+        scale, bias = np.float32(self.logit_scale_), np.float32(self.logit_bias_)
+        text = self._text_ if "text" in self._method().needs else None
+        return Head(self.weights_, scale, bias, text)
 
     def predict(self, X: npt.ArrayLike) -> npt.NDArray[np.generic]:
         """The most probable label of each row of X (N, D): (N,)."""
@@ -146,14 +151,7 @@ class ClipAdapterClassifier(ClassifierMixin, BaseEstimator):
     def _logits(self, X: npt.ArrayLike) -> npt.NDArray[np.float32]:
         check_is_fitted(self)
         features = validate_data(self, X, dtype=np.float32, reset=False)
-        return METHODS["clip-adapter"].logits(
-            self.setting_,
-            self.arrays_,
-            features,
-            self.weights_,
-            self.logit_scale_,
-            self.logit_bias_,
-        )
+        return make_classify(self._method(), self.setting_, self.arrays_, self._head())(features)
 
     def _known_classes(
         self, labels: npt.NDArray[np.generic]
@@ -172,7 +170,8 @@ class ClipAdapterClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(f"y holds labels that are not among classes: {unknown.tolist()}.")
         return known, order
 
-    def _text_weights(self, dim: int) -> npt.NDArray[np.float32]:
+    def _text(self, dim: int) -> npt.NDArray[np.float32]:
+        """The text features (C, P, D), in the order in which they were given."""
         features = check_array(self.text_features, dtype=np.float32, allow_nd=True)
         given = features.shape
         if features.ndim == 2:
@@ -184,32 +183,33 @@ class ClipAdapterClassifier(ClassifierMixin, BaseEstimator):
                 f"{dim} features in X need ({count}, {dim}) or ({count}, templates, {dim}). "
                 "Where y does not hold every class, name all of them with classes."
             )
-        return np.asarray(classifier_weights(jnp.asarray(features)))
+        return features
 
-    def _setting(self) -> dict[str, object]:
-        """The hyper-parameters as the engine takes them."""
-        schedule = Schedule(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            evaluate_every=self.epochs,
-            optimizer=self.optimizer,
-            warmup=self.warmup,
-            drop_last=self.drop_last,
+
+class ClipAdapterClassifier(FewShotClassifier):
+    """CLIP-Adapter (arXiv 2110.04544): FewShotClassifier with that method."""
+
+    method = "clip-adapter"
+
+    def __init__(
+        self,
+        text_features: npt.ArrayLike | None = None,
+        *,
+        classes: Sequence[object] | None = None,
+        logit_scale: float = 100.0,
+        logit_bias: float = 0.0,
+        random_state: int | np.random.RandomState | None = None,
+        **hyper: Any,
+    ) -> None:
+        super().__init__(
+            self.method,
+            text_features,
+            classes=classes,
+            logit_scale=logit_scale,
+            logit_bias=logit_bias,
+            random_state=random_state,
+            **hyper,
         )
-        grid = Grid(
-            branch=self.branch,
-            alpha=(self.alpha,),
-            beta=(self.beta,),
-            alpha_init=self.alpha_init,
-            beta_init=self.beta_init,
-            reduction=(self.reduction,),
-            learning_rate=(self.learning_rate,),
-            weight_decay=(self.weight_decay,),
-            schedule=schedule,
-        )
-        setting = METHODS["clip-adapter"].single(grid)
-        check_setting("clip-adapter", setting)
-        return setting
 
 
 def _class_means(

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from clip_adapter.extract.listener import Advance
+from clip_adapter.cache.listener import Advance
 
 LINE_EVERY_SECONDS = 10.0
 

@@ -3,8 +3,8 @@
 import sys
 from contextlib import AbstractContextManager
 
+from clip_adapter.cache.listener import Advance, Listener
 from clip_adapter.cache.words import printable
-from clip_adapter.extract.listener import Advance, Listener
 from clip_adapter.pipelines.progress import progress
 
 

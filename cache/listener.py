@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-Advance = Callable[[int, str], None]
+Advance = Callable[[float, str], None]
 
 
 class Listener:
@@ -26,5 +26,5 @@ class Listener:
         return nullcontext(_no_advance)
 
 
-def _no_advance(count: int, note: str) -> None:
+def _no_advance(count: float, note: str) -> None:
     pass

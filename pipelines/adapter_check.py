@@ -1,0 +1,77 @@
+"""Whether the arrays of a saved adapter can be used: its method's formula is run on them once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_adapter.adapters.method import Head, Method, Setting
+
+ROWS = 3
+
+
+class Noted(Mapping[str, Any]):
+    """Arrays that remember which of them were asked for."""
+
+    def __init__(self, arrays: Mapping[str, Any]) -> None:
+        self._arrays, self.asked = arrays, set[str]()
+
+    def __getitem__(self, name: str) -> Any:
+        self.asked.add(name)
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+
+def check_usable(
+    method: Method, setting: Setting, arrays: Mapping[str, npt.NDArray[Any]], head: Head
+) -> None:
+    """Raises ValueError, in a sentence, unless the method's formula makes finite logits (N, C) of
+    N feature rows with exactly these arrays, each of a shape as the method states it."""
+    sizes = _sizes(method, arrays, head)
+    width = sizes.get("F", sizes["D"])
+    noted = Noted(arrays)
+    rows = np.random.default_rng(0).normal(size=(ROWS, width)).astype(np.float32)
+    rows[0] = 0
+    try:
+        with np.errstate(all="ignore"):
+            logits = np.asarray(method.logits(np, noted, setting, rows, head))
+            alone = np.asarray(method.logits(np, noted, setting, rows[1:2], head))
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]} is missing") from None
+    except (ValueError, IndexError, TypeError) as error:
+        raise ValueError(f"the arrays do not fit each other ({error!s:.100})") from None
+    if idle := sorted(arrays.keys() - noted.asked):
+        raise ValueError(f"{', '.join(idle)} takes no part in the logits")
+    if logits.shape != (ROWS, len(head.weights)) or alone.shape != (1, len(head.weights)):
+        raise ValueError(f"the logits of {ROWS} images come out as {logits.shape}")
+    close = np.allclose(logits[1], alone[0], rtol=1e-3, atol=1e-3 * float(np.abs(alone).max()))
+    if not (np.isfinite(logits).all() and close):
+        raise ValueError("the logits of an image are not finite, or depend on the other images")
+
+
+def _sizes(method: Method, arrays: Mapping[str, npt.NDArray[Any]], head: Head) -> dict[str, int]:
+    """What each letter of the method's shapes stands for in these arrays."""
+    classes, dim = head.weights.shape
+    sizes = {"C": classes, "D": dim, "1": 1}
+    for name, array in sorted(arrays.items()):
+        if name not in method.shapes:
+            raise ValueError(f"{name!r:.80} is no array of {method.name}")
+        if array.dtype != np.float32 or not np.isfinite(array).all():
+            raise ValueError(f"{name} holds something else than finite float32 numbers")
+        letters = method.shapes[name].split()
+        fits = len(letters) == array.ndim and all(
+            sizes.setdefault(letter, size) == size
+            for letter, size in zip(letters, array.shape, strict=False)
+        )
+        if not fits:
+            wanted = ", ".join(f"{letter} = {sizes.get(letter, '?')}" for letter in letters)
+            raise ValueError(f"{name} has the shape {array.shape} and not ({wanted})")
+    return sizes

@@ -1,0 +1,89 @@
+"""What `fit` is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from clip_adapter.adapters.hyper import Value
+
+Shots = int | Literal["all"]
+Selection = Literal["few-shot-val", "full-val", "cv", "none"]
+
+DEFAULT_CACHE = Path("features.h5")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Fit classifiers on a feature cache, select on validation, test the selected ones once.
+
+    Several values for a hyper-parameter make a grid. Where nothing is given for one, the preset
+    decides, then the method's own table; what that says stands in square brackets.
+
+    Attributes:
+        cache: Feature cache that `extract` wrote. [features.h5]
+        out: Run folder; by default a new one under runs/.
+        method: What to fit: names, MODULE:NAME of your own, or `all`. Each brings its own options.
+        baselines: Methods to run on the same tasks for comparison, with their own defaults; none
+            after the option leaves them out.
+        shots: Labelled images per class; `all` takes the whole train split.
+        seeds: Seeds of the few-shot draws and of training.
+        select: Validation data that choose the setting: min(shots, 4) images per class as in CoOp,
+            the whole split, cross-validation on the support set, or none, which takes defaults.
+        preset: How to train; `paper` does as a method's official implementation.
+        repeat: Draw a class with too few images with repetition, as Tip-Adapter's and LP++'s code
+            does, rather than take each of its images once.
+        augment: Draw one of an image's stored views (`extract --views`) whenever it is trained on,
+            rather than take view 0 always; for the methods that use views.
+        train_classes: Classes to fit on; `base` takes the first half and tests on both halves.
+        search: How far to train settings; `halving` gives each a tenth of the epochs and lets the
+            best third go on, twice.
+        placement: How settings share a device: one after another, as auto does on a CPU, or side by
+            side.
+        resume: Run folder of an interrupted `fit` to go on with; takes its arguments from there.
+    """
+
+    cache: Path | None = None
+    out: Path | None = None
+    method: tuple[str, ...] = ("clip-adapter",)
+    baselines: tuple[str, ...] = ("zero-shot", "linear-probe")
+    shots: tuple[int | Literal["all"], ...] = (16,)
+    seeds: tuple[int, ...] = (1,)
+    select: Literal["few-shot-val", "full-val", "cv", "none"] = "few-shot-val"
+    preset: Literal["default", "paper"] = "default"
+    repeat: bool = False
+    augment: bool = False
+    train_classes: Literal["all", "base"] = "all"
+    search: Literal["full", "halving"] = "full"
+    placement: Literal["auto", "sequential", "vectorised"] = "auto"
+    resume: Path | None = None
+    hyper: Mapping[str, Any] = field(default_factory=dict)
+    """Values to try by the hyper-parameter's name (`alpha`), for each method that has it, or by
+    method and name (`clap.learning_rate`)."""
+
+    def __post_init__(self) -> None:
+        """Take what a person types: one value for several, strings for paths."""
+        for name in ("cache", "out", "resume"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, Path(value).expanduser())
+        for name in ("method", "baselines", "shots", "seeds"):
+            object.__setattr__(self, name, several(getattr(self, name)))
+        hyper = {name: several(values) for name, values in self.hyper.items()}
+        object.__setattr__(self, "hyper", hyper)
+
+    @property
+    def asks_for_something(self) -> bool:
+        """Whether anything beside the cache and the run to go on with was given."""
+        plain = FitConfig()
+        own = [f.name for f in fields(self) if f.name not in ("cache", "resume")]
+        return any(getattr(self, name) != getattr(plain, name) for name in own)
+
+
+def several(values: Any) -> tuple[Value, ...]:
+    """One value, or some, as a tuple of plain Python values."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        values = (values,)
+    return tuple(value.item() if hasattr(value, "item") else value for value in values)

@@ -1,0 +1,185 @@
+"""From a cache to the arrays of one task, and to blocks of test images.
+
+What fitting needs of the training images is read once, for the union of all tasks' rows; test
+images are scored block by block. No split has to fit into memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from clip_adapter.adapters.classifier import classifier_weights
+from clip_adapter.adapters.method import Head, Method, Task
+from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.pipelines.fitting.tasks import Fold, Rows, TaskRows, needed_rows
+
+Features = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int32]
+
+# Test images are read and scored so many at a time; blocks stay in memory up to so many bytes.
+BLOCK_ROWS = 4096
+KEPT_BYTES = 1 << 27
+
+# What methods may need beyond features, and the flag of `extract` that provides it.
+PROVIDED_BY = {"tower": "--with-text-tower", "projection": "--with-projection"}
+
+
+def available(cache: FeatureCache) -> set[str]:
+    """What of the things that methods may need the cache has."""
+    has = {"text"}
+    if cache.has("tokens") and cache.text_tower_path.exists():
+        has.add("tower")
+    if cache.has("projection"):
+        has.add("projection")
+    return has
+
+
+def source_of(method: Method) -> str:
+    """Which features of an image the method works on: `features` or `pre_projection`."""
+    return "pre_projection" if "projection" in method.needs else "features"
+
+
+@dataclass
+class Data:
+    """A cache as fitting sees it.
+
+    labels: of each split that the cache has. classes: which of the cache's classes take part; all
+    labels are counted from the first of them.
+    """
+
+    cache: FeatureCache
+    views: int
+    tasks: Sequence[TaskRows]
+    labels: Mapping[str, Labels]
+    classes: slice
+    _rows: dict[tuple[str, str], Features] = field(default_factory=dict)
+    _blocks: dict[tuple[str, int], Features] = field(default_factory=dict)
+    _extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """C, the number of classes."""
+        return self.classes.stop - self.classes.start
+
+    def of_classes(self, classes: slice) -> Data:
+        """The same for other classes; what was read already is shared."""
+        return Data(
+            self.cache,
+            self.views,
+            self.tasks,
+            self.labels,
+            classes,
+            self._rows,
+            self._blocks,
+            self._extra,
+        )
+
+    def head(self) -> Head:
+        """The zero-shot classifier of the classes, NumPy arrays."""
+        if "text" not in self._extra:
+            text = self.cache.text_features()
+            weights = np.asarray(classifier_weights(jnp, jnp.asarray(text)))
+            self._extra["text"] = text, weights
+        text, weights = self._extra["text"]
+        return Head(
+            weights[self.classes],
+            np.float32(self.cache.logit_scale),
+            np.float32(self.cache.logit_bias),
+            text[self.classes],
+        )
+
+    def task(self, method: Method, rows: TaskRows, fold: Fold | None = None) -> Task:
+        """The arrays of a task for a method, on the device; the whole of it, or one fold."""
+        fold = fold or Fold(rows.support, rows.validation)
+        judged = self._take(method, fold.judged_on, fold.validation, views=1)
+        head = self.head()
+        task = Task(
+            features=self._take(method, "train", fold.support, self.views_of(method)),
+            labels=self.labels["train"][fold.support] - np.int32(self.classes.start),
+            validation_features=judged[0],
+            validation_labels=self._labels(fold.judged_on, fold.validation),
+            head=head if "text" in method.needs else head._replace(text=None),
+            seed=np.int32(rows.seed),
+            extra=self.extra(method),
+        )
+        return jax.tree.map(jnp.asarray, task)
+
+    def views_of(self, method: Method) -> int:
+        """How many views of a training image the method sees."""
+        return self.views if method.uses_views else 1
+
+    def extra(self, method: Method) -> dict[str, Any]:
+        """What the method needs beyond features and text."""
+        if "projection" in method.needs:
+            projection = self.cache.projection()
+            return {"projection": projection.weights, "bias": projection.bias}
+        if "tower" in method.needs:
+            return {"tower": self.cache.text_tower(self.classes)}
+        return {}
+
+    def test_blocks(self, method: Method) -> Iterator[tuple[Features, Labels]]:
+        """The test images of the classes: features (R, D) and labels (R,), block by block."""
+        labels, source = self.labels["test"], source_of(method)
+        for start in range(0, len(labels), BLOCK_ROWS):
+            rows = np.arange(start, min(start + BLOCK_ROWS, len(labels)))
+            own = labels[rows]
+            inside = (own >= self.classes.start) & (own < self.classes.stop)
+            if inside.any():
+                features = self._block("test", source, start, rows)
+                yield features[inside], own[inside] - np.int32(self.classes.start)
+
+    def _block(self, split: str, source: str, start: int, rows: Rows) -> Features:
+        key = f"{split}/{source}", start
+        if key in self._blocks:
+            return self._blocks[key]
+        block = self._read(split, source, rows, views=1)[0]
+        if sum(kept.nbytes for kept in self._blocks.values()) + block.nbytes <= KEPT_BYTES:
+            self._blocks[key] = block
+        return block
+
+    def _take(self, method: Method, split: str, rows: Rows, views: int) -> Features:
+        """(V, R, D) of rows that some task takes."""
+        if not len(rows):
+            width = self._read("train", source_of(method), np.zeros(1, np.int64), 1).shape[2]
+            return np.zeros((views, 0, width), np.float32)
+        source = source_of(method)
+        train, val = needed_rows(self.tasks)
+        union = train if split == "train" else val
+        if (split, source) not in self._rows:
+            stored = self.views if split == "train" else 1
+            self._rows[split, source] = self._read(split, source, union, stored)
+        return self._rows[split, source][:views, np.searchsorted(union, rows)]
+
+    def _read(self, split: str, source: str, rows: Rows, views: int) -> Features:
+        if source == "pre_projection":
+            return self.cache.pre_projection(split, rows, views)
+        return self.cache.features(split, rows, views)
+
+    def _labels(self, split: str, rows: Rows) -> Labels:
+        labels = self.labels.get(split)
+        own = np.zeros(0, np.int32) if labels is None else labels[rows]
+        return own - np.int32(self.classes.start)
+
+
+def open_data(cache: FeatureCache, tasks: Sequence[TaskRows], *, augment: bool) -> Data:
+    """The cache for these tasks; of the training images view 0 alone unless `augment`.
+
+    Raises UserError where the cache has no augmented views to draw from.
+    """
+    views = cache.shape("train")[0]
+    if augment and views == 1:
+        raise UserError(
+            f"{cache.path} has no augmented views to draw from; make some with `extract --views 10`"
+            ", or leave --augment out."
+        )
+    labels = {split: cache.labels(split) for split in cache.splits}
+    classes = slice(0, len(cache.class_names))
+    return Data(cache, views if augment else 1, tasks, labels, classes)

@@ -1,0 +1,177 @@
+"""One method on one task: choose, fit, test, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from clip_adapter.adapters.engine import Engine
+from clip_adapter.adapters.method import Method
+from clip_adapter.adapters.search import work
+from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter, save_adapter
+from clip_adapter.pipelines.fitting.choice import Chosen, Search, choose, take_defaults
+from clip_adapter.pipelines.fitting.data import Data
+from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
+from clip_adapter.pipelines.fitting.predictions import predict_test, predictions_path
+from clip_adapter.pipelines.fitting.provenance import Provenance
+from clip_adapter.pipelines.fitting.results import Spread, TaskResult, harmonic_mean
+from clip_adapter.pipelines.fitting.run_folder import RunFolder
+from clip_adapter.pipelines.fitting.tasks import TaskRows, folds
+
+NOT_CROSS_VALIDATED = "a class has one image, cv impossible: defaults taken"
+
+
+@dataclass(frozen=True)
+class TaskRunner:
+    """What all tasks of a run share.
+
+    data: of the classes that are fitted. new: of the others, under base-to-new, else None.
+    """
+
+    plan: Plan
+    data: Data
+    new: Data | None
+    provenance: Provenance
+    engine: Engine
+
+    def run(
+        self,
+        planned: PlannedMethod,
+        rows: TaskRows,
+        folder: RunFolder,
+        expect: Callable[[float], None],
+    ) -> TaskResult:
+        """Run a method on a task and leave in the folder what it predicted, and its adapter.
+
+        expect: told how much the engine will report as progress, before it does.
+        """
+        method = planned.method
+        task = self.data.task(method, rows)
+        rule = self.plan.select
+        divided = folds(rows, self.data.labels["train"]) if rule == "cv" else []
+        parts = [self.data.task(method, rows, fold) for fold in divided]
+        judged = [fold.validation for fold in divided]
+        if rule not in ("cv", "none"):
+            parts, judged = [task], [rows.validation]
+        asked = Search(
+            method,
+            planned.values,
+            self.plan.preset,
+            parts,
+            np.unique(np.concatenate(judged or [rows.validation]), return_index=True)[1],
+            halving=self.plan.search == "halving",
+        )
+        expect(work(method, planned.values, len(parts), halving=asked.halving))
+        if parts:
+            record = folder.record(method.name, rows.shots, rows.seed)
+            chosen = choose(asked, task, self.engine, record)
+        else:
+            note = NOT_CROSS_VALIDATED if rule == "cv" else ""
+            chosen = take_defaults(asked, task, self.engine, note)
+        if chosen is None:
+            note = f"every setting diverged; {_advice(planned)}"
+            return TaskResult(method.name, rows.shots, rows.seed, rule, note=note)
+        result = self._tested(method, rows, chosen, folder)
+        if not planned.baseline:
+            saved = self._saved(method, rows, chosen, result)
+            save_adapter(folder.path / adapter_folder(*result.key), saved)
+        return result
+
+    def _tested(
+        self, method: Method, rows: TaskRows, chosen: Chosen, folder: RunFolder
+    ) -> TaskResult:
+        predictions = predict_test(method, chosen.setting, chosen.arrays, self.data)
+        base = predictions.accuracy if predictions else None
+        if predictions:
+            name = predictions_path(method.name, rows.shots, rows.seed)
+            folder.write(name, predictions.content())
+        new = self._new_accuracy(method, rows, chosen)
+        evaluation = chosen.evaluation
+        return TaskResult(
+            method=method.name,
+            shots=rows.shots,
+            seed=rows.seed,
+            select=self.plan.select,
+            setting=dict(chosen.setting),
+            epoch=chosen.epoch or None,
+            val_accuracy=evaluation.accuracy if evaluation else None,
+            val_nll=evaluation.nll if evaluation else None,
+            tried=chosen.tried,
+            diverged=chosen.diverged,
+            compared=chosen.compared,
+            indistinguishable=chosen.indistinguishable,
+            learned=self._learned(method, rows, chosen),
+            test_accuracy=base,
+            test_images=len(predictions.labels) if predictions else 0,
+            new_accuracy=new,
+            harmonic_mean=harmonic_mean(base, new),
+            note=chosen.note,
+        )
+
+    def _new_accuracy(self, method: Method, rows: TaskRows, chosen: Chosen) -> float | None:
+        """Accuracy on the classes that took no part, None where there are none or the method
+        cannot tell them."""
+        if self.new is None:
+            return None
+        arrays = chosen.arrays
+        if method.for_classes:
+            task = self.data.task(method, rows)._replace(extra=self.new.extra(method))
+            arrays = method.for_classes(arrays, chosen.setting, task, self.new.head())
+        elif not method.unseen_classes:
+            return None
+        predictions = predict_test(method, chosen.setting, arrays, self.new)
+        return predictions.accuracy if predictions else None
+
+    def _learned(self, method: Method, rows: TaskRows, chosen: Chosen) -> dict[str, Spread]:
+        """Mean and deviation of what the method describes, on the support set."""
+        if method.describe is None:
+            return {}
+        task = self.data.task(method, rows)
+        described = method.describe(jnp, chosen.arrays, chosen.setting, task.features[0], task.head)
+        found = {name: np.asarray(values) for name, values in described.items()}
+        return {name: Spread(float(v.mean()), float(v.std())) for name, v in found.items()}
+
+    def _saved(
+        self, method: Method, rows: TaskRows, chosen: Chosen, result: TaskResult
+    ) -> SavedAdapter:
+        about, head = self.provenance, self.data.head()
+        info = AdapterInfo(
+            method=method.name,
+            setting=dict(chosen.setting),
+            class_names=about.class_names[self.data.classes],
+            templates=about.templates,
+            logit_scale=float(head.logit_scale),
+            logit_bias=float(head.logit_bias),
+            backbone=about.backbone,
+            preprocess=about.preprocess,
+            dataset=about.dataset,
+            cache_sha256=about.cache_sha256,
+            fitted={
+                "shots": rows.shots,
+                "seed": rows.seed,
+                "train_classes": self.plan.train_classes,
+                "select": self.plan.select,
+                "epoch": chosen.epoch,
+                "val_accuracy": result.val_accuracy,
+            },
+        )
+        return SavedAdapter(info, chosen.arrays, head.weights)
+
+
+def adapter_folder(method: str, shots: object, seed: int) -> str:
+    """Where a run folder keeps the adapter of a method on a task."""
+    return f"adapters/{method}/shots-{shots}-seed-{seed}"
+
+
+def _advice(planned: PlannedMethod) -> str:
+    """What to try where everything diverged: smaller values of what is far above its default."""
+    large = [
+        f"--{(hyper.flag or name).replace('_', '-')}"
+        for name, hyper in planned.method.hyper.items()
+        if name in ("learning_rate", "weight_decay")
+        and min(map(float, planned.values[name])) > 3 * float(hyper.default)
+    ]
+    return f"try a smaller {' or '.join(large or ['--lr'])}"

@@ -1,0 +1,263 @@
+"""What a run will do, resolved once: every method with the values to try of each hyper-parameter.
+
+The plan is what run.json holds, in full and with the version that made it, so that an interrupted
+run goes on with the very numbers it began with, whatever a later version's defaults are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+from clip_adapter.adapters.hyper import Value
+from clip_adapter.adapters.method import Method
+from clip_adapter.adapters.methods import METHODS, find_method
+from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.words import shortened
+from clip_adapter.pipelines.fitting.config import DEFAULT_CACHE, FitConfig, Selection, Shots
+
+LARGEST_SEED = 2**31 - 1  # JAX takes an int32
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PlannedMethod:
+    """A method and the values to try of each of its hyper-parameters.
+
+    name: as `find_method` takes it. baseline: whether it only runs for comparison.
+    """
+
+    name: str
+    values: Mapping[str, Sequence[Value]]
+    baseline: bool = False
+
+    @property
+    def method(self) -> Method:
+        return find_method(self.name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides a run's numbers; the fields that FitConfig has too mean the same here."""
+
+    clip_adapter: str
+    cache: str
+    cache_sha256: str
+    methods: tuple[PlannedMethod, ...]
+    shots: tuple[Shots, ...]
+    seeds: tuple[int, ...]
+    select: Selection
+    preset: str
+    repeat: bool
+    augment: bool
+    train_classes: str
+    search: str
+    placement: str
+
+    @property
+    def fitted(self) -> list[PlannedMethod]:
+        """The methods that were asked for, without the baselines."""
+        return [planned for planned in self.methods if not planned.baseline]
+
+    def document(self) -> Json:
+        """As JSON."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def of_document(cls, document: Any) -> Plan:
+        """The plan that `document` made this of.
+
+        Raises ValueError, in a sentence, for anything else.
+        """
+        if not isinstance(document, dict) or "clip_adapter" not in document:
+            raise ValueError("it holds no plan of this program")
+        if (found := document["clip_adapter"]) != version("clip-adapter"):
+            raise ValueError(f"it was made by clip-adapter {shortened(str(found), 40)}")
+        try:
+            methods = tuple(_planned(entry) for entry in document["methods"])
+            plan = cls(
+                **document
+                | {
+                    "methods": methods,
+                    "shots": tuple(document["shots"]),
+                    "seeds": tuple(document["seeds"]),
+                }
+            )
+            _check_protocol(plan)
+        except (KeyError, TypeError, AttributeError, UserError) as error:
+            raise ValueError(f"its plan is damaged ({shortened(str(error), 80)})") from error
+        return plan
+
+    def differing(self, other: Plan) -> list[str]:
+        """In what the two differ; the content of the cache counts, not where it lies."""
+        one, two = self.document(), other.document()
+        names = [name for name in one if name != "cache" and one[name] != two[name]]
+        if "methods" in names:
+            mine = {m.name: m.values for m in self.methods}
+            others = {m.name: m.values for m in other.methods}
+            if mine.keys() == others.keys():
+                names.remove("methods")
+                names += sorted(
+                    {h for m in mine for h in mine[m] if mine[m][h] != others[m].get(h)}
+                )
+        return names
+
+
+def make_plan(config: FitConfig, cache_sha256: str, available: Iterable[str] = ()) -> Plan:
+    """Resolve what was asked for.
+
+    available: what the cache has of the things that methods may need; `--method all` takes the
+        methods that it can serve.
+    Raises UserError, in a sentence, for what cannot be meant.
+    """
+    names = [*config.method]
+    if "all" in names:
+        if len(names) > 1:
+            raise UserError("--method all takes every method; name no other beside it.")
+        names = [n for n, m in METHODS.items() if set(m.needs) <= set(available)]
+    fitted = [_find(name) for name in names]
+    others = [_find(name) for name in config.baselines if name not in names]
+    _check_owners(config, fitted)
+    planned = [_with_values(config, name, m, False) for name, m in zip(names, fitted, strict=True)]
+    beside = [name for name in config.baselines if name not in names]
+    planned += [_with_values(config, n, m, True) for n, m in zip(beside, others, strict=True)]
+    plan = Plan(
+        clip_adapter=version("clip-adapter"),
+        cache=str(config.cache or DEFAULT_CACHE),
+        cache_sha256=cache_sha256,
+        methods=tuple(planned),
+        shots=config.shots,
+        seeds=config.seeds,
+        select=config.select,
+        preset=config.preset,
+        repeat=config.repeat,
+        augment=config.augment,
+        train_classes=config.train_classes,
+        search=config.search,
+        placement=config.placement,
+    )
+    _check_protocol(plan)
+    return plan
+
+
+def without_effect(config: FitConfig, plan: Plan) -> list[str]:
+    """A sentence for each option that was given and changes nothing."""
+    idle = []
+    for planned in plan.fitted:
+        method = planned.method
+        settings = method.settings(planned.values)
+        for name in _own(config, method):
+            if all(name not in setting for setting in settings):
+                flag = method.hyper[name].flag or name
+                reasons = " or ".join(
+                    f"--{_dashed(other)} {' or '.join(map(str, values))}"
+                    for other, values in method.hyper[name].when.items()
+                )
+                idle.append(f"--{_dashed(flag)} has no effect without {reasons}.")
+    trained = any(planned.method.is_trained for planned in plan.methods)
+    if plan.search == "halving" and (plan.select == "none" or not trained):
+        why = "with --select none" if trained else "where no method is trained step by step"
+        idle.append(f"--search halving has no effect {why}.")
+    if plan.augment and not any(planned.method.uses_views for planned in plan.methods):
+        idle.append("--augment has no effect: none of these methods uses views.")
+    if plan.preset != "default" and not any(
+        plan.preset in planned.method.presets for planned in plan.fitted
+    ):
+        idle.append(f"--preset {plan.preset} has no effect on these methods.")
+    return list(dict.fromkeys(idle))
+
+
+def _find(name: str) -> Method:
+    try:
+        return find_method(name)
+    except LookupError as error:
+        raise UserError(f"{error}.") from None
+
+
+def _own(config: FitConfig, method: Method) -> dict[str, tuple[Value, ...]]:
+    """What was given for the hyper-parameters of a method; its own words go before common ones."""
+    common = {key: values for key, values in config.hyper.items() if key in method.hyper}
+    prefix = f"{method.name}."
+    own = {
+        key.removeprefix(prefix): values
+        for key, values in config.hyper.items()
+        if key.startswith(prefix)
+    }
+    return common | own
+
+
+def _with_values(config: FitConfig, name: str, method: Method, baseline: bool) -> PlannedMethod:
+    given = {} if baseline else _own(config, method)
+    for key, values in given.items():
+        if not values:
+            raise UserError(f"--{_dashed(method.hyper[key].flag or key)} needs at least one value.")
+    try:
+        values = method.values(given, config.preset, one=config.select == "none")
+    except ValueError as error:
+        raise UserError(f"{name}: {error}.") from None
+    if config.select == "none" and len(method.settings(values)) > 1:
+        raise UserError(
+            f"--select none cannot choose between several settings of {name}; give one of each."
+        )
+    return PlannedMethod(name, values, baseline)
+
+
+def _check_owners(config: FitConfig, methods: Sequence[Method]) -> None:
+    """Every value that was given belongs to one of the methods."""
+    for key in config.hyper:
+        owner, _, name = key.rpartition(".")
+        if not any(name in m.hyper and owner in ("", m.name) for m in methods):
+            others = [n for n, m in METHODS.items() if name in m.hyper]
+            whose = f"it belongs to {', '.join(others)}" if others else "no method has that"
+            raise UserError(f"{', '.join(config.method)} has no {shortened(name)}; {whose}.")
+
+
+def _check_protocol(plan: Plan) -> None:
+    """Raises UserError where tasks cannot be drawn as asked for."""
+    if not plan.fitted:
+        raise UserError("--method needs at least one value.")
+    for name in ("shots", "seeds"):
+        values = getattr(plan, name)
+        if not values:
+            raise UserError(f"--{name} needs at least one value.")
+        if len(set(values)) < len(values):
+            raise UserError(f"--{name} names a value twice.")
+    names = [planned.name for planned in plan.methods]
+    if len(set(names)) < len(names):
+        raise UserError("--method or --baselines names a method twice.")
+    for shots in plan.shots:
+        if shots != "all" and not (type(shots) is int and shots >= 1):
+            raise UserError(
+                f"--shots {shortened(repr(shots), 40)} is no number of images; give 1 or more, or "
+                "`all`."
+            )
+    if not all(type(seed) is int and 0 <= seed <= LARGEST_SEED for seed in plan.seeds):
+        raise UserError(f"--seeds must be whole numbers between 0 and {LARGEST_SEED}.")
+    for name, words in _WORDS.items():
+        if getattr(plan, name) not in words:
+            raise UserError(f"--{_dashed(name)} must be one of {', '.join(words)}.")
+
+
+_WORDS = {
+    "select": ("few-shot-val", "full-val", "cv", "none"),
+    "preset": ("default", "paper"),
+    "train_classes": ("all", "base"),
+    "search": ("full", "halving"),
+    "placement": ("auto", "sequential", "vectorised"),
+}
+
+
+def _planned(entry: Mapping[str, Any]) -> PlannedMethod:
+    method = _find(entry["name"])
+    try:
+        values = method.values({name: tuple(some) for name, some in entry["values"].items()})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return PlannedMethod(entry["name"], values, bool(entry["baseline"]))
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")

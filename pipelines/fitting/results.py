@@ -1,0 +1,135 @@
+"""What a run found, as rows: one for each method and task, and one for each method and shots."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from clip_adapter.adapters.hyper import Value
+from clip_adapter.pipelines.fitting.config import Shots
+
+MEASURES = ("val_accuracy", "test_accuracy", "new_accuracy", "harmonic_mean")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean, and the standard deviation (n − 1) of one or more numbers; None of a single one."""
+
+    mean: float
+    std: float | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread | None:
+        """None where there are no values."""
+        if not values:
+            return None
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), deviation)
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A method on one task: what was chosen, by what, and how it did on the test set.
+
+    Accuracies lie in [0, 1]. setting: None where every setting diverged.
+    select: what the choice rests on, as FitConfig's `select`. epoch: the chosen setting's, None
+    where nothing is trained or nothing chose. val_accuracy, val_nll: the chosen setting's; None
+    where there was no choice. tried, diverged: how many settings. compared: those trained as long
+    as the chosen one. indistinguishable: those of them whose validation accuracy differs from the
+    chosen one's by no more than chance explains (McNemar's exact test, p ≥ 0.05).
+    learned: mean and deviation of what the method describes, such as a predicted ratio.
+    test_images: how many there are. new_accuracy, harmonic_mean: under base-to-new, else None.
+    note: what a reader has to know about the choice, or "".
+    """
+
+    method: str
+    shots: Shots
+    seed: int
+    select: str
+    setting: Mapping[str, Value] | None = None
+    epoch: int | None = None
+    val_accuracy: float | None = None
+    val_nll: float | None = None
+    tried: int = 1
+    diverged: int = 0
+    compared: int = 1
+    indistinguishable: int = 1
+    learned: Mapping[str, Spread] = field(default_factory=dict)
+    test_accuracy: float | None = None
+    test_images: int = 0
+    new_accuracy: float | None = None
+    harmonic_mean: float | None = None
+    note: str = ""
+
+    @property
+    def key(self) -> tuple[str, Shots, int]:
+        return self.method, self.shots, self.seed
+
+    @classmethod
+    def of_document(cls, document: Mapping[str, Any]) -> TaskResult:
+        """The row that `dataclasses.asdict` made this of.
+
+        Raises ValueError or TypeError for anything else.
+        """
+        values = {f.name: document[f.name] for f in fields(cls) if f.name in document}
+        if values.keys() != document.keys() or not {"method", "shots", "seed"} <= values.keys():
+            raise ValueError("not the row of a run")
+        learned = {name: Spread(**spread) for name, spread in document["learned"].items()}
+        row = cls(**values | {"learned": learned})
+        numbers = (row.val_accuracy, row.val_nll, row.test_accuracy, row.new_accuracy)
+        if any(not isinstance(number, float | None) for number in numbers):
+            raise ValueError("not the numbers of a run")
+        if not (type(row.shots) is int or row.shots == "all") or type(row.seed) is not int:
+            raise ValueError("not the task of a run")
+        return row
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """A method at one number of shots, over seeds.
+
+    seeds: how many tasks there are. diverged: those at which every setting diverged; they have no
+    accuracy and do not count in the means.
+    """
+
+    method: str
+    shots: Shots
+    seeds: int
+    diverged: int
+    val_accuracy: Spread | None
+    test_accuracy: Spread | None
+    new_accuracy: Spread | None
+    harmonic_mean: Spread | None
+    test_images: int
+
+
+def summarise(results: Iterable[TaskResult]) -> list[MethodSummary]:
+    """A row for each method and number of shots, in the order of their first results."""
+    groups: dict[tuple[str, Shots], list[TaskResult]] = defaultdict(list)
+    for result in results:
+        groups[result.method, result.shots].append(result)
+    return [_summary(rows) for rows in groups.values()]
+
+
+def _summary(rows: Sequence[TaskResult]) -> MethodSummary:
+    def spread(name: str) -> Spread | None:
+        return Spread.of([v for row in rows if (v := getattr(row, name)) is not None])
+
+    return MethodSummary(
+        method=rows[0].method,
+        shots=rows[0].shots,
+        seeds=len(rows),
+        diverged=sum(row.setting is None for row in rows),
+        test_images=rows[0].test_images,
+        **{name: spread(name) for name in MEASURES},  # type: ignore[arg-type]
+    )
+
+
+def harmonic_mean(base: float | None, new: float | None) -> float | None:
+    """2 b n / (b + n), of base and new accuracy; None where one is not known."""
+    if base is None or new is None:
+        return None
+    return 2 * base * new / (base + new) if base + new else 0.0

@@ -1,0 +1,226 @@
+"""The run behind `fit`: every method on every task, results on disk as they come."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from clip_adapter.adapters.engine import Engine
+from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.listener import Listener
+from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.pipelines.fitting.config import DEFAULT_CACHE, FitConfig
+from clip_adapter.pipelines.fitting.data import Data, available, open_data
+from clip_adapter.pipelines.fitting.feasible import check_feasible
+from clip_adapter.pipelines.fitting.one_task import TaskRunner, adapter_folder
+from clip_adapter.pipelines.fitting.plan import Plan, make_plan, without_effect
+from clip_adapter.pipelines.fitting.plot import write_plot
+from clip_adapter.pipelines.fitting.provenance import Provenance
+from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
+from clip_adapter.pipelines.fitting.run_folder import RunFolder, new_folder, read_plan
+from clip_adapter.pipelines.fitting.tasks import (
+    TaskRows,
+    base_classes,
+    draw_tasks,
+    kept_task,
+    only_classes,
+)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a run found.
+
+    run: its folder. results: a row per method and task. summary: a row per method and number of
+    shots. kept: the row whose adapter stands at the top of the folder, None where there is none.
+    compilations: programs compiled or loaded. problem: a sentence on what could not be done, or "".
+    """
+
+    run: Path
+    plan: Plan
+    about: Sequence[str]
+    tasks: Sequence[TaskRows]
+    results: Sequence[TaskResult]
+    summary: Sequence[MethodSummary]
+    kept: TaskResult | None
+    compilations: int
+    problem: str = ""
+
+
+def run_fit(config: FitConfig, listener: Listener) -> FitResult:
+    """Fit everything that `config` asks for; see `pipelines.fit.fit`."""
+    if config.resume and config.out:
+        raise UserError("--resume goes on in its own folder; leave --out out.")
+    stored = read_plan(config.resume) if config.resume else None
+    path = config.cache or (Path(stored.cache) if stored else DEFAULT_CACHE)
+    with FeatureCache(path) as cache:
+        plan = _plan(config, cache, stored)
+        for sentence in without_effect(config, plan):
+            listener.note(sentence)
+        data, new, tasks = _tasks(plan, cache)
+        check_feasible(plan, data, data.tasks[0])
+        place = config.resume or config.out or new_folder()
+        with closing(RunFolder(place, plan, resume=config.resume is not None)) as folder:
+            return _execute(plan, data, new, tasks, folder, listener)
+
+
+def _plan(config: FitConfig, cache: FeatureCache, stored: Plan | None) -> Plan:
+    """The plan of the run to go on with, or a new one."""
+    sha256 = cache.content_sha256
+    if stored is None:
+        return make_plan(config, sha256, available(cache))
+    if stored.cache_sha256 != sha256:
+        raise UserError(
+            f"{cache.path} is not the cache that {config.resume} was started on; start a new run, "
+            "or name with --cache where it lies now."
+        )
+    if config.asks_for_something:
+        differing = stored.differing(make_plan(config, sha256, available(cache)))
+        if differing:
+            raise UserError(
+                f"{config.resume} was started with other arguments ({', '.join(differing)}); give "
+                "--resume alone to go on with it."
+            )
+    return stored
+
+
+def _tasks(plan: Plan, cache: FeatureCache) -> tuple[Data, Data | None, list[TaskRows]]:
+    """Data of the classes that are fitted, of the others under base-to-new, and the draws."""
+    if "train" not in cache.splits:
+        raise UserError(
+            f"{cache.path} has no train split, only {', '.join(cache.splits)}; score an adapter "
+            "that was fitted elsewhere on it with `clip-adapter evaluate`."
+        )
+    train = cache.labels("train")
+    val = cache.labels("val") if "val" in cache.splits else None
+    classes = len(cache.class_names)
+    drawn = draw_tasks(train, val, classes, plan.shots, plan.seeds, plan.select, repeat=plan.repeat)
+    if plan.train_classes == "all":
+        return open_data(cache, drawn, augment=plan.augment), None, drawn
+    base = base_classes(classes)
+    taken = [only_classes(rows, base, train, val) for rows in drawn]
+    data = open_data(cache, taken, augment=plan.augment)
+    return data.of_classes(slice(0, base)), data.of_classes(slice(base, classes)), drawn
+
+
+def _execute(
+    plan: Plan,
+    data: Data,
+    new: Data | None,
+    tasks: Sequence[TaskRows],
+    folder: RunFolder,
+    listener: Listener,
+) -> FitResult:
+    provenance = Provenance.of(data.cache)
+    about = provenance.lines()
+    folder.write_json("provenance.json", {"clip_adapter": version("clip-adapter"), "about": about})
+    folder.write_json("tasks.json", [_task_document(data, rows) for rows in tasks])
+    engine = Engine(plan.placement)
+    runner = TaskRunner(plan, data, new, provenance, engine)
+    try:
+        _run_tasks(runner, folder, listener)
+    except KeyboardInterrupt:
+        message = f"what is finished is kept; go on with: fit --resume {folder.path}"
+        raise KeyboardInterrupt(message) from None
+    results = folder.results()
+    summary = summarise(results)
+    kept, problem = None, ""
+    try:
+        kept = _keep_one(plan, tasks, folder, results)
+        folder.write_summary(summary)
+        write_plot(folder, plan)
+    except UserError as error:  # the numbers are there, and whoever waits for them gets them
+        problem = str(error)
+    if kept is None and not problem:
+        names = ", ".join(planned.method.name for planned in plan.fitted)
+        problem = f"Every setting of {names} diverged at the most shots; see the notes above."
+    return FitResult(
+        folder.path, plan, about, tasks, results, summary, kept, engine.compilations, problem
+    )
+
+
+def _run_tasks(runner: TaskRunner, folder: RunFolder, listener: Listener) -> None:
+    """Run every method on every task that the folder has no result of yet."""
+    finished = {result.key for result in folder.results()}
+    everything = [(rows, m) for rows in runner.data.tasks for m in runner.plan.methods]
+    waiting = [
+        (rows, planned)
+        for rows, planned in everything
+        if (planned.method.name, rows.shots, rows.seed) not in finished
+    ]
+    done = len(everything) - len(waiting)
+    with listener.progress("fit", len(everything), done) as advance:
+        for rows, planned in waiting:
+            part = _Part(advance, f"{planned.method.name}, {rows.shots} shots")
+            runner.engine.progress = part.settings_done
+            folder.add_result(runner.run(planned, rows, folder, part.expect))
+            part.end()
+
+
+class _Part:
+    """The progress of one method on one task, which is one step of the whole.
+
+    Settings are reported from several threads.
+    """
+
+    def __init__(self, advance: Callable[[float, str], None], note: str) -> None:
+        self._advance, self._note = advance, note
+        self._lock = threading.Lock()
+        self._expected, self._share = 1.0, 0.0
+
+    def expect(self, settings: float) -> None:
+        """So many will be reported."""
+        self._expected = max(settings, 1e-9)
+
+    def settings_done(self, settings: float) -> None:
+        with self._lock:
+            step = min(settings / self._expected, 1 - self._share)
+            self._share += step
+            self._advance(step, self._note)
+
+    def end(self) -> None:
+        """A search may end early, or not be needed."""
+        self._advance(1 - self._share, self._note)
+
+
+def _keep_one(
+    plan: Plan, tasks: Sequence[TaskRows], folder: RunFolder, results: Sequence[TaskResult]
+) -> TaskResult | None:
+    """Put one adapter at the top of the folder: at the most shots and the first seed, of the
+    methods that were asked for the one that validation prefers (without validation the first)."""
+    rows = kept_task(tasks)
+    by_key = {result.key: result for result in results}
+    names = [planned.method.name for planned in plan.fitted]
+    sound = [
+        result
+        for name in names
+        if (result := by_key[name, rows.shots, rows.seed]).setting is not None
+    ]
+    if not sound:
+        return None
+
+    def ranks(result: TaskResult) -> tuple[float, float]:
+        if result.val_accuracy is None or result.val_nll is None:
+            return (-np.inf, -np.inf)
+        return result.val_accuracy, -result.val_nll
+
+    best = max(sound, key=ranks)
+    source = folder.path / adapter_folder(*best.key)
+    for name in ("adapter.safetensors", "adapter.json"):  # without the JSON it is no adapter
+        folder.write(name, (source / name).read_bytes())
+    return best
+
+
+def _task_document(data: Data, rows: TaskRows) -> dict[str, object]:
+    return {
+        "shots": rows.shots,
+        "seed": rows.seed,
+        "support": data.cache.ids("train", rows.support),
+        "validation": data.cache.ids("val", rows.validation) if len(rows.validation) else [],
+    }

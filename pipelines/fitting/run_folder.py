@@ -1,0 +1,294 @@
+"""What a run leaves behind, written so that a killed run can go on.
+
+run.json         the plan: what was asked for, resolved in full, with the version
+provenance.json  backbone, data set and split source in words
+tasks.json       the ids of every support and validation set, in drawing order
+results.csv      a row per fit, appended as it ends (under halving: per setting and rung)
+selected.jsonl   a line per method and task: the chosen setting and its test accuracy
+predictions/     a file per method and task: what was predicted for each test image
+summary.csv      a row per method and number of shots, written last
+adapter.*, adapters/   the fitted adapters
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from io import StringIO
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clip_adapter.adapters.evaluation import Evaluation
+from clip_adapter.adapters.method import Setting
+from clip_adapter.cache import files
+from clip_adapter.cache.errors import UserError
+from clip_adapter.pipelines.fitting.plan import Plan
+from clip_adapter.pipelines.fitting.results import MEASURES, MethodSummary, TaskResult
+from clip_adapter.pipelines.fitting.states import StateFolder
+
+TASK_COLUMNS = ("method", "shots", "seed")
+OUTCOME_COLUMNS = (
+    *("epochs_run", "best_epoch", "val_accuracy", "val_nll"),
+    *("status", "seconds", "right"),
+)
+# Files of a run's first moments, before its plan is there: they hold nothing.
+BEFORE_THE_PLAN = {"run.json.new"}
+
+Row = dict[str, Any]
+
+
+class RunFolder:
+    """The folder of one run, new or gone on with; one process at a time has it open.
+
+    Raises UserError where the folder cannot be written, is not empty (and `resume` is false),
+    holds another plan, or is open elsewhere.
+    """
+
+    def __init__(self, path: Path, plan: Plan, *, resume: bool) -> None:
+        self.path = path
+        names = {name: None for planned in plan.methods for name in planned.method.hyper}
+        self.setting_columns = tuple(names)
+        self._columns = (*TASK_COLUMNS, *self.setting_columns, *OUTCOME_COLUMNS)
+        self._known: dict[tuple[str, ...], Row] = {}
+        with ExitStack() as undo, writing(path):
+            if path.exists() and not path.is_dir():
+                raise UserError(f"{path} is a file; a run is kept in a folder.")
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(path)
+            undo.callback(os.close, self._lock)
+            if resume:
+                self._known = {self._key(row): row for row in self._read_results()}
+            else:
+                _check_empty(path)
+                # The plan comes first: from now on the run can go on.
+                files.write_text(path / "run.json", json.dumps(plan.document(), indent=1))
+            self._results = (path / "results.csv").open("a", newline="")
+            undo.callback(self._results.close)
+            self._writer = csv.DictWriter(self._results, self._columns, lineterminator="\n")
+            if not self._results.tell():
+                self._writer.writeheader()
+            undo.pop_all()
+
+    def _read_results(self) -> list[Row]:
+        """The complete rows of results.csv; a last line that was cut off is removed, and so are
+        lines that this program has not written."""
+        path = self.path / "results.csv"
+        if not path.exists():
+            return []
+        text = path.read_text(encoding="utf-8", errors="replace")
+        whole = text[: text.rfind("\n") + 1]
+        try:
+            rows = list(csv.DictReader(StringIO(whole)))
+        except csv.Error:
+            rows = []
+        sound = [row for row in rows if row.keys() == set(self._columns) and _is_sound(row)]
+        if whole != text or len(sound) < len(rows):
+            kept = StringIO(newline="")
+            writer = csv.DictWriter(kept, self._columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(sound)
+            files.write_text(path, kept.getvalue())
+        return sound
+
+    def _key(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        columns = (*TASK_COLUMNS, *self.setting_columns, "epochs_run")
+        return tuple(str(row.get(column, "")) for column in columns)
+
+    def results(self) -> list[TaskResult]:
+        """What was selected so far."""
+        return read_selected(self.path)
+
+    def add_result(self, result: TaskResult) -> None:
+        rows = [json.dumps(asdict(row)) + "\n" for row in (*self.results(), result)]
+        with writing(self.path):
+            files.write_text(self.path / "selected.jsonl", "".join(rows))
+
+    def record(self, method: str, shots: Any, seed: int) -> TaskRecord:
+        """The part of the record that belongs to a method on a task."""
+        return TaskRecord(self, {"method": method, "shots": shots, "seed": seed})
+
+    def known(self, row: Row) -> Row | None:
+        """What was noted of a fit."""
+        return self._known.get(self._key(row))
+
+    def add_fit(self, row: Row) -> None:
+        """Append a fit to results.csv; it is with the operating system when this returns."""
+        with writing(self.path):
+            self._writer.writerow(row)
+            self._results.flush()
+
+    def write_summary(self, rows: Sequence[MethodSummary]) -> None:
+        text = StringIO(newline="")
+        columns = ["method", "shots", "seeds", "diverged"]
+        columns += [f"{name}_{part}" for name in MEASURES for part in ("mean", "std")]
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns)
+        for row in rows:
+            spreads = [getattr(row, name) for name in MEASURES]
+            cells = [cell for s in spreads for cell in ((s.mean, s.std) if s else (None, None))]
+            writer.writerow([row.method, row.shots, row.seeds, row.diverged, *cells])
+        self.write("summary.csv", text.getvalue().encode())
+
+    def write_json(self, name: str, document: Any) -> None:
+        self.write(name, json.dumps(document, indent=1).encode())
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file of the run, whole or not at all."""
+        path = self.path / name
+        with writing(self.path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_bytes(path, content)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._results.close()
+        os.close(self._lock)
+
+
+class TaskRecord:
+    """What a search on one task has found (a choice.Record)."""
+
+    def __init__(self, folder: RunFolder, task: Row) -> None:
+        self._folder = folder
+        self._task = task
+        name = "-".join(str(value) for value in task.values())
+        self.states = StateFolder(folder.path / "halving" / name)
+
+    def known(self, setting: Setting, epochs_run: int) -> Evaluation | None:
+        row = self._folder.known(self._task | dict(setting) | {"epochs_run": epochs_run})
+        if row is None:
+            return None
+        return Evaluation(
+            setting,
+            epochs_run,
+            int(row["best_epoch"]),
+            float(row["val_accuracy"]),
+            float(row["val_nll"]),
+            float(row["seconds"]),
+            _unpacked(row["right"]),
+        )
+
+    def add(self, evaluation: Evaluation) -> None:
+        if self.known(evaluation.setting, evaluation.epochs_run):
+            return
+        trained = evaluation.epochs_run > 0
+        self._folder.add_fit(
+            self._task
+            | dict(evaluation.setting)
+            | {
+                "epochs_run": evaluation.epochs_run,
+                "best_epoch": evaluation.epoch,
+                "val_accuracy": evaluation.accuracy,
+                "val_nll": evaluation.nll,
+                "status": "failed" if evaluation.failed else "ok",
+                "seconds": round(evaluation.seconds, 4),
+                # What takes no time to find again need not be kept.
+                "right": _packed(evaluation.right) if trained else "",
+            }
+        )
+
+
+def _packed(right: np.ndarray | None) -> str:
+    """`40:f0ff…`: the number of images and a bit for each of them, in hexadecimal."""
+    return "" if right is None else f"{len(right)}:{np.packbits(right).tobytes().hex()}"
+
+
+def _unpacked(text: str) -> np.ndarray | None:
+    length, _, digits = text.partition(":")
+    if not length:
+        return None
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8))
+    return bits[: int(length)].astype(bool)
+
+
+def _is_sound(row: Row) -> bool:
+    """Whether a row of results.csv can be used."""
+    try:
+        int(row["best_epoch"]), float(row["val_nll"]), float(row["seconds"]), int(row["epochs_run"])
+        right = _unpacked(row["right"])
+        return 0 <= float(row["val_accuracy"]) <= 1 or row["status"] == "failed" or right is None
+    except (TypeError, ValueError):
+        return False
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns errors of the disk into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"Cannot write to {path}: {error.strerror or error}.") from error
+
+
+def new_folder(parent: Path = Path("runs")) -> Path:
+    """Make runs/<UTC time>, with a number behind it where another run has taken that.
+
+    Raises UserError where it cannot be made.
+    """
+    stem = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    with writing(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in count():
+            path = parent / (f"{stem}-{number}" if number else stem)
+            with suppress(FileExistsError):
+                path.mkdir()
+                break
+    return path
+
+
+def read_selected(path: Path) -> list[TaskResult]:
+    """The rows of selected.jsonl of a run, without a last line that was cut off.
+
+    Raises UserError where they cannot be read.
+    """
+    try:
+        text = (path / "selected.jsonl").read_text(encoding="utf-8")
+        lines = text.splitlines(keepends=True)
+        return [TaskResult.of_document(json.loads(ln)) for ln in lines if ln.endswith("\n")]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path / 'selected.jsonl'} cannot be read; fit it again.") from error
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan of the run in this folder.
+
+    Raises UserError where there is none, or one of another version.
+    """
+    plan = path / "run.json"
+    try:
+        if not plan.is_file():
+            raise UserError(f"{path} holds no run of `fit` (there is no run.json).")
+        return Plan.of_document(json.loads(plan.read_text(encoding="utf-8")))
+    except UserError:
+        raise
+    except (OSError, RecursionError) as error:
+        raise UserError(f"{plan} cannot be read; start a new run.") from error
+    except ValueError as error:
+        reason = "it is no JSON" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UserError(f"{plan} cannot be used: {reason}; start a new run.") from error
+
+
+def _lock(path: Path) -> int:
+    """A descriptor of the folder, locked; closing it, or the end of the process, frees it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    if not files.take_lock(descriptor, path):
+        os.close(descriptor)
+        raise UserError(f"Another process is writing to {path}; wait until it ends.")
+    return descriptor
+
+
+def _check_empty(path: Path) -> None:
+    if (path / "run.json").exists():
+        raise UserError(f"{path} already holds a run; choose another --out, or --resume it.")
+    if any(entry.name not in BEFORE_THE_PLAN for entry in path.iterdir()):
+        raise UserError(f"{path} is not empty; choose another --out.")
