@@ -127,7 +127,7 @@ def test_an_adapter_that_names_no_backbone_is_refused(
 def test_local_weights_may_have_moved(
     tmp_path: Path, glyph_clip: Backbone, saved_adapters: Mapping[str, SavedAdapter]
 ) -> None:
-    from clip_adapter.extract.backbone import GLYPH_CLIP_FOLDER
+    from clip_adapter.extract.recipe import GLYPH_CLIP_FOLDER
 
     adapter = saved_adapters["image-fixed"]
     gone = f"local-dir:{tmp_path}/gone"
