@@ -1,37 +1,34 @@
 """Frozen CLIP backbones through open_clip, by name and weights."""
 
-import difflib
+import gzip
 import hashlib
-import json
 import logging
 import pickle
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import QuickGELU
 from PIL import Image
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.device import Precision
+from clip_adapter.extract.model_config import CONFIG_FILE, check_config, read_config
+from clip_adapter.extract.recipe import HUB, LOCAL, Recipe, resolve
 from clip_adapter.extract.torchscript_archive import (
     UnsafeArchive,
     is_torchscript,
     read_weights,
 )
 
-GLYPH_CLIP = "glyph-clip"
-GLYPH_CLIP_FOLDER = Path(__file__).parent / "glyph_clip"
-QUICKGELU = "-quickgelu"
 BPE_FILE = "bpe_merges.txt.gz"
-SCHEMAS = ("local-dir:", "hf-hub:")
+LARGEST_BPE = 2**26
 DTYPES: Mapping[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -39,8 +36,6 @@ DTYPES: Mapping[Precision, torch.dtype] = {
 }
 # In OpenAI's archives beside the weights: numbers of the architecture, and the causal mask.
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
-# How images were prepared in training, which is published with the tag and not in the weights.
-PREPARATION = ("mean", "std", "interpolation", "resize_mode")
 
 
 @dataclass(frozen=True)
@@ -66,22 +61,6 @@ class Backbone:
     assumption: str | None = None
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """How open_clip is asked: architecture or schema, weights (tag or file), activation.
-
-    With a schema the model's own configuration holds weights and activation. `preparation`: the
-    preprocessing that belongs to weights from a file, as far as it is known. `assumption`: see
-    Backbone.
-    """
-
-    model_name: str
-    weights: str | None
-    quick_gelu: bool
-    preparation: Mapping[str, Any] = field(default_factory=dict)
-    assumption: str | None = None
-
-
 def load_backbone(
     name: str, pretrained: str | None = None, precision: Precision = "fp32"
 ) -> Backbone:
@@ -96,31 +75,34 @@ def load_backbone(
         in that type, normalisation layers in float32. `weights_sha256` is the same in all three.
 
     Raises UserError for unknown names (with the near matches), unknown tags, and weights that
-    cannot be had or do not fit.
+    cannot be had or do not fit. Nothing that comes with weights is run: see `model_config`.
     """
-    recipe = _resolve(name, pretrained)
+    recipe = resolve(name, pretrained)
     try:
-        model = _create(recipe)
-        tokenizer = _tokenizer(recipe.model_name)
+        with _silent_loaders():
+            config = _checked_config(recipe)
+            tokenizer = _tokenizer(recipe.model_name, config)
+            model = _create(recipe).eval().requires_grad_(False)
+            embed_dim = _embed_dim(model, tokenizer)
+            stated = dict(model.visual.preprocess_cfg)
+            preprocess = image_transform_v2(PreprocessCfg(**stated), is_train=False)
     except Exception as error:  # a damaged file or folder makes open_clip raise almost anything
         raise UserError(_loading_failed(name, recipe, error)) from error
-    model.eval().requires_grad_(False)
-    config = dict(model.visual.preprocess_cfg)
     bias = getattr(model, "logit_bias", None)
     return Backbone(
         model=model if precision == "fp32" else _in_precision(model, recipe, precision),
-        preprocess=image_transform_v2(PreprocessCfg(**config), is_train=False),
+        preprocess=preprocess,
         tokenizer=tokenizer,
         identity={
             "name": name,
             "pretrained": _public_label(pretrained) or recipe.weights or name,
             "weights_sha256": weights_sha256(model.state_dict()),
             "open_clip_version": open_clip.__version__,
-            "embed_dim": _embed_dim(model, tokenizer),
-            "image_size": config["size"],
+            "embed_dim": embed_dim,
+            "image_size": stated["size"],
             "quick_gelu": any(isinstance(module, QuickGELU) for module in model.modules()),
         },
-        preprocess_config=config,
+        preprocess_config=stated,
         logit_scale=model.logit_scale.exp().item(),
         logit_bias=0.0 if bias is None else bias.item(),
         dtype=DTYPES[precision],
@@ -128,7 +110,7 @@ def load_backbone(
     )
 
 
-def _create(recipe: _Recipe) -> open_clip.CLIP | open_clip.CustomTextCLIP:
+def _create(recipe: Recipe) -> open_clip.CLIP | open_clip.CustomTextCLIP:
     if recipe.weights is None or not is_torchscript(Path(recipe.weights)):
         return open_clip.create_model(
             recipe.model_name,
@@ -146,7 +128,7 @@ def _create(recipe: _Recipe) -> open_clip.CLIP | open_clip.CustomTextCLIP:
 
 
 def _in_precision(
-    model: open_clip.CLIP | open_clip.CustomTextCLIP, recipe: _Recipe, precision: Precision
+    model: open_clip.CLIP | open_clip.CustomTextCLIP, recipe: Recipe, precision: Precision
 ) -> open_clip.CLIP | open_clip.CustomTextCLIP:
     """The model in another precision. Its layers differ from those of float32, so it is built
     anew rather than converted."""
@@ -155,9 +137,9 @@ def _in_precision(
     return other.eval().requires_grad_(False)
 
 
-def _create_empty(recipe: _Recipe, precision: Precision) -> Any:
+def _create_empty(recipe: Recipe, precision: Precision) -> Any:
     """The model without its weights, which the caller fills in."""
-    with _silent_open_clip():
+    with _silent_loaders():
         return open_clip.create_model(
             recipe.model_name,
             load_weights=False,
@@ -169,18 +151,25 @@ def _create_empty(recipe: _Recipe, precision: Precision) -> Any:
 
 
 @contextmanager
-def _silent_open_clip() -> Iterator[None]:
-    """Without its warning that a model has no weights."""
+def _silent_loaders() -> Iterator[None]:
+    """Without what open_clip and those it loads with log: they raise what matters, and without a
+    network they warn of every attempt."""
     root = logging.getLogger()
-    root.addFilter(_is_error)
+    others = [logging.getLogger(name) for name in ("huggingface_hub", "transformers", "timm")]
+    levels = [logger.level for logger in others]
+    root.addFilter(_nothing)
+    for logger in others:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        root.removeFilter(_is_error)
+        root.removeFilter(_nothing)
+        for logger, level in zip(others, levels, strict=True):
+            logger.setLevel(level)
 
 
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def weights_sha256(state: Mapping[str, torch.Tensor]) -> str:
@@ -195,101 +184,33 @@ def weights_sha256(state: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _resolve(name: str, pretrained: str | None) -> _Recipe:
-    if name == GLYPH_CLIP or name.startswith(SCHEMAS):
-        if pretrained is not None:
-            raise UserError(f"--backbone {name} brings its own weights; leave --pretrained out.")
-        own = f"local-dir:{GLYPH_CLIP_FOLDER}" if name == GLYPH_CLIP else name
-        return _Recipe(own, None, quick_gelu=False)
-    if open_clip.get_model_config(name) is None:
-        known = [GLYPH_CLIP, *open_clip.list_models()]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        raise UserError(
-            f"Unknown backbone {name!r}; near matches: {', '.join(near) or 'none'} "
-            "(any open_clip name, local-dir:FOLDER or hf-hub:ORG/NAME works)."
-        )
-    architecture = _without_quickgelu(name)
-    tags = sorted(
-        {*list_pretrained_tags_by_model(architecture), *list_pretrained_tags_by_model(name)}
-    )
-    if pretrained is None:
-        if "openai" not in tags:
-            raise UserError(
-                f"Name the weights of {name} with --pretrained: a local file or one of "
-                f"{', '.join(tags) or '(open_clip has no tags for it)'}."
-            )
-        pretrained = "openai"
-    if pretrained in tags:
-        return _Recipe(architecture, pretrained, _tag_says_quick_gelu(architecture, pretrained))
-    path = Path(pretrained)
-    if path.is_dir():
-        return _Recipe(f"local-dir:{path}", None, quick_gelu=False)
-    if path.is_file():
-        return _recipe_of_file(name, architecture, tags, path)
-    raise UserError(
-        f"--pretrained {pretrained!r} is neither a file nor a folder nor a tag of {name}; "
-        f"its tags: {', '.join(tags) or 'none'}."
-    )
+def _checked_config(recipe: Recipe) -> dict[str, Any]:
+    """The model's configuration: open_clip's own, or a checked one of a folder or a repository."""
+    schema, _, place = recipe.model_name.partition(":")
+    if not place and f"{schema}:" in (LOCAL, HUB):
+        raise ValueError("no folder is named")
+    if f"{schema}:" == LOCAL:
+        return read_config(Path(place))["model_cfg"]
+    if f"{schema}:" == HUB:
+        return check_config(Path(download_pretrained_from_hf(place, CONFIG_FILE)))["model_cfg"]
+    return open_clip.get_model_config(recipe.model_name)
 
 
-def _recipe_of_file(name: str, architecture: str, tags: list[str], path: Path) -> _Recipe:
-    """What is known about a file of weights: by its hash, by its form, by the architecture."""
-    tag = _tag_of_file(architecture, tags, path)
-    assumption = None
-    if tag is not None:
-        quick_gelu = _tag_says_quick_gelu(architecture, tag)
-    else:
-        quick_gelu = name.endswith(QUICKGELU) or is_torchscript(path)
-        if not quick_gelu and open_clip.get_model_config(name + QUICKGELU) is not None:
-            assumption = (
-                f"{path.name} is not known by its hash and taken to use GELU; if it was trained "
-                f"with QuickGELU, as OpenAI's models were, name the backbone {name}{QUICKGELU}."
-            )
-    published = [
-        {key: config[key] for key in PREPARATION if key in config}
-        for config in (_tag_config(architecture, t) for t in ([tag] if tag else tags))
-    ]
-    agreed = published[0] if published and all(p == published[0] for p in published) else {}
-    return _Recipe(architecture, str(path), quick_gelu, agreed, assumption)
-
-
-def _without_quickgelu(name: str) -> str:
-    """The plain architecture of a `…-quickgelu` name, where open_clip has it."""
-    plain = name.removesuffix(QUICKGELU)
-    return plain if open_clip.get_model_config(plain) is not None else name
-
-
-def _tag_config(architecture: str, tag: str) -> dict[str, Any]:
-    return get_pretrained_cfg(architecture, tag) or get_pretrained_cfg(
-        architecture + QUICKGELU, tag
-    )
-
-
-def _tag_says_quick_gelu(architecture: str, tag: str) -> bool:
-    return bool(_tag_config(architecture, tag).get("quick_gelu", False))
-
-
-def _tag_of_file(architecture: str, tags: list[str], path: Path) -> str | None:
-    """The tag whose published SHA-256 (or its first digits) is the file's."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    for tag in tags:
-        url = _tag_config(architecture, tag).get("url", "")
-        published = re.findall(r"[0-9a-f]{8,64}(?=[/.])", url)
-        if any(found.startswith(digits) for digits in published):
-            return tag
-    return None
-
-
-def _tokenizer(model_name: str) -> Callable[..., torch.Tensor]:
+def _tokenizer(model_name: str, config: Mapping[str, Any]) -> Callable[..., torch.Tensor]:
     """open_clip's tokenizer for the model; a local folder may bring its own merges."""
-    folder = Path(model_name.removeprefix("local-dir:"))
-    merges = folder / BPE_FILE
-    if not (model_name.startswith("local-dir:") and merges.is_file()):
+    text = config["text_cfg"]
+    if text.get("hf_tokenizer_name"):
+        # The one of a call outdoes what a configuration says.
+        return open_clip.get_tokenizer(model_name, trust_remote_code=False)
+    merges = Path(model_name.removeprefix(LOCAL)) / BPE_FILE
+    if not (model_name.startswith(LOCAL) and merges.is_file()):
         return open_clip.get_tokenizer(model_name)
-    config = json.loads((folder / "open_clip_config.json").read_text())
-    context_length = config["model_cfg"]["text_cfg"]["context_length"]
-    return open_clip.SimpleTokenizer(bpe_path=str(merges), context_length=context_length)
+    with gzip.open(merges) as file:
+        if len(file.read(LARGEST_BPE + 1)) > LARGEST_BPE:
+            raise ValueError(f"{BPE_FILE} is too large for a vocabulary")
+    return open_clip.SimpleTokenizer(
+        bpe_path=str(merges), context_length=text.get("context_length", 77)
+    )
 
 
 @torch.inference_mode()
@@ -302,12 +223,17 @@ def _public_label(pretrained: str | None) -> str | None:
     return Path(pretrained).name if pretrained and Path(pretrained).exists() else pretrained
 
 
-def _loading_failed(name: str, recipe: _Recipe, error: Exception) -> str:
+def _loading_failed(name: str, recipe: Recipe, error: Exception) -> str:
     weights = Path(recipe.weights or "")
     if isinstance(error, pickle.UnpicklingError):
         return (
             f"{weights.name or name} is damaged or holds Python code beside the weights, which is "
             "not run; give a .safetensors file or a saved state dict."
+        )
+    if isinstance(error, ModuleNotFoundError) and error.name == "transformers":
+        return (
+            f"The tokenizer of {name} needs the package transformers: "
+            "pip install 'clip-adapter[transformers]'."
         )
     if isinstance(error, UnsafeArchive):
         return f"{weights.name} is a TorchScript archive that cannot be used: {error}."

@@ -18,9 +18,12 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} is not available: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise UserError("--device meta has no memory for numbers; name cpu or cuda.")
+    return device
 
 
 def device_of_process(name: str, local_rank: int) -> str:

@@ -53,13 +53,25 @@ def parse_shard(text: str | None) -> Shard:
 
 
 def find_launch() -> Launch | None:
-    """What `torchrun` says about this process; None where it started none or only one."""
+    """What `torchrun` says about this process; None where it started none or only one.
+
+    Raises UserError where it says too little for the processes to find each other.
+    """
     try:
         rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         launch = Launch(rank, processes, int(os.environ["LOCAL_RANK"]))
     except (KeyError, ValueError):
         return None
-    return launch if processes > 1 else None
+    if processes <= 1:
+        return None
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing or not 0 <= rank < processes:
+        raise UserError(
+            f"RANK {rank} and WORLD_SIZE {processes} say that this is one of several processes, "
+            f"but {' and '.join(missing) or 'RANK'} {'is' if len(missing) < 2 else 'are'} "
+            f"{'not set' if missing else 'out of range'}; start them with torchrun, or unset both."
+        )
+    return launch
 
 
 def part_path(out: Path, shard: Shard) -> Path:

@@ -9,6 +9,7 @@ refused; the program's code is not looked at.
 
 import math
 import pickle
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 
 PROGRAM = "__torch__"
 MAXIMUM_MODULES = 100_000
+# What zipfile raises besides for directories that are damaged.
+DAMAGED = (struct.error, ValueError, NotImplementedError, OverflowError, EOFError, IndexError)
 STORAGES = {
     "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16,
@@ -41,7 +44,7 @@ def is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, zipfile.BadZipFile, *DAMAGED):
         return False
 
 

@@ -10,8 +10,10 @@ from PIL import Image
 from torch import nn
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.words import quoted
 from clip_adapter.extract.backbone import Backbone, load_backbone
 from clip_adapter.extract.images import read_rgb
+from clip_adapter.extract.recipe import GLYPH_CLIP, is_published
 from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter, load_adapter
 from clip_adapter.pipelines.fitted_head import FittedHead
 
@@ -42,18 +44,24 @@ class AdaptedClip(nn.Module):
         run: str | Path,
         *,
         device: str | torch.device = "cpu",
+        backbone: str | None = None,
         pretrained: str | None = None,
     ) -> Self:
         """Load an adapter and the backbone that it was fitted for.
 
         run: what `load_adapter` takes: a run folder or the path of one of the adapter's files.
+        backbone: as `load_backbone` takes it; by default what the adapter names.
         pretrained: where the backbone's weights lie, for weights that were given as a local file
             or folder when the features were extracted; by default what the adapter names.
 
-        Raises UserError where either cannot be had, or the weights are not the ones of the fit.
+        An adapter may come from anywhere: a backbone that it names is loaded only if it is
+        glyph-clip or a model and tag of open_clip's.
+
+        Raises UserError for another one, where adapter or backbone cannot be had, and where the
+        weights are not the ones of the fit.
         """
         adapter = load_adapter(Path(run))
-        return cls(_recorded_backbone(adapter.info, pretrained), adapter).to(device)
+        return cls(_find_backbone(adapter.info, backbone, pretrained), adapter).to(device)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """What the encoder takes, (3, H, W) float32 on the CPU, of a picture of any mode.
@@ -67,20 +75,29 @@ class AdaptedClip(nn.Module):
         return self.head(self.clip.encode_image(images))
 
 
-def _recorded_backbone(info: AdapterInfo, pretrained: str | None) -> Backbone:
-    """The backbone that the adapter names, its weights from `pretrained` where that is given."""
+def _find_backbone(info: AdapterInfo, backbone: str | None, pretrained: str | None) -> Backbone:
+    """What the caller names; what the adapter names only where that is published."""
+    if backbone is not None:
+        return load_backbone(backbone, pretrained)
     name, weights = info.backbone.get("name"), info.backbone.get("pretrained")
     if not isinstance(name, str) or not isinstance(weights, str):
         raise UserError(
             f"The adapter does not say which backbone it was fitted for, only "
             f"{reprlib.repr(info.backbone)}; it can be used on features, not on images."
         )
-    if pretrained is None:
-        return load_backbone(name, None if weights == name else weights)
-    if ":" in name and Path(pretrained).is_dir():
-        # `local-dir:FOLDER` and `hf-hub:ORG/NAME` hold configuration and weights together.
-        return load_backbone(f"local-dir:{pretrained}")
-    return load_backbone(name, pretrained)
+    if pretrained is not None:
+        if ":" in name and Path(pretrained).is_dir():
+            # `local-dir:FOLDER` and `hf-hub:ORG/NAME` hold configuration and weights together.
+            return load_backbone(f"local-dir:{pretrained}")
+        if ":" not in name:
+            return load_backbone(name, pretrained)
+    elif is_published(name, weights):
+        return load_backbone(name, None if name == GLYPH_CLIP else weights)
+    raise UserError(
+        f"The adapter was fitted for {quoted(name)} with the weights {quoted(weights)}, which is "
+        "no model and tag of open_clip's; name the backbone with --backbone, and with "
+        "--pretrained where its weights lie."
+    )
 
 
 def _check_same(backbone: Backbone, info: AdapterInfo) -> None:

@@ -73,14 +73,16 @@ def parser_for(config_type: type, program: str) -> Parser:
     for field in fields(config_type):
         hint, name = hints[field.name], field.name
         by_position = positional_type(hint)
-        how = keywords_for(by_position or hint)
+        how = {"default": argparse.SUPPRESS, **keywords_for(by_position or hint)}
         if by_position:
             how["metavar"] = name.upper()
+            if "nargs" in how:
+                how["default"] = []
         else:
             name = f"--{name.replace('_', '-')}"
             how["required"] = field.default is field.default_factory is MISSING
         described = (helps.get(field.name, "") + _default_in_words(field)).replace("%", "%%")
-        parser.add_argument(name, default=argparse.SUPPRESS, help=described.strip(), **how)
+        parser.add_argument(name, help=described.strip(), **how)
     return parser
 
 

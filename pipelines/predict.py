@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from stat import S_ISDIR
+from stat import S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from PIL import Image
 
 from clip_adapter.cache.cores import available_cores
 from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.words import printable
+from clip_adapter.cache.words import counted, printable
 from clip_adapter.extract.datasets.image_files import images_below, unreadable
 from clip_adapter.extract.images import BadImage, read_rgb
 from clip_adapter.pipelines.argument_types import Positional
@@ -93,6 +93,8 @@ class Predictions:
     def _decode(self, path: Path) -> "tuple[Path, torch.Tensor | str]":
         """The preprocessed image, or why there is none."""
         try:
+            if not S_ISREG(path.stat().st_mode):  # reading a pipe or a device would not end
+                return path, "it is a pipe or a device"
             return path, self._model.preprocess(read_rgb(partial(Image.open, path)))
         except BadImage as error:
             return path, str(error)
@@ -137,7 +139,9 @@ def predict(config: PredictConfig) -> Predictions:
     from clip_adapter.pipelines.adapted_clip import AdaptedClip
 
     device = find_device(config.device)
-    model = AdaptedClip.from_run(config.adapter, device=device, pretrained=config.pretrained)
+    model = AdaptedClip.from_run(
+        config.adapter, device=device, backbone=config.backbone, pretrained=config.pretrained
+    )
     return Predictions(model, paths, config)
 
 
@@ -175,15 +179,15 @@ def print_predictions(config: PredictConfig) -> int:
                 yield prediction
             else:
                 unreadable_count += 1
-                name = printable(str(prediction.path))
-                print(f"{name} skipped: {prediction.unreadable}", file=sys.stderr)
+                skipped = f"{prediction.path} skipped: {prediction.unreadable}"
+                print(printable(skipped), file=sys.stderr)
             advance(1, "")
 
     with bar as advance:
         FORMATS[config.format](out, predictions, readable(advance))
     if unreadable_count:
         total = len(predictions)
-        counts = f"{unreadable_count} of {total} images cannot be read"
+        counts = f"{unreadable_count} of {counted(total, 'image')} cannot be read"
         print(f"clip-adapter predict: {counts}", file=sys.stderr)
     return EXIT_PARTIAL if unreadable_count else 0
 

@@ -47,7 +47,10 @@ def write_table(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) ->
 
 
 def write_csv(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> None:
-    """A header, then a row per image: image, class_1, probability_1, class_2, …"""
+    """A header, then a row per image: image, class_1, probability_1, class_2, …
+
+    Names that begin with = + - @ get an apostrophe before them; in JSON names are exact.
+    """
     writer = csv.writer(out, lineterminator="\n")
     ranks = 0
     for prediction in predictions:
@@ -55,8 +58,8 @@ def write_csv(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> N
             ranks = len(prediction.top)
             columns = ((f"class_{n}", f"probability_{n}") for n in range(1, ranks + 1))
             writer.writerow(["image", *(name for pair in columns for name in pair)])
-        pairs = ((printable(name), _rounded(p)) for name, p in prediction.top)
-        writer.writerow([printable(str(prediction.path)), *(x for pair in pairs for x in pair)])
+        pairs = ((_cell(name), _rounded(p)) for name, p in prediction.top)
+        writer.writerow([_cell(str(prediction.path)), *(x for pair in pairs for x in pair)])
 
 
 def write_json(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> None:
@@ -68,6 +71,12 @@ def write_json(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> 
         print(f"{separator}\n{row}", end="", file=out)
         separator = ","
     print("[]" if separator == "[" else "\n]", file=out)
+
+
+def _cell(text: str) -> str:
+    """A name that no spreadsheet takes for a formula: an apostrophe makes it text."""
+    shown = printable(text)
+    return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown
 
 
 def _padded(text: str, width: int) -> str:

@@ -17,8 +17,9 @@ from open_clip import factory, pretrained
 from safetensors.torch import save_file
 
 from clip_adapter.cache.errors import UserError
-from clip_adapter.extract.backbone import GLYPH_CLIP_FOLDER, load_backbone
+from clip_adapter.extract.backbone import load_backbone
 from clip_adapter.extract.config import ExtractConfig
+from clip_adapter.extract.recipe import GLYPH_CLIP_FOLDER
 from clip_adapter.extract.run import extract
 from clip_adapter.pipelines.spoken import Spoken
 from tests.extract.image_folders import make_folder
@@ -274,7 +275,7 @@ def test_the_bias_of_a_sigmoid_model_is_carried(tmp_path: Path) -> None:
         ("coca_ViT-B-32", None, r"Name the weights of coca_ViT-B-32 with --pretrained: .*laion2b"),
         ("glyph-clip", "openai", r"brings its own weights; leave --pretrained out"),
         ("local-dir:/nowhere", None, r"could not be loaded: .*not found: /nowhere"),
-        ("local-dir:", None, r"could not be loaded: Empty path"),
+        ("local-dir:", None, r"could not be loaded: no folder is named"),
     ],
 )
 def test_unknown_names_and_weights(name: str, weights: str | None, words: str) -> None:

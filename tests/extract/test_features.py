@@ -11,9 +11,10 @@ from sklearn.datasets import load_digits
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.extract.backbone import GLYPH_CLIP_FOLDER, load_backbone
+from clip_adapter.extract.backbone import load_backbone
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.prompts import check_templates, prompts
+from clip_adapter.extract.recipe import GLYPH_CLIP_FOLDER
 from clip_adapter.extract.run import extract
 from tests.extract.image_folders import make_folder
 

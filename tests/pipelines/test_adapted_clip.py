@@ -13,6 +13,8 @@ import torch
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.backbone import Backbone
+from clip_adapter.extract.recipe import GLYPH_CLIP_FOLDER
+from clip_adapter.pipelines import adapted_clip
 from clip_adapter.pipelines.adapted_clip import AdaptedClip, make_head
 from clip_adapter.pipelines.adapter_file import SavedAdapter, save_adapter
 
@@ -124,18 +126,63 @@ def test_an_adapter_that_names_no_backbone_is_refused(
         AdaptedClip.from_run(tmp_path)
 
 
-def test_local_weights_may_have_moved(
-    tmp_path: Path, glyph_clip: Backbone, saved_adapters: Mapping[str, SavedAdapter]
-) -> None:
-    from clip_adapter.extract.backbone import GLYPH_CLIP_FOLDER
+def naming(adapter: SavedAdapter, name: str, pretrained: str) -> SavedAdapter:
+    """The adapter as if it were fitted for another backbone with the same weights."""
+    return with_info(
+        adapter, backbone={**adapter.info.backbone, "name": name, "pretrained": pretrained}
+    )
 
-    adapter = saved_adapters["image-fixed"]
+
+def test_local_weights_may_have_moved(
+    tmp_path: Path, saved_adapters: Mapping[str, SavedAdapter]
+) -> None:
     gone = f"local-dir:{tmp_path}/gone"
-    backbone = {**adapter.info.backbone, "name": gone, "pretrained": gone}
-    save_adapter(tmp_path, with_info(adapter, backbone=backbone))
-    with pytest.raises(UserError, match="could not be loaded"):
-        AdaptedClip.from_run(tmp_path)
+    save_adapter(tmp_path, naming(saved_adapters["image-fixed"], gone, gone))
     AdaptedClip.from_run(tmp_path, pretrained=str(GLYPH_CLIP_FOLDER))
+    AdaptedClip.from_run(tmp_path, backbone=f"local-dir:{GLYPH_CLIP_FOLDER}")
+    AdaptedClip.from_run(tmp_path, backbone="glyph-clip")
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained"),
+    [
+        (f"local-dir:{GLYPH_CLIP_FOLDER}", f"local-dir:{GLYPH_CLIP_FOLDER}"),
+        ("hf-hub:somebody/something", "hf-hub:somebody/something"),
+        ("glyph-clip", str(GLYPH_CLIP_FOLDER)),
+        ("ViT-B-32", str(GLYPH_CLIP_FOLDER)),
+        ("ViT-B-32", str(GLYPH_CLIP_FOLDER / "open_clip_model.safetensors")),
+        ("ViT-B-32", "no tag"),
+        ("../evil", "openai"),
+    ],
+)
+def test_an_adapter_cannot_have_a_backbone_loaded_that_is_not_published(
+    tmp_path: Path,
+    saved_adapters: Mapping[str, SavedAdapter],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    pretrained: str,
+) -> None:
+    save_adapter(tmp_path, naming(saved_adapters["image-fixed"], name, pretrained))
+    monkeypatch.setattr(adapted_clip, "load_backbone", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="no model and tag of open_clip's; name the backbone with"):
+        AdaptedClip.from_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-32-quickgelu"])
+def test_a_published_backbone_is_loaded_by_its_name_and_tag(
+    tmp_path: Path,
+    saved_adapters: Mapping[str, SavedAdapter],
+    glyph_clip: Backbone,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    save_adapter(tmp_path, naming(saved_adapters["image-fixed"], name, "openai"))
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(
+        adapted_clip, "load_backbone", lambda *names: asked.append(names) or glyph_clip
+    )
+    AdaptedClip.from_run(tmp_path)
+    assert asked == [(name, "openai")]
 
 
 def test_deployment_needs_no_jax(

@@ -99,6 +99,11 @@ def test_options_may_stand_between_what_goes_by_position(arguments: list[str]) -
     assert (config.out, config.parts, config.quick) == (Path("o"), (Path("p"), Path("q")), True)
 
 
+def test_what_goes_by_position_may_be_nothing() -> None:
+    assert parse(Config, "something", ["o"]).parts == ()
+    assert parse(Config, "something", ["--count", "2", "o", "--quick"]).parts == ()
+
+
 def test_only_what_was_given_is_in_the_namespace() -> None:
     parser = parser_for(Needing, "something")
     parser.add_argument(

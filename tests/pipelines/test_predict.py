@@ -246,3 +246,73 @@ def test_a_progress_bar_leaves_standard_output_alone(
 def test_the_python_interface_raises(run: Path) -> None:
     with pytest.raises(UserError, match="Cannot read"):
         predict(PredictConfig((Path("nowhere"),), run))
+
+
+def test_a_pipe_and_a_device_among_the_images_are_skipped(
+    run: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (image_folder / "00.png").unlink()
+    os.mkfifo(image_folder / "00.png")
+    found = [image_folder / "00.png", Path("/dev/zero")]
+    assert exit_code("--adapter", run, image_folder, "/dev/zero", "--format", "json") == 1
+    printed = capsys.readouterr()
+    assert len(json.loads(printed.out)) == 11
+    assert printed.err.splitlines() == [
+        *(f"{path} skipped: it is a pipe or a device" for path in found),
+        "clip-adapter predict: 2 of 13 images cannot be read",
+    ]
+
+
+def test_a_spreadsheet_takes_no_name_for_a_formula(
+    tmp_path: Path,
+    saved_adapters: Mapping[str, SavedAdapter],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    info = saved_adapters["image-fixed"].info
+    names = ["=1+1", "+a", "-b", "@c", "\td", "a=b", *map(str, range(4))]
+    adapter = dataclasses.replace(
+        saved_adapters["image-fixed"], info=dataclasses.replace(info, class_names=names)
+    )
+    save_adapter(tmp_path / "run", adapter)
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (8, 8)).save("=HYPERLINK.png")
+    config = PredictConfig((Path("=HYPERLINK.png"),), Path("run"), top=10)
+    assert print_predictions(dataclasses.replace(config, format="csv")) == 0
+    _, (image, *cells) = csv.reader(StringIO(capsys.readouterr().out))
+    assert image == "'=HYPERLINK.png"
+    assert {"'=1+1", "'+a", "'-b", "'@c", r"\td", "a=b", "0"} < set(cells[::2])
+    assert print_predictions(dataclasses.replace(config, format="json")) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["image"] == "=HYPERLINK.png"
+    assert {top["class"] for top in row["top"]} == set(names)
+
+
+def test_a_full_device_is_a_sentence(run: Path, image_folder: Path) -> None:
+    script = Path(sys.executable).parent / "clip-adapter"
+    with Path("/dev/full").open("w") as full:
+        finished = subprocess.run(
+            [script, "predict", "--adapter", run, image_folder],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert finished.returncode == 2
+    assert finished.stderr == "clip-adapter predict: No space left on device.\n"
+
+
+def test_the_backbone_can_be_named(
+    tmp_path: Path,
+    image_folder: Path,
+    saved_adapters: Mapping[str, SavedAdapter],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    info = saved_adapters["image-fixed"].info
+    mine = {**info.backbone, "name": "local-dir:mine", "pretrained": "local-dir:mine"}
+    adapter = dataclasses.replace(
+        saved_adapters["image-fixed"], info=dataclasses.replace(info, backbone=mine)
+    )
+    save_adapter(tmp_path, adapter)
+    assert exit_code("--adapter", tmp_path, image_folder) == 2
+    assert "name the backbone with --backbone" in capsys.readouterr().err
+    assert exit_code("--adapter", tmp_path, image_folder, "--backbone", "glyph-clip") == 0
