@@ -1,6 +1,7 @@
 """The command line that a frozen dataclass describes: argparse in, the dataclass out.
 
-A field is an option, or an argument by position where its type says so (see `argument_types`). Its
+A field is an option, an argument by position where its type says so (see `argument_types`), or
+none of both where its metadata has `option` false. Its
 help is the entry of the class's docstring under `Attributes:`.
 """
 
@@ -71,6 +72,8 @@ def parser_for(config_type: type, program: str) -> Parser:
     )
     hints = get_type_hints(config_type, include_extras=True)
     for field in fields(config_type):
+        if not field.metadata.get("option", True):
+            continue
         hint, name = hints[field.name], field.name
         by_position = positional_type(hint)
         how = {"default": argparse.SUPPRESS, **keywords_for(by_position or hint)}

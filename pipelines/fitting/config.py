@@ -59,7 +59,7 @@ class FitConfig:
     search: Literal["full", "halving"] = "full"
     placement: Literal["auto", "sequential", "vectorised"] = "auto"
     resume: Path | None = None
-    hyper: Mapping[str, Any] = field(default_factory=dict)
+    hyper: Mapping[str, Any] = field(default_factory=dict, metadata={"option": False})
     """Values to try by the hyper-parameter's name (`alpha`), for each method that has it, or by
     method and name (`clap.learning_rate`)."""
 

@@ -82,7 +82,12 @@ def write_cache(path: Path, data: TinyData) -> Path:
         writer.append_text(data.text, [f"class {number}" for number in range(data.classes)])
         writer.finish(
             templates=["a {}", "the {}"],
-            backbone={"name": "tiny-clip", "pretrained": "nothing", "weights_sha256": "0" * 64},
+            backbone={
+                "name": "tiny-clip",
+                "pretrained": "nothing",
+                "weights_sha256": "0" * 64,
+                "embed_dim": data.text.shape[2],
+            },
             preprocess={},
             dataset={"name": data.name, "splits": {"test": "made up"}},
             logit_scale=20.0,
