@@ -23,7 +23,8 @@ class Evaluation:
     the last, or the best of those evaluated. accuracy in [0, 1] and nll: at that epoch, over the
     images of all folds; an nll that is not finite marks a setting that diverged.
     right: (M,) bool, the validation images that it classifies correctly, fold after fold; None
-    where that is not known. seconds: what it took. arrays: fetches what was fitted; None where that was not kept.
+    where that is not known. seconds: what it took. arrays: fetches what was fitted; None where that
+    was not kept.
     """
 
     setting: Setting

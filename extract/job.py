@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from clip_adapter.cache.duplicates import in_several_splits
-from clip_adapter.cache.tally import Tally, tally
+from clip_adapter.cache.listener import Listener
+from clip_adapter.cache.metadata import Part
+from clip_adapter.cache.staging import StagingFolder
+from clip_adapter.cache.tally import Tally, in_several_splits, tally
 from clip_adapter.cache.words import counted, quoted
-from clip_adapter.cache.workplace import Workplace
-from clip_adapter.cache.writer import SKIPPED, CacheWriter, Part
+from clip_adapter.cache.writer import CacheWriter
 from clip_adapter.extract.backbone import load_backbone
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.datasets.registry import open_dataset
@@ -22,7 +23,6 @@ from clip_adapter.extract.decode import Plan
 from clip_adapter.extract.device import find_device, find_precision
 from clip_adapter.extract.encode import EncodedBatch, Encoder, encode_images
 from clip_adapter.extract.in_order import InOrder
-from clip_adapter.cache.listener import Listener
 from clip_adapter.extract.outcome import (
     describe,
     describe_skipped,
@@ -40,7 +40,7 @@ from clip_adapter.extract.stopwatch import Stopwatch
 from clip_adapter.extract.text import TextPlan, encode_classes
 
 
-def run_job(config: ExtractConfig, shard: Shard, place: Workplace, listener: Listener) -> None:
+def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener: Listener) -> None:
     """Encode what is not staged yet, write the file (a part of a cache where there are several
     shards) and tell what is in it.
 
@@ -140,7 +140,7 @@ class _Job:
         """
         if self._config.on_error == "fail":
             names = self._dataset.splits
-            skipped = sum(1 for name in names for _ in self._writer.listed(name, SKIPPED))
+            skipped = sum(1 for name in names for _ in self._writer.listed(name, "skipped"))
             refuse_skipped(self._config.out, skipped)
         bounds = {name: self.bounds(name) for name in self._dataset.splits}
         total = sum(stop - start for start, stop, _ in bounds.values())

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from clip_adapter.cache.parts import merge_parts
 from clip_adapter.cache.listener import Listener
+from clip_adapter.cache.parts import merge_parts
 from clip_adapter.extract.outcome import (
     describe,
     describe_skipped,

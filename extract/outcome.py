@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.tally import Tally
 from clip_adapter.cache.words import counted, size, some
-from clip_adapter.cache.listener import Listener
 
 
 def describe(out: Path, tallies: Mapping[str, Tally], classes: int, note: str = "") -> str:

@@ -9,11 +9,13 @@ from typing import Any, NoReturn
 import h5py
 import numpy as np
 
+from clip_adapter.adapters.method import Head
+from clip_adapter.adapters.methods import find_method
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.files import is_there
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.words import printable, shortened, size
 from clip_adapter.pipelines.adapter_file import ARRAYS_FILE, INFO_FILE, SavedAdapter, load_adapter
-from clip_adapter.pipelines.adapter_layout import RATIOS
 from clip_adapter.pipelines.argument_types import Positional
 from clip_adapter.pipelines.command import run_command
 
@@ -41,7 +43,7 @@ def inspect(config: InspectConfig) -> Facts:
     or neither a cache nor an adapter, or that `FeatureCache` or `load_adapter` refuses.
     """
     path = config.file
-    if not path.exists():
+    if not is_there(path):
         raise UserError(f"{path} does not exist; name a feature cache or a run folder.")
     if path.is_dir() or path.name in (INFO_FILE, ARRAYS_FILE):
         return _adapter_facts(path, load_adapter(path))
@@ -55,14 +57,13 @@ def inspect(config: InspectConfig) -> Facts:
 
 
 def _cache_facts(cache: FeatureCache) -> Facts:
-    with h5py.File(cache.path, "r") as file:
-        stated = dict(file.attrs)
-        dtype = file["text/features"].dtype
+    stated = cache.metadata
+    dtype = cache.dtype_of("text/features")
     facts = [
         ("file", f"{cache.path}, {size(cache.path.stat().st_size)}"),
-        ("what", f"feature cache, format version {stated['format_version']}"),
-        ("made by", f"{stated.get('writer', 'unknown')}, {stated.get('created_at', 'undated')}"),
-        ("content", f"SHA-256 {stated.get('content_sha256', 'not stated')}"),
+        ("what", f"feature cache, format version {stated.format_version}"),
+        ("made by", f"{stated.writer}, {stated.created_at}"),
+        ("content", f"SHA-256 {stated.content_sha256 or 'not stated'}"),
     ]
     facts += [(f"images/{split}", _split_words(cache, split)) for split in cache.splits]
     facts += [
@@ -101,13 +102,21 @@ def _adapter_facts(path: Path, adapter: SavedAdapter) -> Facts:
 
 
 def _ratio_facts(adapter: SavedAdapter) -> Facts:
-    """The value of a learned ratio, which the setting does not say."""
-    return [
-        (f"learned {ratio}", f"{1 / (1 + np.exp(-float(adapter.arrays[name]))):.3f}")
-        for branch, ratio in RATIOS.items()
-        if adapter.info.setting.get(ratio) == "learned"
-        and (name := f"{branch}/ratio/logit") in adapter.arrays
-    ]
+    """What was learned beside the setting, as far as it does not depend on an image."""
+    info = adapter.info
+    method = find_method(info.method)
+    if method.describe is None:
+        return []
+    head = Head(adapter.weights, info.logit_scale, info.logit_bias)
+    no_images = np.zeros((0, adapter.weights.shape[1]), np.float32)
+    described = method.describe(np, adapter.arrays, info.setting, no_images, head)
+    found = {name: np.asarray(values) for name, values in described.items()}
+    return [(f"learned {name}", _spread(values)) for name, values in found.items() if values.size]
+
+
+def _spread(values: np.ndarray) -> str:
+    varies = f" ± {values.std():.3f}" if values.size > 1 else ""
+    return f"{values.mean():.3f}{varies}"
 
 
 def _origin_facts(

@@ -87,9 +87,11 @@ def write_cache(path: Path, data: TinyData) -> Path:
                 "pretrained": "nothing",
                 "weights_sha256": "0" * 64,
                 "embed_dim": data.text.shape[2],
+                "image_size": 8,
+                "quick_gelu": False,
             },
             preprocess={},
-            dataset={"name": data.name, "splits": {"test": "made up"}},
+            dataset={"name": data.name, "source": "made up", "splits": {"test": "made up"}},
             logit_scale=20.0,
             logit_bias=0.5,
         )
