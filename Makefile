@@ -1,7 +1,7 @@
 # make demo: environment, install, extract, fit and a result table.   make test: all that CI runs.
 PYTHON ?= python3
 BIN := .venv/bin
-ROOMS := adapters cache extract extract/datasets extract/glyph_clip pipelines
+ROOMS := adapters cache extract extract/datasets extract/glyph_clip pipelines pipelines/fitting
 DEMO := runs/demo
 TASKS := --cache $(DEMO)/features.h5 --shots 1 2 4 8 16 --seeds 1 2 3
 ALPHAS := 0 0.2 0.4 0.6 0.8

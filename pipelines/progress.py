@@ -29,7 +29,6 @@ def _bar(what: str, total: int, done: int) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
-        MofNCompleteColumn,
         Progress,
         TextColumn,
         TimeRemainingColumn,
@@ -38,28 +37,28 @@ def _bar(what: str, total: int, done: int) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total, completed=done, note="")
 
-        def advance(count: int, note: str = "") -> None:
+        def advance(count: float, note: str = "") -> None:
             bar.update(task, advance=count, note=note)
 
         yield advance
 
 
-def _lines(what: str, total: int, done: int) -> Advance:
+def _lines(what: str, total: int, done: float) -> Advance:
     last = time.monotonic()
 
-    def advance(count: int, note: str = "") -> None:
+    def advance(count: float, note: str = "") -> None:
         nonlocal done, last
         done += count
         if time.monotonic() - last >= LINE_EVERY_SECONDS:
             last = time.monotonic()
-            print(f"{what}: {done}/{total} {note}".rstrip(), file=sys.stderr)
+            print(f"{what}: {done:.0f}/{total} {note}".rstrip(), file=sys.stderr)
 
     return advance
 

@@ -96,12 +96,12 @@ class Plan:
         one, two = self.document(), other.document()
         names = [name for name in one if name != "cache" and one[name] != two[name]]
         if "methods" in names:
-            mine = {m.name: m.values for m in self.methods}
-            others = {m.name: m.values for m in other.methods}
+            mine = {planned.name: planned.values for planned in self.methods}
+            others = {planned.name: planned.values for planned in other.methods}
             if mine.keys() == others.keys():
                 names.remove("methods")
                 names += sorted(
-                    {h for m in mine for h in mine[m] if mine[m][h] != others[m].get(h)}
+                    {n for m in mine for n in mine[m] if mine[m][n] != others[m].get(n)}
                 )
         return names
 
@@ -121,9 +121,9 @@ def make_plan(config: FitConfig, cache_sha256: str, available: Iterable[str] = (
     fitted = [_find(name) for name in names]
     others = [_find(name) for name in config.baselines if name not in names]
     _check_owners(config, fitted)
-    planned = [_with_values(config, name, m, False) for name, m in zip(names, fitted, strict=True)]
     beside = [name for name in config.baselines if name not in names]
-    planned += [_with_values(config, n, m, True) for n, m in zip(beside, others, strict=True)]
+    planned = [_with_values(config, n, m, True) for n, m in zip(beside, others, strict=True)]
+    planned += [_with_values(config, n, m, False) for n, m in zip(names, fitted, strict=True)]
     plan = Plan(
         clip_adapter=version("clip-adapter"),
         cache=str(config.cache or DEFAULT_CACHE),

@@ -37,14 +37,16 @@ from clip_adapter.pipelines.fitting.tasks import (
 class FitResult:
     """What a run found.
 
-    run: its folder. results: a row per method and task. summary: a row per method and number of
-    shots. kept: the row whose adapter stands at the top of the folder, None where there is none.
-    compilations: programs compiled or loaded. problem: a sentence on what could not be done, or "".
+    run: its folder. about: where its numbers come from, in words. results: a row per method and
+    task. summary: a row per method and number of shots. kept: the row whose adapter stands at the
+    top of the folder, None where there is none. compilations: programs compiled or loaded.
+    problem: a sentence on what could not be done, or "".
     """
 
     run: Path
     plan: Plan
     about: Sequence[str]
+    class_names: Sequence[str]
     tasks: Sequence[TaskRows]
     results: Sequence[TaskResult]
     summary: Sequence[MethodSummary]
@@ -141,7 +143,16 @@ def _execute(
         names = ", ".join(planned.method.name for planned in plan.fitted)
         problem = f"Every setting of {names} diverged at the most shots; see the notes above."
     return FitResult(
-        folder.path, plan, about, tasks, results, summary, kept, engine.compilations, problem
+        run=folder.path,
+        plan=plan,
+        about=about,
+        class_names=provenance.class_names,
+        tasks=tasks,
+        results=results,
+        summary=summary,
+        kept=kept,
+        compilations=engine.compilations,
+        problem=problem,
     )
 
 

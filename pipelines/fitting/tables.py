@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clip_adapter.cache.few_shot import VALIDATION_SHOTS
-from clip_adapter.cache.words import printable
+from clip_adapter.cache.words import counted, printable, some
 from clip_adapter.pipelines.fitting.config import Selection, Shots
 from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult
@@ -41,7 +41,7 @@ def print_run(result: FitResult) -> None:
         console.print(printable(line))
     judged = judged_by(plan.select, plan.shots, result.results)
     console.print(f"selected on {judged}; test computed for the selected setting only")
-    for line in _sizes(result.tasks, repeat=plan.repeat):
+    for line in _sizes(result.tasks, result.class_names, repeat=plan.repeat):
         console.print(line)
     console.print(_accuracy_table(plan, result.summary))
     for planned in plan.fitted:
@@ -162,7 +162,7 @@ def accuracy(row: MethodSummary, kind: str) -> str:
     return f"{100 * spread.mean:.2f}{words}{lost}"
 
 
-def _sizes(tasks: Sequence[TaskRows], *, repeat: bool) -> list[str]:
+def _sizes(tasks: Sequence[TaskRows], class_names: Sequence[str], *, repeat: bool) -> list[str]:
     """A sentence per number of shots for classes that had too few images, or none."""
     how = "drawn with repetition" if repeat else "each is taken once"
     counts: dict[tuple[str, Shots], int] = {}
@@ -173,11 +173,13 @@ def _sizes(tasks: Sequence[TaskRows], *, repeat: bool) -> list[str]:
         fewest = min(rows.shots, VALIDATION_SHOTS) if isinstance(rows.shots, int) else 0
         counts["validation", fewest] = len(rows.small_validation_classes)
     lines = [
-        f"{count} class{'es have' if count > 1 else ' has'} fewer than {shots} {split} images: {how}"
+        f"{counted(count, 'class has', 'classes have')} fewer than {shots} {split} images: {how}"
         for (split, shots), count in counts.items()
         if count
     ]
     if absent:
-        numbers = ", ".join(map(str, absent[:10])) + (" …" if len(absent) > 10 else "")
-        lines.append(f"{len(absent)} classes have no training image (numbers {numbers})")
+        names = some([class_names[label] for label in absent])
+        lines.append(
+            f"{counted(len(absent), 'class', 'classes')} without a training image: {names}"
+        )
     return lines

@@ -73,7 +73,7 @@ def objective(data: Data, c: float, kernel: np.ndarray, bias: np.ndarray) -> flo
 
 
 def dense_newton(data: Data, c: float) -> tuple[float, np.ndarray]:
-    """The minimum and its kernel, of the objective, by damped Newton steps with the whole Hessian; C in steps."""
+    """The minimum of the objective and its kernel, by damped Newton steps, C in steps."""
     features, labels = data[0].astype(np.float64), data[1]
     scale = np.abs(features).max() or 1.0
     rows = np.concatenate([features / scale, np.ones((len(labels), 1))], axis=1)
