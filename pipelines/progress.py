@@ -63,5 +63,5 @@ def _lines(what: str, total: int, done: float) -> Advance:
     return advance
 
 
-def no_advance(count: int, note: str) -> None:
+def no_advance(count: float, note: str) -> None:
     """Progress that nobody sees."""

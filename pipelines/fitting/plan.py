@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Method
@@ -18,6 +18,9 @@ from clip_adapter.adapters.methods import METHODS, find_method
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.words import shortened
 from clip_adapter.pipelines.fitting.config import DEFAULT_CACHE, FitConfig, Selection, Shots
+
+if TYPE_CHECKING:
+    from clip_adapter.adapters.engine import Placement
 
 LARGEST_SEED = 2**31 - 1  # JAX takes an int32
 Json = dict[str, Any]
@@ -55,7 +58,7 @@ class Plan:
     augment: bool
     train_classes: str
     search: str
-    placement: str
+    placement: Placement
 
     @property
     def fitted(self) -> list[PlannedMethod]:
@@ -191,8 +194,8 @@ def _own(config: FitConfig, method: Method) -> dict[str, tuple[Value, ...]]:
 
 def _with_values(config: FitConfig, name: str, method: Method, baseline: bool) -> PlannedMethod:
     given = {} if baseline else _own(config, method)
-    for key, values in given.items():
-        if not values:
+    for key, some in given.items():
+        if not some:
             raise UserError(f"--{_dashed(method.hyper[key].flag or key)} needs at least one value.")
     try:
         values = method.values(given, config.preset, one=config.select == "none")

@@ -124,7 +124,7 @@ def _summary(rows: Sequence[TaskResult]) -> MethodSummary:
         seeds=len(rows),
         diverged=sum(row.setting is None for row in rows),
         test_images=rows[0].test_images,
-        **{name: spread(name) for name in MEASURES},  # type: ignore[arg-type]
+        **{name: spread(name) for name in MEASURES},
     )
 
 
