@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -129,13 +130,25 @@ def _indistinguishable(
     with n trials of 1/2.
     distinct: a row of the validation set for each image.
     """
-    from scipy.special import bdtr
-
     if best.right is None:
         return 1
-    right = np.stack([e.right[distinct] for e in others if e.right is not None and not e.failed])
     own = best.right[distinct]
-    only_best, only_other = (own & ~right).sum(axis=1), (~own & right).sum(axis=1)
-    disagreed = only_best + only_other
-    chance = 2 * bdtr(np.minimum(only_best, only_other), disagreed, 0.5)
-    return int(np.sum((disagreed == 0) | (chance >= SIGNIFICANCE)))
+    count = 0
+    for other in others:
+        if other.right is None or other.failed:
+            continue
+        right = other.right[distinct]
+        only_best, only_other = int(np.sum(own & ~right)), int(np.sum(~own & right))
+        worse, disagreed = min(only_best, only_other), only_best + only_other
+        count += _chance(worse, disagreed) >= SIGNIFICANCE
+    return count
+
+
+@cache
+def _chance(worse: int, disagreed: int) -> float:
+    """min(1, 2 P(X ≤ worse)) for X binomial with `disagreed` trials of 1/2, exactly."""
+    term = total = 1
+    for drawn in range(worse):
+        term = term * (disagreed - drawn) // (drawn + 1)
+        total += term
+    return min(1.0, 2 * total / 2**disagreed)
