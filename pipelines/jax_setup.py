@@ -6,8 +6,11 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import BuiltinFunctionType, FrameType, FunctionType
+
+from clip_adapter.pipelines.interruption import Handler
 
 # On a CPU 945 programs took 15 MB.
 LARGEST_CACHE = 2**28
@@ -17,15 +20,16 @@ def set_up_jax() -> None:
     """Keep compiled programs in the user's cache folder, or in JAX_COMPILATION_CACHE_DIR.
 
     For commands, which have a process of their own: it changes JAX's flags and loggers, and in the
-    main thread it replaces Python's own handler of Ctrl-C (`_interrupt`). A function that others
+    main thread it puts `_interrupt` before the handler of Ctrl-C. A function that others
     call must not call it.
     """
     with _uninterrupted():
         import jax
 
     in_main = threading.current_thread() is threading.main_thread()
-    if in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+    earlier = signal.getsignal(signal.SIGINT)
+    if in_main and isinstance(earlier, FunctionType | BuiltinFunctionType):
+        signal.signal(signal.SIGINT, partial(_interrupt, earlier))
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         with suppress(RuntimeError):  # somebody without a home has nothing kept
@@ -68,8 +72,8 @@ def _uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, but a little later where JAX's callback of the collector runs.
+def _interrupt(handler: Handler, number: int, frame: FrameType | None) -> None:
+    """Call the handler, but a little later where JAX's callback of the collector runs.
 
     Python only prints an exception that is raised while it collects garbage, and goes on.
     """
@@ -81,4 +85,4 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
             again.start()
             return
         running = running.f_back
-    signal.default_int_handler(number, frame)
+    handler(number, frame)
