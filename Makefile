@@ -1,4 +1,5 @@
 # make demo: environment, install, extract, fit and a result table.   make test: all that CI runs.
+# make lock: a new environment with the newest versions that pyproject.toml admits, written down.
 PYTHON ?= python3
 BIN := .venv/bin
 ROOMS := adapters cache extract extract/datasets extract/glyph_clip pipelines pipelines/fitting
@@ -6,7 +7,12 @@ DEMO := runs/demo
 TASKS := --cache $(DEMO)/features.h5 --shots 1 2 4 8 16 --seeds 1 2 3
 ALPHAS := 0 0.2 0.4 0.6 0.8
 
-.PHONY: demo test dev clean
+CONSTRAINTS := --constraint constraints.txt
+# Packages beside our own whose new versions have broken ours, or may.
+LOCKED := etils huggingface_hub jaxlib ml_dtypes orbax-checkpoint protobuf pyarrow \
+  tensorflow-metadata tensorstore tokenizers
+
+.PHONY: demo test dev lock clean
 
 # One run for each fixed α, and one that chooses α on validation data, beside the baselines.
 demo: .venv/installed
@@ -29,10 +35,30 @@ dev: .venv/installed
 
 # Strict editable mode links every file, so that type checkers and editors follow the mapped imports;
 # a folder's time stamp changes when a file is added or removed, and the links are then made anew.
-.venv/installed: pyproject.toml $(ROOMS)
+.venv/installed: pyproject.toml constraints.txt $(ROOMS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --config-settings editable_mode=strict --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --config-settings editable_mode=strict \
+	  $(CONSTRAINTS) --editable '.[test]'
 	touch $@
+
+# The tests have to pass with what it writes before that is committed.
+lock:
+	rm -rf .venv
+	$(MAKE) .venv/installed CONSTRAINTS=
+	$(BIN)/python -c "$$WRITE_CONSTRAINTS" $(LOCKED) > constraints.new
+	mv constraints.new constraints.txt
+	touch .venv/installed
+
+define WRITE_CONSTRAINTS
+import re, sys
+from importlib.metadata import requires, version
+wanted = [line for line in requires("clip-adapter") if "extra ==" not in line or "test" in line]
+names = {"datasets", "transformers", *sys.argv[1:]}
+names |= {re.match(r"[\w.-]+", line)[0] for line in wanted} - {"clip-adapter"}
+for name in sorted(names, key=str.lower):
+    print(f"{name}=={version(name).partition('+')[0]}")
+endef
+export WRITE_CONSTRAINTS
 
 clean:
 	rm -rf .venv build runs *.egg-info

@@ -28,6 +28,7 @@ from idle import machine, require_idle
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from clip_adapter.cache.cores import available_cores
 from clip_adapter.cache.writer import CacheWriter
 from clip_adapter.extract.backbone import Backbone, load_backbone
 from clip_adapter.extract.datasets.digits import digits
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each comparison")
     parser.add_argument("--images", type=int, help="images per round")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="of both sides")
+    parser.add_argument("--workers", type=int, default=available_cores(), help="of both sides")
     parser.add_argument("--compile", action="store_true", help="ours with --compile as well")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()

@@ -40,9 +40,9 @@ from clip_adapter.extract.stopwatch import Stopwatch
 from clip_adapter.extract.text import TextPlan, encode_classes
 
 
-def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener: Listener) -> None:
+def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener: Listener) -> str:
     """Encode what is not staged yet, write the file (a part of a cache where there are several
-    shards) and tell what is in it.
+    shards) and return what to say about it.
 
     place: where to write.
     """
@@ -98,7 +98,7 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
                 logit_bias=backbone.logit_bias,
                 part=part,
             )
-    listener.result(job.summary(tallies))
+    return job.summary(tallies)
 
 
 def _text_plan(config: ExtractConfig, dataset: ImageDataset) -> TextPlan:

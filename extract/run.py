@@ -39,7 +39,7 @@ def extract(config: ExtractConfig, listener: Listener | None = None) -> Path:
     with _staging_folder(config, _own(config, shard)) as place:
         from clip_adapter.extract.job import run_job
 
-        run_job(config, shard, place, listener)
+        listener.result(run_job(config, shard, place, listener))
     return config.out
 
 

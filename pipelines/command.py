@@ -10,12 +10,12 @@ from typing import NoReturn, TypeVar
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.words import printable
+from clip_adapter.pipelines.interruption import EXIT_INTERRUPTED, noticed
 
 Config = TypeVar("Config")
 
 EXIT_PARTIAL = 1
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 # What a system says of itself, in whatever place; the library's own OSErrors have other numbers.
 OF_THE_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENOMEM}
 
@@ -46,10 +46,8 @@ def run(program: str, work: Callable[[], object]) -> NoReturn:
     for stream in _streams():  # an encoding without ± is no reason to fail
         stream.reconfigure(errors="backslashreplace")
     try:
-        try:
-            result = work()
-        except SystemExit as ended:  # after --help
-            result = ended.code
+        with noticed() as interrupted:
+            result = _result(work, interrupted)
         if sys.stdout:
             sys.stdout.flush()
     except UserError as error:
@@ -67,6 +65,17 @@ def run(program: str, work: Callable[[], object]) -> NoReturn:
         place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         _exit(EXIT_BAD_INPUT, f"{program}: {place}{error.strerror or error}.")
     _exit(result if isinstance(result, int) else 0)
+
+
+def _result(work: Callable[[], object], interrupted: Sequence[bool]) -> object:
+    try:
+        return work()
+    except SystemExit as ended:  # after --help
+        return ended.code
+    except ImportError:
+        if interrupted:
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _exit(code: int, sentence: str | None = None) -> NoReturn:

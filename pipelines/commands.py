@@ -3,8 +3,9 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from types import ModuleType
 from typing import NoReturn
+
+from clip_adapter.pipelines.interruption import handle, leave_at_once
 
 COMMANDS = {
     "extract": ("extract_command", "encode a data set once with a frozen CLIP"),
@@ -32,22 +33,16 @@ def main() -> NoReturn:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         _call(name, f"clip-adapter {name}", sys.argv[2:])
-    _load("command", "clip-adapter").run("clip-adapter", lambda: _about(name))
-    raise AssertionError("run returned")
+    handle(leave_at_once)
+    from clip_adapter.pipelines.command import run
+
+    run("clip-adapter", lambda: _about(name))
 
 
 def _call(name: str, program: str, arguments: Sequence[str]) -> NoReturn:
-    module = _load(COMMANDS[name][0], program)
-    module.main(arguments)
-    raise AssertionError("main returned")
-
-
-def _load(module: str, program: str) -> ModuleType:
-    try:
-        return import_module(f"{ROOM}.{module}")
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        sys.exit(130)
+    handle(leave_at_once)  # until the command itself begins
+    import_module(f"{ROOM}.{COMMANDS[name][0]}").main(arguments)
+    raise AssertionError(f"{program} returned")
 
 
 def _about(name: str) -> None:

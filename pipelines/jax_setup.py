@@ -5,31 +5,61 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import BuiltinFunctionType, FrameType, FunctionType
+
+from clip_adapter.pipelines.interruption import Handler
+
+# On a CPU 945 programs took 15 MB.
+LARGEST_CACHE = 2**28
 
 
 def set_up_jax() -> None:
     """Keep compiled programs in the user's cache folder, or in JAX_COMPILATION_CACHE_DIR.
 
-    In the main thread it also replaces Python's own handler of Ctrl-C (`_interrupt`).
+    For commands, which have a process of their own: it changes JAX's flags and loggers, and in the
+    main thread it puts `_interrupt` before the handler of Ctrl-C. A function that others
+    call must not call it.
     """
     with _uninterrupted():
         import jax
 
     in_main = threading.current_thread() is threading.main_thread()
-    if in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+    earlier = signal.getsignal(signal.SIGINT)
+    if in_main and isinstance(earlier, FunctionType | BuiltinFunctionType):
+        signal.signal(signal.SIGINT, partial(_interrupt, earlier))
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "clip-adapter" / "jax"))
+        with suppress(RuntimeError):  # somebody without a home has nothing kept
+            home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            folder = home / "clip-adapter" / "jax"
+            remove_oldest(folder, LARGEST_CACHE)
+            jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # Without a GPU build of JAX on a machine with a GPU, JAX says so in a warning of its own; a
     # cache folder that cannot be written is no reason to warn at every compilation.
     logging.getLogger("jax._src.compiler").setLevel(logging.ERROR)
+
+
+def remove_oldest(folder: Path, limit: int) -> None:
+    """Remove the files that were not read for longest until the rest has at most `limit` bytes.
+
+    JAX's own limit (jax_compilation_cache_max_size) is not used: it takes a lock for every program
+    read, and an entry that was written without it, or by a process killed in between, makes it
+    refuse to store anything any more.
+    """
+    with suppress(OSError):  # not there, not ours to write, or another process removes them too
+        entries = [(entry, entry.stat()) for entry in folder.iterdir()]
+        entries.sort(key=lambda item: max(item[1].st_atime, item[1].st_mtime))
+        excess = sum(status.st_size for _, status in entries) - limit
+        for entry, status in entries:
+            if excess <= 0:
+                break
+            entry.unlink(missing_ok=True)
+            excess -= status.st_size
 
 
 @contextmanager
@@ -42,8 +72,8 @@ def _uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, but a little later where JAX's callback of the collector runs.
+def _interrupt(handler: Handler, number: int, frame: FrameType | None) -> None:
+    """Call the handler, but a little later where JAX's callback of the collector runs.
 
     Python only prints an exception that is raised while it collects garbage, and goes on.
     """
@@ -55,4 +85,4 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
             again.start()
             return
         running = running.f_back
-    signal.default_int_handler(number, frame)
+    handler(number, frame)

@@ -167,7 +167,8 @@ def test_what_cannot_be_written_is_found_out_first(
 def test_the_first_process_of_torchrun_looks_where_the_parts_will_be_joined(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    for name, value in {**ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     refused(capsys, ["--out", str(tmp_path)], "it is a folder; name a file")
 

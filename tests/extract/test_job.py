@@ -392,8 +392,9 @@ def test_shards_cover_every_row_once_and_end_with_batches() -> None:
 def test_torchrun_divides_and_joins_by_itself(whole: Path, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "features.h5"
     command = [
-        BIN / "torchrun", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0", "--no-python", BIN / "extract", *arguments(folder, out),
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
+        "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--no-python",
+        BIN / "extract", *arguments(folder, out),
     ]  # fmt: skip
     finished = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr

@@ -98,10 +98,14 @@ def test_ctrl_c_while_packages_are_imported(
     tmp_path: Path, entry: str, arguments: list[str], package: str
 ) -> None:
     program = (
-        "import sys\n"
+        "import signal, sys\n"
         "class Interrupting:\n"
         "    def find_spec(name, path, target=None):\n"
-        f"        if name == {package!r}: raise KeyboardInterrupt\n"
+        f"        if name != {package!r}: return\n"
+        "        try: signal.raise_signal(signal.SIGINT)\n"
+        "        except KeyboardInterrupt as error:\n"
+        "            if name == 'torch': raise ImportError('as extensions do') from error\n"
+        "            raise\n"
         "sys.meta_path.insert(0, Interrupting)\n"
         f"from clip_adapter.pipelines.commands import {entry}; {entry}()\n"
     )
