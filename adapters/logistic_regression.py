@@ -30,7 +30,9 @@ from clip_adapter.adapters.logistic_objective import Doubles, Floats, LogisticOb
 TOLERANCE = 1e-6
 """How much of ½‖K‖², and so of the objective, the gap to its minimum may be. Where C is small the
 objective alone would say nothing: there K = 0 is within 1e-6 of the minimum, too."""
-ROUNDING = 1e-14  # how much of the objective is not asked about: where K is 0 at the minimum
+ROUNDING = 1e-14
+"""How much of the objective is not asked about, as float64 would not tell."""
+
 
 MAX_NEWTON_STEPS = 50
 MAX_PRODUCTS = 200  # with the Hessian, for one step
@@ -48,7 +50,8 @@ class Solution:
 
     objective: f. relative_gap: (f − min f) / f is at most this. solved: whether it is certified
     that relative_gap ≤ 1e-6 and, as f grows by ½‖ΔK‖² at least, that the kernel is within 0.1 % of
-    the minimum's, ‖K − K*‖ ≤ 1e-3 ‖K‖ (or K* = 0 but for rounding). newton_steps: how many it took.
+    the minimum's, ‖K − K*‖ ≤ 1e-3 ‖K‖ (or what is missing is rounding, 1e-14 f). newton_steps: how
+    many it took.
     """
 
     kernel: Doubles
