@@ -1,16 +1,23 @@
 """Small tasks of synthetic features, one shape for all, so that programs are shared."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from clip_adapter.adapters.clip_adapter import Architecture
-from clip_adapter.adapters.training import HyperParameters, Schedule, Task, initial_state
+from clip_adapter.adapters import training
+from clip_adapter.adapters.method import Head, Method, Setting, Task
+from clip_adapter.adapters.methods import METHODS
 
-CLASSES, DIM = 4, 16
+CLASSES, DIM, PROMPTS = 4, 16, 3
+CLIP_ADAPTER = METHODS["clip-adapter"]
 
-SHORT = Schedule(epochs=10, batch_size=8, evaluate_every=1)
+SHORT = {"epochs": 10, "batch_size": 8}
+"""Of a run that is judged at its end."""
+EACH_EPOCH = SHORT | {"epoch": "best", "evaluate_every": 1}
+"""Of a run that is judged after each epoch, and keeps the best."""
 
 
 def separable_task(
@@ -33,30 +40,46 @@ def separable_task(
 
     features, labels = images(shots, views)
     validation_features, validation_labels = images(validation, 1)
+    weights = centres + noise * rng.normal(size=centres.shape)
+    text = weights[:, None] + 0.3 * rng.normal(size=(CLASSES, PROMPTS, DIM))
     return Task(
         features=jnp.asarray(features, jnp.float32),
         labels=jnp.asarray(labels, jnp.int32),
         validation_features=jnp.asarray(validation_features[0], jnp.float32),
         validation_labels=jnp.asarray(validation_labels, jnp.int32),
-        weights=jnp.asarray(centres + noise * rng.normal(size=centres.shape), jnp.float32),
-        logit_scale=jnp.float32(20),
-        logit_bias=jnp.float32(0.25),
+        head=Head(
+            weights=jnp.asarray(weights, jnp.float32),
+            logit_scale=jnp.float32(20),
+            logit_bias=jnp.float32(0.25),
+            text=jnp.asarray(text, jnp.float32),
+        ),
         seed=jnp.int32(seed),
     )
 
 
-_initial_state = jax.jit(initial_state, static_argnums=(0, 1))
+def setting_of(method: Method = CLIP_ADAPTER, **given: Any) -> dict[str, Any]:
+    """The method's one setting with these values and its defaults."""
+    values = method.values({name: (value,) for name, value in given.items()}, one=True)
+    (setting,) = method.settings(values)
+    return setting
 
 
-def named(state: nnx.State, row: int | None = None) -> dict[str, np.ndarray]:
-    """Arrays by names such as `image/bottleneck/down/kernel`; of one row where they are stacked."""
-    flat = {"/".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(state)}
-    return {name: np.asarray(v if row is None else v[row]) for name, v in flat.items()}
+def start_arrays(method: Method, setting: Setting, task: Task) -> dict[str, np.ndarray]:
+    """What a run starts from, of what it trains."""
+    trained, _ = jax.jit(lambda task: training.start(method, task, setting))(task)
+    return {name: np.asarray(array) for name, array in trained.items()}
 
 
-def start_arrays(
-    architecture: Architecture, schedule: Schedule, task: Task, hyper: HyperParameters
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What a run starts from: what it trains, and its constants."""
-    state = _initial_state(architecture, schedule, task, hyper)
-    return named(state.parameters), named(state.constants)
+def row_of(arrays: Mapping[str, jax.Array], row: int = 0) -> dict[str, np.ndarray]:
+    """One setting's arrays of a chunk's."""
+    return {name: np.asarray(array)[row] for name, array in arrays.items()}
+
+
+def validation_accuracy(logits: np.ndarray, task: Task) -> float:
+    return float(np.mean(logits.argmax(axis=1) == np.asarray(task.validation_labels)))
+
+
+def validation_nll(logits: np.ndarray, task: Task) -> float:
+    logits, labels = logits.astype(np.float64), np.asarray(task.validation_labels)
+    chosen = logits[np.arange(len(labels)), labels]
+    return float(np.mean(np.log(np.exp(logits).sum(axis=1)) - chosen))
