@@ -1,6 +1,7 @@
 """Small tasks of synthetic features, one shape for all, so that programs are shared."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_adapter.adapters import training
+from clip_adapter.adapters.engine import Leaves
+from clip_adapter.adapters.evaluation import Evaluation
 from clip_adapter.adapters.method import Head, Method, Setting, Task
 from clip_adapter.adapters.methods import METHODS
 
@@ -55,6 +58,18 @@ def separable_task(
         ),
         seed=jnp.int32(seed),
     )
+
+
+@dataclass
+class Notes:
+    """A journal in memory; `found` is what a search that was interrupted had found."""
+
+    states: MutableMapping[str, Leaves] = field(default_factory=dict)
+    found: list[Evaluation] = field(default_factory=list)
+
+    def known(self, setting: Setting, epochs_run: int) -> Evaluation | None:
+        same = (e for e in self.found if (e.setting, e.epochs_run) == (setting, epochs_run))
+        return next(same, None)
 
 
 def setting_of(method: Method = CLIP_ADAPTER, **given: Any) -> dict[str, Any]:

@@ -147,9 +147,7 @@ def test_nobody_trains_on_after_the_last_chunk_was_taken():
     chunks = engine.run(CLIP_ADAPTER, static, separable_task(), numbers, stop=200)
     next(chunks)
     chunks.close()
-    list(
-        engine.run(CLIP_ADAPTER, static, separable_task(), numbers[:1], stop=1)
-    )
+    list(engine.run(CLIP_ADAPTER, static, separable_task(), numbers[:1], stop=1))
     assert sum(trained) * 20_000 < 200 * len(slow)
 
 

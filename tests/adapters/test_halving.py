@@ -1,8 +1,7 @@
 """Successive halving: who goes on, what it costs, and that survivors really go on."""
 
 from collections import UserDict
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 
 from clip_adapter.adapters.engine import Engine, Leaves
 from clip_adapter.adapters.evaluation import Evaluation
-from clip_adapter.adapters.method import Setting
 from clip_adapter.adapters.search import rungs_of, search
 from clip_adapter.adapters.successive_halving import (
     Rung,
@@ -18,21 +16,16 @@ from clip_adapter.adapters.successive_halving import (
     successive_halving,
     survivors,
 )
-from tests.adapters.tasks import CLIP_ADAPTER, EACH_EPOCH, SHORT, separable_task, setting_of
+from tests.adapters.tasks import (
+    CLIP_ADAPTER,
+    EACH_EPOCH,
+    SHORT,
+    Notes,
+    separable_task,
+    setting_of,
+)
 
 NAN = float("nan")
-
-
-@dataclass
-class Notes:
-    """A journal in memory; `found` is what a search that was interrupted had found."""
-
-    states: MutableMapping[str, Leaves] = field(default_factory=dict)
-    found: list[Evaluation] = field(default_factory=list)
-
-    def known(self, setting: Setting, epochs_run: int) -> Evaluation | None:
-        same = (e for e in self.found if (e.setting, e.epochs_run) == (setting, epochs_run))
-        return next(same, None)
 
 
 SETTINGS = [{"number": number} for number in range(7)]

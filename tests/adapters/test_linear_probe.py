@@ -6,9 +6,14 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.linear_probe import LinearProbe, Sweep, fit_linear_probe
-from clip_adapter.adapters.method import Grid, Search
-from tests.adapters.tasks import separable_task
+from clip_adapter.adapters.linear_probe import coarse_to_fine
+from clip_adapter.adapters.logistic_regression import fit_linear_probe
+from clip_adapter.adapters.methods import METHODS
+from clip_adapter.adapters.scoring import make_classify
+from clip_adapter.adapters.search import fit, search
+from tests.adapters.tasks import Notes, separable_task, validation_accuracy
+
+PROBE = METHODS["linear-probe"]
 
 CLASSES = 4
 
@@ -70,43 +75,53 @@ def test_a_class_without_images_is_never_predicted():
 
 
 COARSE = [-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0]
+LONGEST = len(COARSE) + 2 * 4
 
 
-def swept(score: dict | None = None, peak: float = 0.0) -> tuple[list[float], Sweep]:
-    sweep = Sweep()
-    tried = []
-    while (exponent := sweep.next()) is not None:
-        tried.append(exponent)
-        sweep.scores[exponent] = (-abs(exponent - peak), 0.0) if score is None else (0.5, 0.0)
-    return tried, sweep
+def swept(peak: float | None = None) -> tuple[list[float], float]:
+    """The exponents that were tried, and the best of them; all score alike without a peak."""
+    scores: dict[float, float] = {}
+    proposed = coarse_to_fine(PROBE.values({}))
+    setting = next(proposed, None)
+    while setting is not None:
+        exponent = round(float(np.log10(setting["C"])), 6)
+        scores[exponent] = 0.5 if peak is None else -abs(exponent - peak)
+        try:
+            setting = proposed.send((scores[exponent], 0.0))
+        except StopIteration:
+            break
+    return list(scores), max(scores, key=scores.__getitem__)
 
 
 def test_the_sweep_is_clips_protocol():
     """Seven values over twelve decades, refined around the peak to eight per decade."""
-    tried, sweep = swept(peak=1.3)
+    tried, best = swept(peak=1.3)
     assert tried == [*COARSE, 1.0, 3.0, 0.5, 1.5, 1.25, 1.75, 1.125, 1.375]
-    assert max(sweep.scores, key=sweep.scores.__getitem__) == 1.25
-    assert len(tried) == Sweep.LONGEST
-    assert len(set(tried)) == len(tried)
+    assert best == 1.25
+    assert len(tried) == LONGEST
 
 
 @pytest.mark.parametrize(("peak", "best"), [(-9.0, -6.0), (9.0, 6.0)])
 def test_the_sweep_stays_in_its_range(peak: float, best: float):
-    tried, sweep = swept(peak=peak)
+    tried, found = swept(peak=peak)
     assert (min(tried), max(tried)) == (-6.0, 6.0)
-    assert max(sweep.scores, key=sweep.scores.__getitem__) == best
-    assert len(tried) < Sweep.LONGEST
+    assert found == best
+    assert len(tried) < LONGEST
 
 
 def test_of_equal_scores_the_strongest_regularisation_is_refined():
-    tried, _ = swept(score={})
+    tried, _ = swept()
     assert min(tried) == tried[0] == -6.0
     assert tried[7:] == [-5.0, -5.5, -5.75, -5.875]
 
 
+def test_values_that_the_user_names_are_tried_as_they_are():
+    assert list(coarse_to_fine(PROBE.values({"C": (0.1, 7.0)}))) == [{"C": 0.1}, {"C": 7.0}]
+
+
 def test_the_search_judges_each_c_on_validation_as_scikit_learn_does(engine: Engine):
     task = separable_task(noise=3.0, data_seed=3)
-    found = list(LinearProbe().search(Search(Grid(), [task]), engine))
+    found = list(search(PROBE, PROBE.values({}), [task], engine, Notes()))
     assert [e.setting["C"] for e in found[:7]] == [10.0**exponent for exponent in COARSE]
     assert len({round(e.accuracy, 6) for e in found}) > 2, "all C are alike: nothing is compared"
     features = np.asarray(task.features[0], np.float64)
@@ -121,14 +136,13 @@ def test_the_search_judges_each_c_on_validation_as_scikit_learn_does(engine: Eng
         chances = reference.predict_log_proba(validation)[np.arange(len(labels)), labels]
         assert evaluation.nll == pytest.approx(-chances.mean(), rel=5e-3)
         arrays = evaluation.arrays()
-        logits = LinearProbe().logits(
-            evaluation.setting, arrays, task.validation_features, task.weights, 20.0, 0.25
-        )
-        assert np.mean(logits.argmax(axis=1) == labels) == pytest.approx(evaluation.accuracy)
+        classify = make_classify(PROBE, evaluation.setting, arrays, task.head)
+        found_accuracy = validation_accuracy(classify(task.validation_features), task)
+        assert found_accuracy == pytest.approx(evaluation.accuracy)
 
 
 def test_only_the_first_view_is_fitted(engine: Engine):
     task = separable_task(views=3)
-    one = LinearProbe().fit({"C": 1.0}, None, task, engine)
-    other = LinearProbe().fit({"C": 1.0}, None, task._replace(features=task.features[:1]), engine)
+    first = task._replace(features=task.features[:1])
+    one, other = (fit(PROBE, {"C": 1.0}, None, part, engine) for part in (task, first))
     assert all(jnp.array_equal(one[name], other[name]) for name in one)
