@@ -1,10 +1,12 @@
 """Small tasks of synthetic features, one shape for all, so that programs are shared."""
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 
@@ -60,6 +62,17 @@ def separable_task(
     )
 
 
+def needed(method: Method, task: Task) -> Task:
+    """The task with what the method needs beyond features, and without what it does not."""
+    extra = {need: EXTRAS[need] for need in method.needs if need != "text"}
+    head = task.head if "text" in method.needs else task.head._replace(text=None)
+    return task._replace(head=head, extra=extra)
+
+
+EXTRAS: dict[str, Any] = {}
+"""Small arrays for what methods may need, by the need's name."""
+
+
 @dataclass
 class Notes:
     """A journal in memory; `found` is what a search that was interrupted had found."""
@@ -77,6 +90,22 @@ def setting_of(method: Method = CLIP_ADAPTER, **given: Any) -> dict[str, Any]:
     values = method.values({name: (value,) for name, value in given.items()}, one=True)
     (setting,) = method.settings(values)
     return setting
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Every program that XLA compiles inside the block."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def start_arrays(method: Method, setting: Setting, task: Task) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ from tests.adapters import torch_reference as reference
 from tests.adapters.tasks import (
     CLIP_ADAPTER,
     SHORT,
+    row_of,
     separable_task,
     setting_of,
     start_arrays,
@@ -113,6 +114,59 @@ def test_a_trained_ratio_starts_where_it_is_told(kind: str, start: float):
     arrays = start_arrays(CLIP_ADAPTER, chosen, task)
     found = CLIP_ADAPTER.describe(np, arrays, chosen, np.asarray(task.features[0]), task.head)
     np.testing.assert_allclose(np.broadcast_to(found["alpha"], (ROWS, 1)), start, atol=2e-4)
+
+
+def ratio_task(best: str) -> Task:
+    """Sixteen images of each of four classes. `high`: the class names say little, so that the
+    images have to. `low`: they say all, and a bottleneck of one unit can only take away."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(4, 16))
+    noise, disturbed = {"high": (1.0, 3.0), "low": (1.5, 0.0)}[best]
+    weights = centres + disturbed * rng.normal(size=centres.shape)
+
+    def images(count: int) -> tuple[jax.Array, jax.Array]:
+        labels = np.repeat(np.arange(4), count)
+        rows = 2 * (centres[labels] + noise * rng.normal(size=(len(labels), 16)))
+        return jnp.asarray(rows, jnp.float32), jnp.asarray(labels, jnp.int32)
+
+    (features, labels), validation = images(16), images(250)
+    head = Head(jnp.asarray(weights, jnp.float32), jnp.float32(20), jnp.float32(0))
+    return Task(features[None], labels, *validation, head, jnp.int32(1))
+
+
+@pytest.mark.parametrize(("best", "reduction"), [("high", 4), ("low", 16)])
+def test_a_learned_ratio_comes_near_the_best_one(best: str, reduction: int, engine: Engine):
+    """From 0.2 and from 0.8, on data where one of the two is clearly better than the other."""
+    task = ratio_task(best)
+
+    def runs(**given: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """(what is described of α, validation's (accuracy, NLL)) of each value."""
+        settings = [
+            setting_of(reduction=reduction, **dict(zip(given, values, strict=True)))
+            for values in zip(*given.values(), strict=True)
+        ]
+        static, _ = CLIP_ADAPTER.split(settings[0])
+        numbers = [CLIP_ADAPTER.split(setting)[1] for setting in settings]
+        alphas, scores = [], []
+        for chunk in engine.run(CLIP_ADAPTER, static, task, numbers):
+            for row, index in enumerate(chunk.indices):
+                arrays = row_of(chunk.state.trained, row)
+                told = CLIP_ADAPTER.describe(np, arrays, settings[index], task.features, task.head)
+                alphas.append(told.get("alpha"))
+                scores.append(np.asarray(chunk.state.history[row, 0]))
+        return np.array(alphas), np.array(scores)
+
+    grid = [0.1, 0.2, 0.4, 0.6, 0.8, 0.9]
+    _, fixed = runs(alpha=grid)
+    low, high = fixed[grid.index(0.2)], fixed[grid.index(0.8)]
+    better, worse = (low, high) if best == "low" else (high, low)
+    assert better[0] > worse[0] + 0.02, "neither is clearly better: nothing is shown"
+    assert better[1] < worse[1] - 0.1, "neither is clearly better: nothing is shown"
+    learned, scores = runs(alpha=["learned"] * 2, alpha_init=[0.2, 0.8])
+    wanted = grid[int(fixed[:, 1].argmin())]
+    np.testing.assert_allclose(learned, wanted, atol=0.2)
+    assert scores[:, 1].max() < fixed[:, 1].min() + 0.01
+    assert scores[:, 0].min() > fixed[:, 0].max() - 0.01
 
 
 def test_a_bottleneck_without_hidden_units_is_refused():

@@ -3,19 +3,23 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.monitoring
 import numpy as np
 import pytest
 
 from clip_adapter.adapters.engine import Engine, Leaves, Placement
 from clip_adapter.adapters.method import Setting, Task
-from tests.adapters.tasks import CLIP_ADAPTER, EACH_EPOCH, SHORT, separable_task, setting_of
+from tests.adapters.tasks import (
+    CLIP_ADAPTER,
+    EACH_EPOCH,
+    SHORT,
+    compilations,
+    separable_task,
+    setting_of,
+)
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = [
@@ -39,22 +43,6 @@ def histories(
     return np.concatenate(
         [np.asarray(chunk.state.history)[: len(chunk.indices)] for chunk in chunks]
     )
-
-
-@contextmanager
-def compilations() -> Iterator[list[str]]:
-    """Every program that XLA compiles inside the block."""
-    compiled: list[str] = []
-
-    def listen(event: str, duration: float, **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_a_program_is_compiled_per_static_signature_and_not_per_setting(engine: Engine):
