@@ -61,6 +61,23 @@ def classifier_weights(xp: Any, text: Float[Array, "C P D"]) -> Float[Array, "C 
     return unit(xp, xp.mean(unit(xp, text), axis=1))
 
 
+def mean_text(xp: Any, head: Head) -> Float[Array, "C D"]:
+    """t_c = mean_p t_cp, un-normalised: the prototypes that TaskRes and CLAP start from."""
+    return xp.mean(head.text, axis=1)
+
+
+def mean_of_own_class(
+    xp: Any, values: Float[Array, "N C"], labels: Int[Array, " N"], missing: float
+) -> Float[Array, " C"]:
+    """For each class, the mean of its column over the rows that have its label; `missing` where
+    there are none."""
+    own = one_hot(xp, labels, values.shape[1], values)
+    counts = xp.sum(own, axis=0)
+    return xp.where(
+        counts > 0, xp.sum(values * own, axis=0) / xp.where(counts > 0, counts, 1), missing
+    )
+
+
 def cosine_logits(xp: Any, features: Float[Array, "N D"], head: Head) -> Float[Array, "N C"]:
     """scale · unit(f) · unit(W)ᵀ + bias, for un-normalised features f and the head's weights W."""
     # Dividing the (N, C) products by ‖f‖ instead of the (N, D) features spares a pass over them

@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from clip_adapter.adapters.method import Method, Setting, Task
+from clip_adapter.adapters.recipe import steps_and_batch
 from clip_adapter.adapters.training import RunState, advance, initial_state
 
 Placement = Literal["auto", "sequential", "vectorised"]
@@ -287,5 +288,6 @@ def _bytes_of(grid: Grid) -> int:
     """
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(grid.abstract_state()))
     classes, dim = grid.task.head.weights.shape
-    rows = max(int(grid.static["batch_size"]), len(grid.task.validation_labels), classes)
+    _, batch = steps_and_batch(grid.task.features.shape[1], grid.static)
+    rows = max(batch, len(grid.task.validation_labels), classes)
     return 3 * state_bytes + rows * (8 * dim + 4 * classes) * 4

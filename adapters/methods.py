@@ -9,9 +9,14 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from clip_adapter.adapters.clap import CLAP, ZS_LP
 from clip_adapter.adapters.clip_adapter import CLIP_ADAPTER
+from clip_adapter.adapters.cross_modal import CROSS_MODAL
 from clip_adapter.adapters.linear_probe import LINEAR_PROBE
+from clip_adapter.adapters.lp_plus_plus import LP_PLUS_PLUS
 from clip_adapter.adapters.method import Method
+from clip_adapter.adapters.rla import RLA
+from clip_adapter.adapters.task_res import TASK_RES
 from clip_adapter.adapters.zero_shot import ZERO_SHOT
 
 GROUP = "clip_adapter.methods"
@@ -21,6 +26,12 @@ METHODS: dict[str, Method] = {
         ZERO_SHOT,
         LINEAR_PROBE,
         CLIP_ADAPTER,
+        TASK_RES,
+        LP_PLUS_PLUS,
+        CLAP,
+        ZS_LP,
+        RLA,
+        CROSS_MODAL,
     )
 }
 

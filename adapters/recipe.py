@@ -9,35 +9,21 @@ from clip_adapter.adapters.hyper import LARGEST_COUNT, Hyper
 from clip_adapter.adapters.method import Array, Setting
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
+WARMUPS = ("linear", "constant", "none")
+FULL_BATCH = LARGEST_COUNT
+"""As a batch size: all images in one step."""
 
 
-def trained_with(
-    *,
-    optimizer: str = "adamw",
-    learning_rate: float = 1e-3,
-    learning_rates: Sequence[float] = (),
-    weight_decay: float = 1e-2,
-    epochs: int = 200,
-    batch_size: int = 256,
-    warmup: str = "linear",
-    drop_last: bool = False,
-    adam_epsilon: float = 1e-8,
+def run_for(
+    *, epochs: int = 200, batch_size: int = 256, drop_last: bool = False
 ) -> dict[str, Hyper]:
-    """The rows of a table that training reads, with a method's own defaults.
-
-    learning_rates: those to try where the user gives none.
-    """
+    """The rows of a table that any training reads, with a method's own defaults."""
     count: dict[str, Any] = {"low": 1, "high": LARGEST_COUNT, "static": True, "single": True}
     choice: dict[str, Any] = {"static": True, "single": True}
     return {
-        "learning_rate": Hyper(
-            learning_rate, "Peak learning rate.", tuple(learning_rates), above=0, flag="lr"
-        ),
-        "weight_decay": Hyper(
-            weight_decay, "Weight decay: decoupled for adamw, else an L2 penalty.", low=0
-        ),
         "epochs": Hyper(epochs, "Passes over the support set.", **count),
         "batch_size": Hyper(batch_size, "Images per step at most.", **count),
+        "drop_last": Hyper(drop_last, "Leave out an epoch's incomplete last batch.", **choice),
         "epoch": Hyper(
             "last",
             "The epoch that is kept: the last, or the best on the validation data.",
@@ -47,14 +33,44 @@ def trained_with(
         "evaluate_every": Hyper(
             5, "Epochs between evaluations.", **count, when={"epoch": ("best",)}
         ),
+    }
+
+
+def trained_with(
+    *,
+    optimizer: str = "adamw",
+    learning_rate: float = 1e-3,
+    learning_rates: Sequence[float] = (),
+    weight_decay: float = 1e-2,
+    weight_decays: Sequence[float] = (),
+    warmup: str = "linear",
+    adam_epsilon: float = 1e-8,
+    **run: Any,
+) -> dict[str, Hyper]:
+    """The same and those of the optimiser and its schedule.
+
+    learning_rates, weight_decays: those to try where the user gives none. run: of `run_for`.
+    """
+    choice: dict[str, Any] = {"static": True, "single": True}
+    return {
+        "learning_rate": Hyper(
+            learning_rate, "Peak learning rate.", tuple(learning_rates), above=0, flag="lr"
+        ),
+        "weight_decay": Hyper(
+            weight_decay,
+            "Weight decay: decoupled for adamw, else an L2 penalty.",
+            tuple(weight_decays),
+            low=0,
+        ),
+        **run_for(**run),
         "optimizer": Hyper(optimizer, "Optimiser.", words=OPTIMIZERS, **choice),
         "warmup": Hyper(
             warmup,
-            "Start of the schedule: a tenth of the steps, or one epoch at 1e-5; a cosine follows.",
-            words=("linear", "constant"),
+            "Start of the schedule: a tenth of the steps, one epoch at 1e-5, or none; a cosine "
+            "follows.",
+            words=WARMUPS,
             **choice,
         ),
-        "drop_last": Hyper(drop_last, "Leave out an epoch's incomplete last batch.", **choice),
         "adam_epsilon": Hyper(
             adam_epsilon,
             "What Adam adds to its denominator.",
@@ -110,7 +126,7 @@ def scheduled_rate(setting: Setting, steps: int, step: Array, rate: str = "learn
     """The learning rate of a step, () float32; steps: per epoch.
 
     warmup `linear`: up over the first tenth of the steps (at most 100), then half a cosine to zero.
-    `constant`: Dassl's ConstantWarmupScheduler over CosineAnnealingLR, stepped per epoch: 1e-5 for
+    `none`: the cosine from the first step. `constant`: Dassl's ConstantWarmupScheduler over CosineAnnealingLR, stepped per epoch: 1e-5 for
     the first epoch; the cosine begins when that ends, and so stops one step short of zero.
     """
     import jax.numpy as jnp
@@ -121,6 +137,6 @@ def scheduled_rate(setting: Setting, steps: int, step: Array, rate: str = "learn
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * (epoch - 1) / epochs))
         return jnp.where(epoch < 1, 1e-5, jnp.asarray(peak) * cosine)
     total = epochs * steps
-    warm = min(100, total // 10)
+    warm = min(100, total // 10) if setting["warmup"] == "linear" else 0
     cosine = 0.5 * (1 + jnp.cos(jnp.pi * (step - warm) / max(1, total - warm)))
     return jnp.asarray(peak) * jnp.where(step < warm, (step + 1) / max(1, warm), cosine)

@@ -1,16 +1,28 @@
 """Small tasks of synthetic features, one shape for all, so that programs are shared."""
 
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from clip_adapter.adapters.clip_adapter import Architecture
-from clip_adapter.adapters.training import HyperParameters, Schedule, Task, initial_state
+from clip_adapter.adapters import training
+from clip_adapter.adapters.engine import Leaves
+from clip_adapter.adapters.evaluation import Evaluation
+from clip_adapter.adapters.method import Head, Method, Setting, Task
+from clip_adapter.adapters.methods import METHODS
 
-CLASSES, DIM = 4, 16
+CLASSES, DIM, PROMPTS = 4, 16, 3
+CLIP_ADAPTER = METHODS["clip-adapter"]
 
-SHORT = Schedule(epochs=10, batch_size=8, evaluate_every=1)
+SHORT = {"epochs": 10, "batch_size": 8}
+"""Of a run that is judged at its end."""
+EACH_EPOCH = SHORT | {"epoch": "best", "evaluate_every": 1}
+"""Of a run that is judged after each epoch, and keeps the best."""
 
 
 def separable_task(
@@ -33,30 +45,85 @@ def separable_task(
 
     features, labels = images(shots, views)
     validation_features, validation_labels = images(validation, 1)
+    weights = centres + noise * rng.normal(size=centres.shape)
+    text = weights[:, None] + 0.3 * rng.normal(size=(CLASSES, PROMPTS, DIM))
     return Task(
         features=jnp.asarray(features, jnp.float32),
         labels=jnp.asarray(labels, jnp.int32),
         validation_features=jnp.asarray(validation_features[0], jnp.float32),
         validation_labels=jnp.asarray(validation_labels, jnp.int32),
-        weights=jnp.asarray(centres + noise * rng.normal(size=centres.shape), jnp.float32),
-        logit_scale=jnp.float32(20),
-        logit_bias=jnp.float32(0.25),
+        head=Head(
+            weights=jnp.asarray(weights, jnp.float32),
+            logit_scale=jnp.float32(20),
+            logit_bias=jnp.float32(0.25),
+            text=jnp.asarray(text, jnp.float32),
+        ),
         seed=jnp.int32(seed),
     )
 
 
-_initial_state = jax.jit(initial_state, static_argnums=(0, 1))
+def needed(method: Method, task: Task) -> Task:
+    """The task with what the method needs beyond features, and without what it does not."""
+    extra = {need: EXTRAS[need] for need in method.needs if need != "text"}
+    head = task.head if "text" in method.needs else task.head._replace(text=None)
+    return task._replace(head=head, extra=extra)
 
 
-def named(state: nnx.State, row: int | None = None) -> dict[str, np.ndarray]:
-    """Arrays by names such as `image/bottleneck/down/kernel`; of one row where they are stacked."""
-    flat = {"/".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(state)}
-    return {name: np.asarray(v if row is None else v[row]) for name, v in flat.items()}
+EXTRAS: dict[str, Any] = {}
+"""Small arrays for what methods may need, by the need's name."""
 
 
-def start_arrays(
-    architecture: Architecture, schedule: Schedule, task: Task, hyper: HyperParameters
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What a run starts from: what it trains, and its constants."""
-    state = _initial_state(architecture, schedule, task, hyper)
-    return named(state.parameters), named(state.constants)
+@dataclass
+class Notes:
+    """A journal in memory; `found` is what a search that was interrupted had found."""
+
+    states: MutableMapping[str, Leaves] = field(default_factory=dict)
+    found: list[Evaluation] = field(default_factory=list)
+
+    def known(self, setting: Setting, epochs_run: int) -> Evaluation | None:
+        same = (e for e in self.found if (e.setting, e.epochs_run) == (setting, epochs_run))
+        return next(same, None)
+
+
+def setting_of(method: Method = CLIP_ADAPTER, **given: Any) -> dict[str, Any]:
+    """The method's one setting with these values and its defaults."""
+    values = method.values({name: (value,) for name, value in given.items()}, one=True)
+    (setting,) = method.settings(values)
+    return setting
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Every program that XLA compiles inside the block."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def start_arrays(method: Method, setting: Setting, task: Task) -> dict[str, np.ndarray]:
+    """What a run starts from, of what it trains."""
+    trained, _ = jax.jit(lambda task: training.start(method, task, setting))(task)
+    return {name: np.asarray(array) for name, array in trained.items()}
+
+
+def row_of(arrays: Mapping[str, jax.Array], row: int = 0) -> dict[str, np.ndarray]:
+    """One setting's arrays of a chunk's."""
+    return {name: np.asarray(array)[row] for name, array in arrays.items()}
+
+
+def validation_accuracy(logits: np.ndarray, task: Task) -> float:
+    return float(np.mean(logits.argmax(axis=1) == np.asarray(task.validation_labels)))
+
+
+def validation_nll(logits: np.ndarray, task: Task) -> float:
+    logits, labels = logits.astype(np.float64), np.asarray(task.validation_labels)
+    chosen = logits[np.arange(len(labels)), labels]
+    return float(np.mean(np.log(np.exp(logits).sum(axis=1)) - chosen))

@@ -1,10 +1,14 @@
-"""Prompt ensembling and the metrics, against NumPy in float64."""
+"""Prompt ensembling and the formulas that methods share, against NumPy in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from clip_adapter.adapters import classifier
+from clip_adapter.adapters.method import Batch, Head
+from clip_adapter.adapters.scoring import sums
 
 
 def test_templates_are_normalised_before_they_are_averaged():
@@ -14,7 +18,7 @@ def test_templates_are_normalised_before_they_are_averaged():
     each = text / np.linalg.norm(text, axis=-1, keepdims=True)
     mean = each.mean(axis=1)
     expected = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
-    found = np.asarray(classifier.classifier_weights(jnp.asarray(text, jnp.float32)))
+    found = np.asarray(classifier.classifier_weights(jnp, jnp.asarray(text, jnp.float32)))
     np.testing.assert_allclose(found, expected, atol=1e-6)
     raw = text.mean(axis=1)
     raw /= np.linalg.norm(raw, axis=-1, keepdims=True)
@@ -27,21 +31,54 @@ def test_cosine_logits_take_the_scale_as_a_multiplier():
     cosines = (features / np.linalg.norm(features, axis=1, keepdims=True)) @ (
         weights / np.linalg.norm(weights, axis=1, keepdims=True)
     ).T
-    found = classifier.cosine_logits(jnp.asarray(features), jnp.asarray(weights), 100.0, -10.0)
+    head = Head(jnp.asarray(weights), 100.0, -10.0)
+    found = classifier.cosine_logits(jnp, jnp.asarray(features), head)
     np.testing.assert_allclose(np.asarray(found), 100 * cosines - 10, atol=1e-4)
 
 
 def test_a_zero_feature_gives_finite_logits():
-    logits = classifier.cosine_logits(jnp.zeros((1, 4)), jnp.ones((2, 4)), 100.0, 0.0)
+    head = Head(jnp.ones((2, 4)), 100.0, 0.0)
+    logits = classifier.cosine_logits(jnp, jnp.zeros((1, 4)), head)
     assert np.isfinite(np.asarray(logits)).all()
 
 
-def test_cross_entropy_and_accuracy():
-    logits = np.array([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0], [800.0, -800.0, 0.0]])
-    labels = np.array([0, 2, 0])
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    expected = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(3), labels]
-    found = classifier.cross_entropy(jnp.asarray(logits), jnp.asarray(labels))
-    np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-6)
-    accuracy = float(classifier.accuracy(jnp.asarray(logits), jnp.asarray(labels)))
-    assert accuracy == pytest.approx(2 / 3)
+LOGITS = np.array([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0], [800.0, -800.0, 0.0]])
+LABELS = np.array([0, 2, 0])
+
+
+def losses() -> np.ndarray:
+    shifted = LOGITS - LOGITS.max(axis=1, keepdims=True)
+    return np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(3), LABELS]
+
+
+def test_cross_entropy_and_how_many_are_right():
+    logits, labels = jnp.asarray(LOGITS), jnp.asarray(LABELS)
+    found = classifier.cross_entropy(jnp, logits, labels)
+    np.testing.assert_allclose(np.asarray(found), losses(), rtol=1e-6)
+    np.testing.assert_allclose(sums(logits, labels), [2, losses().sum()], rtol=1e-6)
+    counted = sums(logits, labels, jnp.array([False, True, True]))
+    np.testing.assert_allclose(counted, [1, losses()[1:].sum()], rtol=1e-6)
+
+
+def test_the_mean_is_over_the_rows_that_count():
+    counts = jnp.array([True, True, False])
+    batch = Batch(jnp.zeros((3, 4)), jnp.asarray(LABELS), counts, jax.random.key(0))
+    found = classifier.mean_cross_entropy(jnp, jnp.asarray(LOGITS), batch)
+    assert float(found) == pytest.approx(losses()[:2].mean(), rel=1e-6)
+
+
+def test_relu_has_no_slope_at_zero_and_shows_nan():
+    assert float(jax.grad(lambda x: classifier.relu(jnp, x))(0.0)) == 0
+    found = classifier.relu(np, np.array([-1.0, 0.0, 2.0, np.nan]))
+    np.testing.assert_array_equal(found, [0, 0, 2, np.nan])
+
+
+def test_one_hot_and_sigmoid_in_three_libraries():
+    x, labels = np.linspace(-20, 20, 9, dtype=np.float32), np.array([1, 0])
+    for xp, asarray in ((np, np.asarray), (jnp, jnp.asarray), (torch, torch.tensor)):
+        np.testing.assert_allclose(
+            classifier.sigmoid(xp, asarray(x)), 1 / (1 + np.exp(-x.astype(np.float64))), atol=1e-7
+        )
+        hot = classifier.one_hot(xp, asarray(labels), 3, asarray(x))
+        np.testing.assert_array_equal(hot, np.float32([[0, 1, 0], [1, 0, 0]]))
+        assert str(hot.dtype).endswith("float32")

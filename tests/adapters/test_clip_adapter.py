@@ -1,80 +1,94 @@
 """The adapter against the paper's formulas in float64 PyTorch, its start, and α = β = 0."""
 
-from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 
-from clip_adapter.adapters import classifier
-from clip_adapter.adapters.clip_adapter import Architecture, Branch, ClipAdapter
+from clip_adapter.adapters import training
 from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.method import Grid
+from clip_adapter.adapters.method import Batch, Head, Task
 from clip_adapter.adapters.methods import METHODS
-from clip_adapter.adapters.ratio import Constant, RatioKind
+from clip_adapter.adapters.scoring import make_classify
+from clip_adapter.adapters.search import fit
 from tests.adapters import torch_reference as reference
-from tests.adapters.tasks import SHORT, named, separable_task
+from tests.adapters.tasks import (
+    CLIP_ADAPTER,
+    SHORT,
+    row_of,
+    separable_task,
+    setting_of,
+    start_arrays,
+)
 
 DIM, CLASSES, ROWS = 12, 5, 7
 SCALE, BIAS = 30.0, -0.7
 
 
-def adapter(branch: Branch, kind: RatioKind, reduction: int = 4, dim: int = DIM) -> ClipAdapter:
-    architecture = Architecture(branch, reduction, kind, kind)
-    return ClipAdapter(
-        architecture, dim, jnp.float32(0.6), jnp.float32(0.3), rngs=nnx.Rngs(jax.random.key(3))
-    )
-
-
-@pytest.mark.parametrize("kind", ["fixed", "learned", "hypernet"])
-@pytest.mark.parametrize("branch", ["image", "text", "both"])
-def test_logits_loss_and_gradients_are_those_of_the_formula(branch: Branch, kind: RatioKind):
+def random_task(dim: int = DIM) -> Task:
     rng = np.random.default_rng(0)
-    features = 3 * rng.normal(size=(ROWS, DIM))
-    weights = rng.normal(size=(CLASSES, DIM))
-    labels = rng.integers(CLASSES, size=ROWS)
-    with jax.enable_x64(True):
-        graph, parameters, constants = nnx.split(adapter(branch, kind), nnx.Param, Constant)
-        # At random everywhere, so that no gradient vanishes as it does where v is zero.
-        parameters = jax.tree.map(
-            lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2), parameters
-        )
-        constants = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), constants)
+    features, labels = 3 * rng.normal(size=(1, ROWS, dim)), rng.integers(CLASSES, size=ROWS)
+    head = Head(jnp.asarray(rng.normal(size=(CLASSES, dim))), jnp.asarray(SCALE), jnp.asarray(BIAS))
+    rows, labels = jnp.asarray(features), jnp.asarray(labels)
+    return Task(rows, labels, rows[0], labels, head, jnp.int32(3))
 
-        def loss(parameters: nnx.State) -> tuple[jax.Array, jax.Array]:
-            model = nnx.merge(graph, parameters, constants)
-            logits = model(jnp.asarray(features), jnp.asarray(weights), SCALE, BIAS)
-            return classifier.cross_entropy(logits, jnp.asarray(labels)).mean(), logits
+
+def setting(branch: str, kind: Any, **given: Any) -> dict[str, Any]:
+    sides = {"alpha": ("image", "both"), "beta": ("text", "both")}
+    ratios = {name: kind for name, branches in sides.items() if branch in branches}
+    return setting_of(branch=branch, **ratios, **given)
+
+
+@pytest.mark.parametrize("kind", [0.625, "learned", "hypernet"])  # exact in float32
+@pytest.mark.parametrize("branch", ["image", "text", "both"])
+def test_logits_loss_and_gradients_are_those_of_the_formula(branch: str, kind: Any):
+    chosen = setting(branch, kind)
+    with jax.enable_x64(True):
+        task = random_task()
+        # At random everywhere, so that no gradient vanishes as it does where v is zero.
+        rng = np.random.default_rng(1)
+        shapes = start_arrays(CLIP_ADAPTER, chosen, task)
+        arrays = {name: rng.normal(size=array.shape) / 2 for name, array in shapes.items()}
+        batch = Batch(task.features[0], task.labels, jnp.ones(ROWS, bool), jax.random.key(0))
+
+        def loss(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            classify = training.classifier(CLIP_ADAPTER, task, chosen, arrays)
+            logits = classify(batch.features)
+            labels = jax.nn.one_hot(batch.labels, CLASSES)
+            return -jnp.mean(jnp.sum(labels * jax.nn.log_softmax(logits), axis=1)), logits
 
         differentiated = jax.jit(jax.value_and_grad(loss, has_aux=True))
-        (value, logits), gradients = differentiated(parameters)
+        (value, logits), gradients = differentiated(jax.tree.map(jnp.asarray, arrays))
         assert logits.dtype == jnp.float64
-        found = named(gradients)
-        inputs = reference.tensors(named(nnx.merge_state(parameters, constants)))
 
-    for name in found:
+    inputs = reference.tensors(arrays)
+    for name in inputs:
         inputs[name].requires_grad_()
-    expected = reference.logits(
-        inputs, branch, kind, torch.tensor(features), torch.tensor(weights), SCALE, BIAS
-    )
-    expected_loss = torch.nn.functional.cross_entropy(expected, torch.tensor(labels))
+    features, weights = (reference.tensor(x) for x in (task.features[0], task.head.weights))
+    expected = reference.logits(inputs, chosen, features, weights, SCALE, BIAS)
+    labels = torch.tensor(np.asarray(task.labels), dtype=torch.int64)
+    expected_loss = torch.nn.functional.cross_entropy(expected, labels)
     expected_loss.backward()
     np.testing.assert_allclose(np.asarray(logits), expected.detach().numpy(), rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(float(value), expected_loss.item(), rtol=1e-6)
-    for name, gradient in found.items():
+    for name, gradient in gradients.items():
         wanted = inputs[name].grad.numpy()
         assert np.abs(wanted).max() > 0, f"nothing is compared for {name}"
         np.testing.assert_allclose(gradient, wanted, rtol=1e-6, atol=1e-9 * np.abs(wanted).max())
     sides = {"both": {"image", "text"}}.get(branch, {branch})
     assert {name.partition("/")[0] for name in inputs} == sides
+    # The formula that is saved with is the one that was trained with.
+    found = CLIP_ADAPTER.logits(
+        np, arrays, chosen, np.asarray(task.features[0]), Head(weights.numpy(), SCALE, BIAS)
+    )
+    np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-6, atol=1e-9)
 
 
 def test_a_bottleneck_starts_as_two_torch_linear_layers_without_bias():
-    state = nnx.state(adapter("both", "fixed", reduction=8, dim=512), nnx.Param)
-    found = named(state)
+    found = start_arrays(CLIP_ADAPTER, setting("both", 0.5, reduction=8), random_task(512))
     assert {name: array.shape for name, array in found.items()} == {
         f"{side}/bottleneck/{layer}/kernel": shape
         for side in ("image", "text")
@@ -95,45 +109,107 @@ def test_a_bottleneck_starts_as_two_torch_linear_layers_without_bias():
 
 @pytest.mark.parametrize("kind", ["learned", "hypernet"])
 @pytest.mark.parametrize("start", [0.0, 0.2, 1.0])
-def test_a_trained_ratio_starts_where_it_is_told(kind: RatioKind, start: float):
-    architecture = Architecture("image", 4, kind, kind)
-    model = ClipAdapter(architecture, DIM, jnp.float32(start), jnp.float32(0), rngs=nnx.Rngs(0))
-    rows = np.random.default_rng(1).normal(size=(ROWS, DIM)).astype(np.float32)
-    ratio = np.broadcast_to(model.image.ratio(jnp.asarray(rows)), (ROWS, 1))
-    np.testing.assert_allclose(ratio, start, atol=2e-4)
+def test_a_trained_ratio_starts_where_it_is_told(kind: str, start: float):
+    task, chosen = random_task(), setting("image", kind, alpha_init=start)
+    arrays = start_arrays(CLIP_ADAPTER, chosen, task)
+    found = CLIP_ADAPTER.describe(np, arrays, chosen, np.asarray(task.features[0]), task.head)
+    np.testing.assert_allclose(np.broadcast_to(found["alpha"], (ROWS, 1)), start, atol=2e-4)
 
 
-def arrays_after_training(grid: Grid, engine: Engine) -> tuple[dict, Mapping[str, np.ndarray]]:
-    task = separable_task()
-    method = METHODS["clip-adapter"]
-    setting = method.single(grid)
-    return setting, method.fit(setting, None, task, engine)
+def ratio_task(best: str) -> Task:
+    """Sixteen images of each of four classes. `high`: the class names say little, so that the
+    images have to. `low`: they say all, and a bottleneck of one unit can only take away."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(4, 16))
+    noise, disturbed = {"high": (1.0, 3.0), "low": (1.5, 0.0)}[best]
+    weights = centres + disturbed * rng.normal(size=centres.shape)
+
+    def images(count: int) -> tuple[jax.Array, jax.Array]:
+        labels = np.repeat(np.arange(4), count)
+        rows = 2 * (centres[labels] + noise * rng.normal(size=(len(labels), 16)))
+        return jnp.asarray(rows, jnp.float32), jnp.asarray(labels, jnp.int32)
+
+    (features, labels), validation = images(16), images(250)
+    head = Head(jnp.asarray(weights, jnp.float32), jnp.float32(20), jnp.float32(0))
+    return Task(features[None], labels, *validation, head, jnp.int32(1))
+
+
+@pytest.mark.parametrize(("best", "reduction"), [("high", 4), ("low", 16)])
+def test_a_learned_ratio_comes_near_the_best_one(best: str, reduction: int, engine: Engine):
+    """From 0.2 and from 0.8, on data where one of the two is clearly better than the other."""
+    task = ratio_task(best)
+
+    def runs(**given: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """(what is described of α, validation's (accuracy, NLL)) of each value."""
+        settings = [
+            setting_of(reduction=reduction, **dict(zip(given, values, strict=True)))
+            for values in zip(*given.values(), strict=True)
+        ]
+        static, _ = CLIP_ADAPTER.split(settings[0])
+        numbers = [CLIP_ADAPTER.split(setting)[1] for setting in settings]
+        alphas, scores = [], []
+        for chunk in engine.run(CLIP_ADAPTER, static, task, numbers):
+            for row, index in enumerate(chunk.indices):
+                arrays = row_of(chunk.state.trained, row)
+                told = CLIP_ADAPTER.describe(np, arrays, settings[index], task.features, task.head)
+                alphas.append(told.get("alpha"))
+                scores.append(np.asarray(chunk.state.history[row, 0]))
+        return np.array(alphas), np.array(scores)
+
+    grid = [0.1, 0.2, 0.4, 0.6, 0.8, 0.9]
+    _, fixed = runs(alpha=grid)
+    low, high = fixed[grid.index(0.2)], fixed[grid.index(0.8)]
+    better, worse = (low, high) if best == "low" else (high, low)
+    assert better[0] > worse[0] + 0.02, "neither is clearly better: nothing is shown"
+    assert better[1] < worse[1] - 0.1, "neither is clearly better: nothing is shown"
+    learned, scores = runs(alpha=["learned"] * 2, alpha_init=[0.2, 0.8])
+    wanted = grid[int(fixed[:, 1].argmin())]
+    np.testing.assert_allclose(learned, wanted, atol=0.2)
+    assert scores[:, 1].max() < fixed[:, 1].min() + 0.01
+    assert scores[:, 0].min() > fixed[:, 0].max() - 0.01
+
+
+def test_a_bottleneck_without_hidden_units_is_refused():
+    with pytest.raises(ValueError, match="reduction of 13 leaves no hidden unit"):
+        start_arrays(CLIP_ADAPTER, setting("image", 0.5, reduction=13), random_task())
+
+
+def test_described_ratios_are_those_of_the_formula():
+    rng = np.random.default_rng(0)
+    chosen = setting_of(branch="both", alpha="learned", beta="hypernet")
+    arrays = {
+        "image/ratio/logit": np.float32(0.7),
+        "text/ratio/hidden/kernel": rng.normal(size=(DIM, 32)),
+        "text/ratio/direction": rng.normal(size=(32, 1)),
+        "text/ratio/logit": np.float32(-0.5),
+    }
+    w = rng.normal(size=(CLASSES, DIM))
+    found = CLIP_ADAPTER.describe(np, arrays, chosen, np.zeros((3, DIM)), Head(w, SCALE, BIAS))
+    w = w / np.linalg.norm(w, axis=1, keepdims=True)
+    hidden = np.maximum(w @ arrays["text/ratio/hidden/kernel"], 0)
+    beta = 1 / (1 + np.exp(0.5 - hidden @ arrays["text/ratio/direction"]))
+    assert found.keys() == {"alpha", "beta"}
+    np.testing.assert_allclose(found["alpha"], 1 / (1 + np.exp(-0.7)), rtol=1e-6)
+    np.testing.assert_allclose(found["beta"], beta, rtol=1e-6)
+    assert CLIP_ADAPTER.describe(np, {}, setting("both", 0.4), w, Head(w, SCALE, BIAS)) == {}
 
 
 @pytest.mark.parametrize("branch", ["image", "text", "both"])
-def test_ratios_of_zero_are_zero_shot_to_the_last_bit(branch: Branch, engine: Engine):
-    grid = Grid(
-        branch=branch,
-        alpha=(0.0,),
-        beta=(0.0,),
-        learning_rate=(0.05,),
-        weight_decay=(0.5,),
-        schedule=SHORT,
-    )
-    setting, arrays = arrays_after_training(grid, engine)
+def test_ratios_of_zero_are_zero_shot_to_the_last_bit(branch: str, engine: Engine):
+    chosen = setting(branch, 0.0, learning_rate=0.05, weight_decay=0.5, **SHORT)
     task = separable_task()
+    arrays = fit(CLIP_ADAPTER, chosen, None, task, engine)
     rng = np.random.default_rng(5)
-    features = 4 * rng.normal(size=(700, task.weights.shape[1])).astype(np.float32)
-    inputs = (features, np.asarray(task.weights), 31.7, -0.3)
-    adapted = METHODS["clip-adapter"].logits(setting, arrays, *inputs)
-    zero_shot = METHODS["zero-shot"].logits({}, {}, *inputs)
+    features = 4 * rng.normal(size=(700, task.head.weights.shape[1])).astype(np.float32)
+    head = task.head._replace(logit_scale=np.float32(31.7), logit_bias=np.float32(-0.3))
+    adapted = make_classify(CLIP_ADAPTER, chosen, arrays, head)(features)
+    zero_shot = make_classify(METHODS["zero-shot"], {}, {}, head)(features)
     assert adapted.tobytes() == zero_shot.tobytes()
 
 
 def test_a_ratio_above_zero_is_not_zero_shot(engine: Engine):
-    grid = Grid(alpha=(0.2,), schedule=SHORT)
-    setting, arrays = arrays_after_training(grid, engine)
-    task = separable_task()
-    inputs = (np.asarray(task.features[0]), np.asarray(task.weights), 31.7, -0.3)
-    adapted = METHODS["clip-adapter"].logits(setting, arrays, *inputs)
-    assert np.abs(adapted - METHODS["zero-shot"].logits({}, {}, *inputs)).max() > 0.01
+    chosen, task = setting_of(alpha=0.2, **SHORT), separable_task()
+    arrays = fit(CLIP_ADAPTER, chosen, None, task, engine)
+    adapted = make_classify(CLIP_ADAPTER, chosen, arrays, task.head)(task.features[0])
+    zero_shot = make_classify(METHODS["zero-shot"], {}, {}, task.head)(task.features[0])
+    assert np.abs(adapted - zero_shot).max() > 0.01

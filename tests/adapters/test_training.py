@@ -1,40 +1,48 @@
 """Whole runs against PyTorch's optimisers and schedulers, on the same start and batch order."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 import torch
 
-from clip_adapter.adapters.clip_adapter import Architecture
 from clip_adapter.adapters.engine import Chunk, Engine
-from clip_adapter.adapters.training import (
-    HyperParameters,
-    RunState,
-    Schedule,
-    Task,
-    steps_and_batch,
-)
+from clip_adapter.adapters.method import Setting, Task
+from clip_adapter.adapters.recipe import evaluated_epochs, scheduled_rate, steps_and_batch
+from clip_adapter.adapters.training import RunState
 from tests.adapters import torch_reference as reference
-from tests.adapters.tasks import SHORT, named, separable_task, start_arrays
+from tests.adapters.tasks import (
+    CLIP_ADAPTER,
+    EACH_EPOCH,
+    SHORT,
+    row_of,
+    separable_task,
+    setting_of,
+    start_arrays,
+)
 
-SPARSE = Schedule(epochs=10, batch_size=8, evaluate_every=3)
-PLAIN = Schedule(10, 8, 1, "sgd", "linear")
-PAPER = Schedule(10, 8, 1, "sgd", "constant", drop_last=True)
+SPARSE = EACH_EPOCH | {"evaluate_every": 3}
+PLAIN = EACH_EPOCH | {"optimizer": "sgd"}
+PAPER = PLAIN | {"warmup": "constant", "drop_last": True}
+ADAM = EACH_EPOCH | {"optimizer": "adam", "adam_epsilon": 1e-4}
+HYPER = {"alpha": 0.6, "learning_rate": 3e-3, "weight_decay": 0.1}
+LEARNED = {"branch": "both", "reduction": 2, "alpha": "learned", "beta": "learned"}
+PREDICTED = {"branch": "both", "alpha": "hypernet", "beta": "hypernet"}
+STARTS = {"alpha_init": 0.4, "beta_init": 0.3}
 
 
-def batches(task: Task, schedule: Schedule, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def batches(task: Task, setting: Setting, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Views and rows of each batch: a permutation cut into batches as equal as can be.
 
     The order comes from the seed and the epoch alone, by JAX's own generator.
     """
     views, support, _ = task.features.shape
-    count = int(np.ceil(support / schedule.batch_size))
+    count = int(np.ceil(support / setting["batch_size"]))
     size = int(np.ceil(support / count))
-    if schedule.drop_last:
-        count, size = support // schedule.batch_size, schedule.batch_size
+    if setting["drop_last"]:
+        count, size = support // setting["batch_size"], setting["batch_size"]
     key = jax.random.fold_in(jax.random.key(task.seed), epoch + 1)
     order_key, view_key = jax.random.split(key)
     order = np.asarray(jax.random.permutation(order_key, support))
@@ -45,93 +53,95 @@ def batches(task: Task, schedule: Schedule, epoch: int) -> Iterator[tuple[np.nda
 
 
 class TorchRun:
-    """The same run as a PyTorch user would write it. `snapshots`: parameters after each epoch."""
+    """The same run as a PyTorch user would write it. `snapshots`: parameters after each epoch.
 
-    def __init__(
-        self, architecture: Architecture, schedule: Schedule, task: Task, hyper: HyperParameters
-    ) -> None:
-        trained, constants = start_arrays(architecture, schedule, task, hyper)
-        self.trained = reference.tensors(trained)
-        self.parameters = self.trained | reference.tensors(constants)
-        self.architecture, self.schedule, self.task, self.hyper = (
-            architecture,
-            schedule,
-            task,
-            hyper,
-        )
+    Ratios are moved by an Adam of their own, at a rate of their own and without weight decay.
+    """
+
+    def __init__(self, setting: Setting, task: Task) -> None:
+        self.parameters = reference.tensors(start_arrays(CLIP_ADAPTER, setting, task))
+        self.setting, self.task = setting, task
         self.snapshots: list[dict[str, np.ndarray]] = []
         self.evaluations: list[tuple[float, float]] = []
-        for tensor in self.trained.values():
+        for tensor in self.parameters.values():
             tensor.requires_grad_()
-        values = [*self.trained.values()]
-        decay = {"lr": hyper.learning_rate, "weight_decay": hyper.weight_decay}
-        self.optimizer: torch.optim.Optimizer
-        if schedule.optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(values, **decay)
-        else:
-            self.optimizer = torch.optim.SGD(values, momentum=0.9, **decay)
+        kernels = [value for name, value in self.parameters.items() if "/ratio/" not in name]
+        ratios = [value for name, value in self.parameters.items() if "/ratio/" in name]
+        epsilon = setting.get("adam_epsilon", 1e-8)
+        given: dict[str, Any] = {"lr": setting["learning_rate"]}
+        given["weight_decay"] = setting["weight_decay"]
+        optimizers: dict[str, Callable[[], torch.optim.Optimizer]] = {
+            "adamw": lambda: torch.optim.AdamW(kernels, eps=epsilon, **given),
+            "adam": lambda: torch.optim.Adam(kernels, eps=epsilon, **given),
+            "sgd": lambda: torch.optim.SGD(kernels, momentum=0.9, **given),
+        }
+        self.optimizers = [optimizers[setting["optimizer"]]()]
+        if ratios:
+            rate = setting["ratio_learning_rate"]
+            self.optimizers.append(torch.optim.Adam(ratios, eps=epsilon, lr=rate))
 
-    def logits(self, features: np.ndarray) -> torch.Tensor:
-        task, architecture = self.task, self.architecture
-        kind = architecture.image_ratio
+    def logits(self, features: Any) -> torch.Tensor:
+        head = self.task.head
         return reference.logits(
             self.parameters,
-            architecture.branch,
-            kind,
-            torch.tensor(np.asarray(features), dtype=torch.float64),
-            torch.tensor(np.asarray(task.weights), dtype=torch.float64),
-            float(task.logit_scale),
-            float(task.logit_bias),
+            self.setting,
+            reference.tensor(features),
+            reference.tensor(head.weights),
+            float(head.logit_scale),
+            float(head.logit_bias),
         )
 
     def train(self, epochs: int) -> "TorchRun":
         features, labels = np.asarray(self.task.features), np.asarray(self.task.labels)
-        steps = len(list(batches(self.task, self.schedule, 0)))
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.schedule.epochs)
-        (group,) = self.optimizer.param_groups
+        setting, total = self.setting, self.setting["epochs"]
+        steps = len(list(batches(self.task, setting, 0)))
+        groups = [optimizer.param_groups[0] for optimizer in self.optimizers]
+        peaks = [group["lr"] for group in groups]
+        cosines = [
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+            for optimizer in self.optimizers
+        ]
         seen: list[int] = []
         for epoch in range(epochs):
-            if self.schedule.warmup == "constant":
+            if setting["warmup"] == "constant":
                 # Dassl: one epoch at 1e-5, then PyTorch's cosine from its beginning.
-                group["lr"] = 1e-5 if epoch == 0 else cosine.get_last_lr()[0]
-            for step, (view, rows) in enumerate(batches(self.task, self.schedule, epoch)):
-                if self.schedule.warmup == "linear":
-                    total = steps * self.schedule.epochs
-                    share = reference.warmed_up_cosine(epoch * steps + step, total)
-                    group["lr"] = self.hyper.learning_rate * share
-                self.optimizer.zero_grad()
+                for group, cosine in zip(groups, cosines, strict=True):
+                    group["lr"] = 1e-5 if epoch == 0 else cosine.get_last_lr()[0]
+            for step, (view, rows) in enumerate(batches(self.task, setting, epoch)):
+                if setting["warmup"] == "linear":
+                    share = reference.warmed_up_cosine(epoch * steps + step, steps * total)
+                    for group, peak in zip(groups, peaks, strict=True):
+                        group["lr"] = peak * share
+                for optimizer in self.optimizers:
+                    optimizer.zero_grad()
                 targets = torch.tensor(labels[rows], dtype=torch.int64)
                 logits = self.logits(features[view, rows])
                 torch.nn.functional.cross_entropy(logits, targets).backward()
-                self.optimizer.step()
+                for optimizer in self.optimizers:
+                    optimizer.step()
                 seen += rows.tolist()
-            if self.schedule.warmup == "constant" and epoch >= 1:
-                cosine.step()
+            if setting["warmup"] == "constant" and epoch >= 1:
+                for cosine in cosines:
+                    cosine.step()
             self.snapshots.append(
-                {name: value.detach().numpy().copy() for name, value in self.trained.items()}
+                {name: value.detach().numpy().copy() for name, value in self.parameters.items()}
             )
             self.evaluations.append(self.evaluate())
-        if not self.schedule.drop_last:
+        if not setting["drop_last"]:
             assert np.bincount(seen).tolist() == [epochs] * len(labels)
         return self
 
     def evaluate(self) -> tuple[float, float]:
         labels = torch.tensor(np.asarray(self.task.validation_labels), dtype=torch.int64)
         with torch.no_grad():
-            logits = self.logits(np.asarray(self.task.validation_features))
+            logits = self.logits(self.task.validation_features)
             loss = torch.nn.functional.cross_entropy(logits, labels).item()
         return (logits.argmax(dim=1) == labels).double().mean().item(), loss
 
 
-def run(
-    engine: Engine,
-    architecture: Architecture,
-    schedule: Schedule,
-    task: Task,
-    hyper: HyperParameters,
-    **span: int,
-) -> Chunk:
-    (chunk,) = engine.run(architecture, schedule, task, [hyper], **span)
+def run(engine: Engine, setting: Setting, task: Task, **span: int) -> Chunk:
+    static, numbers = CLIP_ADAPTER.split(setting)
+    (chunk,) = engine.run(CLIP_ADAPTER, static, task, [numbers], **span)
     return chunk
 
 
@@ -142,57 +152,63 @@ def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], 
 
 
 @pytest.mark.parametrize(
-    ("architecture", "schedule", "views", "hyper"),
+    ("given", "views"),
     [
-        (Architecture("image"), SHORT, 1, HyperParameters(0.6, 0.0, 3e-3, 0.1)),
-        (
-            Architecture("both", 2, "learned", "learned"),
-            SPARSE,
-            3,
-            HyperParameters(0.4, 0.3, 3e-3, 0.1),
-        ),
-        (
-            Architecture("both", 4, "hypernet", "hypernet"),
-            PLAIN,
-            1,
-            HyperParameters(0.4, 0.3, 0.02, 5e-2),
-        ),
-        (
-            Architecture("image"),
-            PAPER,
-            1,
-            HyperParameters(0.6, 0.0, 0.02, 5e-2),
-        ),
+        (EACH_EPOCH | HYPER, 1),
+        (SPARSE | LEARNED | STARTS | {"learning_rate": 3e-3, "weight_decay": 0.1}, 3),
+        (PLAIN | HYPER | {"learning_rate": 0.02}, 1),
+        # Under Adam's usual epsilon, a hyper-network's unit that closes has steps of pure rounding.
+        (ADAM | PREDICTED | STARTS | {"weight_decay": 5e-2, "adam_epsilon": 1e-3}, 1),
+        (PAPER | {"alpha": 0.6, "learning_rate": 0.02, "weight_decay": 5e-2}, 1),
+        (PAPER | LEARNED | STARTS | {"learning_rate": 0.02, "ratio_learning_rate": 0.1}, 1),
+        (ADAM | HYPER, 1),
     ],
-    ids=["adamw-image", "adamw-learned-views", "sgd-hypernet", "sgd-paper"],
+    ids=[
+        "adamw",
+        "adamw-learned-views",
+        "sgd",
+        "adam-hypernet",
+        "sgd-paper",
+        "sgd-paper-learned",
+        "adam",
+    ],
 )
-def test_a_run_ends_where_pytorch_ends(
-    engine: Engine,
-    architecture: Architecture,
-    schedule: Schedule,
-    views: int,
-    hyper: HyperParameters,
-):
+def test_a_run_ends_where_pytorch_ends(engine: Engine, given: dict[str, Any], views: int):
     task = separable_task(views=views, seed=7, noise=2.0)
-    support = task.features.shape[1]
-    assert support % schedule.batch_size, "the last batch has to be an incomplete one"
-    expected = TorchRun(architecture, schedule, task, hyper).train(schedule.epochs)
-    state: RunState = run(engine, architecture, schedule, task, hyper).state
-    found = named(state.parameters, 0)
-    assert_close(found, expected.snapshots[-1], by=2e-5)
-    start, _ = start_arrays(architecture, schedule, task, hyper)
-    for name, wanted in expected.snapshots[-1].items():
-        moved = np.abs(wanted - start[name]).max()
+    setting = setting_of(**given)
+    assert task.features.shape[1] % setting["batch_size"], "the last batch has to be incomplete"
+    expected = TorchRun(setting, task).train(setting["epochs"])
+    state: RunState = run(engine, setting, task).state
+    assert_close(row_of(state.trained), expected.snapshots[-1], by=2e-5)
+    for name, start in start_arrays(CLIP_ADAPTER, setting, task).items():
+        moved = np.abs(expected.snapshots[-1][name] - start).max()
         assert moved > 100 * 2e-5, f"{name} hardly moved: nothing is compared"
 
     # The epochs that are due are evaluated, and the best of them is kept.
-    due = [3, 6, 9, 10] if schedule is SPARSE else list(range(1, 11))
+    due = [3, 6, 9, 10] if setting["evaluate_every"] == 3 else list(range(1, 11))
     evaluations = np.array([expected.evaluations[epoch - 1] for epoch in due])
     np.testing.assert_allclose(state.history[0], evaluations, atol=1e-4)
     rule = [(-accuracy, nll) for accuracy, nll in evaluations]
     best = min(range(len(due)), key=rule.__getitem__)
     assert int(state.best_evaluation[0]) == best
-    assert_close(named(state.best, 0), expected.snapshots[due[best] - 1], by=2e-5)
+    assert_close(row_of(state.best), expected.snapshots[due[best] - 1], by=2e-5)
+
+
+def test_by_default_only_the_last_epoch_is_judged_and_kept(engine: Engine):
+    task = separable_task(seed=7, noise=2.0)
+    setting = setting_of(**SHORT, **HYPER)
+    assert setting["epoch"] == "last"
+    expected = TorchRun(setting, task).train(setting["epochs"])
+    state: RunState = run(engine, setting, task).state
+    assert_close(row_of(state.trained), expected.snapshots[-1], by=2e-5)
+    np.testing.assert_allclose(state.history[0], [expected.evaluations[-1]], atol=1e-4)
+    assert state.best == {}
+    # What is kept on the way changes nothing of the training.
+    best: RunState = run(engine, setting_of(**EACH_EPOCH, **HYPER), task).state
+    assert_close(row_of(best.trained), row_of(state.trained), by=1e-6)
+    # Stopped early, it is judged where it stopped.
+    stopped: RunState = run(engine, setting, task, stop=4).state
+    np.testing.assert_allclose(stopped.history[0], [expected.evaluations[3]], atol=1e-4)
 
 
 @pytest.mark.parametrize("views", [1, 3])
@@ -201,34 +217,36 @@ def test_a_single_batch_of_all_images_or_of_all_but_a_few(
     engine: Engine, views: int, left_out: int, drop_last: bool
 ):
     task = separable_task(views=views, seed=7, noise=2.0)
-    support = task.features.shape[1]
-    schedule = Schedule(10, support - left_out, 1, drop_last=drop_last)
-    assert len(list(batches(task, schedule, 0))) == 1
-    hyper = HyperParameters(0.6, 0.0, 3e-3, 0.1)
-    expected = TorchRun(Architecture(), schedule, task, hyper).train(schedule.epochs)
-    state: RunState = run(engine, Architecture(), schedule, task, hyper).state
-    assert_close(named(state.parameters, 0), expected.snapshots[-1], by=2e-5)
+    size = task.features.shape[1] - left_out
+    setting = setting_of(**EACH_EPOCH | {"batch_size": size}, drop_last=drop_last, **HYPER)
+    assert len(list(batches(task, setting, 0))) == 1
+    expected = TorchRun(setting, task).train(setting["epochs"])
+    state: RunState = run(engine, setting, task).state
+    assert_close(row_of(state.trained), expected.snapshots[-1], by=2e-5)
     np.testing.assert_allclose(state.history[0], expected.evaluations, atol=1e-4)
     assert np.ptp(state.history[0, :, 1]) > 0.01, "hardly anything moved: nothing is compared"
 
 
 def test_a_long_warm_up_ends_after_a_hundred_steps(engine: Engine):
-    schedule = Schedule(1200, 256, 1200, "sgd", "linear")
+    given = {"learning_rate": 2e-3, "weight_decay": 0.0, "optimizer": "sgd"}
+    setting = setting_of(epochs=1200, batch_size=256, alpha=0.6, **given)
     task = separable_task(noise=2.0)
-    hyper = HyperParameters(0.6, 0.0, 2e-3, 0.0)
-    expected = TorchRun(Architecture(), schedule, task, hyper).train(125)
-    state = run(engine, Architecture(), schedule, task, hyper, stop=125).state
-    assert_close(named(state.parameters, 0), expected.snapshots[-1], by=1e-5)
+    expected = TorchRun(setting, task).train(125)
+    state = run(engine, setting, task, stop=125).state
+    assert_close(row_of(state.trained), expected.snapshots[-1], by=1e-5)
 
 
-def test_advancing_in_pieces_is_advancing_at_once(engine: Engine):
+@pytest.mark.parametrize("kept", [SHORT, EACH_EPOCH], ids=["last", "best"])
+def test_advancing_in_pieces_is_advancing_at_once(engine: Engine, kept: dict[str, Any]):
     task = separable_task(seed=3)
-    hyper = HyperParameters(0.6, 0.0, 3e-3, 0.1)
-    whole = run(engine, Architecture(), SHORT, task, hyper)
-    state = run(engine, Architecture(), SHORT, task, hyper, stop=2).row(0)
-    for start, stop in ((2, 5), (5, 6), (6, 10)):
+    setting = setting_of(**kept, **HYPER)
+    static, numbers = CLIP_ADAPTER.split(setting)
+    whole = run(engine, setting, task)
+    state = run(engine, setting, task, stop=2).row(0)
+    for first, stop in ((2, 5), (5, 6), (6, 10)):
+        states = [lambda s=state: s]
         (chunk,) = engine.run(
-            Architecture(), SHORT, task, [hyper], start=start, stop=stop, states=[lambda s=state: s]
+            CLIP_ADAPTER, static, task, [numbers], first=first, stop=stop, states=states
         )
         state = chunk.row(0)
     for piecewise, at_once in zip(state, whole.row(0), strict=True):
@@ -237,8 +255,7 @@ def test_advancing_in_pieces_is_advancing_at_once(engine: Engine):
 
 def test_evaluations_not_reached_are_nan(engine: Engine):
     task = separable_task(seed=3)
-    hyper = HyperParameters(0.6, 0.0, 3e-3, 0.1)
-    history = run(engine, Architecture(), SHORT, task, hyper, stop=8).state.history[0]
+    history = run(engine, setting_of(**EACH_EPOCH, **HYPER), task, stop=8).state.history[0]
     assert np.isfinite(history[:8]).all()
     assert np.isnan(history[8:]).all()
 
@@ -250,15 +267,14 @@ def test_evaluations_not_reached_are_nan(engine: Engine):
 def test_every_so_many_epochs_and_the_last_are_evaluated(
     epochs: int, every: int, expected: list[int]
 ):
-    schedule = Schedule(epochs=epochs, evaluate_every=every)
-    assert schedule.evaluated_epochs() == expected
-    assert schedule.evaluations == len(expected)
+    setting = setting_of(epoch="best", epochs=epochs, evaluate_every=every)
+    assert evaluated_epochs(setting) == expected
 
 
 def test_of_equal_evaluations_the_earliest_is_kept(engine: Engine):
     """With α = 0 the adapter changes nothing, so that all evaluations are equal."""
     task = separable_task(seed=3)
-    state = run(engine, Architecture(), SHORT, task, HyperParameters(0, 0, 3e-3, 0.1)).state
+    state = run(engine, setting_of(**EACH_EPOCH, **HYPER | {"alpha": 0.0}), task).state
     assert (np.asarray(state.history[0]) == np.asarray(state.history[0, 0])).all()
     assert int(state.best_evaluation[0]) == 0
 
@@ -266,8 +282,8 @@ def test_of_equal_evaluations_the_earliest_is_kept(engine: Engine):
 def test_accuracy_goes_before_likelihood(engine: Engine):
     """A run that overfits: its most accurate evaluation is not its most likely one."""
     task = separable_task(shots=5, seed=1, noise=3.0, data_seed=8)
-    hyper = HyperParameters(0.9, 0.0, 0.2, 0.0)
-    state = run(engine, Architecture(), SHORT, task, hyper).state
+    hyper = {"alpha": 0.9, "learning_rate": 0.2, "weight_decay": 0.0}
+    state = run(engine, setting_of(**EACH_EPOCH, **hyper), task).state
     accuracy, nll = np.asarray(state.history[0]).T
     candidates = np.flatnonzero(accuracy == accuracy.max())
     best = candidates[nll[candidates].argmin()]
@@ -275,21 +291,25 @@ def test_accuracy_goes_before_likelihood(engine: Engine):
     assert int(state.best_evaluation[0]) == best
 
 
-def test_without_validation_images_the_last_parameters_are_kept(engine: Engine):
+@pytest.mark.parametrize("kept", [SHORT, EACH_EPOCH], ids=["last", "best"])
+def test_without_validation_images_the_last_parameters_are_kept(
+    engine: Engine, kept: dict[str, Any]
+):
     task = separable_task(seed=3, validation=0)
-    hyper = HyperParameters(0.6, 0.0, 3e-3, 0.1)
-    state = run(engine, Architecture(), SHORT, task, hyper).state
-    assert_close(named(state.best, 0), named(state.parameters, 0), by=0)
+    state = run(engine, setting_of(**kept, **HYPER), task).state
+    assert np.isnan(state.history).all()
+    if state.best:
+        assert_close(row_of(state.best), row_of(state.trained), by=0)
 
 
-def test_another_seed_starts_and_shuffles_otherwise(engine: Engine):
-    hyper = HyperParameters(0.6, 0.0, 3e-3, 0.1)
+def test_another_seed_starts_and_shuffles_otherwise():
+    setting = setting_of(**SHORT)
     first, second = (separable_task(seed=seed) for seed in (1, 2))
-    starts = [start_arrays(Architecture(), SHORT, task, hyper)[0] for task in (first, second)]
+    starts = [start_arrays(CLIP_ADAPTER, setting, task) for task in (first, second)]
     one, other = (start["image/bottleneck/down/kernel"] for start in starts)
     assert np.abs(one - other).max() > 0.1
     orders = [
-        [rows.tolist() for _, rows in batches(task, SHORT, epoch)]
+        [rows.tolist() for _, rows in batches(task, setting, epoch)]
         for task, epoch in ((first, 0), (first, 1), (second, 0))
     ]
     assert orders[0] != orders[1] != orders[2] != orders[0]
@@ -299,8 +319,22 @@ def test_another_seed_starts_and_shuffles_otherwise(engine: Engine):
     ("support", "batch_size", "equal", "dropping"),
     [(37, 32, (2, 19), (1, 32)), (592, 32, (19, 32), (18, 32)), (20, 32, (1, 20), (1, 20))],
 )
-def test_steps_and_batches_of_an_epoch(support, batch_size, equal, dropping):
+def test_steps_and_batches_of_an_epoch(
+    support: int, batch_size: int, equal: tuple[int, int], dropping: tuple[int, int]
+):
     """Dassl's loader drops an incomplete last batch where there is a complete one."""
-    schedule = Schedule(batch_size=batch_size)
-    assert steps_and_batch(support, schedule) == equal
-    assert steps_and_batch(support, replace(schedule, drop_last=True)) == dropping
+    setting = setting_of(batch_size=batch_size)
+    assert steps_and_batch(support, setting) == equal
+    assert steps_and_batch(support, setting | {"drop_last": True}) == dropping
+
+
+def test_the_schedules_rate_of_each_step():
+    """Three steps an epoch; the reference runs above take one warm-up length each."""
+    linear = setting_of(epochs=20, learning_rate=0.5)
+    found = [float(scheduled_rate(linear, 3, step)) for step in range(60)]
+    wanted = [0.5 * reference.warmed_up_cosine(step, 60) for step in range(60)]
+    np.testing.assert_allclose(found, wanted, atol=1e-7)
+    constant = linear | {"warmup": "constant"}
+    found = [float(scheduled_rate(constant, 3, step)) for step in range(60)]
+    cosine = 0.25 * (1 + np.cos(np.pi * np.arange(19) / 20))
+    np.testing.assert_allclose(found, np.repeat([1e-5, *cosine], 3), atol=1e-7)
