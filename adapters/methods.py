@@ -3,6 +3,7 @@
 from clip_adapter.adapters.clip_adapter import CLIP_ADAPTER
 from clip_adapter.adapters.linear_probe import LINEAR_PROBE
 from clip_adapter.adapters.method import Method
+from clip_adapter.adapters.tip_adapter import TIP_ADAPTER
 from clip_adapter.adapters.zero_shot import ZERO_SHOT
 
 METHODS: dict[str, Method] = {
@@ -11,5 +12,6 @@ METHODS: dict[str, Method] = {
         ZERO_SHOT,
         LINEAR_PROBE,
         CLIP_ADAPTER,
+        TIP_ADAPTER,
     )
 }
