@@ -3,7 +3,7 @@
 from clip_adapter.adapters.clip_adapter import CLIP_ADAPTER
 from clip_adapter.adapters.linear_probe import LINEAR_PROBE
 from clip_adapter.adapters.method import Method
-from clip_adapter.adapters.tip_adapter import TIP_ADAPTER
+from clip_adapter.adapters.tip_adapter import TIP_ADAPTER, TIP_ADAPTER_F
 from clip_adapter.adapters.zero_shot import ZERO_SHOT
 
 METHODS: dict[str, Method] = {
@@ -13,5 +13,6 @@ METHODS: dict[str, Method] = {
         LINEAR_PROBE,
         CLIP_ADAPTER,
         TIP_ADAPTER,
+        TIP_ADAPTER_F,
     )
 }

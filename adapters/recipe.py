@@ -50,8 +50,9 @@ def trained_with(
         "optimizer": Hyper(optimizer, "Optimiser.", words=OPTIMIZERS, **choice),
         "warmup": Hyper(
             warmup,
-            "Start of the schedule: a tenth of the steps, or one epoch at 1e-5; a cosine follows.",
-            words=("linear", "constant"),
+            "Start of the schedule: a tenth of the steps, one epoch at 1e-5, or none; a cosine "
+            "follows.",
+            words=("linear", "constant", "none"),
             **choice,
         ),
         "drop_last": Hyper(drop_last, "Leave out an epoch's incomplete last batch.", **choice),
@@ -110,6 +111,7 @@ def scheduled_rate(setting: Setting, steps: int, step: Array, rate: str = "learn
     """The learning rate of a step, () float32; steps: per epoch.
 
     warmup `linear`: up over the first tenth of the steps (at most 100), then half a cosine to zero.
+    `none`: the half cosine alone.
     `constant`: Dassl's ConstantWarmupScheduler over CosineAnnealingLR, stepped per epoch: 1e-5 for
     the first epoch; the cosine begins when that ends, and so stops one step short of zero.
     """
@@ -121,6 +123,6 @@ def scheduled_rate(setting: Setting, steps: int, step: Array, rate: str = "learn
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * (epoch - 1) / epochs))
         return jnp.where(epoch < 1, 1e-5, jnp.asarray(peak) * cosine)
     total = epochs * steps
-    warm = min(100, total // 10)
+    warm = min(100, total // 10) if setting["warmup"] == "linear" else 0
     cosine = 0.5 * (1 + jnp.cos(jnp.pi * (step - warm) / max(1, total - warm)))
     return jnp.asarray(peak) * jnp.where(step < warm, (step + 1) / max(1, warm), cosine)
