@@ -1,4 +1,4 @@
-"""Cross-modal linear probe (Lin et al., CVPR 2023, arXiv 2301.06267, section 3): every prompt's text
+"""Cross-modal linear probe (Lin et al., CVPR 2023, arXiv 2301.06267, section 3): each prompt's text
 feature is one more sample of its class.
 
     logits = scale · unit(f) · Wᵀ + bias                    W: C × D, from the zero-shot weights

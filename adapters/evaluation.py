@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from clip_adapter.adapters.engine import Leaves
 
 
+Judged = tuple[float, float, npt.NDArray[np.bool_]]
+"""(accuracy, mean negative log-likelihood, which validation images are right: (M,))."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """How a setting did on the validation data.

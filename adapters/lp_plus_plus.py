@@ -1,4 +1,4 @@
-"""LP++ (Huang et al., CVPR 2024, arXiv 2404.02285, section 4): a linear probe blended with the text,
+"""LP++ (Huang et al., CVPR 2024, arXiv 2404.02285, section 4): a linear probe blended with text,
 whose starts and step sizes come from the data.
 
     logits = unit(f) · (w_c + α_c t_c) + b_c                t: the zero-shot weights; no logit scale

@@ -92,6 +92,8 @@ class Method:
     loss(xp, classify, arrays, batch, setting, task) → (): None for mean cross-entropy.
     optimizer(setting, task, steps per epoch) → optax transformation: None for the recipe that the
         setting names (recipe.py).
+    after_training: hyper-parameters that training does not see: it computes logits by `NAME_init`
+        in their place, and settings that differ in them alone are judged on one run.
     finish(arrays, setting, task) → what is saved, where that is not what was trained.
     solver(task) → (setting → arrays): instead of fit, a solver on the host in NumPy; it is made
         once for a task, so that it may keep what serves every setting.
@@ -118,6 +120,7 @@ class Method:
     network: str = ""
     loss: Callable[..., Array] | None = None
     optimizer: Callable[..., Any] | None = None
+    after_training: tuple[str, ...] = ()
     finish: Callable[..., Arrays] | None = None
     solver: Callable[[Task], Solve] | None = None
     propose: Callable[..., Generator[Setting, Score, None]] | None = None

@@ -17,6 +17,7 @@ from clip_adapter.adapters.lp_plus_plus import LP_PLUS_PLUS
 from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.rla import RLA
 from clip_adapter.adapters.task_res import TASK_RES
+from clip_adapter.adapters.tip_adapter import TIP_ADAPTER, TIP_ADAPTER_F
 from clip_adapter.adapters.zero_shot import ZERO_SHOT
 
 GROUP = "clip_adapter.methods"
@@ -26,6 +27,8 @@ METHODS: dict[str, Method] = {
         ZERO_SHOT,
         LINEAR_PROBE,
         CLIP_ADAPTER,
+        TIP_ADAPTER,
+        TIP_ADAPTER_F,
         TASK_RES,
         LP_PLUS_PLUS,
         CLAP,

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from clip_adapter.adapters import closed_form, recipe, training
 from clip_adapter.adapters.engine import Chunk, Engine, Leaves
-from clip_adapter.adapters.evaluation import Evaluation, Journal
+from clip_adapter.adapters.evaluation import Evaluation, Journal, Judged
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import (
     Arrays,
@@ -27,6 +27,7 @@ from clip_adapter.adapters.method import (
     same_program,
 )
 from clip_adapter.adapters.scoring import make_classify, pooled, score
+from clip_adapter.adapters.shared_runs import SharedRuns, as_trained, of_the_run, with_trained
 from clip_adapter.adapters.successive_halving import (
     Rung,
     rung_epochs,
@@ -53,10 +54,11 @@ def search(
     if method.solver:
         yield from _solved(method, values, folds, engine, journal)
     elif method.is_trained:
-        settings = method.settings(values)
-        rungs = rungs_of(settings[0], halving=halving)
-        train = partial(_train, method, engine)
-        yield from successive_halving(settings, rungs, folds, journal, train)
+        shared = SharedRuns(method, method.settings(values), journal)
+        rungs = rungs_of(shared.runs[0], halving=halving)
+        train = partial(_train, method, engine, shared)
+        for run in successive_halving(shared.runs, rungs, folds, shared, train):
+            yield from shared.take(run)
     else:
         yield from _closed(method, values, folds, engine)
 
@@ -85,7 +87,8 @@ def work(method: Method, values: Values, folds: int, *, halving: bool = False) -
     if not method.is_trained:
         return len(settings)
     rungs = rungs_of(settings[0], halving=halving)
-    counts = survivors(len(settings), len(rungs))
+    runs = {tuple(of_the_run(method, setting).items()) for setting in settings}
+    counts = survivors(len(runs), len(rungs))
     spans = [stop - first for first, stop in pairwise([0, *rungs])]
     epochs = sum(count * span for count, span in zip(counts, spans, strict=True))
     return folds * epochs / rungs[-1]
@@ -99,14 +102,14 @@ def fit(method: Method, setting: Setting, epoch: int | None, task: Task, engine:
     if method.solver:
         return _as_saved(method, method.solver(_on_host(task))(setting))
     if method.is_trained:
-        static, numbers = method.split(setting)
+        static, numbers = method.split(of_the_run(method, setting))
         (chunk,) = engine.run(method, static, task, [numbers], stop=epoch)
         return _trained_arrays(method, setting, task, chunk, 0)
     return _as_saved(method, closed_form.fit(method, setting, task))
 
 
 def _train(
-    method: Method, engine: Engine, rung: Rung
+    method: Method, engine: Engine, shared: SharedRuns, rung: Rung
 ) -> Iterator[tuple[int, Evaluation, Callable[[], list[Leaves]]]]:
     """Train each setting of a rung on every fold; yields its index, how it did, its states."""
     for static, group in same_program(method, [rung.settings[index] for index in rung.indices]):
@@ -136,11 +139,25 @@ def _train(
                     if len(chunks) == 1
                     else None
                 )
-                yield (
-                    index,
-                    _judged(setting, rung.stop, histories[row], seconds, right[row], kept),
-                    partial(_rows, chunks, row),
-                )
+                run = _judged(setting, rung.stop, histories[row], seconds, right[row], kept)
+                best = shared.judged(run, partial(_after, method, rung.folds, chunks, row, setting))
+                yield index, best, partial(_rows, chunks, row)
+
+
+def _after(
+    method: Method,
+    folds: Sequence[Task],
+    chunks: Sequence[Chunk],
+    row: int,
+    run: Setting,
+    settings: Sequence[Setting],
+) -> list[Judged]:
+    """Judge settings on what one run trained in each fold."""
+    trained = [
+        with_trained(fold, _trained_arrays(method, run, fold, chunk, row))
+        for fold, chunk in zip(folds, chunks, strict=True)
+    ]
+    return _grid(as_trained(method), settings, trained)
 
 
 def _judged(
@@ -182,20 +199,36 @@ def _closed(
 ) -> Iterator[Evaluation]:
     """Nothing is looked up: a whole grid takes no longer than reading what it found before."""
     settings = method.settings(values)
-    for static, members in same_program(method, settings):
+    for _, members in same_program(method, settings):
         started = time.perf_counter()
-        names = method.split(settings[members[0]])[1]
+        alike = [settings[index] for index in members]
+        judged = _grid(method, alike, folds)
+        seconds = (time.perf_counter() - started) / len(members)
+        engine.progress(len(members))
+        for setting, (accuracy, nll, right) in zip(alike, judged, strict=True):
+            yield Evaluation(setting, 0, 0, accuracy, nll, seconds, right)
+
+
+def _grid(method: Method, settings: Sequence[Setting], folds: Sequence[Task]) -> list[Judged]:
+    """How a closed form's settings do over all folds.
+
+    settings: those that share a program are a product, in its order.
+    """
+    found: dict[int, Judged] = {}
+    for static, members in same_program(method, settings):
+        numbers = method.split(settings[members[0]])[1]
+        # What a run was trained with does not vary here: such an axis has one value, and goes last.
+        names = sorted(numbers, key=lambda name: name not in method.after_training)
         axes = {
             name: list(dict.fromkeys(float(settings[index][name]) for index in members))
             for name in names
         }
         scored = [closed_form.grid_scores(method, static, axes, fold) for fold in folds]
-        judged = pooled([fold.score.reshape(-1, 2) for fold in scored], folds)
+        scores = pooled([fold.score.reshape(-1, 2) for fold in scored], folds).tolist()
         right = np.concatenate([f.right.reshape(len(members), -1) for f in scored], axis=1)
-        seconds = (time.perf_counter() - started) / len(members)
-        engine.progress(len(members))
-        for index, (accuracy, nll), row in zip(members, judged.tolist(), right, strict=True):
-            yield Evaluation(settings[index], 0, 0, accuracy, nll, seconds, row)
+        rows = zip(members, scores, right, strict=True)
+        found |= {index: (accuracy, nll, row) for index, (accuracy, nll), row in rows}
+    return [found[index] for index in range(len(settings))]
 
 
 def _solved(
