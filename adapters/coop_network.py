@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from flax import nnx
-from jax.typing import ArrayLike
 
 from clip_adapter.adapters.text_tower import (
     TowerShape,
@@ -24,6 +24,10 @@ from clip_adapter.adapters.text_tower import (
 
 RANDOM = "random"
 START, END, PAD = 0, 1, 2  # rows of Tower.vocabulary
+BY_CLASS = ("sentences", "name_lengths", "sentence_lengths")
+
+
+Array = jax.Array | npt.NDArray[Any]
 
 
 class Tower(NamedTuple):
@@ -35,12 +39,12 @@ class Tower(NamedTuple):
     """
 
     shape: TowerShape
-    arrays: Mapping[str, ArrayLike]
-    vocabulary: ArrayLike
-    sentences: ArrayLike
-    name_lengths: ArrayLike
-    sentence_lengths: ArrayLike
-    phrases: Mapping[str, ArrayLike]
+    arrays: Mapping[str, Array]
+    vocabulary: Array
+    sentences: Array
+    name_lengths: Array
+    sentence_lengths: Array
+    phrases: Mapping[str, Array]
 
 
 def prepare(config: Any, arrays: Mapping[str, np.ndarray]) -> Tower:
@@ -71,8 +75,7 @@ def prepare(config: Any, arrays: Mapping[str, np.ndarray]) -> Tower:
 def of_classes(tower: Tower, classes: Sequence[int]) -> Tower:
     """The same tower for some of the classes, in that order."""
     rows = np.asarray(classes)
-    names = ("sentences", "name_lengths", "sentence_lengths")
-    return tower._replace(**{name: np.asarray(getattr(tower, name))[rows] for name in names})
+    return tower._replace(**{name: np.asarray(getattr(tower, name))[rows] for name in BY_CLASS})
 
 
 def check_room(tower: Tower, context_length: int, class_names: Sequence[str]) -> None:
@@ -137,13 +140,10 @@ def class_weights(context: jax.Array, setting: Mapping[str, Any], tower: Tower) 
             pooled = 1 + count + chunk["sentence_lengths"]
         return text_features(tower.arrays, shape, embeddings, pooled)
 
-    inputs = {name: jnp.asarray(getattr(tower, name)) for name in _BY_CLASS}
+    inputs = {name: jnp.asarray(getattr(tower, name)) for name in BY_CLASS}
     if context.ndim == 3:
         inputs["context"] = context
     return in_chunks(weights, inputs, classes_at_once(shape, length))
-
-
-_BY_CLASS = ("sentences", "name_lengths", "sentence_lengths")
 
 
 def _arranged(

@@ -108,7 +108,7 @@ def _norm(shape: TowerShape, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def text_features(
-    arrays: Mapping[str, jax.Array], shape: TowerShape, embeddings: jax.Array, pooled: jax.Array
+    arrays: Mapping[str, Any], shape: TowerShape, embeddings: jax.Array, pooled: jax.Array
 ) -> jax.Array:
     """Text features (B, D), un-normalised.
 
@@ -129,10 +129,10 @@ def text_features(
 def classes_at_once(shape: TowerShape, length: int) -> int:
     """How many texts of `length` tokens a chunk has, at least one.
 
-    Kept for the backward pass are, per token and block, about ten arrays of the width, four of the
-    perceptron's and three rows of attention per head, 4 bytes each.
+    Kept for the backward pass are, per token and block, about six arrays of the width, four of the
+    perceptron's and two rows of attention per head, 4 bytes each.
     """
-    token = 10 * shape.width + 4 * shape.mlp_width + 3 * shape.heads * length
+    token = 6 * shape.width + 4 * shape.mlp_width + 2 * shape.heads * length
     return max(1, CHUNK_BYTES // (4 * shape.layers * length * token))
 
 

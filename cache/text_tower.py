@@ -108,23 +108,23 @@ def array_shapes(config: TextTowerConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def write_text_tower(path: Path, tower: TextTower) -> str:
-    """Write the file, whole or not at all, and return its SHA-256 in hexadecimal.
+def encode_text_tower(tower: TextTower) -> bytes:
+    """The content of the file, the same bytes for the same tower."""
+    # One entry: safetensors writes several in any order.
+    header = {FORMAT: json.dumps({"format_version": FORMAT_VERSION, **asdict(tower.config)})}
+    tensors = {name: np.ascontiguousarray(array) for name, array in tower.arrays.items()}
+    return save(tensors, header)
+
+
+def write_text_tower(path: Path, content: bytes) -> None:
+    """Write what `encode_text_tower` gives, whole or not at all.
 
     Raises UserError where it cannot be written.
     """
-    header = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "config": json.dumps(asdict(tower.config)),
-    }
-    tensors = {name: np.ascontiguousarray(array) for name, array in tower.arrays.items()}
-    content = save(tensors, header)
     try:
         atomic.write_bytes(path, content)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
-    return hashlib.sha256(content).hexdigest()
 
 
 def read_text_tower(path: Path, sha256: str | None = None) -> TextTower:
@@ -158,19 +158,21 @@ def read_text_tower(path: Path, sha256: str | None = None) -> TextTower:
 
 
 def _config(path: Path, header: Mapping[str, str]) -> TextTowerConfig:
-    if header.get("format") != FORMAT:
+    if FORMAT not in header:
         raise UserError(f"{path} is no text tower; `extract --with-text-tower` makes one.")
-    if header.get("format_version") != str(FORMAT_VERSION):
+    try:
+        stated = json.loads(header[FORMAT])
+    except (ValueError, RecursionError) as error:
+        raise _unusable(path, "its configuration is not JSON") from error
+    if not isinstance(stated, dict):
+        raise _unusable(path, "its configuration is not that of a text tower")
+    version = stated.pop("format_version", None)
+    if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
             f"{path} has another format version than {FORMAT_VERSION}, which this program reads; "
             "update clip-adapter or extract again with --with-text-tower."
         )
-    try:
-        stated = json.loads(header.get("config", ""))
-    except (ValueError, RecursionError) as error:
-        raise _unusable(path, "its configuration is not JSON") from error
-    names = {field.name for field in fields(TextTowerConfig)}
-    if not isinstance(stated, dict) or stated.keys() != names:
+    if stated.keys() != {field.name for field in fields(TextTowerConfig)}:
         raise _unusable(path, "its configuration is not that of a text tower")
     wrong = sorted(name for name, value in stated.items() if not _fits(name, value))
     if wrong:

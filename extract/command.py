@@ -63,6 +63,10 @@ class ExtractConfig:
         device: PyTorch device; auto takes a GPU where there is one.
         shard: Encode only part I of N, written I/N (1/4 … 4/4); `clip-adapter merge` joins
             the parts. Under torchrun every process takes its part by itself.
+        with_text_tower: Store what CoOp needs: the text tower beside the cache, as
+            NAME.text_tower.safetensors, and the prompts' tokens in it.
+        with_projection: Store what ProLIP needs: the image encoder's last linear map and what it
+            is applied to.
         force: Overwrite an existing cache or an interrupted run.
     """
 
@@ -87,6 +91,8 @@ class ExtractConfig:
     workers: int = os.cpu_count() or 1
     device: str = "auto"
     shard: str | None = None
+    with_text_tower: bool = False
+    with_projection: bool = False
     force: bool = False
 
     def source_options(self) -> "SourceOptions":
@@ -120,6 +126,8 @@ class ExtractConfig:
             "test": self.test,
             "split_seed": self.split_seed,
             "precision": self.precision,
+            "with_text_tower": self.with_text_tower,
+            "with_projection": self.with_projection,
         }
 
 
@@ -174,6 +182,10 @@ def _extract_together(config: ExtractConfig, launch: Launch) -> Path:
         print(join_parts(parts, config.out))
         for part in parts:
             part.unlink()
+        if config.with_text_tower:
+            from clip_adapter.cache.text_tower import tower_path
+
+            tower_path(parts[0]).unlink()
     return config.out
 
 
@@ -239,6 +251,13 @@ def _already_there(config: ExtractConfig, shard: Shard) -> bool:
         from clip_adapter.extract.outcome import refuse_skipped
 
         refuse_skipped(config.out, skipped)
+    if config.with_text_tower and shard.index == 1:
+        from clip_adapter.cache.text_tower import tower_path
+
+        if not (tower := tower_path(config.out)).exists():
+            raise UserError(
+                f"{tower} is missing, which belongs to {config.out}; --force makes both."
+            )
     return True
 
 

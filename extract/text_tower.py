@@ -1,6 +1,6 @@
 """CLIP's text transformer out of open_clip, as arrays under their Flax names."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,7 +109,8 @@ def _special(backbone: Backbone) -> tuple[int, int, int]:
 
 def _bare(tokenizer: Tokenizer, texts: Sequence[str]) -> list[tuple[int, ...]]:
     """The token ids of texts, whole, without what marks start and end."""
-    length = 2 + 4 * max(len(text.encode()) for text in texts)  # no token is less than a byte
+    # No token is less than a byte, and lower case may be longer than upper case.
+    length = 2 + 2 * max(len(text.encode()) for text in texts)
     rows = tokenizer(["", *texts], length).tolist()
     end = rows[0][1]
     return [tuple(row[1 : row.index(end)]) for row in rows[1:]]
