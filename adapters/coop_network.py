@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from flax import nnx
 
 from clip_adapter.adapters.text_tower import (
     TowerShape,
@@ -162,16 +161,3 @@ def _arranged(
     between = (before + name <= place) & (place < count + name)
     slots = jnp.where(place < before, place, jnp.where(between, place - name, -1))
     return tokens, slots
-
-
-class LearnedContext(nnx.Module):
-    """The trained side of CoOp. The tower comes with the task, and is no attribute: its parameters
-    would be found among what is trained."""
-
-    def __init__(self, setting: Mapping[str, Any], tower: Tower, *, rngs: nnx.Rngs) -> None:
-        self.setting = dict(setting)
-        self.context = nnx.Param(initial_context(setting, rngs.params(), tower))
-
-    def __call__(self, tower: Tower) -> jax.Array:
-        """(C, D) un-normalised classifier weights."""
-        return class_weights(self.context[...], self.setting, tower)

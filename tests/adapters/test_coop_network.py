@@ -7,11 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 
 from clip_adapter.adapters import text_tower as flax_tower
 from clip_adapter.adapters.coop_network import (
-    LearnedContext,
     Tower,
     check_room,
     class_weights,
@@ -146,14 +144,3 @@ def test_too_many_vectors_for_the_tower_are_refused() -> None:
         check_room(tower, 14, NAMES)
     context = initial_context(setting(context_length=13), jax.random.key(0), tower)
     assert class_weights(context, setting(context_length=13), tower).shape == (len(NAMES), 24)
-
-
-def test_only_the_context_is_trained() -> None:
-    tower = tower_of(named("gelu"))
-    module = LearnedContext(setting(), tower, rngs=nnx.Rngs(0))
-    state = nnx.state(module, nnx.Param)
-    assert [path for path, _ in nnx.to_flat_state(state)] == [("context",)]
-    gradient = jax.jit(nnx.grad(lambda module, tower: jnp.sum(module(tower) ** 2)))(module, tower)
-    assert jax.tree.map(jnp.shape, jax.tree.leaves(gradient)) == [(3, 32)]
-    again = class_weights(module.context[...], setting(), tower)
-    np.testing.assert_allclose(module(tower), again, rtol=1e-6)
