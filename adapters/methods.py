@@ -1,6 +1,7 @@
 """The methods by name."""
 
 from clip_adapter.adapters.clip_adapter import CLIP_ADAPTER
+from clip_adapter.adapters.coop import COOP
 from clip_adapter.adapters.linear_probe import LINEAR_PROBE
 from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.zero_shot import ZERO_SHOT
@@ -11,5 +12,6 @@ METHODS: dict[str, Method] = {
         ZERO_SHOT,
         LINEAR_PROBE,
         CLIP_ADAPTER,
+        COOP,
     )
 }
