@@ -104,8 +104,12 @@ def run_job(config: ExtractConfig, shard: Shard, place: Workplace, listener: Lis
             warn_of_duplicates(several, listener)
             warn_of_lost_classes(tallies, dataset.class_names, listener)
         with job.watch("write"):
-            if tower is not None and shard.index == 1:
-                write_text_tower(tower_path(place.path), tower)
+            projection = None
+            if shard.index == 1:  # which has what belongs to no image
+                if encoder.projection is not None:
+                    projection = encoder.projection.arrays()
+                if tower is not None:
+                    write_text_tower(tower_path(place.path), tower)
             writer.finish(
                 templates=text.stored_templates,
                 backbone=described,
@@ -113,7 +117,7 @@ def run_job(config: ExtractConfig, shard: Shard, place: Workplace, listener: Lis
                 dataset=record,
                 logit_scale=backbone.logit_scale,
                 logit_bias=backbone.logit_bias,
-                projection=encoder.projection and encoder.projection.arrays(),
+                projection=projection,
                 part=part,
             )
     listener.result(job.summary(tallies))
