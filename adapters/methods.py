@@ -12,6 +12,7 @@ from pathlib import Path
 from clip_adapter.adapters.clap import CLAP, ZS_LP
 from clip_adapter.adapters.clip_adapter import CLIP_ADAPTER
 from clip_adapter.adapters.cross_modal import CROSS_MODAL
+from clip_adapter.adapters.coop import COOP
 from clip_adapter.adapters.linear_probe import LINEAR_PROBE
 from clip_adapter.adapters.lp_plus_plus import LP_PLUS_PLUS
 from clip_adapter.adapters.method import Method
@@ -35,6 +36,7 @@ METHODS: dict[str, Method] = {
         ZS_LP,
         RLA,
         CROSS_MODAL,
+        COOP,
     )
 }
 

@@ -54,6 +54,10 @@ class ExtractConfig:
         device: PyTorch device; auto takes a GPU where there is one.
         shard: Encode only part I of N, written I/N (1/4 … 4/4); `clip-adapter merge` joins
             the parts. Under torchrun every process takes its part by itself.
+        with_text_tower: Store what CoOp needs: the text tower beside the cache, as
+            NAME.text_tower.safetensors, and the prompts' tokens in it.
+        with_projection: Store what ProLIP needs: the image encoder's last linear map and what it
+            is applied to.
         force: Overwrite an existing cache or an interrupted run.
     """
 
@@ -78,6 +82,8 @@ class ExtractConfig:
     workers: int = available_cores()
     device: str = "auto"
     shard: str | None = None
+    with_text_tower: bool = False
+    with_projection: bool = False
     force: bool = False
 
     def check(self) -> None:
@@ -118,6 +124,8 @@ class ExtractConfig:
             "test": self.test,
             "split_seed": self.split_seed,
             "precision": self.precision,
+            "with_text_tower": self.with_text_tower,
+            "with_projection": self.with_projection,
         }
 
 

@@ -15,6 +15,7 @@ from clip_adapter.extract.datasets.source import Split
 from clip_adapter.extract.decode import PixelBatch, Plan, Skipped, decode
 from clip_adapter.extract.forward import forward_passes, shared_cores
 from clip_adapter.extract.preprocess import Preprocess
+from clip_adapter.extract.projection import take_projection
 from clip_adapter.extract.stopwatch import Stopwatch
 
 
@@ -23,10 +24,12 @@ class EncodedBatch:
     """Features of consecutive rows of a split, without those that were skipped.
 
     features: (B, V, D) float32, or float16 where the model computes in less; un-normalised.
+    pre_projection: (B, V, F), what the encoder's last linear map was applied to, if asked for.
     rows: (B,) their rows in the split. digests: (B,) uint64, see PixelBatch.
     """
 
     features: np.ndarray
+    pre_projection: np.ndarray | None
     rows: npt.NDArray[np.int64]
     digests: npt.NDArray[np.uint64]
     skipped: tuple[Skipped, ...]
@@ -37,12 +40,19 @@ class Encoder:
 
     compiled_for: compile the image tower for batches of so many images (smaller ones are filled
         up); None for no compilation. `compile_seconds` says how long that took.
+    with_projection: `images` gives what comes before the last linear map, too. The map is taken out
+        of the backbone's model.
 
-    Raises UserError where it cannot be compiled.
+    Raises UserError where it cannot be compiled, or there is no such map.
     """
 
     def __init__(
-        self, backbone: Backbone, device: torch.device, compiled_for: int | None = None
+        self,
+        backbone: Backbone,
+        device: torch.device,
+        compiled_for: int | None = None,
+        *,
+        with_projection: bool = False,
     ) -> None:
         self.device = device
         if device.type == "cuda":
@@ -54,6 +64,9 @@ class Encoder:
         self.compile_seconds = 0.0
         self._tokenizer = backbone.tokenizer
         self._model = backbone.model.to(device, memory_format=torch.channels_last)
+        self.projection = None
+        if with_projection:
+            self.projection = take_projection(self._model.visual, backbone.identity["name"])
         self._dtype = backbone.dtype
         self.stored_dtype = torch.float32 if self._dtype == torch.float32 else torch.float16
         self._fixed_batch = compiled_for
@@ -66,6 +79,10 @@ class Encoder:
         """Text features (P, D), un-normalised."""
         tokens = self._tokenizer(list(prompts)).to(self.device)
         return self._model.encode_text(tokens).float().cpu().numpy()
+
+    def tokens(self, prompts: Sequence[str]) -> npt.NDArray[np.int32]:
+        """What the text tower is given for each prompt, (P, L)."""
+        return self._tokenizer(list(prompts)).numpy().astype(np.int32)
 
     def too_long(self, prompts: Sequence[str]) -> list[str]:
         """The prompts of which the text tower reads only the beginning."""
@@ -81,6 +98,7 @@ class Encoder:
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Features (V, B, D) on the device, of pixels (V, B, height, width, 3), uint8.
 
+        With the projection (V, B, D + F): what comes before it stands behind the features.
         Each view is a forward pass of its own: view 0 comes out the same with and without others.
         """
         batch = self._fixed_batch
@@ -88,14 +106,18 @@ class Encoder:
         pixels = pixels.to(self.device, non_blocking=True, copy=batch is not None)
         views, count = pixels.shape[:2]
         if not count:
-            return torch.empty((views, 0, self.dim), dtype=self.stored_dtype, device=self.device)
+            width = self.dim + (0 if self.projection is None else len(self.projection.weights))
+            return torch.empty((views, 0, width), dtype=self.stored_dtype, device=self.device)
         if batch is not None and count < batch:
             pixels = torch.cat([pixels, pixels[:, :1].expand(-1, batch - count, -1, -1, -1)], dim=1)
         return torch.stack([self._forward(view)[:count] for view in pixels])
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
         values = self.preprocess.normalised(pixels).to(self._dtype)
-        return self._model.encode_image(values).to(self.stored_dtype)
+        if self.projection is None:
+            return self._model.encode_image(values).to(self.stored_dtype)
+        pooled = self.projection.pooled(values)
+        return torch.cat([self.projection(pooled), pooled], dim=1).to(self.stored_dtype)
 
     @torch.inference_mode()
     def _compile(self, batch: int) -> None:
@@ -134,7 +156,9 @@ def encode_images(
             batch, features = running.popleft()
             with watch("forward"):
                 array = np.ascontiguousarray(features().numpy().transpose(1, 0, 2))
-            return EncodedBatch(array, batch.rows, batch.digests, batch.skipped)
+            pooled = None if encoder.projection is None else array[..., encoder.dim :]
+            array = array[..., : encoder.dim]
+            return EncodedBatch(array, pooled, batch.rows, batch.digests, batch.skipped)
 
         failure: UserError | None = None
         while True:

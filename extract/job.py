@@ -13,6 +13,7 @@ from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.metadata import Part
 from clip_adapter.cache.staging import StagingFolder
 from clip_adapter.cache.tally import Tally, in_several_splits, tally
+from clip_adapter.cache.text_tower import encode_text_tower, tower_path, write_text_tower
 from clip_adapter.cache.words import counted, quoted
 from clip_adapter.cache.writer import CacheWriter
 from clip_adapter.extract.backbone import load_backbone
@@ -38,6 +39,7 @@ from clip_adapter.extract.prompts import (
 from clip_adapter.extract.shards import Shard
 from clip_adapter.extract.stopwatch import Stopwatch
 from clip_adapter.extract.text import TextPlan, encode_classes
+from clip_adapter.extract.text_tower import text_tower
 
 
 def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener: Listener) -> str:
@@ -54,6 +56,14 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
     backbone = load_backbone(config.backbone, config.pretrained, precision)
     if backbone.assumption:
         listener.warn(backbone.assumption)
+    described = dict(backbone.identity)
+    tower = None
+    if config.with_text_tower:
+        whole = backbone
+        if precision != "fp32":  # the tower is stored as it was trained
+            whole = load_backbone(config.backbone, config.pretrained, "fp32")
+        tower = encode_text_tower(text_tower(whole, dataset.class_names))
+        described["text_tower_sha256"] = hashlib.sha256(tower).hexdigest()
     # What a resumed run must agree on beyond its arguments: the weights and the rows themselves,
     # which may change under an unchanged path.
     identity["precision"] = precision
@@ -66,7 +76,12 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
     ):
         # Pillow remarks on oddities of files that decode all the same; the others get a sentence.
         warnings.filterwarnings("ignore", module="PIL")
-        encoder = Encoder(backbone, device, config.batch_size if config.compile else None)
+        encoder = Encoder(
+            backbone,
+            device,
+            config.batch_size if config.compile else None,
+            with_projection=config.with_projection,
+        )
         job = _Job(config, shard, dataset, encoder, writer, listener)
         job.check_what_is_there()
         if shard.index == 1:
@@ -89,13 +104,20 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
             warn_of_duplicates(several, listener)
             warn_of_lost_classes(tallies, dataset.class_names, listener)
         with job.watch("write"):
+            projection = None
+            if shard.index == 1:  # which has what belongs to no image
+                if encoder.projection is not None:
+                    projection = encoder.projection.arrays()
+                if tower is not None:
+                    write_text_tower(tower_path(place.path), tower)
             writer.finish(
                 templates=text.stored_templates,
-                backbone=backbone.identity,
+                backbone=described,
                 preprocess=backbone.preprocess_config,
                 dataset=record,
                 logit_scale=backbone.logit_scale,
                 logit_bias=backbone.logit_bias,
+                projection=projection,
                 part=part,
             )
     return job.summary(tallies)
@@ -159,7 +181,8 @@ class _Job:
         )
         too_long: list[str] = []
         for batch in batches:
-            self._writer.append_text(batch.features, batch.names, batch.prompts)
+            tokens = batch.tokens if self._config.with_text_tower else None
+            self._writer.append_text(batch.features, batch.names, batch.prompts, tokens)
             too_long += batch.too_long
         if too_long:
             self._listener.warn(
@@ -212,6 +235,7 @@ class _Job:
             [image.name for image in batch.skipped],
             batch.digests,
             split.labels[[image.row for image in batch.skipped]],
+            batch.pre_projection,
         )
 
     def _note(self, count: int, remaining: int, seconds: float) -> str:

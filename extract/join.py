@@ -1,10 +1,14 @@
 """Join parts and report it, for `merge` and for the processes of torchrun."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.parts import merge_parts
+from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.text_tower import tower_path, write_text_tower
 from clip_adapter.extract.outcome import (
     describe,
     describe_skipped,
@@ -16,9 +20,14 @@ from clip_adapter.extract.outcome import (
 def join_parts(parts: Sequence[Path], out: Path, listener: Listener) -> None:
     """Join the parts of a cache into `out` and tell what is in it.
 
-    Raises UserError as `merge_parts` does.
+    Where the cache has a text tower, it is copied from beside the first part.
+    Raises UserError as `merge_parts` does, and where that tower is not there.
     """
     merged = merge_parts(parts, out)
+    with FeatureCache(out) as cache:
+        sha256 = cache.backbone.get("text_tower_sha256")
+    if sha256 is not None:
+        write_text_tower(tower_path(out), _tower(parts, sha256))
     warn_of_duplicates(merged.several, listener)
     warn_of_lost_classes(merged.tallies, merged.class_names, listener)
     joined = f" (joined from {len(parts)} parts)"
@@ -27,3 +36,16 @@ def join_parts(parts: Sequence[Path], out: Path, listener: Listener) -> None:
         describe_skipped(merged.tallies, None),
     ]
     listener.result("\n".join(filter(None, lines)))
+
+
+def _tower(parts: Sequence[Path], sha256: str) -> bytes:
+    """The text tower of this hash that lies beside a part."""
+    for path in sorted({tower_path(part) for part in parts}):
+        if path.is_file():
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() == sha256:
+                return content
+    raise UserError(
+        "The text tower that `extract` wrote beside the first part is not there any more; put it "
+        "back and merge again with --force."
+    )

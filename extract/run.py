@@ -73,6 +73,10 @@ def _extract_together(config: ExtractConfig, launch: Launch, listener: Listener)
         join_parts(parts, config.out, listener)
         for part in parts:
             part.unlink()
+        if config.with_text_tower:
+            from clip_adapter.cache.text_tower import tower_path
+
+            tower_path(parts[0]).unlink()
     return config.out
 
 
@@ -131,6 +135,13 @@ def _already_there(config: ExtractConfig, shard: Shard) -> bool:
         from clip_adapter.extract.outcome import refuse_skipped
 
         refuse_skipped(config.out, skipped)
+    if config.with_text_tower and shard.index == 1:
+        from clip_adapter.cache.text_tower import tower_path
+
+        if not (tower := tower_path(config.out)).exists():
+            raise UserError(
+                f"{tower} is missing, which belongs to {config.out}; --force makes both."
+            )
     return True
 
 

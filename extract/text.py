@@ -39,12 +39,14 @@ class TextPlan:
 class EncodedClasses:
     """Text features (B, P, D) float32 of consecutive classes and the prompts (B, P) they are of.
 
+    tokens: (B, P, L) int32, what the text tower was given, zeros for rows that fill up.
     too_long: those of the prompts of which the text tower reads only the beginning.
     """
 
     names: Sequence[str]
     features: npt.NDArray[np.float32]
     prompts: list[list[str]] | None
+    tokens: npt.NDArray[np.int32]
     too_long: list[str]
 
 
@@ -65,11 +67,13 @@ def encode_classes(
         encoded = encoder.text(flat)
         ends = np.cumsum([len(own) for own in asked])[:-1]
         features = [_filled_up(own, rows) for own in np.split(encoded, ends)]
+        tokens = np.split(encoder.tokens(flat), ends)
         filled = [[*own, *[""] * (rows - len(own))] for own in asked]
         yield EncodedClasses(
             plan.class_names[start:stop],
             np.stack(features),
             filled if plan.descriptions else None,
+            np.stack([np.pad(own, ((0, rows - len(own)), (0, 0))) for own in tokens]),
             encoder.too_long(flat),
         )
         start = stop
