@@ -3,3 +3,10 @@
 
 class UserError(ValueError):
     """What was given cannot be used; the message is one sentence that says why and what to do."""
+
+
+class Contradiction(Exception):
+    """How a file contradicts its format, as a clause: `labels of train lie outside the classes`.
+
+    Whoever opened the file knows its name and what to advise, and makes a sentence of it.
+    """

@@ -20,28 +20,41 @@ class FewShotTask:
 
     support: (S,) int64, rows of the train split.
     validation: (M,) int64, rows of the val split; empty where the cache has none.
-    repeated_classes: labels with fewer than `shots` training images, drawn with repetition.
-    repeated_validation_classes: the same for the validation images.
+    small_classes: labels with fewer than `shots` training images, but some.
+    small_validation_classes: the same for the validation images.
+    absent_classes: labels without any training image.
     """
 
     support: Rows
     validation: Rows
-    repeated_classes: tuple[int, ...]
-    repeated_validation_classes: tuple[int, ...]
+    small_classes: tuple[int, ...]
+    small_validation_classes: tuple[int, ...]
+    absent_classes: tuple[int, ...]
 
 
 def draw_few_shot(
-    train_labels: npt.ArrayLike, val_labels: npt.ArrayLike, *, shots: int, seed: int
+    train_labels: npt.ArrayLike,
+    val_labels: npt.ArrayLike,
+    *,
+    shots: int,
+    seed: int,
+    repeat: bool = False,
+    classes: int = 0,
 ) -> FewShotTask:
     """Draw the support set and the few-shot validation set of one (shots, seed).
 
     The published protocol: one `random.Random(seed)`; group the training rows by label in order
-    of first appearance; `sample` `shots` per label, or `choices` (with repetition) where a label
-    has fewer; then, with the same generator, the same on the validation rows with
-    min(shots, 4) per label. The result depends on the order of the rows, which is why a cache
-    keeps its source's order.
+    of first appearance; `sample` `shots` per label; then, with the same generator, the same on the
+    validation rows with min(shots, 4) per label. The result depends on the order of the rows, which
+    is why a cache keeps its source's order.
 
-    train_labels, val_labels: (N,) and (M,) integers.
+    Of a label with fewer rows each is taken once, in order and without asking the generator: so
+    draws Dassl with `repeat=False`, and with it CoOp, TaskRes and CLAP. `repeat` draws them with
+    `choices`, as Tip-Adapter's and LP++'s code does. Both are equal where no
+    label has too few rows.
+
+    train_labels, val_labels: (N,) and (M,) integers. classes: how many there are, where the last of
+    them may have no image.
     Raises UserError where no class has as many as `shots` training images.
     """
     rng = random.Random(seed)
@@ -53,13 +66,15 @@ def draw_few_shot(
             f"choose between 1 and {largest}, or `--shots all`."
         )
     val_groups, val_shots = _rows_by_label(val_labels), min(shots, VALIDATION_SHOTS)
-    support = _draw(rng, train_groups, shots)
-    validation = _draw(rng, val_groups, val_shots)
+    support = _draw(rng, train_groups, shots, repeat)
+    validation = _draw(rng, val_groups, val_shots, repeat)
+    every = range(max(classes, 1 + max([*train_groups, *val_groups])))
     return FewShotTask(
         np.array(support, np.int64),
         np.array(validation, np.int64),
         _labels_with_fewer(train_groups, shots),
         _labels_with_fewer(val_groups, val_shots),
+        tuple(label for label in every if label not in train_groups),
     )
 
 
@@ -74,8 +89,13 @@ def _labels_with_fewer(groups: dict[int, list[int]], count: int) -> tuple[int, .
     return tuple(sorted(label for label, rows in groups.items() if len(rows) < count))
 
 
-def _draw(rng: random.Random, groups: dict[int, list[int]], count: int) -> Sequence[int]:
+def _draw(
+    rng: random.Random, groups: dict[int, list[int]], count: int, repeat: bool
+) -> Sequence[int]:
     drawn: list[int] = []
     for rows in groups.values():
-        drawn += rng.sample(rows, count) if len(rows) >= count else rng.choices(rows, k=count)
+        if len(rows) >= count:
+            drawn += rng.sample(rows, count)
+        else:
+            drawn += rng.choices(rows, k=count) if repeat else rows
     return drawn

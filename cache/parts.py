@@ -1,44 +1,74 @@
 """Join the parts of a cache that several processes wrote."""
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-import h5py
+import numpy as np
 
-from clip_adapter.cache import layout
-from clip_adapter.cache.duplicates import in_several_splits
+from clip_adapter.cache import schema
 from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.tally import Tally, tally
-from clip_adapter.cache.workplace import Workplace
-from clip_adapter.cache.writer import DIGESTS, SKIPPED, SKIPPED_LABELS, CacheWriter, Part
+from clip_adapter.cache.metadata import Part
+from clip_adapter.cache.staging import StagingFolder
+from clip_adapter.cache.stored_file import StoredFile
+from clip_adapter.cache.tally import Tally, in_several_splits, tally
+from clip_adapter.cache.words import printable
+from clip_adapter.cache.writer import CacheWriter
 
 # What has to be the same in all parts beside the arguments, and what of the data set's record not.
 SHARED = ("backbone", "preprocess", "templates", "logit_scale", "logit_bias")
 OF_THE_MACHINE = ("device", "torch_version")
 ROWS_AT_A_TIME = 1024
+MISSING_NAMED = 20
 # Keeps `extract` from going on with what a killed merge left.
 MERGING = {"shard": "merge"}
 
 
-@dataclass(frozen=True)
-class _PartFile:
-    path: Path
-    file: h5py.File
-    part: Part
+class PartFile(StoredFile):
+    """A part of a cache, opened. Raises UserError for what is none, or contradicts FORMAT.md."""
 
-    def attribute(self, name: str) -> Any:
-        value = self.file.attrs[name]
-        return json.loads(value) if isinstance(value, str) else value
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, schema.PART_FORMAT)
+        assert self.metadata.part is not None
+        self.part = self.metadata.part
+        try:
+            self._check_count()
+        except UserError:
+            self.close()
+            raise
+
+    def _broken(self, reason: object) -> UserError:
+        return UserError(
+            f"{self.path} is damaged or no part of a cache: {reason}; extract it again."
+        )
+
+    def _check_count(self) -> None:
+        """Every image that the part was to encode is there or listed as skipped."""
+        for split in self.splits:
+            if split not in self.part.rows:
+                raise self._broken(f"it has {split} images and states none")
+        for split, (start, stop, _) in self.part.rows.items():
+            found = sum(self.lengths.get(f"{letter} {split}", 0) for letter in "NS")
+            if found != stop - start:
+                raise UserError(
+                    f"{self.path} accounts for {found} of its {stop - start} {split} images; "
+                    "extract it again."
+                )
 
     @property
-    def dataset(self) -> dict[str, Any]:
-        stored = self.attribute("dataset")
-        return {key: value for key, value in stored.items() if key not in OF_THE_MACHINE}
+    def skipped(self) -> int:
+        return sum(self.lengths.get(f"S {split}", 0) for split in self.splits)
+
+    def shared(self) -> dict[str, Any]:
+        """What every part of one cache has to say the same of beside the arguments."""
+        dataset = {
+            key: value for key, value in self.metadata.dataset.items() if key not in OF_THE_MACHINE
+        }
+        stated = {name: getattr(self.metadata, name) for name in SHARED}
+        return stated | {"dataset": dataset, "number of parts": self.part.of}
 
 
 @dataclass(frozen=True)
@@ -56,10 +86,8 @@ def part_of(path: Path) -> tuple[dict[str, Any], Part, int]:
 
     Raises UserError for a file that is no part.
     """
-    with ExitStack() as stack:
-        opened = _open(path, stack)
-        with _reading(path):
-            return opened.attribute("arguments"), opened.part, layout.count_skipped(opened.file)
+    with PartFile(path) as opened:
+        return opened.metadata.arguments, opened.part, opened.skipped
 
 
 def merge_parts(paths: Sequence[Path], out: Path) -> Merged:
@@ -71,66 +99,45 @@ def merge_parts(paths: Sequence[Path], out: Path) -> Merged:
     and parts that are missing.
     """
     with ExitStack() as stack:
-        parts = [_open(path, stack) for path in paths]
+        parts = [stack.enter_context(PartFile(path)) for path in paths]
         parts.sort(key=lambda part: part.part.index)
         _check_together(parts)
-        first = parts[0]
-        views = max(map(_views, parts))
-        place = Workplace(out, MERGING)
-        with CacheWriter(place, first.attribute("arguments"), views=views, restart=True) as writer:
-            _copy_text(first, writer)
-            for split in first.part.rows:
+        first, metadata = parts[0], parts[0].metadata
+        views = max(part.lengths.get("V train", 1) for part in parts)
+        place = StagingFolder(out, MERGING)
+        with CacheWriter(place, metadata.arguments, views=views, restart=True) as writer:
+            class_names = _copy_text(first, writer)
+            for split in schema.SPLITS:
                 for part in parts:
-                    _copy_images(part, split, writer)
-            dataset = first.attribute("dataset")
-            class_names = list(writer.listed(layout.TEXT, "class_names"))
+                    if split in part.splits:
+                        _copy_images(part, split, len(class_names), writer)
             merged = Merged(class_names, tally(writer), in_several_splits(writer))
+            dataset = dict(metadata.dataset)
             if merged.several:
                 dataset["in_several_splits"] = merged.several
+            assert metadata.templates is not None
             writer.finish(
-                templates=first.attribute("templates"),
-                backbone=first.attribute("backbone"),
-                preprocess=first.attribute("preprocess"),
+                templates=metadata.templates,
+                backbone=metadata.backbone,
+                preprocess=metadata.preprocess,
                 dataset=dataset,
-                logit_scale=first.attribute("logit_scale"),
-                logit_bias=first.attribute("logit_bias"),
+                logit_scale=metadata.logit_scale,
+                logit_bias=metadata.logit_bias,
+                projection=_projection(first),
             )
     return merged
 
 
-def _open(path: Path, stack: ExitStack) -> _PartFile:
-    if not path.exists():
-        raise UserError(f"There is no part at {path}; `extract --shard` makes one.")
-    with _reading(path):
-        file = stack.enter_context(h5py.File(path, "r"))
-        if file.attrs.get("format") != layout.PART_FORMAT:
-            raise UserError(f"{path} is no part of a cache; `extract --shard` makes one.")
-        if file.attrs["format_version"] != layout.FORMAT_VERSION:
-            raise UserError(f"{path} is of another version of the format; extract it again.")
-        opened = _PartFile(path, file, Part(**json.loads(file.attrs["part"])))
-        for name in ("arguments", *SHARED, "dataset"):
-            opened.attribute(name)
-    return opened
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turns what h5py raises on damaged files into a sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged or no part of a cache; extract it again.") from error
-
-
-def _check_together(parts: Sequence[_PartFile]) -> None:
+def _check_together(parts: Sequence[PartFile]) -> None:
     first = parts[0]
     for part in parts[1:]:
-        if differing := _differing(first, part):
+        differing = _differing(first.metadata.arguments, part.metadata.arguments)
+        differing |= _differing(first.shared(), part.shared())
+        if differing:
             raise UserError(
-                f"{part.path} and {first.path} do not belong together: {', '.join(differing)} "
-                "differ; extract all parts with the same arguments."
+                f"{part.path} and {first.path} do not belong together: "
+                f"{printable(', '.join(sorted(differing)))} differ; extract all parts with the "
+                "same arguments."
             )
     for one, other in pairwise(parts):
         if one.part.index == other.part.index:
@@ -138,77 +145,122 @@ def _check_together(parts: Sequence[_PartFile]) -> None:
                 f"{one.path} and {other.path} are both part {one.part.index} of {one.part.of}; "
                 "name every part once."
             )
-    present = {part.part.index for part in parts}
-    missing = [str(i) for i in range(1, first.part.of + 1) if i not in present]
-    if missing:
+    if len(parts) < first.part.of:
+        present = {part.part.index for part in parts}
+        missing = (str(i) for i in range(1, first.part.of + 1) if i not in present)
+        named = ", ".join(islice(missing, MISSING_NAMED))
+        more = first.part.of - len(parts) - MISSING_NAMED
         raise UserError(
-            f"Not all {first.part.of} parts are there; name part {', '.join(missing)} as well."
+            f"Not all {first.part.of} parts are there; name part {named}"
+            f"{f' and {more} more' if more > 0 else ''} as well."
         )
-    for split in first.part.rows:
-        ranges = [part.part.rows[split] for part in parts]
-        joints = [0, *(stop for _, stop, _ in ranges)]
-        if [start for start, _, _ in ranges] != joints[:-1] or joints[-1] != ranges[0][2]:
-            raise UserError(
-                f"The parts do not meet in the {split} split; extract all of them with the same "
-                "--batch-size."
-            )
-    for part in parts:
-        _check_count(part)
+    _check_text(parts)
+    for split in schema.SPLITS:
+        _check_split(parts, split)
 
 
-def _check_count(part: _PartFile) -> None:
-    """Every image that the part was to encode is there or listed as skipped."""
-    for split, (start, stop, _) in part.part.rows.items():
-        with _reading(part.path):
-            group = part.file.get(f"images/{split}", {})
-            found = sum(len(group[name]) for name in ("labels", SKIPPED) if name in group)
-        if found != stop - start:
-            raise UserError(
-                f"{part.path} accounts for {found} of its {stop - start} {split} images; "
-                "extract it again."
-            )
+def _check_text(parts: Sequence[PartFile]) -> None:
+    first, *others = parts
+    templates = first.metadata.templates or []
+    if not first.has_dataset("text/features") or first.strings("text/templates") != templates:
+        raise first._broken("it lacks the text features that part 1 has")
+    for part in others:
+        if part.has_dataset("text/features") or part.has_dataset("projection/weights"):
+            raise part._broken("it has text features or a projection, which only part 1 has")
 
 
-def _differing(first: _PartFile, part: _PartFile) -> list[str]:
-    """What parts of one cache have in common and these two have not."""
-    one, other = first.attribute("arguments"), part.attribute("arguments")
-    differing = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
-    differing |= {name for name in SHARED if part.attribute(name) != first.attribute(name)}
-    if part.dataset != first.dataset:
-        differing.add("dataset")
-    if part.part.of != first.part.of:
-        differing.add("number of parts")
-    return sorted(differing)
-
-
-def _views(part: _PartFile) -> int:
-    train = part.file.get("images/train/features")
-    return 1 if train is None else train.shape[0]
-
-
-def _copy_text(part: _PartFile, writer: CacheWriter) -> None:
-    with _reading(part.path):
-        group = part.file[layout.TEXT]
-        features = group["features"][...]
-        names = group["class_names"].asstr()[...].tolist()
-        prompts = group["prompts"].asstr()[...].tolist() if "prompts" in group else None
-    writer.append_text(features, names, prompts)
-
-
-def _copy_images(part: _PartFile, split: str, writer: CacheWriter) -> None:
-    """A bounded number of images at a time; a part too small for a split has none of it."""
-    group = part.file.get(f"images/{split}")
-    if group is None:
+def _check_split(parts: Sequence[PartFile], split: str) -> None:
+    """Whether the ranges of rows meet, and all parts that have images have the same of them."""
+    if {split in part.part.rows for part in parts} == {False}:
         return
-    with _reading(part.path):
-        rows = group["labels"].shape[0]
-        skipped = group[SKIPPED].asstr()[...].tolist() if SKIPPED in group else []
-        skipped_labels = group[SKIPPED_LABELS][...].tolist() if SKIPPED_LABELS in group else []
-    for start in range(0, max(1, rows), ROWS_AT_A_TIME):
+    ranges = [part.part.rows.get(split, (0, 0, 0)) for part in parts]
+    joints = [0, *(stop for _, stop, _ in ranges)]
+    totals = {total for _, _, total in ranges}
+    if [start for start, _, _ in ranges] != joints[:-1] or totals != {joints[-1]}:
+        raise UserError(
+            f"The parts do not meet in the {split} split; extract all of them with the same "
+            "--batch-size."
+        )
+    here = [part for part in parts if split in part.splits]
+    kinds = [_kinds(part, split) for part in here]
+    for part, kind in zip(here, kinds, strict=True):
+        if kind != kinds[0]:
+            raise UserError(
+                f"{part.path} and {here[0].path} hold {split} images of different kinds; extract "
+                "all parts with the same arguments."
+            )
+    some = [part for part in here if part.lengths[f"N {split}"]]
+    if len({part.has_dataset(f"images/{split}/digests") for part in some}) > 1:
+        raise here[0]._broken(f"digests of {split} are in some parts only")
+
+
+def _kinds(part: PartFile, split: str) -> list[Any]:
+    """Views, types and widths of the arrays of a split."""
+    paths = [f"images/{split}/{name}" for name in ("features", "pre_projection")]
+    there = [path for path in paths if part.has_dataset(path)]
+    widths = [(path, part.dtype_of(path), part.shape_of(path)[2]) for path in there]
+    return [part.lengths[f"V {split}"], *widths]
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+    """Names of which not both have the same."""
+    nothing = object()
+    names = one.keys() | other.keys()
+    return {name for name in names if one.get(name, nothing) != other.get(name, nothing)}
+
+
+def _copy_text(part: PartFile, writer: CacheWriter) -> list[str]:
+    """Copies the text features and returns the class names."""
+    everything = slice(None)
+    features = part.features_of("text/features", (everything,))
+    names = part.strings("text/class_names")
+    prompts = tokens = None
+    if part.has_dataset("text/prompts"):
+        prompts = part.string_table("text/prompts")
+    if part.has_dataset("text/tokens"):
+        tokens = part.rows_of("text/tokens", everything)
+    writer.append_text(features, names, prompts, tokens)
+    return names
+
+
+def _projection(part: PartFile) -> tuple[np.ndarray, np.ndarray | None] | None:
+    if not part.has_dataset("projection/weights"):
+        return None
+    everything = slice(None)
+    bias = None
+    if part.has_dataset("projection/bias"):
+        bias = part.rows_of("projection/bias", everything)
+    return part.rows_of("projection/weights", everything), bias
+
+
+def _copy_images(part: PartFile, split: str, classes: int, writer: CacheWriter) -> None:
+    """A bounded number of images at a time; a part too small for a split has none of it."""
+    room = f"images/{split}"
+
+    def rows(name: str, chosen: slice) -> np.ndarray | None:
+        path = f"{room}/{name}"
+        return part.rows_of(path, chosen) if part.has_dataset(path) else None
+
+    labels = part.labels_of(f"{room}/labels", classes)
+    everything = slice(None)
+    skipped = part.strings(f"{room}/skipped") if part.has_dataset(f"{room}/skipped") else []
+    skipped_labels = None
+    if part.has_dataset(f"{room}/skipped_labels"):
+        skipped_labels = part.labels_of(f"{room}/skipped_labels", classes)
+    for start in range(0, max(1, len(labels)), ROWS_AT_A_TIME):
         chosen = slice(start, start + ROWS_AT_A_TIME)
-        with _reading(part.path):
-            features = group["features"][:, chosen].transpose(1, 0, 2)
-            labels, ids = group["labels"][chosen], group["ids"].asstr()[chosen].tolist()
-            digests = group[DIGESTS][chosen] if DIGESTS in group else None
-        writer.append_images(split, features, labels, ids, skipped, digests, skipped_labels)
-        skipped, skipped_labels = [], []
+        views = (everything, chosen)
+        pre_projection = None
+        if part.has_dataset(f"{room}/pre_projection"):
+            pre_projection = part.features_of(f"{room}/pre_projection", views).transpose(1, 0, 2)
+        writer.append_images(
+            split,
+            part.features_of(f"{room}/features", views).transpose(1, 0, 2),
+            labels[chosen],
+            part.strings(f"{room}/ids", chosen),
+            skipped,
+            rows("digests", chosen),
+            () if skipped_labels is None else skipped_labels,
+            pre_projection,
+        )
+        skipped, skipped_labels = [], None

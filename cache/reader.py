@@ -1,49 +1,21 @@
 """Read a feature cache, refusing with one sentence whatever cannot be trusted."""
 
-import json
-import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache import layout
+from clip_adapter.cache import schema
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.stored_file import StoredFile
 
-ATTRIBUTES = ("backbone", "preprocess", "dataset", "logit_scale", "logit_bias", "complete")
-JSON_ATTRIBUTES = ("backbone", "preprocess", "dataset", "arguments")
-# What h5py raises where the bytes of a file contradict each other.
-DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError)
-
-
-def _is_json_object(text: Any) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except (TypeError, ValueError):
-        return False
-
-
-def _is_sha256(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
-
-
-def _is_fixed_utf8(dtype: np.dtype) -> bool:
-    string = h5py.check_string_dtype(dtype)
-    return string is not None and string.encoding == "utf-8" and string.length is not None
-
-
-_TYPES: dict[str, Callable[[np.dtype], bool]] = {
-    "features": lambda dtype: dtype in (np.float32, np.float16),
-    "labels": lambda dtype: dtype == np.int32,
-    "ids": _is_fixed_utf8,
-    "class_names": _is_fixed_utf8,
-    "templates": _is_fixed_utf8,
-}
+BLOCK_ROWS = 4096
+Optional = Literal["prompts", "tokens", "pre_projection", "projection"]
 
 
 @dataclass(frozen=True)
@@ -55,198 +27,200 @@ class Images:
     ids: list[str]
 
 
-class FeatureCache:
-    """A complete feature cache of format version 1, opened for reading.
+@dataclass(frozen=True)
+class Projection:
+    """The encoder's last linear map, (F, D) and (D,) float32: features = pre-projection @ weights
+    + bias. bias: zeros where the encoder has none."""
 
-    Opening checks the format, its version and completeness, and that all shapes agree; no
-    features are read until `images` or `text_features` asks for them, which also checks their
-    values.
+    weights: npt.NDArray[np.float32]
+    bias: npt.NDArray[np.float32]
 
-    Raises UserError for a file that is missing, not HDF5, foreign, newer, incomplete, or whose
-    shapes or values contradict the format.
+
+class FeatureCache(StoredFile):
+    """A complete feature cache of format version 1 or 2, opened for reading.
+
+    Opening checks that the file is what FORMAT.md says as far as that can be known without its
+    values: identity, metadata, datasets, shapes and sizes. Values are checked when they are read.
+
+    Raises UserError for a file that is missing, not HDF5, foreign, newer, incomplete, damaged, or
+    that contradicts the format.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.exists():
-            raise UserError(f"There is no feature cache at {path}; `extract` makes one.")
-        try:
-            self._file = h5py.File(self.path, "r")
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be read as HDF5: it is damaged, truncated or something else; "
-                "make it again with `extract`."
-            ) from error
-        try:
-            self._check()
-        except BaseException as error:
-            self._file.close()
-            if isinstance(error, DAMAGE) and not isinstance(error, UserError):
-                raise self._broken("its structure is damaged") from error
-            raise
-
-    def _check(self) -> None:
-        if self._scalar("format") == layout.PART_FORMAT:
-            raise UserError(
-                f"{self.path} is one part of a cache; join the parts with `clip-adapter merge`."
-            )
-        if self._scalar("format") != layout.FORMAT:
-            raise UserError(
-                f"{self.path} is an HDF5 file but not a CLIP feature cache; `extract` makes one."
-            )
-        if self._scalar("format_version") != layout.FORMAT_VERSION:
-            raise UserError(
-                f"{self.path} has format version {self._scalar('format_version')}, this program "
-                f"reads version {layout.FORMAT_VERSION}; update clip-adapter or extract again."
-            )
-        missing = [name for name in ATTRIBUTES if name not in self._file.attrs]
-        if missing or not self._scalar("complete"):
-            raise self._broken(f"it is incomplete ({', '.join(missing) or 'marked so'})")
-        for name in JSON_ATTRIBUTES:
-            if name in self._file.attrs and not _is_json_object(self._scalar(name)):
-                raise self._broken(f"attribute {name} is not a JSON object")
-        for name in ("logit_scale", "logit_bias"):
-            value = self._scalar(name)
-            if not isinstance(value, np.number) or not np.isfinite(value):
-                raise self._broken(f"attribute {name} is not a finite number")
-        if not _is_sha256(self._file.attrs.get("content_sha256", "0" * 64)):
-            raise self._broken("attribute content_sha256 is not a SHA-256")
-        self._check_datasets()
-
-    def _scalar(self, name: str) -> Any:
-        """An attribute of one value, None for an array or none."""
-        value = self._file.attrs.get(name)
-        return None if isinstance(value, np.ndarray) else value
-
-    def _check_datasets(self) -> None:
-        paths = layout.dataset_paths(self._file)
-        absent = [path for path in paths if not isinstance(self._file.get(path), h5py.Dataset)]
-        if absent or not self.splits:
-            raise self._broken(f"it lacks {', '.join(absent) or 'images'}")
-        for path in paths:
-            dataset = self._file[path]
-            kind = path.rpartition("/")[2]
-            if not _TYPES[kind](dataset.dtype):
-                raise self._broken(f"{path} has a type that the format does not know")
-            if dataset.ndim != (3 if kind == "features" else 1) or 0 in dataset.shape:
-                raise self._broken(f"{path} has the shape {dataset.shape}")
-        text = self._file["text/features"]
-        if text.shape[:2] != (len(self.class_names), len(self.templates)):
-            raise self._broken(f"text features {text.shape} disagree with the classes or templates")
-        for split in self.splits:
-            features = self._file[f"images/{split}/features"]
-            rows = {self._file[f"images/{split}/{name}"].shape for name in ("labels", "ids")}
-            if rows != {features.shape[1:2]}:
-                raise self._broken(f"features, labels and ids of {split} disagree in shape")
-            if features.shape[2] != text.shape[2]:
-                raise self._broken(f"image and text features of {split} differ in width")
-
-    def _broken(self, reason: str) -> UserError:
-        return UserError(f"{self.path} cannot be used: {reason}; make it again with `extract`.")
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return tuple(split for split in layout.SPLITS if f"images/{split}" in self._file)
+        super().__init__(path, schema.FORMAT)
 
     @property
     def backbone(self) -> dict[str, Any]:
-        return json.loads(self._file.attrs["backbone"])
+        return self.metadata.backbone
 
     @property
     def preprocess(self) -> dict[str, Any]:
-        return json.loads(self._file.attrs["preprocess"])
+        return self.metadata.preprocess
 
     @property
     def dataset(self) -> dict[str, Any]:
-        return json.loads(self._file.attrs["dataset"])
+        return self.metadata.dataset
 
     @property
     def arguments(self) -> dict[str, Any]:
         """What `extract` was asked for, {} for a cache written by something else."""
-        return json.loads(self._file.attrs.get("arguments", "{}"))
+        return self.metadata.arguments
 
-    @property
+    @cached_property
     def content_sha256(self) -> str:
         """Identity of the cached numbers (FORMAT.md), computed where the file does not state it."""
-        return self._file.attrs.get("content_sha256") or layout.content_sha256(self._file)
+        return self.metadata.content_sha256 or self.hashed_content()
 
     @property
     def logit_scale(self) -> float:
         """The multiplier itself (about 100 for CLIP), not its logarithm."""
-        return float(self._file.attrs["logit_scale"])
+        return self.metadata.logit_scale
 
     @property
     def logit_bias(self) -> float:
-        return float(self._file.attrs["logit_bias"])
+        return self.metadata.logit_bias
 
     @property
     def skipped(self) -> int:
         """Images of the data set that could not be read and are not here."""
-        return layout.count_skipped(self._file)
+        return sum(self.lengths.get(f"S {split}", 0) for split in self.splits)
 
     @cached_property
     def class_names(self) -> list[str]:
-        return self._strings("text/class_names")
+        return self.strings("text/class_names")
 
     @cached_property
     def templates(self) -> list[str]:
-        return self._strings("text/templates")
+        return self.strings("text/templates")
+
+    def has(self, name: Optional) -> bool:
+        """Whether the cache has what only some caches have (FORMAT.md)."""
+        paths = {
+            "prompts": "text/prompts",
+            "tokens": "text/tokens",
+            "pre_projection": f"images/{self.splits[0]}/pre_projection",
+            "projection": "projection/weights",
+        }
+        return self.has_dataset(paths[name])
 
     def text_features(self) -> npt.NDArray[np.float32]:
         """(C, P, D) float32, un-normalised."""
-        return self._values("text/features")
+        return self.features_of("text/features", (slice(None),)).astype(np.float32)
+
+    def tokens(self) -> npt.NDArray[np.int32]:
+        """(C, P, L) int32: what the text tower was given for each prompt; zeros for none."""
+        self._need("tokens")
+        return self.rows_of("text/tokens", slice(None))
+
+    def projection(self) -> Projection:
+        self._need("projection")
+        weights = self.rows_of("projection/weights", slice(None))
+        bias = np.zeros(weights.shape[1], np.float32)
+        if self.has_dataset("projection/bias"):
+            bias = self.rows_of("projection/bias", slice(None))
+        if not (np.isfinite(weights).all() and np.isfinite(bias).all()):
+            raise self._broken("projection holds values that are not finite")
+        return Projection(weights, bias)
+
+    def _need(self, name: Optional) -> None:
+        if not self.has(name):
+            raise UserError(f"{self.path} has no {name.replace('_', '-')}; extract it with some.")
 
     def shape(self, split: str) -> tuple[int, int, int]:
         """(V, N, D) of a split's features."""
-        views, rows, dim = self._file[f"images/{split}/features"].shape
+        self._need_split(split)
+        views, rows, dim = self.shape_of(f"images/{split}/features")
         return views, rows, dim
 
     def labels(self, split: str) -> npt.NDArray[np.int32]:
         """(N,) int32, checked to lie within the classes."""
-        labels = self._read(f"images/{split}/labels")
-        if not 0 <= labels.min() <= labels.max() < len(self.class_names):
-            raise self._broken(f"labels of {split} lie outside the {len(self.class_names)} classes")
-        return labels
+        self._need_split(split)
+        return self.labels_of(f"images/{split}/labels", self.lengths["C"])
+
+    def ids(self, split: str, rows: npt.ArrayLike | None = None) -> list[str]:
+        """The ids of these rows in this order; of all where `rows` is None."""
+        self._need_split(split)
+        path = f"images/{split}/ids"
+        if rows is None:
+            return self.strings(path)
+        wanted = self._rows(split, rows)
+        names: dict[int, str] = {}
+        # A bounded piece at a time: all names of a large split take more than its labels.
+        for start in range(0, self.lengths[f"N {split}"], BLOCK_ROWS):
+            here = np.unique(wanted[(wanted >= start) & (wanted < start + BLOCK_ROWS)])
+            if len(here):
+                first = int(here[0])
+                found = self.strings(path, slice(first, int(here[-1]) + 1))
+                names |= {row: found[row - first] for row in here.tolist()}
+        return [names[row] for row in wanted.tolist()]
+
+    def features(
+        self, split: str, rows: npt.ArrayLike, views: int | None = None
+    ) -> npt.NDArray[np.float32]:
+        """(V, R, D) float32, un-normalised: the features of R rows in the order given.
+
+        rows: (R,) integers; a row may come several times. views: how many, view 0 being the first;
+            None for all.
+        Beside the result about 1 MiB is in memory, or a chunk where the file has larger ones.
+        """
+        return self._rows_of_views(split, "features", rows, views)
+
+    def pre_projection(
+        self, split: str, rows: npt.ArrayLike, views: int | None = None
+    ) -> npt.NDArray[np.float32]:
+        """(V, R, F) float32: what the projection is applied to, as `features` gives features."""
+        self._need("pre_projection")
+        return self._rows_of_views(split, "pre_projection", rows, views)
+
+    def blocks(
+        self, split: str, size: int = BLOCK_ROWS
+    ) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]]:
+        """All rows in order, `size` at a time: features of view 0, (R, D) float32, labels (R,)."""
+        labels = self.labels(split)
+        for start in range(0, len(labels), size):
+            rows = np.arange(start, min(start + size, len(labels)))
+            yield self.features(split, rows, views=1)[0], labels[rows]
 
     def images(self, split: str, views: int | None = None) -> Images:
-        """The features, labels and ids of one split.
+        """All features, labels and ids of one split in memory.
 
         views: how many to read, view 0 being the first; None for all.
-        Raises UserError where the cache has no such split, a checksum fails, a feature is NaN or
-        infinite, or a label lies outside the classes.
         """
+        rows = np.arange(self.shape(split)[1])
+        return Images(self.features(split, rows, views), self.labels(split), self.ids(split))
+
+    def _rows_of_views(
+        self, split: str, name: str, rows: npt.ArrayLike, views: int | None
+    ) -> npt.NDArray[np.float32]:
+        self._need_split(split)
+        path = f"images/{split}/{name}"
+        wanted = self._rows(split, rows)
+        stored, _, dim = self.shape_of(path)
+        found = np.empty((min(views or stored, stored), len(wanted), dim), np.float32)
+        order = np.argsort(wanted, kind="stable")
+        step = self.row_step(path)
+        edges = np.searchsorted(wanted[order], np.arange(0, self.shape_of(path)[1] + step, step))
+        for first, last in pairwise(edges.tolist()):
+            if first == last:
+                continue
+            places = order[first:last]
+            here = wanted[places]
+            low, high = int(here[0]), int(here[-1]) + 1
+            for view in range(len(found)):
+                piece = self.features_of(path, (view, slice(low, high)))
+                found[view, places] = piece[here - low]
+        return found
+
+    def _rows(self, split: str, rows: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        wanted = np.asarray(rows, np.int64)
+        count = self.lengths[f"N {split}"]
+        if wanted.ndim != 1 or (len(wanted) and not 0 <= wanted.min() <= wanted.max() < count):
+            raise IndexError(f"rows outside the {count} of {split}")
+        return wanted
+
+    def _need_split(self, split: str) -> None:
         if split not in self.splits:
             raise UserError(
                 f"{self.path} has no {split} split, only {', '.join(self.splits)}; "
                 "extract a data set with one."
             )
-        features = self._values(f"images/{split}/features", views)
-        return Images(features, self.labels(split), self._strings(f"images/{split}/ids"))
-
-    def _values(self, path: str, first: int | None = None) -> npt.NDArray[np.float32]:
-        values = self._read(path, first).astype(np.float32)
-        if not np.isfinite(values).all():
-            raise self._broken(f"{path} holds values that are not finite")
-        return values
-
-    def _strings(self, path: str) -> list[str]:
-        try:
-            return [value.decode() for value in self._read(path)]
-        except UnicodeDecodeError as error:
-            raise self._broken(f"{path} is not UTF-8") from error
-
-    def _read(self, path: str, first: int | None = None) -> np.ndarray:
-        """A dataset, or its `first` entries along the first axis."""
-        try:
-            return self._file[path][:first]
-        except DAMAGE as error:
-            raise self._broken(f"{path} is damaged (its checksum does not match)") from error
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from clip_adapter.cache import atomic
+from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
 
 FORMAT = "clip-text-tower"
@@ -122,7 +122,7 @@ def write_text_tower(path: Path, content: bytes) -> None:
     Raises UserError where it cannot be written.
     """
     try:
-        atomic.write_bytes(path, content)
+        files.write_bytes(path, content)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
 
@@ -133,6 +133,11 @@ def read_text_tower(path: Path, sha256: str | None = None) -> TextTower:
     sha256: of the file, where the cache states one.
     Raises UserError for a file that is missing, foreign, newer, damaged or another one.
     """
+    if not files.is_there(path):
+        raise UserError(
+            f"There is no text tower at {path}; `extract --with-text-tower` makes one, and it "
+            "goes wherever the cache goes."
+        )
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest() if sha256 else None
@@ -146,11 +151,6 @@ def read_text_tower(path: Path, sha256: str | None = None) -> TextTower:
             shapes = array_shapes(config)
             _check_names(path, tensors, shapes)
             return TextTower(config, {name: tensors.get_tensor(name) for name in shapes})
-    except FileNotFoundError:
-        raise UserError(
-            f"There is no text tower at {path}; `extract --with-text-tower` makes one, and it "
-            "goes wherever the cache goes."
-        ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except SafetensorError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.workplace import Workplace
+from clip_adapter.cache.files import is_there
 from clip_adapter.extract.prompts import read_descriptions, resolve_templates
 from clip_adapter.extract.shards import (
     Launch,
@@ -20,6 +20,7 @@ from clip_adapter.extract.shards import (
 )
 
 if TYPE_CHECKING:
+    from clip_adapter.cache.staging import StagingFolder
     from clip_adapter.extract.datasets.source import SourceOptions
 
 
@@ -144,7 +145,7 @@ def extract(config: ExtractConfig) -> Path:
     if _already_there(config, shard):
         print(_nothing_to_do(config.out))
         return config.out
-    with _workplace(config, _own(config, shard)) as place:
+    with _staging_folder(config, _own(config, shard)) as place:
         from clip_adapter.extract.job import run_job
 
         print(run_job(config, shard, place))
@@ -162,7 +163,7 @@ def _extract_together(config: ExtractConfig, launch: Launch) -> Path:
     if launch.rank == 0:
         from clip_adapter.cache.parts import MERGING
 
-        with _workplace(config, MERGING):  # better to find out before the parts are encoded
+        with _staging_folder(config, MERGING):  # better to find out before the parts are encoded
             pass
     from clip_adapter.extract.device import device_of_process
     from clip_adapter.extract.job import run_job
@@ -172,7 +173,7 @@ def _extract_together(config: ExtractConfig, launch: Launch) -> Path:
     device = device_of_process(config.device, launch.local_rank)
     own = replace(config, out=out, shard=None, device=device)
     if not _already_there(own, launch.shard):
-        with _workplace(own, _own(own, launch.shard)) as place:
+        with _staging_folder(own, _own(own, launch.shard)) as place:
             run_job(own, launch.shard, place, quiet=launch.rank > 0)
     wait_for_all()
     if launch.rank == 0:
@@ -205,17 +206,19 @@ def _own(config: ExtractConfig, shard: Shard) -> dict[str, Any]:
 
 
 @contextmanager
-def _workplace(config: ExtractConfig, own: Mapping[str, Any]) -> Iterator[Workplace]:
+def _staging_folder(config: ExtractConfig, own: Mapping[str, Any]) -> Iterator["StagingFolder"]:
     """The place beside --out, taken before anything is loaded.
 
-    own: see Workplace.
+    own: see StagingFolder.
     Raises UserError where nothing can be written there, by this run at least. An interruption is
     given to say that nothing is lost (--force, though, would start again).
     """
+    from clip_adapter.cache.staging import StagingFolder
+
     arguments = config.identity()
     if config.precision == "auto":  # only the device will say
         del arguments["precision"]
-    with Workplace(config.out, own) as place:
+    with StagingFolder(config.out, own) as place:
         if not config.force:
             place.refuse_other(arguments, known_so_far=True)
         try:
@@ -234,7 +237,7 @@ def _already_there(config: ExtractConfig, shard: Shard) -> bool:
     Raises UserError where something else stands in its place, or images were skipped that should
     not be.
     """
-    if config.force or not config.out.exists() or config.out.is_dir():
+    if config.force or not is_there(config.out) or config.out.is_dir():
         return False
     stored, skipped = _arguments_of(config.out, shard)
     earlier = ExtractConfig().identity() | stored

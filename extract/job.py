@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from clip_adapter.cache.duplicates import in_several_splits
-from clip_adapter.cache.tally import Tally, tally
+from clip_adapter.cache.metadata import Part
+from clip_adapter.cache.staging import StagingFolder
+from clip_adapter.cache.tally import Tally, in_several_splits, tally
 from clip_adapter.cache.text_tower import encode_text_tower, tower_path, write_text_tower
-from clip_adapter.cache.workplace import Workplace
-from clip_adapter.cache.writer import SKIPPED, CacheWriter, Part
+from clip_adapter.cache.writer import CacheWriter
 from clip_adapter.console.progress import progress
 from clip_adapter.console.wording import counted, warn
 from clip_adapter.extract.backbone import load_backbone
@@ -46,7 +46,9 @@ if TYPE_CHECKING:
     from clip_adapter.extract.command import ExtractConfig
 
 
-def run_job(config: "ExtractConfig", shard: Shard, place: Workplace, quiet: bool = False) -> str:
+def run_job(
+    config: "ExtractConfig", shard: Shard, place: StagingFolder, quiet: bool = False
+) -> str:
     """Encode what is not staged yet, write the file (a part of a cache where there are several
     shards) and return what to say about it.
 
@@ -108,8 +110,12 @@ def run_job(config: "ExtractConfig", shard: Shard, place: Workplace, quiet: bool
             warn_of_duplicates(several)
             warn_of_lost_classes(tallies, dataset.class_names)
         with job.watch("write"):
-            if tower is not None and shard.index == 1:
-                write_text_tower(tower_path(place.path), tower)
+            projection = None
+            if shard.index == 1:  # which has what belongs to no image
+                if encoder.projection is not None:
+                    projection = encoder.projection.arrays()
+                if tower is not None:
+                    write_text_tower(tower_path(place.path), tower)
             writer.finish(
                 templates=text.stored_templates,
                 backbone=described,
@@ -117,7 +123,7 @@ def run_job(config: "ExtractConfig", shard: Shard, place: Workplace, quiet: bool
                 dataset=record,
                 logit_scale=backbone.logit_scale,
                 logit_bias=backbone.logit_bias,
-                projection=encoder.projection and encoder.projection.arrays(),
+                projection=projection,
                 part=part,
             )
     return job.summary(tallies)
@@ -162,7 +168,7 @@ class _Job:
         """
         if self._config.on_error == "fail":
             names = self._dataset.splits
-            skipped = sum(1 for name in names for _ in self._writer.listed(name, SKIPPED))
+            skipped = sum(1 for name in names for _ in self._writer.listed(name, "skipped"))
             refuse_skipped(self._config.out, skipped)
         bounds = {name: self.bounds(name) for name in self._dataset.splits}
         total = sum(stop - start for start, stop, _ in bounds.values())

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from clip_adapter.cache import atomic
+from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.adapter_layout import (
     RATIOS,
@@ -71,7 +71,7 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {**adapter.arrays, WEIGHTS: adapter.weights}
     content = save({name: np.asarray(array, order="C") for name, array in tensors.items()})
-    atomic.write_bytes(folder / ARRAYS_FILE, content)
+    files.write_bytes(folder / ARRAYS_FILE, content)
     document = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -80,7 +80,7 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
     }
     document = json.loads(json.dumps(document))
     document[OWN_SHA256] = document_sha256(document)
-    atomic.write_text(folder / INFO_FILE, json.dumps(document, indent=1))
+    files.write_text(folder / INFO_FILE, json.dumps(document, indent=1))
 
 
 def document_sha256(document: Mapping[str, Any]) -> str:

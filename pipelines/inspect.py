@@ -11,12 +11,13 @@ import numpy as np
 import tyro
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.files import is_there
 from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.words import printable
 from clip_adapter.console.command import run_command
 from clip_adapter.console.wording import size
 from clip_adapter.pipelines.adapter_file import ARRAYS_FILE, INFO_FILE, SavedAdapter, load_adapter
 from clip_adapter.pipelines.adapter_layout import RATIOS
-from clip_adapter.pipelines.plain_text import printable
 
 FIRST_CLASSES = 5
 FIRST_TEMPLATES = 2
@@ -40,7 +41,7 @@ def inspect(config: InspectConfig) -> Facts:
     or neither a cache nor an adapter, or that `FeatureCache` or `load_adapter` refuses.
     """
     path = config.file
-    if not path.exists():
+    if not is_there(path):
         raise UserError(f"{path} does not exist; name a feature cache or a run folder.")
     if path.is_dir() or path.name in (INFO_FILE, ARRAYS_FILE):
         return _adapter_facts(path, load_adapter(path))
@@ -54,14 +55,13 @@ def inspect(config: InspectConfig) -> Facts:
 
 
 def _cache_facts(cache: FeatureCache) -> Facts:
-    with h5py.File(cache.path, "r") as file:
-        stated = dict(file.attrs)
-        dtype = file["text/features"].dtype
+    stated = cache.metadata
+    dtype = cache.dtype_of("text/features")
     facts = [
         ("file", f"{cache.path}, {size(cache.path.stat().st_size)}"),
-        ("what", f"feature cache, format version {stated['format_version']}"),
-        ("made by", f"{stated.get('writer', 'unknown')}, {stated.get('created_at', 'undated')}"),
-        ("content", f"SHA-256 {stated.get('content_sha256', 'not stated')}"),
+        ("what", f"feature cache, format version {stated.format_version}"),
+        ("made by", f"{stated.writer}, {stated.created_at}"),
+        ("content", f"SHA-256 {stated.content_sha256 or 'not stated'}"),
     ]
     facts += [(f"images/{split}", _split_words(cache, split)) for split in cache.splits]
     facts += [

@@ -16,11 +16,11 @@ import tyro
 from PIL import Image
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.words import printable
 from clip_adapter.console.command import EXIT_PARTIAL, run_command
 from clip_adapter.console.progress import Advance, progress
 from clip_adapter.extract.datasets.image_files import images_below, unreadable
 from clip_adapter.extract.images import BadImage, read_rgb
-from clip_adapter.pipelines.plain_text import printable
 from clip_adapter.pipelines.prediction_formats import FORMATS, Prediction
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Protocol, TextIO
 
 from rich.cells import cell_len
 
-from clip_adapter.pipelines.plain_text import printable
+from clip_adapter.cache.words import printable
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from safetensors.numpy import load_file, save
 
 from clip_adapter.adapters.engine import Leaves
 from clip_adapter.adapters.method import Evaluation, Setting
-from clip_adapter.cache import atomic
+from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.lock import take_lock
+from clip_adapter.cache.files import take_lock
 from clip_adapter.console.progress import Advance
 
 SETTING_COLUMNS = (
@@ -81,7 +81,7 @@ class RunFolder:
                     _check_empty(path)
                     (path / "results.csv").write_text(",".join(RESULT_COLUMNS) + "\n")
                     (path / "selected.jsonl").write_text("")
-                    atomic.write_text(path / "run.json", json.dumps(arguments, indent=1))
+                    files.write_text(path / "run.json", json.dumps(arguments, indent=1))
                 self._results = (path / "results.csv").open("a", newline="")
             except OSError as error:
                 raise UserError(f"Cannot write to {path}: {error.strerror}.") from error
@@ -94,7 +94,7 @@ class RunFolder:
         text = path.read_text()
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
-            atomic.write_text(path, whole)
+            files.write_text(path, whole)
         return list(csv.DictReader(StringIO(whole)))
 
     def selected(self) -> list[Row]:
@@ -102,7 +102,7 @@ class RunFolder:
 
     def add_selected(self, row: Row) -> None:
         rows = [*self.selected(), row]
-        atomic.write_text(
+        files.write_text(
             self.path / "selected.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
         )
 
@@ -124,10 +124,10 @@ class RunFolder:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        atomic.write_text(self.path / "summary.csv", text.getvalue())
+        files.write_text(self.path / "summary.csv", text.getvalue())
 
     def write_json(self, name: str, document: Any) -> None:
-        atomic.write_text(self.path / name, json.dumps(document, indent=1))
+        files.write_text(self.path / name, json.dumps(document, indent=1))
 
     def close(self) -> None:
         self._results.close()
@@ -201,7 +201,7 @@ class StateFolder(MutableMapping[str, Leaves]):
         self._folder.mkdir(parents=True, exist_ok=True)
         content = save({str(index): leaf for index, leaf in enumerate(leaves)})
         # Megabytes for each setting: waiting for the disk would take as long as training.
-        atomic.write_bytes(self._path(name), content, sync=False)
+        files.write_bytes(self._path(name), content, sync=False)
 
     def __delitem__(self, name: str) -> None:
         if not self._path(name).exists():

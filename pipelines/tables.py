@@ -156,12 +156,12 @@ def _repetitions(tasks: Sequence["Draw"]) -> list[str]:
     """A sentence per number of shots for classes that had too few images."""
     counts: dict[tuple[str, Shots], int] = {}
     for drawn in tasks:
-        counts["training", drawn.shots] = len(drawn.repeated_classes)
+        counts["training", drawn.shots] = len(drawn.small_classes)
         fewest = min(drawn.shots, VALIDATION_SHOTS) if isinstance(drawn.shots, int) else 0
-        counts["validation", fewest] = len(drawn.repeated_validation_classes)
+        counts["validation", fewest] = len(drawn.small_validation_classes)
     return [
         f"{count} class{'es have' if count > 1 else ' has'} fewer than {shots} {split} images: "
-        "drawn with repetition"
+        "each taken once"
         for (split, shots), count in counts.items()
         if count
     ]

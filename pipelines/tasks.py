@@ -1,7 +1,7 @@
 """From a cache to the arrays of one task: support, validation and test."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax.numpy as jnp
@@ -66,16 +66,15 @@ class Draw:
     """The rows of one (shots, seed), in drawing order.
 
     support: rows of train. validation: rows of val; empty where the selection rule takes none.
-    repeated_classes, repeated_validation_classes: classes with too few images for a draw without
-    repetition.
+    small_classes, small_validation_classes: classes with too few images for the draw.
     """
 
     shots: Shots
     seed: int
     support: npt.NDArray[np.int64]
     validation: npt.NDArray[np.int64]
-    repeated_classes: tuple[int, ...] = ()
-    repeated_validation_classes: tuple[int, ...] = ()
+    small_classes: tuple[int, ...] = ()
+    small_validation_classes: tuple[int, ...] = ()
 
 
 def draw(data: CachedData, shots: Shots, seed: int, rule: Selection) -> Draw:
@@ -96,8 +95,11 @@ def draw(data: CachedData, shots: Shots, seed: int, rule: Selection) -> Draw:
         return Draw(shots, seed, np.arange(len(data.train.labels)), whole)
     task = draw_few_shot(data.train.labels, val_labels, shots=shots, seed=seed)
     if rule == "few-shot-val":
-        return Draw(shots, seed, **asdict(task))
-    return Draw(shots, seed, task.support, whole, task.repeated_classes)
+        whole = task.validation
+        small_validation_classes = task.small_validation_classes
+    else:
+        small_validation_classes = ()
+    return Draw(shots, seed, task.support, whole, task.small_classes, small_validation_classes)
 
 
 def whole_task(data: CachedData, drawn: Draw) -> Task:

@@ -8,11 +8,20 @@ import numpy as np
 from clip_adapter.cache.writer import CacheWriter
 
 ARGUMENTS = {"dataset": "toys", "backbone": "toy-clip"}
+BACKBONE = {
+    "name": "toy-clip",
+    "pretrained": "made-up",
+    "weights_sha256": "0" * 64,
+    "embed_dim": 4,
+    "image_size": 8,
+    "quick_gelu": False,
+}
+DATASET = {"name": "toys", "source": "made up", "version": "1", "splits": {"test": "made up"}}
 FINISH: dict[str, Any] = {
     "templates": ["a {}", "the {}"],
-    "backbone": {"name": "toy-clip", "weights_sha256": "0" * 64},
+    "backbone": BACKBONE,
     "preprocess": {"size": 8},
-    "dataset": {"name": "toys", "source": "made up", "version": "1"},
+    "dataset": DATASET,
     "logit_scale": 42.5,
     "logit_bias": -1.25,
 }

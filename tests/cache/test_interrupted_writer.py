@@ -9,26 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 
-from clip_adapter.cache import atomic
+from clip_adapter.cache import files, staging
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.writer import CacheWriter
+from tests.cache.rewriting import datasets
 from tests.cache.small_cache import ARGUMENTS, BATCH, FINISH, make_cache, write_all
-
-
-def datasets(path: Path) -> dict[str, tuple]:
-    found = {}
-
-    def note(name: str, item: h5py.HLObject) -> None:
-        if isinstance(item, h5py.Dataset):
-            found[name] = (item.dtype.str, item.shape, item[...].tobytes())
-
-    with h5py.File(path) as file:
-        file.visititems(note)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +54,9 @@ def test_every_cut_through_the_last_batch(
     monkeypatch.setattr(os, "fsync", lambda _: None)  # which only a power cut would tell
     journal, rows = staged / f"{name}.journal", staged / f"{name}.rows"
     begin, end = last_line(journal)
-    before = json.loads(journal.read_bytes()[:begin].splitlines()[-1])["rows"]
-    total = json.loads(journal.read_bytes().splitlines()[-1])["rows"]
+    before, total = (
+        json.loads(line[32:])["rows"] for line in journal.read_bytes().splitlines()[-2:]
+    )
     row_bytes = rows.stat().st_size // total
     states = [(size, begin) for size in range(before * row_bytes, total * row_bytes + 1)]
     states += [(total * row_bytes, size) for size in range(begin, end + 1)]
@@ -89,27 +78,92 @@ def test_rows_that_the_disk_lost_are_made_again(
     assert go_on(tmp_path / "features.h5") == uninterrupted
 
 
+@pytest.mark.parametrize("name", ["train", "text"])
+def test_whatever_byte_of_what_is_staged_flips_the_cache_is_the_same(
+    staged: Path, tmp_path: Path, name: str, uninterrupted: dict[str, tuple],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    rng = random.Random(name)
+    kept = tmp_path / "kept"
+    shutil.copytree(staged, kept)
+    for kind in ("rows", "journal"):
+        size = (kept / f"{name}.{kind}").stat().st_size
+        for place in rng.sample(range(size), min(size, 25)):
+            shutil.rmtree(staged, ignore_errors=True)
+            shutil.copytree(kept, staged)
+            content = bytearray((staged / f"{name}.{kind}").read_bytes())
+            content[place] ^= 1 << rng.randrange(8)
+            (staged / f"{name}.{kind}").write_bytes(content)
+            assert go_on(tmp_path / "features.h5") == uninterrupted, (kind, place)
+            (tmp_path / "features.h5").unlink()
+
+
+def test_damage_costs_what_lies_behind_it_and_no_more(staged: Path) -> None:
+    path = staged.with_name("features.h5")
+    rows = bytearray((staged / "train.rows").read_bytes())
+    rows[len(rows) // 2] ^= 1  # row 11 of 22, in the third batch of five
+    (staged / "train.rows").write_bytes(rows)
+    with CacheWriter(path, ARGUMENTS, views=1) as writer:
+        assert (writer.consumed("train"), writer.consumed("test"), writer.text_rows()) == (
+            10,
+            11,
+            3,
+        )
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("name", ["train.rows", "train.journal"])
 @pytest.mark.parametrize(
-    ("name", "content"),
+    "content", [b"", b"{}\n", b"\n", DEEP.encode(), b"0" * 32 + b'{"rows": 1e99}\n', None]
+)
+def test_files_that_hold_something_else_are_made_again(
+    staged: Path, tmp_path: Path, uninterrupted: dict[str, tuple], name: str, content: bytes | None
+) -> None:
+    (staged / name).unlink()
+    if content is not None:
+        (staged / name).write_bytes(content)
+    assert go_on(tmp_path / "features.h5") == uninterrupted
+
+
+FILES = ("train.rows", "train.journal", "arguments.json")
+CONTENTS = {
+    "deep": DEEP.encode(),
+    "no object": b"[1]",
+    "no dtype": staging.journal_line({"dtype": 3}, b""),
+    "no such dtype": staging.journal_line({"dtype": [["features", "no such type", [1]]]}, b""),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
     [
-        ("train.shape", ""),
-        ("train.shape", '{"inner": 1}'),
-        ("train.shape", '{"inner": "1", "dim": 4, "dtype": "float32"}'),
-        ("train.shape", '{"inner": 1, "dim": 4, "dtype": "nonsense"}'),
-        ("train.journal", "nonsense\n"),
-        ("train.journal", "[]\n"),
+        *((name, kind) for name in FILES for kind in ("folder", "pipe")),
+        *(("arguments.json", kind) for kind in ("deep", "no object")),
+        *(("train.journal", kind) for kind in ("no dtype", "no such dtype")),
     ],
 )
-def test_damage_asks_for_force(
-    staged: Path, tmp_path: Path, uninterrupted: dict[str, tuple], name: str, content: str
+def test_what_nobody_can_go_on_with_asks_for_force(
+    staged: Path, tmp_path: Path, uninterrupted: dict[str, tuple], name: str, kind: str
 ) -> None:
-    (staged / name).write_text(content)
+    victim = staged / name
+    victim.unlink()
+    if kind == "folder":
+        victim.mkdir()
+        (victim / "within").write_text("")
+    elif kind == "pipe":
+        os.mkfifo(victim)
+    else:
+        victim.write_bytes(CONTENTS[kind])
     path = tmp_path / "features.h5"
     with (
+        pytest.raises(UserError, match=r"is damaged .*; use --force to start again") as caught,
         CacheWriter(path, ARGUMENTS, views=1) as writer,
-        pytest.raises(UserError, match=r"train\..* is damaged .*; use --force to start again"),
     ):
         writer.consumed("train")
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
     with CacheWriter(path, ARGUMENTS, views=1, restart=True) as writer:
         write_all(writer)
         writer.finish(**FINISH)
@@ -126,7 +180,7 @@ def test_small_files_are_on_the_disk_before_they_get_their_name(
         synced.append(os.fstat(descriptor).st_size)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    atomic.write_text(tmp_path / "small", "text")
+    files.write_text(tmp_path / "small", "text")
     assert synced == [4]
     assert (tmp_path / "small").read_text() == "text"
 
@@ -218,7 +272,7 @@ def test_nothing_stands_under_the_final_name_before_the_end(
 
         monkeypatch.setattr(Path, "replace", watch)
         writer.finish(**FINISH)
-    assert [len(found) for found in renamed] == [11]
+    assert [len(found) for found in renamed] == [12]
     assert [entry.name for entry in tmp_path.iterdir()] == ["features.h5"]
 
 

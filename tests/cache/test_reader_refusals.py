@@ -1,5 +1,7 @@
 """Every file that cannot be trusted is refused, with a sentence that says what is wrong."""
 
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
+from tests.cache.rewriting import Change, put, rewrite, store_metadata
 from tests.cache.small_cache import make_cache
 
 
@@ -23,7 +26,7 @@ def read_all(path: Path) -> list[Any]:
         images = [cache.images(split) for split in cache.splits]
         arrays = [array for i in images for array in (i.features.tobytes(), i.labels.tobytes())]
         return [*arrays, *(i.ids for i in images), cache.text_features().tobytes(),
-                cache.class_names, cache.templates, cache.logit_scale, cache.splits]  # fmt: skip
+                cache.class_names, cache.templates, cache.metadata, cache.splits]  # fmt: skip
 
 
 def refused(path: Path, words: str) -> None:
@@ -31,8 +34,9 @@ def refused(path: Path, words: str) -> None:
         read_all(path)
     sentence = str(caught.value)
     assert path.name in sentence
-    assert "\n" not in sentence
-    assert any(advice in sentence for advice in ("extract", "has no"))
+    assert sentence.isprintable()
+    assert len(sentence) < 400 + len(str(path))
+    assert any(advice in sentence for advice in ("extract", "has no", "name a file"))
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -42,11 +46,27 @@ def test_a_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"just text\n", b"\x89HDF\r\n\x1a\n" + b"\0" * 50])
 def test_something_else_than_hdf5(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "text.h5").write_bytes(content)
-    refused(tmp_path / "text.h5", "cannot be read as HDF5")
+    refused(tmp_path / "text.h5", "cannot be read as HDF5|its structure is damaged")
 
 
 def test_a_folder(tmp_path: Path) -> None:
     refused(tmp_path, "cannot be read as HDF5")
+
+
+def test_a_pipe_a_socket_and_a_device(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(tmp_path / "socket"))
+        (tmp_path / "link").symlink_to("/dev/zero")
+        for name in ("pipe", "socket", "link"):
+            refused(tmp_path / name, "is a pipe, a socket or a device; name a file")
+
+
+def test_a_path_that_cannot_be_looked_up(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("x" * 300, "loop", "a\0b"):
+        with pytest.raises(UserError, match="cannot be read: "):
+            FeatureCache(tmp_path / name)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
@@ -57,87 +77,188 @@ def test_a_truncated_file(cache: Path, share: float) -> None:
 
 
 def test_hdf5_of_somebody_else(tmp_path: Path) -> None:
-    with h5py.File(tmp_path / "other.h5", "w") as file:
-        file["data"] = np.arange(3)
-    refused(tmp_path / "other.h5", "is an HDF5 file but not a CLIP feature cache")
-
-
-Change = Callable[[h5py.File], None]
+    for libver in ("earliest", "latest"):
+        with h5py.File(tmp_path / "other.h5", "w", libver=libver) as file:
+            file["data"] = np.arange(3)
+        refused(tmp_path / "other.h5", "is an HDF5 file but not a CLIP feature cache")
 
 
 def attribute(name: str, value: Any) -> Change:
-    return lambda file: file.attrs.__setitem__(name, value)
+    return lambda file, document: file.attrs.__setitem__(name, value)
 
 
 def without_attribute(name: str) -> Change:
-    return lambda file: file.attrs.__delitem__(name)
+    return lambda file, document: file.attrs.__delitem__(name)
 
 
-def without(path: str) -> Change:
-    return lambda file: file.__delitem__(path)
+def stated(name: str, value: Any) -> Change:
+    """`backbone.name` and the like in the metadata."""
 
-
-def replaced(path: str, value: Any, **options: Any) -> Change:
-    def change(file: h5py.File) -> None:
-        del file[path]
-        file.create_dataset(path, data=value, **options)
+    def change(file: h5py.File, document: dict[str, Any]) -> None:
+        *rooms, last = name.split(".")
+        for room in rooms:
+            document = document[room]
+        document[last] = value
 
     return change
 
 
+def unstated(name: str) -> Change:
+    def change(file: h5py.File, document: dict[str, Any]) -> None:
+        *rooms, last = name.split(".")
+        for room in rooms:
+            document = document[room]
+        del document[last]
+
+    return change
+
+
+def without(path: str) -> Change:
+    return lambda file, document: file.__delitem__(path)
+
+
+def replaced(path: str, value: Any, **options: Any) -> Change:
+    return lambda file, document: put(file, path, np.asarray(value), **options)
+
+
 def set_value(path: str, place: Any, value: Any) -> Change:
-    return lambda file: file[path].__setitem__(place, value)
+    return lambda file, document: file[path].__setitem__(place, value)
 
 
-def train_became_a_dataset(file: h5py.File) -> None:
+def ids_became_a_group(file: h5py.File, document: dict[str, Any]) -> None:
     del file["images/train/ids"]
     file.create_group("images/train/ids")
 
 
+def linked(path: str, link: object) -> Change:
+    def change(file: h5py.File, document: dict[str, Any]) -> None:
+        if isinstance(link, h5py.SoftLink):
+            file.move(path, link.path)
+        else:
+            del file[path]
+        file[path] = link
+
+    return change
+
+
+def virtual(path: str) -> Change:
+    """A dataset that is made of itself."""
+
+    def change(file: h5py.File, document: dict[str, Any]) -> None:
+        old = file[path]
+        layout = h5py.VirtualLayout(old.shape, old.dtype)
+        layout[...] = h5py.VirtualSource(".", path, old.shape, old.dtype)
+        del file[path]
+        file.create_virtual_dataset(path, layout)
+
+    return change
+
+
+def huge(path: str, shape: tuple[int, ...], chunks: tuple[int, ...] | None = None) -> Change:
+    def change(file: h5py.File, document: dict[str, Any]) -> None:
+        kind = file[path].dtype
+        del file[path]
+        file.create_dataset(path, shape, kind, chunks=chunks or shape, fletcher32=True)
+
+    return change
+
+
+def unwritten_chunk(file: h5py.File, document: dict[str, Any]) -> None:
+    del file["images/test/labels"]
+    labels = file.create_dataset("images/test/labels", (10,), "<i4", chunks=(5,), fletcher32=True)
+    labels[:5] = 1
+
+
+def unchecked_chunk(file: h5py.File, document: dict[str, Any]) -> None:
+    labels = file["images/test/labels"]
+    labels.id.write_direct_chunk((0,), np.zeros(10, np.int32).tobytes(), filter_mask=1)
+
+
+def external(file: h5py.File, document: dict[str, Any]) -> None:
+    del file["images/test/labels"]
+    file.create_dataset("images/test/labels", (10,), "<i4", external=[("/etc/passwd", 0, 40)])
+
+
 FIXED = h5py.string_dtype("utf-8", 8)
+ESCAPES = "\x1b[2J\nevil" + "x" * 10_000
 REFUSALS: dict[str, tuple[Change, str]] = {
-    "other format": (attribute("format", "other"), "not a CLIP feature cache"),
-    "format is a list": (attribute("format", ["clip-feature-cache"] * 2), "not a CLIP feature"),
+    "other format": (attribute("format", np.bytes_("other")), "not a CLIP feature cache"),
+    "format is a list": (
+        attribute("format", np.array([b"clip-feature-cache"] * 2)),
+        "not a CLIP feature cache",
+    ),
+    "format of variable length": (
+        attribute("format", "clip-feature-cache"),
+        "not a CLIP feature cache",
+    ),
     "newer version": (
-        attribute("format_version", 2),
-        "format version 2, this program reads version 1; update clip-adapter",
+        attribute("format_version", 3),
+        "format version 3, this program reads versions 1 and 2; update clip-adapter",
     ),
     "older version": (attribute("format_version", 0), "format version 0"),
-    "version is a list": (attribute("format_version", [1, 1]), "format version"),
-    "no version": (without_attribute("format_version"), "format version None"),
-    "not complete": (attribute("complete", False), "incomplete .marked so"),
-    "no complete": (without_attribute("complete"), "incomplete .complete"),
-    "no backbone": (without_attribute("backbone"), "incomplete .backbone"),
-    "no preprocess": (without_attribute("preprocess"), "incomplete .preprocess"),
-    "no dataset": (without_attribute("dataset"), "incomplete .dataset"),
-    "no logit scale": (without_attribute("logit_scale"), "incomplete .logit_scale"),
-    "no logit bias": (without_attribute("logit_bias"), "incomplete .logit_bias"),
-    "backbone not JSON": (attribute("backbone", "{"), "attribute backbone is not a JSON object"),
-    "backbone a number": (attribute("backbone", 3), "attribute backbone is not a JSON object"),
-    "dataset a JSON list": (attribute("dataset", "[1]"), "attribute dataset is not a JSON object"),
-    "preprocess not JSON": (attribute("preprocess", "x"), "attribute preprocess is not a JSON"),
-    "arguments not JSON": (attribute("arguments", "x"), "attribute arguments is not a JSON object"),
-    "scale NaN": (attribute("logit_scale", np.nan), "logit_scale is not a finite number"),
-    "scale a string": (attribute("logit_scale", "100"), "logit_scale is not a finite number"),
-    "bias infinite": (attribute("logit_bias", np.inf), "logit_bias is not a finite number"),
-    "content hash": (attribute("content_sha256", "abc"), "content_sha256 is not a SHA-256"),
+    "version is a list": (attribute("format_version", [2, 2]), "not a CLIP feature cache"),
+    "version is text": (attribute("format_version", np.bytes_(ESCAPES)), "not a CLIP feature"),
+    "version 1 of which nothing else is there": (
+        attribute("format_version", 1),
+        "not a CLIP feature cache",
+    ),
+    "no version": (without_attribute("format_version"), "not a CLIP feature cache"),
+    "another version within": (stated("format_version", ESCAPES), "format_version in its metadata"),
+    "another format within": (stated("format", "x"), "format in its metadata is 'x'"),
+    "not complete": (stated("complete", False), "incomplete .not marked"),
+    "complete is a number": (stated("complete", 1), "incomplete .not marked"),
+    "no complete": (unstated("complete"), "incomplete .not marked"),
+    **{
+        f"no {name}": (unstated(name), rf"incomplete \({name} missing")
+        for name in (
+            *("backbone", "preprocess", "dataset", "logit_scale", "logit_bias", "writer"),
+            *("created_at", "datasets_sha256", "backbone.name", "backbone.pretrained"),
+            *("backbone.weights_sha256", "backbone.embed_dim", "backbone.image_size"),
+            *("backbone.quick_gelu", "dataset.name", "dataset.source", "dataset.splits"),
+        )
+    },
+    "backbone a number": (stated("backbone", 3), "backbone is 3, not a JSON object"),
+    "dataset a list": (stated("dataset", [1]), r"dataset is \[1\], not a JSON object"),
+    "preprocess text": (stated("preprocess", ESCAPES), r"preprocess is '\\x1b\[2J\\nevilx+\.\.\."),
+    "arguments a list": (stated("arguments", []), "arguments is .., not a JSON object"),
+    "name of escapes": (stated("backbone.name", [ESCAPES]), "backbone.name is .*, not a string"),
+    "weights": (stated("backbone.weights_sha256", "x"), "weights_sha256 is 'x', not a SHA-256"),
+    "width": (stated("backbone.embed_dim", True), "embed_dim is True, not a positive integer"),
+    "other width": (stated("backbone.embed_dim", 5), "its features have 4 numbers, not 5"),
+    "size": (stated("backbone.image_size", [1, 0]), "image_size is .1, 0., not one or two pos"),
+    "splits": (stated("dataset.splits", {"a": 1}), "splits is .*, not an object of strings"),
+    "scale NaN": (stated("logit_scale", float("nan")), "its metadata is not a JSON object"),
+    "scale text": (stated("logit_scale", "100"), "logit_scale is '100', not a positive"),
+    "scale zero": (stated("logit_scale", 0), "logit_scale is 0, not a positive"),
+    "scale negative": (stated("logit_scale", -1.5), "logit_scale is -1.5, not a positive"),
+    "scale too large": (stated("logit_scale", 1e39), "logit_scale is 1e.39, not a positive"),
+    "scale too small": (stated("logit_scale", 1e-50), "logit_scale is 1e-50, not a positive"),
+    "bias too large": (stated("logit_bias", 10**50), r"logit_bias is 10+\.\.\.0+, not a finite"),
+    "content hash": (stated("content_sha256", "abc"), "content_sha256 is 'abc', not a SHA-256"),
+    "lone surrogate": (stated("writer", "\ud800"), "its metadata is not a JSON object"),
+    "no hash of labels": (
+        lambda file, document: document["datasets_sha256"].pop("images/test/labels"),
+        "no SHA-256 of images/test/labels",
+    ),
+    "hashes": (stated("datasets_sha256", {"a": 1}), "datasets_sha256 is .*, not an object of SHA"),
     "no images": (without("images"), "lacks images"),
     "no features": (without("images/train/features"), "lacks images/train/features"),
     "no labels": (without("images/test/labels"), "lacks images/test/labels"),
     "no ids": (without("images/test/ids"), "lacks images/test/ids"),
     "no text": (without("text"), "lacks text/features, text/class_names, text/templates"),
     "no templates": (without("text/templates"), "lacks text/templates"),
-    "ids a group": (train_became_a_dataset, "lacks images/train/ids"),
+    "ids a group": (ids_became_a_group, "images/train/ids is not a dataset"),
+    "images a dataset": (replaced("images", np.zeros(3, np.int32)), "images is not a group"),
     "labels too few": (
         replaced("images/train/labels", np.zeros(3, np.int32)),
-        "features, labels and ids of train disagree",
+        r"images/train/labels has the shape \(3,\), which disagrees .*N train is 22",
     ),
     "labels of two dimensions": (
         replaced("images/train/labels", np.zeros((22, 1), np.int32)),
         "images/train/labels has the shape",
     ),
     "features of two dimensions": (
-        replaced("images/train/features", np.zeros((22, 4), np.float32)),
+        replaced("images/train/features", np.ones((22, 4), np.float32)),
         "images/train/features has the shape",
     ),
     "no rows": (
@@ -148,13 +269,21 @@ REFUSALS: dict[str, tuple[Change, str]] = {
         replaced("images/train/features", np.zeros((0, 22, 4), np.float32)),
         "images/train/features has the shape",
     ),
+    "views of test": (
+        replaced("images/test/features", np.ones((2, 10, 4), np.float32)),
+        "images/test/features has several views",
+    ),
     "features of another width": (
-        replaced("images/test/features", np.zeros((1, 10, 5), np.float32)),
-        "image and text features of test differ in width",
+        replaced("images/test/features", np.ones((1, 10, 5), np.float32)),
+        r"images/test/features has the shape \(1, 10, 5\), which disagrees .*D is 4",
     ),
     "float64 features": (
-        replaced("images/test/features", np.zeros((1, 10, 4))),
+        replaced("images/test/features", np.ones((1, 10, 4))),
         "images/test/features has a type that the format does not know",
+    ),
+    "big-endian features": (
+        replaced("images/test/features", np.ones((1, 10, 4), ">f4")),
+        "images/test/features has a type",
     ),
     "int64 labels, one of which int32 would wrap": (
         replaced("images/test/labels", np.full(10, 2**32)),
@@ -163,16 +292,20 @@ REFUSALS: dict[str, tuple[Change, str]] = {
     "float labels": (replaced("images/test/labels", np.zeros(10)), "images/test/labels has a type"),
     "numbers for ids": (replaced("images/test/ids", np.arange(10)), "images/test/ids has a type"),
     "strings without checksum": (
-        replaced("images/test/ids", ["a"] * 10),
+        replaced("images/test/ids", np.array(["a"] * 10, h5py.string_dtype()), fletcher32=False),
+        "images/test/ids has other filters",
+    ),
+    "ASCII strings": (
+        replaced("images/test/ids", np.array([b"a"] * 10)),
         "images/test/ids has a type",
     ),
     "too many classes": (
         replaced("text/class_names", np.array([b"a"] * 4).astype(FIXED)),
-        r"text features \(3, 2, 4\) disagree",
+        r"text/class_names has the shape \(4,\), which disagrees .*C is 3",
     ),
     "too few templates": (
         replaced("text/templates", np.array([b"a"]).astype(FIXED)),
-        r"text features \(3, 2, 4\) disagree",
+        r"text/templates has the shape \(1,\), which disagrees .*P is 2",
     ),
     "class names not UTF-8": (
         replaced("text/class_names", np.array([b"a", b"b", b"\xff"]).astype(FIXED)),
@@ -190,13 +323,51 @@ REFUSALS: dict[str, tuple[Change, str]] = {
         set_value("text/features", (0, 1, 1), np.inf),
         "text/features holds values that are not finite",
     ),
+    "zeros": (
+        set_value("images/train/features", (0, 3), 0),
+        "images/train/features holds a feature of zeros",
+    ),
     "label too large": (
         set_value("images/train/labels", 5, 3),
-        "labels of train lie outside the 3 classes",
+        "images/train/labels holds labels outside the 3 classes",
     ),
     "label negative": (
         set_value("images/test/labels", 0, -1),
-        "labels of test lie outside the 3 classes",
+        "images/test/labels holds labels outside the 3 classes",
+    ),
+    "soft link": (linked("images/test/labels", h5py.SoftLink("/elsewhere")), "is a link"),
+    "soft link of a group": (linked("images/test", h5py.SoftLink("/elsewhere")), "is a link"),
+    "external link": (
+        linked("images/test/labels", h5py.ExternalLink("other.h5", "x")),
+        "images/test/labels is a link to somewhere else",
+    ),
+    "virtual": (virtual("images/test/labels"), "images/test/labels is not stored in chunks"),
+    "external storage": (external, "images/test/labels is not stored in chunks of this file"),
+    "contiguous": (
+        replaced("images/test/labels", np.zeros(10, np.int32), chunks=None, fletcher32=False),
+        "images/test/labels is not stored in chunks",
+    ),
+    "no checksum": (
+        replaced("images/test/labels", np.zeros(10, np.int32), fletcher32=False),
+        "images/test/labels has other filters than fletcher32",
+    ),
+    "compressed": (
+        replaced("images/test/labels", np.zeros(10, np.int32), compression="gzip"),
+        "images/test/labels has other filters",
+    ),
+    "a chunk that is not there": (unwritten_chunk, "images/test/labels lacks some of its chunks"),
+    "a chunk without checksum": (unchecked_chunk, "is cut or without a checksum"),
+    "10^12 rows": (
+        huge("images/test/labels", (10**12,), (10**6,)),
+        r"images/test/labels of shape \(1000000000000,\) is larger than the file",
+    ),
+    "10^12 views": (
+        huge("images/test/features", (10**12, 10, 4), (1, 10, 4)),
+        "is larger than the file",
+    ),
+    "a huge chunk": (
+        huge("images/test/labels", (10,), (10**9,)) and huge("images/test/labels", (10**9,)),
+        "is larger than the file",
     ),
 }
 
@@ -205,9 +376,48 @@ REFUSALS: dict[str, tuple[Change, str]] = {
 def test_refuses(cache: Path, name: str) -> None:
     change, words = REFUSALS[name]
     read_all(cache)
-    with h5py.File(cache, "r+") as file:
-        change(file)
+    rewrite(cache, lambda file, document: None)
+    read_all(cache)
+    rewrite(cache, change)
     refused(cache, words)
+
+
+def test_metadata_that_is_elsewhere(cache: Path) -> None:
+    with h5py.File(cache, "r+", libver=("v110", "v110")) as file:
+        del file["metadata"]
+        file["metadata"] = h5py.ExternalLink("other.h5", "x")
+    refused(cache, "metadata is a link to somewhere else")
+    with h5py.File(cache, "r+", libver=("v110", "v110")) as file:
+        del file["metadata"]
+    refused(cache, "it lacks its metadata")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"", "has the shape|its structure|metadata"),
+        (b"[]", "its metadata is not a JSON object"),
+        (b"[" * 200_000, "its metadata is not a JSON object"),
+        (b'{"a":' * 100_000, "its metadata is not a JSON object"),
+        (b'{"a": ' + b"9" * 10_000 + b"}", "its metadata is not a JSON object"),
+        (b"{}", "format in its metadata is None"),
+        (b"\xff{}", "its metadata is not a JSON object"),
+    ],
+)
+def test_metadata_that_is_no_such_json(cache: Path, text: bytes, words: str) -> None:
+    with h5py.File(cache, "r+", libver=("v110", "v110")) as file:
+        store_metadata(file, text or b" ")
+    refused(cache, words)
+
+
+def test_many_small_chunks_are_refused_before_they_are_counted(tmp_path: Path) -> None:
+    path = make_cache(tmp_path / "features.h5")
+
+    def change(file: h5py.File, document: dict[str, Any]) -> None:
+        put(file, "images/test/ids", np.array([b"a"] * 5000).astype(FIXED), chunks=(1,))
+
+    rewrite(path, change)
+    refused(path, r"images/test/ids has chunks of the shape \(1,\)")
 
 
 @pytest.mark.parametrize(
@@ -223,38 +433,80 @@ def test_a_damaged_chunk(cache: Path, path: str) -> None:
     refused(cache, f"{path} is damaged .its checksum does not match")
 
 
-def test_damaged_metadata_never_changes_what_is_read(cache: Path) -> None:
-    """One wrong byte in the root group's header or the superblock: refused, or of no effect."""
-    data = cache.read_bytes()
-    whole = read_all(cache)
-    refusals = 0
-    for place in range(0, 400, 3):
-        damaged = bytearray(data)
-        damaged[place] ^= 0xFF
-        cache.write_bytes(damaged)
+def test_a_damaged_chunk_of_a_cache_that_does_not_state_its_hash(cache: Path) -> None:
+    rewrite(cache, unstated("content_sha256"))
+    with FeatureCache(cache) as opened:
+        computed = opened.content_sha256
+    with FeatureCache(make_cache(cache.with_name("same.h5"))) as same:
+        assert computed == same.content_sha256
+    with h5py.File(cache) as file:
+        place = file["images/train/features"].id.get_chunk_info(0).byte_offset
+    data = bytearray(cache.read_bytes())
+    data[place] ^= 1
+    cache.write_bytes(data)
+    with FeatureCache(cache) as opened, pytest.raises(UserError, match="checksum does not match"):
+        _ = opened.content_sha256
+
+
+def outcomes(path: Path, damages: Callable[[bytes], list[bytes]]) -> tuple[int, int]:
+    """How many damaged files read as the whole one, and how many are refused; no third thing."""
+    data, whole = path.read_bytes(), read_all(path)
+    same = refusals = 0
+    for damaged in damages(data):
+        path.write_bytes(damaged)
         try:
-            assert read_all(cache) == whole
+            assert read_all(path) == whole
+            same += 1
         except UserError as error:
             refusals += 1
-            assert "\n" not in str(error)
-    assert refusals > 50
+            assert str(error).isprintable()
+    return same, refusals
+
+
+def zeroed_sectors(data: bytes) -> list[bytes]:
+    return [
+        data[:start] + bytes(len(data[start : start + 512])) + data[start + 512 :]
+        for start in range(0, len(data), 512)
+    ]
+
+
+def test_a_zeroed_sector_never_changes_what_is_read(cache: Path) -> None:
+    same, refusals = outcomes(cache, zeroed_sectors)
+    assert refusals >= 15
+    assert same >= 1
+
+
+def test_a_wrong_byte_never_changes_what_is_read(cache: Path) -> None:
+    def flips(data: bytes) -> list[bytes]:
+        places = [*range(0, 400, 3), *range(400, len(data), 23)]
+        return [data[:n] + bytes([data[n] ^ 0xFF]) + data[n + 1 :] for n in places]
+
+    same, refusals = outcomes(cache, flips)
+    assert refusals > 150
+    assert same >= 1
 
 
 def test_a_split_that_is_not_there(cache: Path) -> None:
-    with (
-        FeatureCache(cache) as opened,
-        pytest.raises(UserError, match="has no val split, only train, test"),
-    ):
-        opened.images("val")
+    with FeatureCache(cache) as opened:
+        for ask in (opened.images, opened.labels, opened.ids, opened.shape):
+            with pytest.raises(UserError, match="has no val split, only train, test"):
+                ask("val")
 
 
 def test_what_the_reader_does_not_know_is_ignored(cache: Path) -> None:
     whole = read_all(cache)
-    with h5py.File(cache, "r+") as file:
+
+    def change(file: h5py.File, document: dict[str, Any]) -> None:
         file.attrs["more"] = "x"
         file["images/extra/features"] = np.zeros(3)
-        file["text/more"] = np.zeros(3)
-        del file.attrs["arguments"], file.attrs["content_sha256"]
-    assert read_all(cache) == whole
+        file["text/more"] = h5py.ExternalLink("other.h5", "x")
+        file["more"] = h5py.SoftLink("/nowhere")
+        document["more"] = {"a": 1}
+        del document["arguments"], document["content_sha256"]
+
+    rewrite(cache, change)
+    again = read_all(cache)
+    del whole[-2], again[-2]
+    assert again == whole
     with FeatureCache(cache) as opened:
         assert opened.arguments == {}

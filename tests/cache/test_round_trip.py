@@ -1,6 +1,7 @@
 """What the writer is given, the reader gives back."""
 
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -19,9 +20,17 @@ import clip_adapter.cache.writer
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.writer import CacheWriter
+from tests.cache.small_cache import BACKBONE, DATASET
 
 FORMAT_PAGE = Path(clip_adapter.cache.writer.__file__).with_name("FORMAT.md")
-FINISH = {"backbone": {"name": "b"}, "preprocess": {}, "dataset": {"name": "d"}}
+PAGE = FORMAT_PAGE.read_text()
+DESCRIPTION = {"preprocess": {}, "dataset": DATASET}
+
+
+def description(dim: int) -> dict:
+    return DESCRIPTION | {"backbone": BACKBONE | {"embed_dim": dim}}
+
+
 # Everything but what the format excludes: NUL, and surrogates, which are not Unicode text.
 strings = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
 odd_strings = strings | st.sampled_from(["", " ", " a ", "ä" * 40, "\n", "\x85\u2028", "🙂"])
@@ -35,7 +44,9 @@ def caches(draw: st.DrawFn) -> dict:
     values = st.floats(width=width, allow_nan=False, allow_infinity=False)
 
     def some(*shape: int) -> np.ndarray:
-        return draw(arrays.arrays(dtype, shape, elements=values))
+        found = draw(arrays.arrays(dtype, shape, elements=values))
+        found[~found.any(axis=-1)] = 1  # a feature of zeros has no direction
+        return found
 
     def several(count: int) -> list[str]:
         return draw(st.lists(odd_strings, min_size=count, max_size=count))
@@ -54,7 +65,7 @@ def caches(draw: st.DrawFn) -> dict:
         "class_names": several(classes),
         "templates": several(templates),
         "batch": draw(st.integers(1, 9)),
-        "scale": draw(st.floats(0, 200)),
+        "scale": draw(st.floats(1e-3, 200)),
         "bias": draw(st.floats(-20, 20)),
     }
 
@@ -72,7 +83,7 @@ def test_round_trip(given: dict) -> None:
                     batch = slice(start, start + given["batch"])
                     writer.append_images(split, features[batch], labels[batch], ids[batch])
             writer.finish(
-                **FINISH,
+                **description(given["text"].shape[2]),
                 templates=given["templates"],
                 logit_scale=given["scale"],
                 logit_bias=given["bias"],
@@ -91,7 +102,7 @@ def test_round_trip(given: dict) -> None:
             assert cache.class_names == given["class_names"]
             assert cache.templates == given["templates"]
             assert (cache.logit_scale, cache.logit_bias) == (given["scale"], given["bias"])
-            assert (cache.backbone, cache.dataset) == (FINISH["backbone"], FINISH["dataset"])
+            assert (cache.backbone["name"], cache.dataset) == ("toy-clip", DATASET)
             assert (cache.preprocess, cache.arguments) == ({}, {"a": 1})
 
 
@@ -108,8 +119,17 @@ def test_strings_that_the_file_would_not_give_back_are_refused(tmp_path: Path, b
         assert (writer.consumed("train"), writer.text_rows()) == (0, 0)
         writer.append_text(one, ["good"])
         with pytest.raises(UserError, match="cannot be stored"):
-            writer.finish(**FINISH, templates=[bad], logit_scale=1, logit_bias=0)
+            writer.finish(**description(2), templates=[bad], logit_scale=1, logit_bias=0)
     assert not (tmp_path / "features.h5").exists()
+
+
+def test_features_of_zeros_are_refused(tmp_path: Path) -> None:
+    values = np.ones((3, 2, 2), np.float16)
+    values[1, 1] = 0
+    with CacheWriter(tmp_path / "features.h5", {}, views=2) as writer:
+        with pytest.raises(UserError, match="features of 'y' are zero"):
+            writer.append_images("train", values, [0, 0, 0], ["x", "y", "z"])
+        assert writer.consumed("train") == 0
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -142,7 +162,7 @@ def test_a_split_in_which_every_image_was_skipped_is_refused(tmp_path: Path) -> 
         writer.append_images("val", np.ones((0, 1, 2), np.float32), [], [], skipped=["x", "y"])
         assert writer.consumed("val") == 2
         with pytest.raises(UserError, match="val split has no image that could be read"):
-            writer.finish(**FINISH, templates=["{}"], logit_scale=1, logit_bias=0)
+            writer.finish(**description(2), templates=["{}"], logit_scale=1, logit_bias=0)
     assert not (tmp_path / "features.h5").exists()
 
 
@@ -157,22 +177,33 @@ def foreign_cache(path: Path, dtype: type = np.float16) -> dict[str, np.ndarray]
         "text/class_names": np.array([b"Katze ", "狗".encode()]),
         "text/templates": np.array([b"a {}", b""]),
     }
-    with h5py.File(path, "w") as file:
+    with h5py.File(path, "w", libver="latest") as file:
         for name, value in values.items():
             kind = value.dtype
             if kind.kind == "S":
                 kind = h5py.string_dtype("utf-8", kind.itemsize)
             file.create_dataset(name, data=value.astype(kind), chunks=True, fletcher32=True)
-        file.attrs["format"] = "clip-feature-cache"
-        file.attrs["format_version"] = 1
-        file.attrs["created_at"] = "2024-01-01T00:00:00+00:00"
-        file.attrs["writer"] = "somebody else"
-        file.attrs["backbone"] = '{"name": "x"}'
-        file.attrs["preprocess"] = "{}"
-        file.attrs["dataset"] = '{"name": "y"}'
-        file.attrs["logit_scale"] = 100.0
-        file.attrs["logit_bias"] = 0.0
-        file.attrs["complete"] = True
+        lists = [name for name in values if not name.endswith("train/features")]
+        sums = {name: hashlib.sha256(values[name].tobytes()).hexdigest() for name in lists}
+        metadata = {
+            "format": "clip-feature-cache",
+            "format_version": 2,
+            "complete": True,
+            "created_at": "2024-01-01T00:00:00+00:00",
+            "writer": "somebody else",
+            "backbone": BACKBONE | {"embed_dim": 3, "image_size": [8, 16]},
+            "preprocess": {},
+            "dataset": {"name": "y", "source": "z", "splits": {}},
+            "logit_scale": 100,
+            "logit_bias": 0,
+            "datasets_sha256": sums,
+        }
+        text = json.dumps(metadata, indent=2).encode()
+        stored = np.frombuffer(text, np.uint8)
+        file.create_dataset("metadata", data=stored, chunks=True, fletcher32=True)
+        file.attrs["format"] = np.bytes_("clip-feature-cache")
+        file.attrs["format_version"] = 2
+        file.attrs["metadata_sha256"] = np.bytes_(hashlib.sha256(text).hexdigest())
     return values
 
 
@@ -198,9 +229,12 @@ def test_a_file_written_from_the_specification_alone_is_read(tmp_path: Path, dty
 def test_the_written_file_is_what_the_specification_says(digits_cache: Path) -> None:
     digest = hashlib.sha256()
     with h5py.File(digits_cache) as file:
-        attributes = re.findall(r"^\| `(\w+)` \| ", FORMAT_PAGE.read_text(), re.MULTILINE)
-        assert set(file.attrs) == set(attributes)
-        documented = set(re.findall(r"`/images/SPLIT/(\w+)`", FORMAT_PAGE.read_text()))
+        assert set(file.attrs) == {"format", "format_version", "metadata_sha256"}
+        text = file["metadata"][...].tobytes()
+        assert file.attrs["metadata_sha256"].decode() == hashlib.sha256(text).hexdigest()
+        metadata = json.loads(text)
+        assert set(metadata) == set(re.findall(r"^\| `(\w+)` \| ", PAGE, re.MULTILINE))
+        documented = set(re.findall(r"`/images/SPLIT/(\w+)`", PAGE))
         for split in ("train", "val", "test"):
             assert {"features", "labels", "ids"} <= set(file[f"images/{split}"]) <= documented
             assert file[f"images/{split}/features"].dtype == np.float32
@@ -215,12 +249,15 @@ def test_the_written_file_is_what_the_specification_says(digits_cache: Path) -> 
                 assert kind.encoding == "utf-8"
                 assert kind.length == max(len(value) for value in file[path][:])
             digest.update(f"{path} {file[path].shape}\n".encode() + file[path][:].tobytes())
-        assert file.attrs["content_sha256"] == digest.hexdigest()
+        assert metadata["content_sha256"] == digest.hexdigest()
+        for path, stated in metadata["datasets_sha256"].items():
+            assert stated == hashlib.sha256(file[path][...].tobytes()).hexdigest()
+        assert metadata["datasets_sha256"].keys() >= {"images/val/ids", "text/features"}
         assert file["images/train/features"].chunks == (1, 719, 128)
 
 
 def test_the_reader_on_the_page_runs(digits_cache: Path) -> None:
-    example = re.search(r"```python\n(.*?)```", FORMAT_PAGE.read_text(), re.DOTALL)
+    example = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert example
     finished = subprocess.run(
         [sys.executable, "-c", example[1]], cwd=digits_cache.parent, capture_output=True, text=True
@@ -245,8 +282,11 @@ for rows in map(int, sys.argv[2:]):  # in one process: its peak after few is par
             ids = [f"some/folder/of/images/{row:012d}.jpg" for row in range(start, start + batch)]
             values = np.ones((batch, 1, 8), np.float32)
             writer.append_images("train", values, [0] * batch, ids)
-        writer.finish(templates=["{}"], backbone={}, preprocess={}, dataset={}, logit_scale=1,
-                      logit_bias=0)
+        backbone = {"name": "b", "pretrained": "p", "weights_sha256": "0" * 64, "embed_dim": 8,
+                    "image_size": 8, "quick_gelu": False}
+        dataset = {"name": "d", "source": "s", "splits": {}}
+        writer.finish(templates=["{}"], backbone=backbone, preprocess={}, dataset=dataset,
+                      logit_scale=1, logit_bias=0)
     print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.cache.workplace import Workplace
+from clip_adapter.cache.staging import StagingFolder
 from clip_adapter.extract import job
 from clip_adapter.extract.command import ExtractConfig, main
 from clip_adapter.pipelines import umbrella
@@ -155,7 +155,7 @@ def test_what_cannot_be_written_is_found_out_first(
     other = json.dumps(ExtractConfig(views=3).identity())
     (tmp_path / "begun.h5.partial" / "arguments.json").write_text(other)
     before = sorted(tmp_path.rglob("*"))
-    with Workplace(tmp_path / "taken.h5"):
+    with StagingFolder(tmp_path / "taken.h5"):
         refused(capsys, arguments, words)
     assert (tmp_path / "mine.txt").read_text() == "do not lose me"
     (tmp_path / "begun.h5.partial" / "lock").unlink(missing_ok=True)

@@ -265,25 +265,25 @@ def test_options_without_effect_are_named(options: dict, sentences: list[str]):
     assert FitConfig(**options, baselines=()).without_effect() == sentences
 
 
-def test_a_class_with_too_few_images_is_drawn_with_repetition_and_said(tmp_path: Path, capsys):
+def test_a_class_with_too_few_images_gives_each_once_and_is_said(tmp_path: Path, capsys):
     data = tiny_data(train=(9, 3, 9, 9))
     cache = write_cache(tmp_path / "features.h5", data)
     result = fit(short(cache, tmp_path / "run", alpha=(0.5,), baselines=()))
     printed = capsys.readouterr().out
-    assert "1 class has fewer than 4 training images: drawn with repetition" in printed
+    assert "1 class has fewer than 4 training images: each taken once" in printed
     (document,) = json.loads((result.run / "tasks.json").read_text())
     labels = data.splits["train"][1]
     drawn = [row for row in document["support"] if labels[int(row.split("/")[1])] == 1]
     assert len(drawn) == 4 > len(set(drawn))
 
 
-def test_few_validation_images_are_drawn_with_repetition_and_said(tmp_path: Path, capsys):
+def test_few_validation_images_are_taken_once_and_said(tmp_path: Path, capsys):
     """And each counts once in the standard error of the choice."""
     data = tiny_data(val=2)
     cache = write_cache(tmp_path / "features.h5", data)
     result = fit(short(cache, tmp_path / "run", alpha=(0.1, 0.5, 0.9), baselines=()))
     printed = capsys.readouterr().out
-    assert "4 classes have fewer than 4 validation images: drawn with repetition" in printed
+    assert "4 classes have fewer than 4 validation images: each taken once" in printed
     (document,) = json.loads((result.run / "tasks.json").read_text())
     assert len(document["validation"]) == 16
     (row,) = result.selected

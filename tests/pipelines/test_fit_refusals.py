@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from clip_adapter.pipelines.fit import main
+from tests.cache.rewriting import rewrite
 from tests.pipelines.tiny_cache import run_fit, tiny_data, write_cache
 
 DATA = tiny_data()
@@ -124,12 +125,11 @@ def foreign(path: Path) -> None:
 
 def newer(path: Path) -> None:
     with h5py.File(path, "a") as file:
-        file.attrs["format_version"] = 2
+        file.attrs["format_version"] = 3
 
 
 def incomplete(path: Path) -> None:
-    with h5py.File(path, "a") as file:
-        file.attrs["complete"] = False
+    rewrite(path, lambda file, document: document.update(complete=False))
 
 
 def trainless(path: Path) -> None:
@@ -148,7 +148,7 @@ def valless(path: Path) -> None:
         (shorten, "damaged, truncated or something else"),
         (overwrite, "damaged, truncated or something else"),
         (foreign, "not a CLIP feature cache"),
-        (newer, "format version 2"),
+        (newer, "format version 3"),
         (incomplete, "incomplete"),
         (trainless, "has no train split"),
         (valless, "use --select cv, which divides the support set, or none"),

@@ -98,11 +98,11 @@ def test_folds_divide_the_support_set_class_by_class(shots: int, count: int):
     assert sorted(judged) == sorted(support)
 
 
-def test_a_repeated_image_is_never_trained_on_and_judged():
+def test_an_image_of_a_small_class_is_never_trained_on_and_judged():
     data = loaded(tiny_data(train=(8, 2, 3, 8), noise=3.0))
     for seed in range(6):
         drawn = draw(data, 8, seed, "cv")
-        assert drawn.repeated_classes == (1, 2)
+        assert drawn.small_classes == (1, 2)
         parts = folds(data, drawn)
         distinct = [
             len(set(drawn.support[data.train.labels[drawn.support] == c])) for c in range(4)

@@ -82,9 +82,16 @@ def write_cache(path: Path, data: TinyData) -> Path:
         writer.append_text(data.text, [f"class {number}" for number in range(data.classes)])
         writer.finish(
             templates=["a {}", "the {}"],
-            backbone={"name": "tiny-clip", "pretrained": "nothing", "weights_sha256": "0" * 64},
+            backbone={
+                "name": "tiny-clip",
+                "pretrained": "nothing",
+                "weights_sha256": "0" * 64,
+                "embed_dim": data.text.shape[2],
+                "image_size": 8,
+                "quick_gelu": False,
+            },
             preprocess={},
-            dataset={"name": data.name, "splits": {"test": "made up"}},
+            dataset={"name": data.name, "source": "made up", "splits": {"test": "made up"}},
             logit_scale=20.0,
             logit_bias=0.5,
         )

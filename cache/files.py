@@ -1,0 +1,66 @@
+"""Files that are whole or absent, that one process writes, and that are files at all."""
+
+import fcntl
+import os
+import stat
+import sys
+from pathlib import Path
+
+from clip_adapter.cache.errors import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8; see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Write `content` beside `path` and rename it there, so that nobody sees half of it.
+
+    sync: not even after a power cut, for which the disk is waited for.
+    """
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("wb") as file:
+        file.write(content)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def take_lock(descriptor: int, path: Path) -> bool:
+    """Lock an open file or folder until it is closed; False where another process has it.
+
+    path: what the lock guards. Where the file system knows no locks, as on some clusters, this
+    says so on standard error and returns True: that is no reason to refuse the work.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    # ENOSYS, ENOLCK or EOPNOTSUPP; of NFS EBADF for a folder, which is not open for writing.
+    except OSError as error:
+        print(
+            f"warning: {path} cannot be locked ({error.strerror}); let no other process write it "
+            "at the same time.",
+            file=sys.stderr,
+        )
+    return True
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or a folder at `path`, found without opening it.
+
+    Raises UserError for a pipe, a socket or a device, where reading might never end, and for a path
+    that cannot be looked up.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read: {reason}.") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{path} is a pipe, a socket or a device; name a file.")
+    return True

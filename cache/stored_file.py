@@ -1,0 +1,219 @@
+"""A cache or a part of one, opened: identified, checked, and its values read with their checks."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from clip_adapter.cache import hdf5, schema
+from clip_adapter.cache.errors import Contradiction, UserError
+from clip_adapter.cache.files import is_there
+from clip_adapter.cache.metadata import parse, parse_object
+from clip_adapter.cache.structure import Structure
+from clip_adapter.cache.version_1 import read_metadata
+from clip_adapter.cache.words import quoted
+
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+CHECKSUMMED_SUPERBLOCKS = (2, 3)
+
+
+class StoredFile:
+    """A file of format `name` (schema.FORMAT or PART_FORMAT), opened for reading.
+
+    What opening and reading refuse is in FORMAT.md. Raises UserError for it.
+    """
+
+    def __init__(self, path: str | Path, name: str) -> None:
+        self.path = Path(path)
+        if not is_there(self.path):
+            made_by = "extract" if name == schema.FORMAT else "extract --shard"
+            kind = "feature cache" if name == schema.FORMAT else "part"
+            raise UserError(f"There is no {kind} at {path}; `{made_by}` makes one.")
+        self._file: h5py.File | None = None
+        self._verified: set[str] = set()
+        try:
+            with self._reading("its structure is damaged"):
+                self._open(name)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, name: str) -> None:
+        try:
+            with self.path.open("rb") as start:
+                head = start.read(9)
+            if not h5py.is_hdf5(str(self.path)):
+                raise OSError
+            # Without a checksum over HDF5's own structures there it is not of version 2.
+            whole = head[:8] == SIGNATURE and head[8] in CHECKSUMMED_SUPERBLOCKS
+            self._file = hdf5.open_file(self.path) if whole else None
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be read as HDF5: it is damaged, truncated or something else; "
+                "make it again with `extract`."
+            ) from error
+        stated: dict[str, Any] = {}
+        if self._file is not None:
+            for key in ("format_version", "format", schema.METADATA_SHA256):
+                stated[key] = hdf5.fixed_attribute(self._file, key)
+        if self._file is None or stated["format_version"] == 1:
+            stated = read_metadata(self.path)
+        self._check_identity(stated, name)
+        if stated["format_version"] == 1:
+            self._file = self._file or hdf5.open_file(self.path)
+            self.metadata = parse(stated)
+        else:
+            self.metadata = parse(self._stored_metadata(stated))
+        assert self._file is not None
+        version = self.metadata.format_version
+        structure = Structure(self._file, name, version)
+        self.splits, self.lengths = structure.splits, structure.lengths
+        self._datasets = structure.datasets
+        self._check_agreement()
+
+    def _check_identity(self, stated: dict[str, Any], name: str) -> None:
+        found, version = stated.get("format"), stated.get("format_version")
+        known = (1, schema.FORMAT_VERSION) if found == schema.FORMAT else (schema.FORMAT_VERSION,)
+        if type(version) is int and version not in (1, schema.FORMAT_VERSION):
+            raise UserError(
+                f"{self.path} has format version {version}, this program reads versions 1 and "
+                f"{schema.FORMAT_VERSION}; update clip-adapter or extract again."
+            )
+        if found == name and version in known:
+            return
+        if found == schema.PART_FORMAT == name:
+            raise UserError(f"{self.path} is of an older version of the format; extract it again.")
+        if found == schema.PART_FORMAT:
+            raise UserError(
+                f"{self.path} is one part of a cache; join the parts with `clip-adapter merge`."
+            )
+        if name == schema.PART_FORMAT:
+            raise UserError(f"{self.path} is no part of a cache; `extract --shard` makes one.")
+        raise UserError(
+            f"{self.path} is an HDF5 file but not a CLIP feature cache; `extract` makes one."
+        )
+
+    def _stored_metadata(self, stated: dict[str, Any]) -> dict[str, Any]:
+        found = hdf5.CheckedDatasets(self._file).find(schema.METADATA, schema.Kind.BYTES, 1)
+        if found is None:
+            raise Contradiction("it lacks its metadata")
+        text = found[...].tobytes()
+        if hashlib.sha256(text).hexdigest() != stated[schema.METADATA_SHA256]:
+            raise Contradiction("its metadata is damaged (its SHA-256 does not match)")
+        try:
+            document = parse_object(text)
+        except Contradiction as reason:
+            raise Contradiction(f"its metadata {reason}") from reason
+        for key in ("format", "format_version"):
+            if document.get(key) != stated[key]:
+                raise Contradiction(f"{key} in its metadata is {quoted(document.get(key))}")
+        return document
+
+    def _check_agreement(self) -> None:
+        """What metadata and datasets say of each other."""
+        dim = self.metadata.backbone["embed_dim"]
+        if self.lengths.get("D", dim) != dim:
+            raise Contradiction(f"its features have {self.lengths['D']} numbers, not {dim}")
+        if self.metadata.format_version == 1:
+            return
+        hashed = {path for path in self._datasets if schema.ELEMENTS[path].whole}
+        if lacking := sorted(hashed - self.metadata.datasets_sha256.keys()):
+            raise Contradiction(f"its metadata has no SHA-256 of {', '.join(lacking)}")
+
+    def _broken(self, reason: object) -> UserError:
+        return UserError(f"{self.path} cannot be used: {reason}; make it again with `extract`.")
+
+    @contextmanager
+    def _reading(self, otherwise: str) -> Iterator[None]:
+        """Turns what contradicts the format, and what h5py says of damage, into a sentence."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Contradiction as reason:
+            raise self._broken(reason) from reason
+        except hdf5.DAMAGE as error:
+            raise self._broken(otherwise) from error
+
+    def has_dataset(self, path: str) -> bool:
+        return path in self._datasets
+
+    def shape_of(self, path: str) -> tuple[int, ...]:
+        return self._datasets[path].shape
+
+    def dtype_of(self, path: str) -> np.dtype:
+        return self._datasets[path].dtype
+
+    def hashed_content(self) -> str:
+        """Computed over all values."""
+        with self._reading("a dataset is damaged (its checksum does not match)"):
+            return hdf5.content_sha256(self._datasets.get)
+
+    def rows_of(self, path: str, rows: slice) -> np.ndarray:
+        """Some consecutive rows along the first axis, as they are stored; see `_verify`."""
+        with self._reading(f"{path} is damaged (its checksum does not match)"):
+            if schema.ELEMENTS[path].whole:
+                self._verify(path)
+            return self._datasets[path][rows]
+
+    def strings(self, path: str, rows: slice = slice(None)) -> list[str]:
+        """The same of a list of strings."""
+        return self._decoded(path, self.rows_of(path, rows))
+
+    def string_table(self, path: str) -> list[list[str]]:
+        """All of a table of strings."""
+        return [self._decoded(path, row) for row in self.rows_of(path, slice(None))]
+
+    def _decoded(self, path: str, values: np.ndarray) -> list[str]:
+        try:
+            return [value.decode() for value in values]
+        except UnicodeDecodeError as error:
+            raise self._broken(f"{path} is not UTF-8") from error
+
+    def labels_of(self, path: str, classes: int) -> npt.NDArray[np.int32]:
+        """(N,) int32. Raises UserError for a label outside 0 … classes − 1."""
+        labels = self.rows_of(path, slice(None))
+        if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+            raise self._broken(f"{path} holds labels outside the {classes} classes")
+        return labels
+
+    def features_of(self, path: str, index: tuple[slice | int, ...]) -> np.ndarray:
+        """A piece of image or text features as stored, (…, D), every one a finite direction."""
+        with self._reading(f"{path} is damaged (its checksum does not match)"):
+            if schema.ELEMENTS[path].whole:
+                self._verify(path)
+            values = self._datasets[path][index]
+            if not np.isfinite(values).all():
+                raise Contradiction(f"{path} holds values that are not finite")
+            if not values.any(axis=-1).all():
+                raise Contradiction(f"{path} holds a feature of zeros, which has no direction")
+            return values
+
+    def row_step(self, path: str) -> int:
+        """How many rows of (V, N, D) to read at a time."""
+        return hdf5.block_rows(self._datasets[path], axis=1)
+
+    def _verify(self, path: str) -> None:
+        """Compare a dataset with the SHA-256 in the metadata, once.
+
+        Fletcher32 alone does not see where a whole chunk was overwritten with zeros.
+        """
+        if path not in self._verified and self.metadata.format_version > 1:
+            if hdf5.sha256(self._datasets[path]) != self.metadata.datasets_sha256[path]:
+                raise Contradiction(f"{path} is damaged (its SHA-256 does not match)")
+            self._verified.add(path)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
