@@ -202,6 +202,8 @@ class StagedRows:
 
     def append(self, values: Mapping[str, np.ndarray], record: dict[str, Any]) -> None:
         """Write a batch, for each field (B, …), and then the line that makes it count."""
+        if values.keys() != self.arrays.keys():
+            raise ValueError(f"rows of {', '.join(values)}, not of {', '.join(self.arrays)}")
         count = len(next(iter(values.values())))
         rows = np.empty(count, self._dtype)
         for name, array in values.items():

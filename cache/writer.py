@@ -1,7 +1,7 @@
 """Write a feature cache: staged while it grows, assembled and renamed when it is whole."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from clip_adapter.cache import schema
 from clip_adapter.cache.assemble import Projection, assemble
+from clip_adapter.cache.checks import check_features, check_projection, check_strings
 from clip_adapter.cache.errors import Contradiction, UserError
 from clip_adapter.cache.metadata import Metadata, Part, encode, parse, parse_object
 from clip_adapter.cache.staging import StagedRows, StagingFolder
-from clip_adapter.cache.words import quoted
 
 
 class CacheWriter:
@@ -89,14 +89,14 @@ class CacheWriter:
         views = self._views if split == "train" else 1
         if features.shape[:2] != (len(ids), views) or np.shape(labels) != (len(ids),):
             raise ValueError(f"{features.shape} features of {len(ids)} images, {views} views")
-        _check_strings([*ids, *skipped])
+        check_strings([*ids, *skipped])
         values = {"features": features}
         if pre_projection is not None:
             if pre_projection.shape[:2] != features.shape[:2]:
                 raise ValueError(f"{pre_projection.shape} pre-projection features")
             values["pre_projection"] = pre_projection
         for array in values.values():
-            _check_features(array, ids)
+            check_features(array, ids)
         record = {
             "labels": np.asarray(labels, np.int32).tolist(),
             "ids": list(ids),
@@ -123,12 +123,12 @@ class CacheWriter:
         """
         if len(features) != len(class_names):
             raise ValueError(f"text features of {len(features)} for {len(class_names)} classes")
-        _check_strings(class_names)
-        _check_features(features, class_names)
+        check_strings(class_names)
+        check_features(features, class_names)
         record: dict[str, Any] = {"class_names": list(class_names)}
         if prompts is not None:
             for row in prompts:
-                _check_strings(row)
+                check_strings(row)
             record["prompts"] = [list(row) for row in prompts]
         values = {"features": features}
         if tokens is not None:
@@ -202,7 +202,7 @@ class CacheWriter:
         Raises UserError for a split without a readable image, templates that the file cannot hold,
         metadata that is not what FORMAT.md asks for, and a full disk.
         """
-        _check_strings(templates)
+        check_strings(templates)
         names = [name for name in (*schema.SPLITS, schema.TEXT) if self._reopened(name)]
         staged = {name: self._staged[name] for name in names}
         text = staged.get(schema.TEXT)
@@ -213,6 +213,7 @@ class CacheWriter:
                 raise UserError(f"The {split} split has no image that could be read.")
             if (found := rows.arrays["features"][1][1]) != backbone.get("embed_dim"):
                 raise ValueError(f"features of {found} numbers and embed_dim of {backbone}")
+        check_projection({name: rows.arrays for name, rows in staged.items()}, projection, part)
         metadata = Metadata(
             created_at=_now(),
             writer=f"clip-adapter {version('clip-adapter')}",
@@ -252,28 +253,3 @@ class CacheWriter:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _check_strings(strings: Iterable[str]) -> None:
-    """Raises UserError for strings that a fixed-length UTF-8 field would not give back."""
-    for string in strings:
-        if "\0" in string or any("\ud800" <= character <= "\udfff" for character in string):
-            raise UserError(
-                f"{quoted(string)} cannot be stored: it holds a NUL or is not valid Unicode; "
-                "rename it."
-            )
-
-
-def _check_features(features: np.ndarray, names: Sequence[str]) -> None:
-    """(B, …, D): each a finite direction. Raises UserError with the name of the first other."""
-    if features.dtype not in (np.float32, np.float16):
-        raise ValueError(f"features are {features.dtype}, not float32 or float16")
-    directed = np.not_equal(features, 0).any(axis=2).all(axis=1)
-    usable = np.isfinite(features).all(axis=(1, 2)) & directed
-    if not usable.all():
-        bad = int(usable.argmin())
-        what = "zero" if np.isfinite(features[bad]).all() else "not finite numbers"
-        raise UserError(
-            f"The features of {quoted(names[bad])} are {what}; the weights are damaged or overflow "
-            "in this precision."
-        )

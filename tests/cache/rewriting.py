@@ -17,11 +17,13 @@ def rewrite(path: Path, change: Change) -> None:
     with h5py.File(path, "r+", libver=("v110", "v110")) as file:
         document = json.loads(file["metadata"][...].tobytes())
         change(file, document)
-        for name in document.get("datasets_sha256", {}):
-            found = file.get(name, getlink=True) and file.get(name)
+        sums = document.get("datasets_sha256")
+        for name in sums if isinstance(sums, dict) else ():
+            here = name in file and isinstance(file.get(name, getlink=True), h5py.HardLink)
+            found = file[name] if here else None
             if isinstance(found, h5py.Dataset) and found.chunks and found.size < 1e6:
                 values = np.ascontiguousarray(found[...])
-                document["datasets_sha256"][name] = hashlib.sha256(values.tobytes()).hexdigest()
+                sums[name] = hashlib.sha256(values.tobytes()).hexdigest()
         store_metadata(file, json.dumps(document).encode())
 
 

@@ -1,0 +1,163 @@
+"""Tokens, features before the projection, and the projection: written, joined and read."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.metadata import Part
+from clip_adapter.cache.parts import merge_parts
+from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.writer import CacheWriter
+from tests.cache.rewriting import datasets, put, rewrite
+from tests.cache.small_cache import CLASSES, DIM, FINISH, make_cache
+
+WIDTH, TOKENS = 6, 5
+RNG = np.random.default_rng(0)
+WEIGHTS = RNG.normal(size=(WIDTH, DIM)).astype(np.float32)
+BIAS = RNG.normal(size=DIM).astype(np.float32)
+PRE = {
+    "train": RNG.normal(size=(9, 2, WIDTH)).astype(np.float16),
+    "test": RNG.normal(size=(5, 1, WIDTH)).astype(np.float16),
+}
+IDS = RNG.integers(0, 999, (3, 2, TOKENS)).astype(np.int32)
+TEXT = RNG.normal(size=(3, 2, DIM)).astype(np.float32)
+
+
+def write(path: Path, part: Part | None = None, bias: bool = True, **without: bool) -> Path:
+    rows = part.rows if part else {"train": (0, 9, 9), "test": (0, 5, 5)}
+    with CacheWriter(path, {"a": 1}, views=2) as writer:
+        if part is None or part.index == 1:
+            writer.append_text(TEXT[:1], CLASSES[:1], tokens=IDS[:1])
+            writer.append_text(TEXT[1:], CLASSES[1:], tokens=IDS[1:])
+        for split, (start, stop, _) in rows.items():
+            for row in range(start, stop):
+                pre = PRE[split][row : row + 1]
+                features = (pre @ WEIGHTS + BIAS).astype(np.float32)
+                kept: dict[str, Any] = {} if split in without else {"pre_projection": pre}
+                writer.append_images(split, features, [row % 3], [f"{split}/{row}"], **kept)
+        projection = (WEIGHTS, BIAS if bias else None)
+        given = projection if part is None or part.index == 1 else None
+        writer.finish(**FINISH, projection=given, part=part)
+    return path
+
+
+def test_they_are_given_back(tmp_path: Path) -> None:
+    with FeatureCache(write(tmp_path / "features.h5")) as cache:
+        assert all(map(cache.has, ("tokens", "pre_projection", "projection")))
+        assert not cache.has("prompts")
+        np.testing.assert_array_equal(cache.tokens(), IDS)
+        rows = [3, 0, 3]
+        found = cache.pre_projection("train", rows)
+        np.testing.assert_array_equal(found, PRE["train"].transpose(1, 0, 2)[:, rows])
+        assert found.dtype == np.float32
+        assert cache.pre_projection("train", rows, views=1).shape == (1, 3, WIDTH)
+        projection = cache.projection()
+        np.testing.assert_array_equal(projection.weights, WEIGHTS)
+        np.testing.assert_allclose(
+            found @ projection.weights + projection.bias, cache.features("train", rows), atol=1e-4
+        )
+    with FeatureCache(write(tmp_path / "plain.h5", bias=False)) as cache:
+        assert cache.projection().bias.tolist() == [0] * DIM
+
+
+def test_a_cache_without_them_says_so(tmp_path: Path) -> None:
+    with FeatureCache(make_cache(tmp_path / "features.h5")) as cache:
+        for name, ask in (
+            ("tokens", cache.tokens),
+            ("projection", cache.projection),
+            ("pre-projection", lambda: cache.pre_projection("train", [0])),
+        ):
+            assert not cache.has(name.replace("-", "_"))
+            with pytest.raises(UserError, match=f"has no {name}; extract"):
+                ask()
+
+
+def test_parts_carry_them(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.h5")
+    parts = [
+        write(tmp_path / "1.h5", Part(1, 3, {"train": (0, 4, 9), "test": (0, 0, 5)})),
+        write(tmp_path / "2.h5", Part(2, 3, {"train": (4, 5, 9), "test": (0, 3, 5)})),
+        write(tmp_path / "3.h5", Part(3, 3, {"train": (5, 9, 9), "test": (3, 5, 5)})),
+    ]
+    merge_parts(parts[::-1], tmp_path / "merged.h5")
+    assert datasets(tmp_path / "merged.h5") == datasets(whole)
+    assert "images/test/pre_projection" in datasets(whole)
+
+
+def test_they_count_in_the_content_hash_where_they_are_there(tmp_path: Path) -> None:
+    path = write(tmp_path / "features.h5")
+    digest = hashlib.sha256()
+    paths = [f"images/{s}/{n}" for s in ("train", "test") for n in ("features", "labels", "ids")]
+    paths += ["text/features", "text/class_names", "text/templates"]
+    old_paths = len(paths)
+    paths += ["images/train/pre_projection", "images/test/pre_projection", "text/tokens"]
+    paths += ["projection/weights", "projection/bias"]
+    with h5py.File(path) as file:
+        for count, name in enumerate(paths):
+            if count == old_paths:
+                before = digest.hexdigest()
+            digest.update(f"{name} {file[name].shape}\n".encode() + file[name][...].tobytes())
+    with FeatureCache(path) as cache:
+        assert cache.content_sha256 == digest.hexdigest()
+
+    def without(file: h5py.File, document: dict[str, Any]) -> None:
+        del file["images/train/pre_projection"], file["images/test/pre_projection"]
+        del file["text/tokens"], file["projection"], document["content_sha256"]
+
+    rewrite(path, without)
+    with FeatureCache(path) as cache:
+        assert cache.content_sha256 == before
+
+
+@pytest.mark.parametrize(
+    ("path", "values", "words"),
+    [
+        ("text/tokens", np.zeros((3, 1, 5), np.int32), "text/tokens has the shape"),
+        ("text/tokens", np.zeros((3, 2, 5), np.int64), "text/tokens has a type"),
+        ("images/test/pre_projection", np.ones((1, 5, 7), np.float32), "test/pre_projection has"),
+        ("images/test/pre_projection", np.ones((1, 4, 6), np.float32), "test/pre_projection has"),
+        ("images/test/pre_projection", None, "lacks images/test/pre_projection"),
+        ("projection/weights", None, "lacks projection/weights"),
+        ("projection/weights", np.ones((6, 5), np.float32), "projection/weights has the shape"),
+        ("projection/weights", np.ones((6, 4), np.float16), "projection/weights has a type"),
+        ("projection/bias", np.ones(5, np.float32), "projection/bias has the shape"),
+    ],
+)
+def test_contradictions_are_refused(
+    tmp_path: Path, path: str, values: np.ndarray | None, words: str
+) -> None:
+    def change(file: h5py.File, document: dict[str, Any]) -> None:
+        if values is None:
+            del file[path]
+        else:
+            put(file, path, values)
+
+    cache = write(tmp_path / "features.h5")
+    rewrite(cache, change)
+    with pytest.raises(UserError, match=words):
+        FeatureCache(cache)
+
+
+def test_a_projection_that_is_not_finite(tmp_path: Path) -> None:
+    cache = write(tmp_path / "features.h5")
+    rewrite(cache, lambda file, document: file["projection/bias"].__setitem__(0, np.nan))
+    with FeatureCache(cache) as opened, pytest.raises(UserError, match="projection holds values"):
+        opened.projection()
+
+
+def test_for_all_splits_or_for_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not every split has pre-projection features"):
+        write(tmp_path / "features.h5", test=True)
+    assert not (tmp_path / "features.h5").exists()
+    with (
+        CacheWriter(tmp_path / "other.h5", {}, views=1) as writer,
+        pytest.raises(ValueError, match="rows of"),
+    ):
+        values = np.ones((1, 1, DIM), np.float32)
+        writer.append_images("test", values, [0], ["a"], pre_projection=values)
+        writer.append_images("test", values, [0], ["b"])

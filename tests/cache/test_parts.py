@@ -1,0 +1,193 @@
+"""Parts that lie, are damaged or do not belong together end in a sentence."""
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.metadata import Part
+from clip_adapter.cache.parts import merge_parts, part_of
+from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.writer import CacheWriter
+from tests.cache.rewriting import put, rewrite
+from tests.cache.small_cache import CLASSES, DIM, FINISH, features, make_cache
+from tests.fuzz.cache_mutations import mutate_cache
+from tests.fuzz.kill_cache import kill_often
+
+
+def make_part(path: Path, index: int, of: int = 2) -> Path:
+    bounds = [(0, 5), (5, 9)][index - 1]
+    with CacheWriter(path, {"a": 1}, views=1) as writer:
+        if index == 1:
+            writer.append_text(features(0, 3, 2, DIM), CLASSES)
+        rows = np.arange(*bounds)
+        values, ids = features(index, len(rows), 1, DIM), [f"train/{row}" for row in rows]
+        digests = rows.astype(np.uint64)
+        writer.append_images(
+            "train", values[1:], rows[1:] % 3, ids[1:], ids[:1], digests[1:], skipped_labels=[2]
+        )
+        writer.finish(**FINISH, part=Part(index, of, {"train": (*bounds, 9)}))
+    return path
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    return [make_part(tmp_path / f"{index}.h5", index) for index in (1, 2)]
+
+
+def merged(parts: list[Path]) -> Path:
+    return parts[0].with_name("features.h5")
+
+
+def refused(parts: list[Path], words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        merge_parts(parts, merged(parts))
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400 + 2 * len(str(parts[0]))
+    assert not merged(parts).exists()
+
+
+def test_they_join(parts: list[Path]) -> None:
+    found = merge_parts(parts, merged(parts))
+    assert found.tallies["train"].images == 7
+    with FeatureCache(merged(parts)) as cache:
+        assert cache.skipped == 2
+        assert cache.ids("train")[-1] == "train/8"
+
+
+def stated(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    return lambda path: rewrite(path, lambda file, document: change(document))
+
+
+def values(name: str, kept: np.ndarray) -> Callable[[Path], None]:
+    return lambda path: rewrite(path, lambda file, document: put(file, name, kept))
+
+
+LIES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "10^10 parts": (stated(lambda d: d["part"].update(of=10**10)), "part is .*, not a part of a"),
+    "many parts": (stated(lambda d: d["part"].update(of=10**5)), "number of parts differ"),
+    "part 0": (stated(lambda d: d["part"].update(index=0)), "part is .*, not a part of a cache"),
+    "part 3 of 2": (stated(lambda d: d["part"].update(index=3)), "not a part of a cache"),
+    "text": (stated(lambda d: d["part"].update(index="2")), "not a part of a cache"),
+    "no rows": (stated(lambda d: d["part"].pop("rows")), "not a part of a cache"),
+    "rows of two": (stated(lambda d: d["part"]["rows"].update(train=[0, 1])), "not a part of"),
+    "no such split": (
+        stated(lambda d: d["part"]["rows"].update({"\x1b[2J": [0, 0, 0]})),
+        "not a part of a cache",
+    ),
+    "rows of no split": (stated(lambda d: d["part"].update(rows={})), "train images and states"),
+    "more rows": (
+        stated(lambda d: d["part"]["rows"].update(train=[5, 10**12, 10**12])),
+        "accounts for 4 of its 999999999995 train images",
+    ),
+    "other rows": (
+        stated(lambda d: d["part"]["rows"].update(train=[4, 8, 9])),
+        "do not meet in the train split",
+    ),
+    "another total": (
+        stated(lambda d: d["part"]["rows"].update(train=[5, 9, 10])),
+        "do not meet in the train split",
+    ),
+    "templates": (stated(lambda d: d.update(templates=[])), "templates is .., not a list of"),
+    "no templates": (stated(lambda d: d.pop("templates")), "incomplete .templates missing"),
+    "escapes": (
+        stated(lambda d: d["arguments"].update({"\x1b[2J\n": 1})),
+        r"\\x1b\[2J\\n differ",
+    ),
+    "a label outside": (values("images/train/labels", np.full(3, 3, np.int32)), "outside the 3"),
+    "a skipped label": (
+        values("images/train/skipped_labels", np.full(1, 99, np.int32)),
+        "images/train/skipped_labels holds labels outside the 3 classes",
+    ),
+    "other kinds": (
+        values("images/train/features", np.ones((1, 3, 4), np.float16)),
+        "hold train images of different kinds",
+    ),
+    "digests in one": (
+        lambda path: rewrite(path, lambda file, _: file.__delitem__("images/train/digests")),
+        "digests of train are in some parts only",
+    ),
+    "text in both": (
+        lambda path: rewrite(path, text_of_its_own),
+        "text features or a projection, which only part 1 has",
+    ),
+}
+
+
+def text_of_its_own(file: h5py.File, document: dict[str, Any]) -> None:
+    fixed = h5py.string_dtype("utf-8", 4)
+    put(file, "text/features", np.ones((1, 1, 4), np.float32))
+    put(file, "text/class_names", np.array([b"a"]).astype(fixed))
+    put(file, "text/templates", np.array([b"{}"]).astype(fixed))
+    for name in ("features", "class_names", "templates"):
+        document["datasets_sha256"][f"text/{name}"] = "0" * 64
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_lies(parts: list[Path], name: str) -> None:
+    lie, words = LIES[name]
+    lie(parts[1])
+    refused(parts, words)
+
+
+def test_many_missing_parts_are_named_briefly(parts: list[Path]) -> None:
+    for path in parts:
+        rewrite(path, lambda file, document: document["part"].update(of=999_999))
+    refused(parts, r"Not all 999999 parts are there; name part 3, 4, .*, 22 and 999977 more as")
+
+
+def test_part_1_without_its_text(parts: list[Path]) -> None:
+    rewrite(parts[0], lambda file, document: file.__delitem__("text"))
+    refused(parts, "lacks the text features that part 1 has")
+
+
+def test_what_is_no_part(parts: list[Path], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, words in (
+        (tmp_path / "pipe", "is a pipe, a socket or a device"),
+        (tmp_path / "nothing", "There is no part at"),
+        (make_cache(tmp_path / "cache.h5"), "is no part of a cache"),
+        (Path(__file__).parent / "data" / "version_1.h5", "is no part of a cache"),
+        (Path(__file__), "cannot be read as HDF5"),
+    ):
+        refused([parts[0], path], words)
+        with pytest.raises(UserError, match=words):
+            part_of(path)
+
+
+def test_damaged_parts_never_make_another_cache(parts: list[Path]) -> None:
+    whole = [path.read_bytes() for path in parts]
+    merge_parts(parts, merged(parts))
+    with FeatureCache(merged(parts)) as cache:
+        wanted = cache.content_sha256
+    rng = random.Random(0)
+    outcomes = {"sentence": 0, "cache": 0}
+    for _ in range(80):
+        for path, content in zip(parts, whole, strict=True):
+            if path.is_dir():
+                path.rmdir()
+            path.unlink(missing_ok=True)
+            path.write_bytes(content)
+        merged(parts).unlink(missing_ok=True)
+        told = mutate_cache(rng, rng.choice(parts))
+        try:
+            merge_parts(parts, merged(parts))
+            outcomes["cache"] += 1
+            with FeatureCache(merged(parts)) as cache:
+                same = cache.content_sha256 == wanted
+            assert same or told.startswith(("change_values", "change_structure")), told
+        except UserError as error:
+            outcomes["sentence"] += 1
+            assert str(error).isprintable(), told
+    assert min(outcomes.values()) > 5
+
+
+@pytest.mark.parametrize("kind", ["write", "join"])
+def test_killed_at_random_points_it_ends_with_the_same_bytes(kind: str, tmp_path: Path) -> None:
+    assert kill_often(kind, 3, 1, tmp_path)
