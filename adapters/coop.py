@@ -37,6 +37,12 @@ def finish(arrays: Arrays, setting: Setting, task: Task) -> Arrays:
     return {**arrays, "weights": class_weights(context, setting, task.extra["tower"])}
 
 
+def for_classes(arrays: Arrays, setting: Setting, task: Task, head: Head) -> Arrays | None:
+    """The weights of other classes, whose names the task's tower has; a context of each class's own
+    says nothing of others."""
+    return None if setting["class_specific"] else finish(arrays, setting, task)
+
+
 _SELECTS: dict[str, Any] = {"static": True, "single": True}
 
 COOP = Method(
@@ -82,5 +88,6 @@ COOP = Method(
     finish=finish,
     needs=("tower",),
     uses_views=True,
+    for_classes=for_classes,
     unseen_classes=False,
 )

@@ -77,19 +77,16 @@ def of_classes(tower: Tower, classes: Sequence[int]) -> Tower:
     return tower._replace(**{name: np.asarray(getattr(tower, name))[rows] for name in BY_CLASS})
 
 
-def check_room(tower: Tower, context_length: int, class_names: Sequence[str]) -> None:
-    """Raises ValueError where a class name and so many context vectors are too long for the tower.
-
-    class_names: those of the tower's classes.
-    """
-    lengths = np.asarray(tower.sentence_lengths)
-    longest = int(lengths.argmax())
-    room = tower.shape.context_length - 2 - int(lengths[longest])
+def check_room(tower: Tower, context_length: int) -> None:
+    """Raises ValueError where the longest class name and so many context vectors are too long for
+    the tower."""
+    longest = tower.sentences.shape[1]
+    room = tower.shape.context_length - 2 - longest
     if context_length > room:
         allowed = f"at most {room}" if room > 0 else "none at all"
         raise ValueError(
-            f"the text tower reads {tower.shape.context_length} tokens, which with the class "
-            f"{class_names[longest]!r} leaves room for {allowed} of {context_length} context "
+            f"the text tower reads {tower.shape.context_length} tokens, which with the longest "
+            f"class name ({longest} tokens) leaves room for {allowed} of {context_length} context "
             "vectors"
         )
 
@@ -107,8 +104,12 @@ def context_shape(setting: Mapping[str, Any], tower: Tower) -> tuple[int, ...]:
 
 
 def initial_context(setting: Mapping[str, Any], key: jax.Array, tower: Tower) -> jax.Array:
-    """Where training starts: N(0, 0.02²), or the embeddings of a phrase (section 3.2.1)."""
+    """Where training starts: N(0, 0.02²), or the embeddings of a phrase (section 3.2.1).
+
+    Raises what `check_room` raises.
+    """
     shape = context_shape(setting, tower)
+    check_room(tower, shape[-2])
     if setting["initialisation"] == RANDOM:
         return 0.02 * jax.random.normal(key, shape)
     return jnp.broadcast_to(jnp.asarray(tower.phrases[setting["initialisation"]]), shape)

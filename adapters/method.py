@@ -100,7 +100,8 @@ class Method:
     propose(values): a generator that yields settings and is sent the score of each; None for the
         product of the table.
     for_classes(arrays, setting, task, head) → arrays that classify the classes of another head,
-        where the fitted ones do not.
+        where the fitted ones do not; None where this setting cannot. `extra` of the task is that of
+        these classes.
     describe(xp, arrays, setting, features, head) → numbers by name whose mean and spread say what
         was learned, such as a predicted ratio for each image.
     needs: `text` (the prompts' features), `tower` (the text tower and tokens), `projection` (the
@@ -124,7 +125,7 @@ class Method:
     finish: Callable[..., Arrays] | None = None
     solver: Callable[[Task], Solve] | None = None
     propose: Callable[..., Generator[Setting, Score, None]] | None = None
-    for_classes: Callable[..., Arrays] | None = None
+    for_classes: Callable[..., Arrays | None] | None = None
     describe: Callable[..., Mapping[str, Array]] | None = None
     needs: tuple[str, ...] = ()
     uses_views: bool = False

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from clip_adapter.adapters.clap import CLAP, ZS_LP
 from clip_adapter.adapters.clip_adapter import CLIP_ADAPTER
-from clip_adapter.adapters.cross_modal import CROSS_MODAL
 from clip_adapter.adapters.coop import COOP
+from clip_adapter.adapters.cross_modal import CROSS_MODAL
 from clip_adapter.adapters.linear_probe import LINEAR_PROBE
 from clip_adapter.adapters.lp_plus_plus import LP_PLUS_PLUS
 from clip_adapter.adapters.method import Method
+from clip_adapter.adapters.pro_lip import PRO_LIP
 from clip_adapter.adapters.rla import RLA
 from clip_adapter.adapters.task_res import TASK_RES
 from clip_adapter.adapters.tip_adapter import TIP_ADAPTER, TIP_ADAPTER_F
@@ -37,6 +38,7 @@ METHODS: dict[str, Method] = {
         RLA,
         CROSS_MODAL,
         COOP,
+        PRO_LIP,
     )
 }
 

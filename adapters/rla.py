@@ -47,33 +47,41 @@ def held_loss(
     xp: Any, classify: Classify, arrays: Arrays, batch: Batch, setting: Setting, task: Task
 ) -> Float[Array, ""]:
     """Cross-entropy + λ Σ (M − I)²."""
-    strength = setting["strength"]
-    if strength == ONE_BY_SHOTS:
-        strength = len(task.head.weights) / task.features.shape[1]
     moved = arrays["matrix"] - xp.eye(len(arrays["matrix"]))
-    return mean_cross_entropy(xp, classify(batch.features), batch) + strength * xp.sum(moved**2)
+    penalty = strength(setting, task) * xp.sum(moved**2)
+    return mean_cross_entropy(xp, classify(batch.features), batch) + penalty
 
+
+def strength(setting: Setting, task: Task) -> Any:
+    """λ."""
+    if setting["strength"] == ONE_BY_SHOTS:
+        return len(task.head.weights) / task.features.shape[1]
+    return setting["strength"]
+
+
+# As in the official code, for both of the paper's methods.
+HYPER = {
+    "strength": Hyper(
+        ONE_BY_SHOTS,
+        "How strongly the matrix is held where it starts (λ).",
+        low=0,
+        words=(ONE_BY_SHOTS,),
+    ),
+    **trained_with(
+        optimizer="adam",
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        epochs=300,
+        batch_size=FULL_BATCH,
+        warmup="none",
+        adam_epsilon=1e-4,
+    ),
+}
 
 RLA = Method(
     name="rla",
     reference="arXiv 2410.05270",
-    hyper={
-        "strength": Hyper(
-            ONE_BY_SHOTS,
-            "How strongly the matrix is held near the identity (λ).",
-            low=0,
-            words=(ONE_BY_SHOTS,),
-        ),
-        **trained_with(
-            optimizer="adam",
-            learning_rate=1e-3,
-            weight_decay=0.0,
-            epochs=300,
-            batch_size=FULL_BATCH,
-            warmup="none",
-            adam_epsilon=1e-4,
-        ),
-    },
+    hyper=HYPER,
     logits=logits,
     shapes={"matrix": "D D"},
     fit=fit,

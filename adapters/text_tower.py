@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# What the chunks of classes may keep for the backward pass. Larger ones are no faster on a CPU.
+# What a chunk of classes may keep for the backward pass. For RN50's tower, 120 classes, 26 tokens
+# on 2 cores, chunks of 128 MiB to 1 GiB took equally long (9 s a step); one chunk of all, 6.6 s.
 CHUNK_BYTES = 1 << 29
 
 Tree = TypeVar("Tree")

@@ -133,6 +133,11 @@ def read_text_tower(path: Path, sha256: str | None = None) -> TextTower:
     sha256: of the file, where the cache states one.
     Raises UserError for a file that is missing, foreign, newer, damaged or another one.
     """
+    if not files.is_there(path):
+        raise UserError(
+            f"There is no text tower at {path}; `extract --with-text-tower` makes one, and it "
+            "goes wherever the cache goes."
+        )
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest() if sha256 else None
@@ -146,11 +151,6 @@ def read_text_tower(path: Path, sha256: str | None = None) -> TextTower:
             shapes = array_shapes(config)
             _check_names(path, tensors, shapes)
             return TextTower(config, {name: tensors.get_tensor(name) for name in shapes})
-    except FileNotFoundError:
-        raise UserError(
-            f"There is no text tower at {path}; `extract --with-text-tower` makes one, and it "
-            "goes wherever the cache goes."
-        ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except SafetensorError as error:

@@ -19,6 +19,7 @@ from clip_adapter.adapters.classifier import classifier_weights
 from clip_adapter.adapters.method import Head, Method, Task
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.text_tower import read_text_tower, tower_path
 from clip_adapter.pipelines.fitting.tasks import Fold, Rows, TaskRows, needed_rows
 
 Features = npt.NDArray[np.float32]
@@ -29,13 +30,14 @@ BLOCK_ROWS = 4096
 KEPT_BYTES = 1 << 27
 
 # What methods may need beyond features, and the flag of `extract` that provides it.
+TOWER_SHA256 = "text_tower_sha256"
 PROVIDED_BY = {"tower": "--with-text-tower", "projection": "--with-projection"}
 
 
 def available(cache: FeatureCache) -> set[str]:
     """What of the things that methods may need the cache has."""
     has = {"text"}
-    if cache.has("tokens") and cache.text_tower_path.exists():
+    if TOWER_SHA256 in cache.backbone and tower_path(cache.path).exists():
         has.add("tower")
     if cache.has("projection"):
         has.add("projection")
@@ -122,7 +124,13 @@ class Data:
             projection = self.cache.projection()
             return {"projection": projection.weights, "bias": projection.bias}
         if "tower" in method.needs:
-            return {"tower": self.cache.text_tower(self.classes)}
+            from clip_adapter.adapters.coop_network import of_classes, prepare
+
+            if "tower" not in self._extra:
+                path, sha256 = tower_path(self.cache.path), self.cache.backbone[TOWER_SHA256]
+                self._extra["tower"] = prepare(*read_text_tower(path, sha256))
+            own = range(self.classes.start, self.classes.stop)
+            return {"tower": of_classes(self._extra["tower"], own)}
         return {}
 
     def test_blocks(self, method: Method) -> Iterator[tuple[Features, Labels]]:

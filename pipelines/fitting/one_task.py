@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.method import Method
+from clip_adapter.adapters.method import Arrays, Method
 from clip_adapter.adapters.search import work
 from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter, save_adapter
 from clip_adapter.pipelines.fitting.choice import Chosen, Search, choose, take_defaults
@@ -116,11 +116,11 @@ class TaskRunner:
         cannot tell them."""
         if self.new is None:
             return None
-        arrays = chosen.arrays
+        arrays: Arrays | None = chosen.arrays
         if method.for_classes:
             task = self.data.task(method, rows)._replace(extra=self.new.extra(method))
-            arrays = method.for_classes(arrays, chosen.setting, task, self.new.head())
-        elif not method.unseen_classes:
+            arrays = method.for_classes(chosen.arrays, chosen.setting, task, self.new.head())
+        if arrays is None or not (method.unseen_classes or method.for_classes):
             return None
         predictions = predict_test(method, chosen.setting, arrays, self.new)
         return predictions.accuracy if predictions else None

@@ -467,6 +467,7 @@ from clip_adapter.extract.stopwatch import Stopwatch
 class Free(Encoder):
     def __init__(self):
         self.device, self.dim, self.stored_dtype = torch.device("cpu"), 16, torch.float32
+        self.projection = None
         self.preprocess = Preprocess(dict(size=4, mean=(.5,)*3, std=(.5,)*3))
     def images(self, pixels):
         return pixels.flatten(2)[..., :16].float()
