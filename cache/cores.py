@@ -19,6 +19,15 @@ def available_cores() -> int:
     return max(1, min([cores, *quotas]))
 
 
+def limit_openmp() -> None:
+    """Have OpenMP, which knows the affinity, keep to the limit of a control group too.
+
+    For commands, before they load PyTorch. What the user has set stays.
+    """
+    if (cores := available_cores()) < len(os.sched_getaffinity(0)):
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+
+
 def _quotas() -> Iterator[tuple[int, int]]:
     """(µs granted, µs of a period) of every control group that this process is in.
 

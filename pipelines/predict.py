@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 from PIL import Image
 
-from clip_adapter.cache.cores import available_cores
+from clip_adapter.cache.cores import available_cores, limit_openmp
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.words import counted, printable
 from clip_adapter.extract.datasets.image_files import images_below, unreadable
@@ -194,4 +194,5 @@ def print_predictions(config: PredictConfig) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command `clip-adapter predict`."""
+    limit_openmp()
     run_command(PredictConfig, print_predictions, "clip-adapter predict", arguments)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clip_adapter.cache import cores
-from clip_adapter.cache.cores import available_cores
+from clip_adapter.cache.cores import available_cores, limit_openmp
 
 
 @pytest.fixture
@@ -62,3 +62,17 @@ def test_a_quota_of_version_1(groups: Path, quota: int, count: int) -> None:
     write(groups / "cgroup" / "cpu" / "a" / "cpu.cfs_quota_us", f"{quota}\n")
     write(groups / "cgroup" / "cpu" / "a" / "cpu.cfs_period_us", "100000\n")
     assert available_cores() == count
+
+
+@pytest.mark.parametrize(
+    ("quota", "before", "after"), [("max", None, None), ("200000", None, "2"), ("200000", "5", "5")]
+)
+def test_openmp_keeps_to_a_quota(
+    groups: Path, monkeypatch: pytest.MonkeyPatch, quota: str, before: str | None, after: str | None
+) -> None:
+    environment = {} if before is None else {"OMP_NUM_THREADS": before}
+    monkeypatch.setattr(os, "environ", environment)
+    write(groups / "own", "0::/\n")
+    write(groups / "cgroup" / "cpu.max", f"{quota} 100000\n")
+    limit_openmp()
+    assert environment.get("OMP_NUM_THREADS") == after
