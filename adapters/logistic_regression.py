@@ -40,7 +40,7 @@ LADDER = tuple(10.0**exponent for exponent in (-6, -4, -2, 0, 2, 4, 6))
 # Below all other logits, for a class without images: its bias would be −∞ at the minimum.
 ABSENT = 40.0
 # What one value takes on average, found on features of CLIP's size along CLIP's sweep.
-EVALUATIONS_PER_VALUE = 4
+EVALUATIONS_PER_VALUE = 5
 PRODUCTS_PER_VALUE = 25
 
 
