@@ -8,6 +8,7 @@ from typing import NoReturn
 import tyro
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.files import is_there
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def merge(config: MergeConfig) -> Path:
     """
     if not config.parts:
         raise UserError("Name the parts to join: clip-adapter merge OUT PART…")
-    if config.out.exists() and not config.force:
+    if is_there(config.out) and not config.force:
         raise UserError(f"{config.out} exists; choose another name, or --force to overwrite it.")
     from clip_adapter.extract.join import join_parts
 
