@@ -212,7 +212,7 @@ def _differing(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
 def _copy_text(part: PartFile, writer: CacheWriter) -> list[str]:
     """Copies the text features and returns the class names."""
     everything = slice(None)
-    features = part.features_of("text/features", (everything,))
+    features = _as_stored(part, "text/features", (everything,))
     names = part.strings("text/class_names")
     prompts = tokens = None
     if part.has_dataset("text/prompts"):
@@ -221,6 +221,11 @@ def _copy_text(part: PartFile, writer: CacheWriter) -> list[str]:
         tokens = part.rows_of("text/tokens", everything)
     writer.append_text(features, names, prompts, tokens)
     return names
+
+
+def _as_stored(part: PartFile, path: str, index: tuple[slice, ...]) -> np.ndarray:
+    """Features, checked, in the type that the part has them in."""
+    return part.features_of(path, index).astype(part.dtype_of(path))
 
 
 def _projection(part: PartFile) -> tuple[np.ndarray, np.ndarray | None] | None:
@@ -252,10 +257,10 @@ def _copy_images(part: PartFile, split: str, classes: int, writer: CacheWriter) 
         views = (everything, chosen)
         pre_projection = None
         if part.has_dataset(f"{room}/pre_projection"):
-            pre_projection = part.features_of(f"{room}/pre_projection", views).transpose(1, 0, 2)
+            pre_projection = _as_stored(part, f"{room}/pre_projection", views).transpose(1, 0, 2)
         writer.append_images(
             split,
-            part.features_of(f"{room}/features", views).transpose(1, 0, 2),
+            _as_stored(part, f"{room}/features", views).transpose(1, 0, 2),
             labels[chosen],
             part.strings(f"{room}/ids", chosen),
             skipped,

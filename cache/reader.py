@@ -105,7 +105,7 @@ class FeatureCache(StoredFile):
 
     def text_features(self) -> npt.NDArray[np.float32]:
         """(C, P, D) float32, un-normalised."""
-        return self.features_of("text/features", (slice(None),)).astype(np.float32)
+        return self.features_of("text/features", (slice(None),))
 
     def tokens(self) -> npt.NDArray[np.int32]:
         """(C, P, L) int32: what the text tower was given for each prompt; zeros for none."""
@@ -207,8 +207,8 @@ class FeatureCache(StoredFile):
             here = wanted[places]
             low, high = int(here[0]), int(here[-1]) + 1
             for view in range(len(found)):
-                piece = self.features_of(path, (view, slice(low, high)))
-                found[view, places] = piece[here - low]
+                piece = (view, slice(low, high))
+                found[view, places] = self.features_of(path, piece, here - low)
         return found
 
     def _rows(self, split: str, rows: npt.ArrayLike) -> npt.NDArray[np.int64]:

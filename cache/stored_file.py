@@ -182,15 +182,22 @@ class StoredFile:
             raise self._broken(f"{path} holds labels outside the {classes} classes")
         return labels
 
-    def features_of(self, path: str, index: tuple[slice | int, ...]) -> np.ndarray:
-        """A piece of image or text features as stored, (…, D), every one a finite direction."""
+    def features_of(
+        self,
+        path: str,
+        index: tuple[slice | int, ...],
+        rows: slice | npt.NDArray[np.int64] = slice(None),
+    ) -> npt.NDArray[np.float32]:
+        """A piece of image or text features, (…, D) float32, and of that the `rows` along the
+        first axis, every one a finite direction."""
         with self._reading(f"{path} is damaged (its checksum does not match)"):
             if schema.ELEMENTS[path].whole:
                 self._verify(path)
-            values = self._datasets[path][index]
-            if not np.isfinite(values).all():
+            values = self._datasets[path][index][rows].astype(np.float32)
+            largest = np.abs(values).max(axis=-1)  # NaN where one is NaN
+            if not np.isfinite(largest).all():
                 raise Contradiction(f"{path} holds values that are not finite")
-            if not values.any(axis=-1).all():
+            if not largest.all():
                 raise Contradiction(f"{path} holds a feature of zeros, which has no direction")
             return values
 

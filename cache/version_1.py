@@ -87,7 +87,8 @@ def _examine(path: Path) -> dict[str, Any]:
 
 
 def _main(path: Path) -> None:
-    size = MEMORY + path.stat().st_size
+    pages = int(Path("/proc/self/statm").read_text().split()[0])  # what the libraries map already
+    size = pages * resource.getpagesize() + MEMORY + path.stat().st_size
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answer: dict[str, Any]

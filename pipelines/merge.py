@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.files import is_there
 from clip_adapter.pipelines.argument_types import Positional
 from clip_adapter.pipelines.command import run_command
 from clip_adapter.pipelines.spoken import Spoken
@@ -33,7 +34,7 @@ def merge(config: MergeConfig) -> Path:
     """
     if not config.parts:
         raise UserError("Name the parts to join: clip-adapter merge OUT PART…")
-    if config.out.exists() and not config.force:
+    if is_there(config.out) and not config.force:
         raise UserError(f"{config.out} exists; choose another name, or --force to overwrite it.")
     from clip_adapter.extract.join import join_parts
 
