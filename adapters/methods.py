@@ -1,6 +1,7 @@
 """The methods by name."""
 
 from clip_adapter.adapters.clip_adapter import CLIP_ADAPTER
+from clip_adapter.adapters.gda import GDA
 from clip_adapter.adapters.linear_probe import LINEAR_PROBE
 from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.tip_adapter import TIP_ADAPTER, TIP_ADAPTER_F
@@ -14,5 +15,6 @@ METHODS: dict[str, Method] = {
         CLIP_ADAPTER,
         TIP_ADAPTER,
         TIP_ADAPTER_F,
+        GDA,
     )
 }
