@@ -13,6 +13,7 @@ from clip_adapter.adapters.clap import CLAP, ZS_LP
 from clip_adapter.adapters.clip_adapter import CLIP_ADAPTER
 from clip_adapter.adapters.coop import COOP
 from clip_adapter.adapters.cross_modal import CROSS_MODAL
+from clip_adapter.adapters.gda import GDA
 from clip_adapter.adapters.linear_probe import LINEAR_PROBE
 from clip_adapter.adapters.lp_plus_plus import LP_PLUS_PLUS
 from clip_adapter.adapters.method import Method
@@ -39,6 +40,7 @@ METHODS: dict[str, Method] = {
         CROSS_MODAL,
         COOP,
         PRO_LIP,
+        GDA,
     )
 }
 

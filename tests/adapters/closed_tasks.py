@@ -56,6 +56,20 @@ def on_device(task: Task) -> Task:
     return jax.tree.map(placed, task)
 
 
+def rows(x: np.ndarray) -> np.ndarray:
+    """Each row divided by its length."""
+    lengths = np.linalg.norm(x, axis=-1, keepdims=True)
+    return x / np.where(lengths == 0, 1, lengths)
+
+
+def score(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """(accuracy, mean negative log-likelihood)."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    chances = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    nll = -chances[np.arange(len(labels)), labels].mean()
+    return float(np.mean(logits.argmax(axis=1) == labels)), float(nll)
+
+
 class NoJournal:
     """Nothing is known; states are kept in memory."""
 

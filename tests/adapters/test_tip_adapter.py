@@ -10,15 +10,10 @@ from clip_adapter.adapters.method import Arrays, Setting, Task
 from clip_adapter.adapters.methods import METHODS
 from clip_adapter.adapters.scoring import make_classify
 from clip_adapter.adapters.search import fit, search
-from tests.adapters.closed_tasks import NoJournal, numpy_task, on_device
+from tests.adapters.closed_tasks import NoJournal, numpy_task, on_device, rows, score
 
 TIP_ADAPTER = METHODS["tip-adapter"]
 GRID = {"beta": (0.1, 1.3, 5.5, 40.0), "alpha": (0.0, 3.0, 20.0)}
-
-
-def rows(x: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(x, axis=-1, keepdims=True)
-    return x / np.where(lengths == 0, 1, lengths)
 
 
 def reference_keys(task: Task) -> np.ndarray:
@@ -35,13 +30,6 @@ def reference_logits(
         for key, label in zip(keys, task.labels, strict=True):
             row[label] += alpha * np.exp(-beta * (1 - image @ key))
     return logits
-
-
-def score(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    chances = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    nll = -chances[np.arange(len(labels)), labels].mean()
-    return float(np.mean(logits.argmax(axis=1) == labels)), float(nll)
 
 
 TASKS = {

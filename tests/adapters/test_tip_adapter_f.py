@@ -11,8 +11,8 @@ from clip_adapter.adapters.evaluation import Evaluation
 from clip_adapter.adapters.method import Setting, Task
 from clip_adapter.adapters.methods import METHODS
 from clip_adapter.adapters.search import fit, rungs_of, search
-from tests.adapters.closed_tasks import NoJournal, numpy_task, on_device
-from tests.adapters.test_tip_adapter import reference_keys, reference_logits, rows, score
+from tests.adapters.closed_tasks import NoJournal, numpy_task, on_device, rows, score
+from tests.adapters.test_tip_adapter import reference_keys, reference_logits
 
 TIP_ADAPTER_F = METHODS["tip-adapter-f"]
 GRID = {"beta": (0.5, 1.0, 5.5), "alpha": (0.0, 3.0, 20.0)}
