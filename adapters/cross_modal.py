@@ -1,10 +1,10 @@
-"""Cross-modal linear probe (Lin et al., CVPR 2023, arXiv 2301.06267, section 3): each prompt's text
-feature is one more sample of its class.
+"""Cross-modal linear probe (Lin et al., CVPR 2023, arXiv 2301.06267): prompts are samples.
 
     logits = scale · unit(f) · Wᵀ + bias                    W: C × D, from the zero-shot weights
     loss   = cross-entropy of a batch that is half images and half texts
 
-W is not normalised. The texts are drawn at random from all C × P that there are.
+The text feature of every prompt is one more sample of its class, and each step draws at random from
+all C × P that there are. W is not normalised.
 """
 
 from __future__ import annotations

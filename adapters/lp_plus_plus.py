@@ -1,5 +1,5 @@
-"""LP++ (Huang et al., CVPR 2024, arXiv 2404.02285, section 4): a linear probe blended with text,
-whose starts and step sizes come from the data.
+"""LP++ (Huang et al., CVPR 2024, arXiv 2404.02285, section 4): a linear probe blended with the
+text, whose starts and step sizes come from the data.
 
     logits = unit(f) · (w_c + α_c t_c) + b_c                t: the zero-shot weights; no logit scale
 
@@ -9,8 +9,9 @@ momentum every tenth. The steps follow from bounds on the curvature of the loss,
     4 N / λ_max(FᵀF)        and        N / (4 max_c Σ_i (f_i · t_c)²)        for N images F,
 
 and α starts at 250 times the mean cosine of an image and its own class' text, w_c at the sum of the
-class' features. The official code keeps the epoch that does best on as many validation images as
-there are shots; here that is `epoch = best`.
+class' features. The official code differs twice: it keeps the epoch that does best on validation
+(here `epoch = best`), and it never clears the gradient of α, so that its steps are sums over all
+epochs so far. The paper's are of the gradient where α stands, and so are these.
 """
 
 from __future__ import annotations

@@ -126,9 +126,9 @@ def scheduled_rate(setting: Setting, steps: int, step: Array, rate: str = "learn
     """The learning rate of a step, () float32; steps: per epoch.
 
     warmup `linear`: up over the first tenth of the steps (at most 100), then half a cosine to zero.
-    `none`: the half cosine alone.
-    `constant`: Dassl's ConstantWarmupScheduler over CosineAnnealingLR, stepped per epoch: 1e-5 for
-    the first epoch; the cosine begins when that ends, and so stops one step short of zero.
+    `none`: the cosine from the first step. `constant`: Dassl's ConstantWarmupScheduler over
+    CosineAnnealingLR, stepped per epoch: 1e-5 for the first epoch; the cosine begins when that
+    ends, and so stops one step short of zero.
     """
     import jax.numpy as jnp
 
