@@ -135,6 +135,8 @@ def _ratio(name: str, branch: str, tried: tuple[float, ...]) -> dict[str, Hyper]
             f"Residual ratio of the {branch} adapter; `learned` trains one, `hypernet` predicts "
             f"one for each {'image' if branch == 'image' else 'class'}.",
             tried,
+            # Research questions 2 and 3: the ratio from zero-shot to the adapter alone, and kinds.
+            ablated=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0, *KINDS),
             low=0,
             high=1,
             words=KINDS,
@@ -158,6 +160,7 @@ CLIP_ADAPTER = Method(
         "branch": Hyper(
             "image",
             "Where the adapter sits.",
+            ablated=("image", "text", "both"),
             words=("image", "text", "both"),
             static=True,
             single=True,
@@ -167,6 +170,7 @@ CLIP_ADAPTER = Method(
         "reduction": Hyper(
             4,
             "Bottleneck: the hidden width is D / reduction.",
+            ablated=(2, 4, 8, 16, 32),
             low=1,
             high=LARGEST_COUNT,
             static=True,

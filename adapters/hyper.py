@@ -20,6 +20,7 @@ class Hyper:
 
     default: the value where nothing is given and nothing chooses. help: a sentence.
     tried: the values to try where the user gives none; () for the default alone.
+    ablated: the values that an ablation shows where the user gives none.
     low, high: the range, ends included. above: an end that is excluded.
     words: values beside numbers, such as `learned`; a word selects the compiled program.
     static: whether a number selects the program too, because it changes shapes or steps.
@@ -31,6 +32,7 @@ class Hyper:
     default: Value
     help: str
     tried: tuple[Value, ...] = ()
+    ablated: tuple[Value, ...] = ()
     low: float = -math.inf
     high: float = math.inf
     above: float = -math.inf

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clip_adapter.adapters.hyper import Value
+from clip_adapter.adapters.method import Method
 
 Shots = int | Literal["all"]
 Selection = Literal["few-shot-val", "full-val", "cv", "none"]
@@ -40,6 +41,10 @@ class FitConfig:
         train_classes: Classes to fit on; `base` takes the first half and tests on both halves.
         search: How far to train settings; `halving` gives each a tenth of the epochs and lets the
             best third go on, twice.
+        ablate: Hyper-parameters to show the test accuracy of at every value, everything else
+            selected on validation: an analysis, which chooses nothing.
+        refit: Fit the chosen setting once more on every labelled image of the cache, and keep that
+            adapter; the accuracies shown are those of before.
         placement: How settings share a device: one after another, as auto does on a CPU, or side by
             side.
         resume: Run folder of an interrupted `fit` to go on with; takes its arguments from there.
@@ -57,6 +62,8 @@ class FitConfig:
     augment: bool = False
     train_classes: Literal["all", "base"] = "all"
     search: Literal["full", "halving"] = "full"
+    ablate: tuple[str, ...] = ()
+    refit: bool = False
     placement: Literal["auto", "sequential", "vectorised"] = "auto"
     resume: Path | None = None
     hyper: Mapping[str, Any] = field(default_factory=dict, metadata={"option": False})
@@ -69,7 +76,7 @@ class FitConfig:
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, Path(value).expanduser())
-        for name in ("method", "baselines", "shots", "seeds"):
+        for name in ("method", "baselines", "shots", "seeds", "ablate"):
             object.__setattr__(self, name, several(getattr(self, name)))
         hyper = {name: several(values) for name, values in self.hyper.items()}
         object.__setattr__(self, "hyper", hyper)
@@ -87,3 +94,15 @@ def several(values: Any) -> tuple[Value, ...]:
     if isinstance(values, str) or not isinstance(values, Iterable):
         values = (values,)
     return tuple(value.item() if hasattr(value, "item") else value for value in values)
+
+
+def own_values(config: FitConfig, method: Method) -> dict[str, tuple[Value, ...]]:
+    """What was given for the hyper-parameters of a method; its own words go before common ones."""
+    common = {key: values for key, values in config.hyper.items() if key in method.hyper}
+    prefix = f"{method.name}."
+    own = {
+        key.removeprefix(prefix): values
+        for key, values in config.hyper.items()
+        if key.startswith(prefix)
+    }
+    return common | own

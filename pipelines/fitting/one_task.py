@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.method import Arrays, Method
+from clip_adapter.adapters.method import Arrays, Method, Setting
 from clip_adapter.adapters.search import work
 from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter, save_adapter
-from clip_adapter.pipelines.fitting.choice import Chosen, Search, choose, take_defaults
+from clip_adapter.pipelines.fitting.choice import (
+    Chosen,
+    Record,
+    Search,
+    choose,
+    take_defaults,
+)
 from clip_adapter.pipelines.fitting.data import Data
 from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
-from clip_adapter.pipelines.fitting.predictions import predict_test, predictions_path
+from clip_adapter.pipelines.fitting.predictions import (
+    Predictions,
+    predict_test,
+    predictions_path,
+)
 from clip_adapter.pipelines.fitting.provenance import Provenance
 from clip_adapter.pipelines.fitting.results import Spread, TaskResult, harmonic_mean
 from clip_adapter.pipelines.fitting.run_folder import RunFolder
@@ -49,6 +60,29 @@ class TaskRunner:
         expect: told how much the engine will report as progress, before it does.
         """
         method = planned.method
+        record = folder.record(method.name, rows.shots, rows.seed)
+        chosen = self.choose(planned, rows, record, expect)
+        if chosen is None:
+            return self.diverged(planned, rows)
+        predictions = predict_test(method, chosen.setting, chosen.arrays, self.data)
+        if predictions:
+            name = predictions_path(method.name, rows.shots, rows.seed)
+            folder.write(name, predictions.content())
+        result = self.result(method, rows, chosen, predictions)
+        if not planned.baseline:
+            saved = self.saved(method, rows, chosen.setting, chosen.arrays, fitted_on(result))
+            save_adapter(folder.path / adapter_folder(*result.key), saved)
+        return result
+
+    def choose(
+        self,
+        planned: PlannedMethod,
+        rows: TaskRows,
+        record: Record,
+        expect: Callable[[float], None] = lambda settings: None,
+    ) -> Chosen | None:
+        """Choose a setting by the run's selection rule; None where every one diverged."""
+        method = planned.method
         task = self.data.task(method, rows)
         rule = self.plan.select
         divided = folds(rows, self.data.labels["train"]) if rule == "cv" else []
@@ -66,28 +100,21 @@ class TaskRunner:
         )
         expect(work(method, planned.values, len(parts), halving=asked.halving))
         if parts:
-            record = folder.record(method.name, rows.shots, rows.seed)
-            chosen = choose(asked, task, self.engine, record)
-        else:
-            note = NOT_CROSS_VALIDATED if rule == "cv" else ""
-            chosen = take_defaults(asked, task, self.engine, note)
-        if chosen is None:
-            note = f"every setting diverged; {_advice(planned)}"
-            return TaskResult(method.name, rows.shots, rows.seed, rule, note=note)
-        result = self._tested(method, rows, chosen, folder)
-        if not planned.baseline:
-            saved = self._saved(method, rows, chosen, result)
-            save_adapter(folder.path / adapter_folder(*result.key), saved)
-        return result
+            return choose(asked, task, self.engine, record)
+        note = NOT_CROSS_VALIDATED if rule == "cv" else ""
+        return take_defaults(asked, task, self.engine, note)
 
-    def _tested(
-        self, method: Method, rows: TaskRows, chosen: Chosen, folder: RunFolder
+    def diverged(self, planned: PlannedMethod, rows: TaskRows) -> TaskResult:
+        """The row of a method of which every setting diverged."""
+        note = f"every setting diverged; {_advice(planned)}"
+        name = planned.method.name
+        return TaskResult(name, rows.shots, rows.seed, self.plan.select, note=note)
+
+    def result(
+        self, method: Method, rows: TaskRows, chosen: Chosen, predictions: Predictions | None
     ) -> TaskResult:
-        predictions = predict_test(method, chosen.setting, chosen.arrays, self.data)
+        """The row of what was chosen, with what it predicted on the test set."""
         base = predictions.accuracy if predictions else None
-        if predictions:
-            name = predictions_path(method.name, rows.shots, rows.seed)
-            folder.write(name, predictions.content())
         new = self._new_accuracy(method, rows, chosen)
         evaluation = chosen.evaluation
         return TaskResult(
@@ -134,13 +161,19 @@ class TaskRunner:
         found = {name: np.asarray(values) for name, values in described.items()}
         return {name: Spread(float(v.mean()), float(v.std())) for name, v in found.items()}
 
-    def _saved(
-        self, method: Method, rows: TaskRows, chosen: Chosen, result: TaskResult
+    def saved(
+        self,
+        method: Method,
+        rows: TaskRows,
+        setting: Setting,
+        arrays: Arrays,
+        fitted: Mapping[str, Any],
     ) -> SavedAdapter:
+        """An adapter with all that it was fitted from."""
         about, head = self.provenance, self.data.head()
         info = AdapterInfo(
             method=method.name,
-            setting=dict(chosen.setting),
+            setting=dict(setting),
             class_names=about.class_names[self.data.classes],
             templates=about.templates,
             logit_scale=float(head.logit_scale),
@@ -149,16 +182,15 @@ class TaskRunner:
             preprocess=about.preprocess,
             dataset=about.dataset,
             cache_sha256=about.cache_sha256,
-            fitted={
-                "shots": rows.shots,
-                "seed": rows.seed,
-                "train_classes": self.plan.train_classes,
-                "select": self.plan.select,
-                "epoch": chosen.epoch,
-                "val_accuracy": result.val_accuracy,
-            },
+            fitted={"train_classes": self.plan.train_classes, **fitted},
         )
-        return SavedAdapter(info, chosen.arrays, head.weights)
+        return SavedAdapter(info, arrays, head.weights)
+
+
+def fitted_on(result: TaskResult) -> dict[str, Any]:
+    """What an adapter file says of the task it was fitted on."""
+    names = ("shots", "seed", "select", "epoch", "val_accuracy")
+    return {name: getattr(result, name) for name in names}
 
 
 def adapter_folder(method: str, shots: object, seed: int) -> str:

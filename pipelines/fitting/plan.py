@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,13 @@ from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.methods import METHODS, find_method
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.words import shortened
-from clip_adapter.pipelines.fitting.config import DEFAULT_CACHE, FitConfig, Selection, Shots
+from clip_adapter.pipelines.fitting.config import (
+    DEFAULT_CACHE,
+    FitConfig,
+    Selection,
+    Shots,
+    own_values,
+)
 
 if TYPE_CHECKING:
     from clip_adapter.adapters.engine import Placement
@@ -30,12 +36,14 @@ Json = dict[str, Any]
 class PlannedMethod:
     """A method and the values to try of each of its hyper-parameters.
 
-    name: as `find_method` takes it. baseline: whether it only runs for comparison.
+    name: as `find_method` takes it. baseline: whether it only runs for comparison. ablation: the
+    values to show of each hyper-parameter that is ablated.
     """
 
     name: str
     values: Mapping[str, Sequence[Value]]
     baseline: bool = False
+    ablation: Mapping[str, Sequence[Value]] = field(default_factory=dict)
 
     @property
     def method(self) -> Method:
@@ -58,6 +66,8 @@ class Plan:
     augment: bool
     train_classes: str
     search: str
+    ablate: tuple[str, ...]
+    refit: bool
     placement: Placement
 
     @property
@@ -87,6 +97,7 @@ class Plan:
                     "methods": methods,
                     "shots": tuple(document["shots"]),
                     "seeds": tuple(document["seeds"]),
+                    "ablate": tuple(document["ablate"]),
                 }
             )
             _check_protocol(plan)
@@ -140,37 +151,12 @@ def make_plan(config: FitConfig, cache_sha256: str, available: Iterable[str] = (
         augment=config.augment,
         train_classes=config.train_classes,
         search=config.search,
+        ablate=tuple(_named(name) for name in config.ablate),
+        refit=config.refit,
         placement=config.placement,
     )
     _check_protocol(plan)
     return plan
-
-
-def without_effect(config: FitConfig, plan: Plan) -> list[str]:
-    """A sentence for each option that was given and changes nothing."""
-    idle = []
-    for planned in plan.fitted:
-        method = planned.method
-        settings = method.settings(planned.values)
-        for name in _own(config, method):
-            if all(name not in setting for setting in settings):
-                flag = method.hyper[name].flag or name
-                reasons = " or ".join(
-                    f"--{_dashed(other)} {' or '.join(map(str, values))}"
-                    for other, values in method.hyper[name].when.items()
-                )
-                idle.append(f"--{_dashed(flag)} has no effect without {reasons}.")
-    trained = any(planned.method.is_trained for planned in plan.methods)
-    if plan.search == "halving" and (plan.select == "none" or not trained):
-        why = "with --select none" if trained else "where no method is trained step by step"
-        idle.append(f"--search halving has no effect {why}.")
-    if plan.augment and not any(planned.method.uses_views for planned in plan.methods):
-        idle.append("--augment has no effect: none of these methods uses views.")
-    if plan.preset != "default" and not any(
-        plan.preset in planned.method.presets for planned in plan.fitted
-    ):
-        idle.append(f"--preset {plan.preset} has no effect on these methods.")
-    return list(dict.fromkeys(idle))
 
 
 def _find(name: str) -> Method:
@@ -180,23 +166,17 @@ def _find(name: str) -> Method:
         raise UserError(f"{error}.") from None
 
 
-def _own(config: FitConfig, method: Method) -> dict[str, tuple[Value, ...]]:
-    """What was given for the hyper-parameters of a method; its own words go before common ones."""
-    common = {key: values for key, values in config.hyper.items() if key in method.hyper}
-    prefix = f"{method.name}."
-    own = {
-        key.removeprefix(prefix): values
-        for key, values in config.hyper.items()
-        if key.startswith(prefix)
-    }
-    return common | own
-
-
 def _with_values(config: FitConfig, name: str, method: Method, baseline: bool) -> PlannedMethod:
-    given = {} if baseline else _own(config, method)
+    given = {} if baseline else own_values(config, method)
     for key, some in given.items():
         if not some:
             raise UserError(f"--{_dashed(method.hyper[key].flag or key)} needs at least one value.")
+    ablation = {}
+    for factor in () if baseline else map(_named, config.ablate):
+        if factor in method.hyper:
+            ablation[factor] = _shown(method, factor, given.get(factor, ()))
+            if method.hyper[factor].single:
+                given.pop(factor, None)
     try:
         values = method.values(given, config.preset, one=config.select == "none")
     except ValueError as error:
@@ -205,7 +185,29 @@ def _with_values(config: FitConfig, name: str, method: Method, baseline: bool) -
         raise UserError(
             f"--select none cannot choose between several settings of {name}; give one of each."
         )
-    return PlannedMethod(name, values, baseline)
+    return PlannedMethod(name, values, baseline, ablation)
+
+
+def _shown(method: Method, factor: str, given: Sequence[Value]) -> tuple[Value, ...]:
+    """The values of a factor that an ablation shows: those given, else those of the table."""
+    hyper = method.hyper[factor]
+    values = given if len(given) > 1 else hyper.ablated or hyper.tried
+    if len(values) < 2:
+        flag = _dashed(hyper.flag or factor)
+        raise UserError(f"--ablate {factor} needs several values; name them with --{flag}.")
+    try:
+        return tuple(hyper.checked(factor, value) for value in values)
+    except ValueError as error:
+        raise UserError(f"{method.name}: {error}.") from None
+
+
+def _named(flag: str) -> str:
+    """The hyper-parameter of a flag, such as learning_rate of `lr`."""
+    for method in METHODS.values():
+        for name, hyper in method.hyper.items():
+            if flag in (name, hyper.flag, _dashed(name)):
+                return name
+    return flag
 
 
 def _check_owners(config: FitConfig, methods: Sequence[Method]) -> None:
@@ -228,6 +230,9 @@ def _check_protocol(plan: Plan) -> None:
             raise UserError(f"--{name} needs at least one value.")
         if len(set(values)) < len(values):
             raise UserError(f"--{name} names a value twice.")
+    for factor in plan.ablate:
+        if not any(factor in planned.method.hyper for planned in plan.fitted):
+            raise UserError(f"--ablate {shortened(factor)}: none of these methods has that.")
     names = [planned.name for planned in plan.methods]
     if len(set(names)) < len(names):
         raise UserError("--method or --baselines names a method twice.")
@@ -259,7 +264,11 @@ def _planned(entry: Mapping[str, Any]) -> PlannedMethod:
         values = method.values({name: tuple(some) for name, some in entry["values"].items()})
     except ValueError as error:
         raise UserError(str(error)) from None
-    return PlannedMethod(entry["name"], values, bool(entry["baseline"]))
+    ablation = {
+        factor: tuple(method.hyper[factor].checked(factor, value) for value in shown)
+        for factor, shown in entry["ablation"].items()
+    }
+    return PlannedMethod(entry["name"], values, bool(entry["baseline"]), ablation)
 
 
 def _dashed(name: str) -> str:

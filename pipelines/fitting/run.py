@@ -9,17 +9,23 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-
 from clip_adapter.adapters.engine import Engine
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.pipelines.fitting.ablation import (
+    AblationRow,
+    ablated,
+    read_ablations,
+    run_ablations,
+)
 from clip_adapter.pipelines.fitting.config import DEFAULT_CACHE, FitConfig
 from clip_adapter.pipelines.fitting.data import Data, available, open_data
 from clip_adapter.pipelines.fitting.feasible import check_feasible
-from clip_adapter.pipelines.fitting.one_task import TaskRunner, adapter_folder
-from clip_adapter.pipelines.fitting.plan import Plan, make_plan, without_effect
+from clip_adapter.pipelines.fitting.idle import without_effect
+from clip_adapter.pipelines.fitting.keep import keep_one
+from clip_adapter.pipelines.fitting.one_task import TaskRunner
+from clip_adapter.pipelines.fitting.plan import Plan, make_plan
 from clip_adapter.pipelines.fitting.plot import write_plot
 from clip_adapter.pipelines.fitting.provenance import Provenance
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
@@ -28,7 +34,6 @@ from clip_adapter.pipelines.fitting.tasks import (
     TaskRows,
     base_classes,
     draw_tasks,
-    kept_task,
     only_classes,
 )
 
@@ -38,7 +43,8 @@ class FitResult:
     """What a run found.
 
     run: its folder. about: where its numbers come from, in words. results: a row per method and
-    task. summary: a row per method and number of shots. kept: the row whose adapter stands at the
+    task. summary: a row per method and number of shots. ablations: a row per factor, value, method
+    and task, [] where none were asked for. kept: the row whose adapter stands at the
     top of the folder, None where there is none. compilations: programs compiled or loaded.
     problem: a sentence on what could not be done, or "".
     """
@@ -50,6 +56,7 @@ class FitResult:
     tasks: Sequence[TaskRows]
     results: Sequence[TaskResult]
     summary: Sequence[MethodSummary]
+    ablations: Sequence[AblationRow]
     kept: TaskResult | None
     compilations: int
     problem: str = ""
@@ -127,6 +134,8 @@ def _execute(
     runner = TaskRunner(plan, data, new, provenance, engine)
     try:
         _run_tasks(runner, folder, listener)
+        if plan.ablate:
+            _run_ablations(runner, folder, listener)
     except KeyboardInterrupt:
         message = f"what is finished is kept; go on with: fit --resume {folder.path}"
         raise KeyboardInterrupt(message) from None
@@ -134,7 +143,7 @@ def _execute(
     summary = summarise(results)
     kept, problem = None, ""
     try:
-        kept = _keep_one(plan, tasks, folder, results)
+        kept = keep_one(runner, tasks, folder, results)
         folder.write_summary(summary)
         write_plot(folder, plan)
     except UserError as error:  # the numbers are there, and whoever waits for them gets them
@@ -150,6 +159,7 @@ def _execute(
         tasks=tasks,
         results=results,
         summary=summary,
+        ablations=read_ablations(folder.path),
         kept=kept,
         compilations=engine.compilations,
         problem=problem,
@@ -172,6 +182,19 @@ def _run_tasks(runner: TaskRunner, folder: RunFolder, listener: Listener) -> Non
             runner.engine.progress = part.settings_done
             folder.add_result(runner.run(planned, rows, folder, part.expect))
             part.end()
+
+
+def _run_ablations(runner: TaskRunner, folder: RunFolder, listener: Listener) -> None:
+    total = len(ablated(runner.plan)) * len(runner.data.tasks)
+    with listener.progress("ablate", total, len(read_ablations(folder.path))) as advance:
+        parts: list[_Part] = []
+
+        def begin(note: str) -> Callable[[float], None]:
+            parts.append(_Part(advance, note))
+            runner.engine.progress = parts[-1].settings_done
+            return parts[-1].expect
+
+        run_ablations(runner, folder, begin, lambda: parts[-1].end())
 
 
 class _Part:
@@ -198,34 +221,6 @@ class _Part:
     def end(self) -> None:
         """A search may end early, or not be needed."""
         self._advance(1 - self._share, self._note)
-
-
-def _keep_one(
-    plan: Plan, tasks: Sequence[TaskRows], folder: RunFolder, results: Sequence[TaskResult]
-) -> TaskResult | None:
-    """Put one adapter at the top of the folder: at the most shots and the first seed, of the
-    methods that were asked for the one that validation prefers (without validation the first)."""
-    rows = kept_task(tasks)
-    by_key = {result.key: result for result in results}
-    names = [planned.method.name for planned in plan.fitted]
-    sound = [
-        result
-        for name in names
-        if (result := by_key[name, rows.shots, rows.seed]).setting is not None
-    ]
-    if not sound:
-        return None
-
-    def ranks(result: TaskResult) -> tuple[float, float]:
-        if result.val_accuracy is None or result.val_nll is None:
-            return (-np.inf, -np.inf)
-        return result.val_accuracy, -result.val_nll
-
-    best = max(sound, key=ranks)
-    source = folder.path / adapter_folder(*best.key)
-    for name in ("adapter.safetensors", "adapter.json"):  # without the JSON it is no adapter
-        folder.write(name, (source / name).read_bytes())
-    return best
 
 
 def _task_document(data: Data, rows: TaskRows) -> dict[str, object]:

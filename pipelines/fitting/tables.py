@@ -14,9 +14,10 @@ from clip_adapter.cache.few_shot import VALIDATION_SHOTS
 from clip_adapter.cache.words import counted, printable, some
 from clip_adapter.pipelines.fitting.config import Selection, Shots
 from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
-from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult
+from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
 
 if TYPE_CHECKING:
+    from clip_adapter.pipelines.fitting.ablation import AblationRow
     from clip_adapter.pipelines.fitting.run import FitResult
     from clip_adapter.pipelines.fitting.tasks import TaskRows
 
@@ -48,11 +49,17 @@ def print_run(result: FitResult) -> None:
         rows = [row for row in result.results if row.method == planned.method.name]
         if any(row.setting is None or row.setting for row in rows):
             console.print(_choice_table(planned, rows))
+    for factor in plan.ablate:
+        console.print(_ablation_table(plan, factor, result.ablations))
     programs = result.compilations
     console.print(f"{programs} program{'s' * (programs != 1)} compiled or loaded")
     if result.kept:
         kept = result.kept
         which = f"{kept.method} at {kept.shots} shots, seed {kept.seed}"
+        if plan.refit:
+            which += (
+                ", fitted once more on every labelled image (the accuracies are those of before)"
+            )
         console.print(f"\n{result.run}: adapter of {which}")
 
 
@@ -125,6 +132,26 @@ def _choice_table(planned: PlannedMethod, rows: Sequence[TaskResult]) -> Table:
         epoch = [str(row.epoch or "–")] * best_epoch
         judged = "–" if row.val_accuracy is None else f"{100 * row.val_accuracy:.2f}"
         table.add_row(str(row.shots), str(row.seed), *values, *epoch, judged, _flatness(row))
+    return table
+
+
+def _ablation_table(plan: Plan, factor: str, ablations: Sequence[AblationRow]) -> Table:
+    """Test accuracy at every value of a factor: a row for each method and value."""
+    rows = [row for row in ablations if row.factor == factor]
+    title = (
+        f"ablation of {factor}: test accuracy (%), everything else selected on validation; "
+        "an analysis, which chooses nothing"
+    )
+    table = Table(title=title, box=SIMPLE_HEAD)
+    table.add_column(factor)
+    for shots in plan.shots:
+        table.add_column(f"{shots} shots", justify="right")
+    several = len({row.result.method for row in rows}) > 1
+    for method, value in dict.fromkeys((row.result.method, row.value) for row in rows):
+        own = [row.result for row in rows if (row.result.method, row.value) == (method, value)]
+        cells = {row.shots: accuracy(row, "test_accuracy") for row in summarise(own)}
+        name = f"{method} {value}" if several else str(value)
+        table.add_row(name, *(cells.get(shots, "–") for shots in plan.shots))
     return table
 
 

@@ -1,0 +1,109 @@
+"""Ablations: test accuracy at every value of one hyper-parameter.
+
+An analysis: nothing is chosen by it. Each value is run with everything else selected on validation,
+as the paper's tables are read (arXiv 2110.04544, section 4.4).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from clip_adapter.adapters.hyper import Value
+from clip_adapter.cache.errors import UserError
+from clip_adapter.pipelines.fitting.config import Shots
+from clip_adapter.pipelines.fitting.one_task import TaskRunner
+from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
+from clip_adapter.pipelines.fitting.predictions import predict_test
+from clip_adapter.pipelines.fitting.results import TaskResult
+from clip_adapter.pipelines.fitting.run_folder import RunFolder
+from clip_adapter.pipelines.fitting.tasks import TaskRows
+
+FILE = "ablation.jsonl"
+
+
+@dataclass(frozen=True)
+class AblationRow:
+    """How a method did on a task with one hyper-parameter held at a value."""
+
+    factor: str
+    value: Value
+    result: TaskResult
+
+    @property
+    def key(self) -> tuple[str, str, str, Shots, int]:
+        return self.factor, str(self.value), *self.result.key
+
+
+def ablated(plan: Plan) -> list[tuple[str, PlannedMethod]]:
+    """(factor, method with that factor held at one value) for everything to run."""
+    return [
+        (factor, replace(planned, values={**planned.values, factor: (value,)}))
+        for factor in plan.ablate
+        for planned in plan.fitted
+        if factor in planned.method.hyper
+        for value in planned.ablation[factor]
+    ]
+
+
+def run_ablations(
+    runner: TaskRunner,
+    folder: RunFolder,
+    begin: Callable[[str], Callable[[float], None]],
+    end: Callable[[], None],
+) -> None:
+    """Run what the folder has no row of yet.
+
+    begin: called with a note before each, gives what is told how much there is to do. end: called
+        after each.
+    """
+    rows = read_ablations(folder.path)
+    finished = {row.key for row in rows}
+    for factor, planned in ablated(runner.plan):
+        value = planned.values[factor][0]
+        for task in runner.data.tasks:
+            key = (factor, str(value), planned.method.name, task.shots, task.seed)
+            if key in finished:
+                continue
+            expect = begin(f"{planned.method.name}, {factor} {value}, {task.shots} shots")
+            rows.append(AblationRow(factor, value, _result(runner, planned, task, folder, expect)))
+            lines = [json.dumps(asdict(row)) + "\n" for row in rows]
+            folder.write(FILE, "".join(lines).encode())
+            end()
+
+
+def _result(
+    runner: TaskRunner,
+    planned: PlannedMethod,
+    rows: TaskRows,
+    folder: RunFolder,
+    expect: Callable[[float], None],
+) -> TaskResult:
+    method = planned.method
+    record = folder.record(method.name, rows.shots, rows.seed)
+    chosen = runner.choose(planned, rows, record, expect)
+    if chosen is None:
+        return runner.diverged(planned, rows)
+    predictions = predict_test(method, chosen.setting, chosen.arrays, runner.data)
+    return runner.result(method, rows, chosen, predictions)
+
+
+def read_ablations(run: Path) -> list[AblationRow]:
+    """The rows of a run, [] where it has none.
+
+    Raises UserError where they cannot be read.
+    """
+    path = run / FILE
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        documents = [json.loads(line) for line in lines]
+        return [
+            AblationRow(d["factor"], d["value"], TaskResult.of_document(d["result"]))
+            for d in documents
+        ]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read; fit it again.") from error

@@ -1,0 +1,70 @@
+"""The adapter at the top of a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from clip_adapter.adapters.search import fit
+from clip_adapter.cache.errors import UserError
+from clip_adapter.pipelines.adapter_file import save_adapter
+from clip_adapter.pipelines.fitting.choice import is_finite
+from clip_adapter.pipelines.fitting.one_task import TaskRunner, adapter_folder, fitted_on
+from clip_adapter.pipelines.fitting.results import TaskResult
+from clip_adapter.pipelines.fitting.run_folder import RunFolder
+from clip_adapter.pipelines.fitting.tasks import TaskRows, kept_task
+
+
+def keep_one(
+    runner: TaskRunner,
+    tasks: Sequence[TaskRows],
+    folder: RunFolder,
+    results: Sequence[TaskResult],
+) -> TaskResult | None:
+    """Put one adapter at the top of the folder and return its row: at the most shots and the first
+    seed, of the methods that were asked for the one that validation prefers (without validation the
+    first). None where every setting of all of them diverged.
+
+    Raises UserError where the chosen setting diverges on all labelled images.
+    """
+    rows = kept_task(tasks)
+    by_key = {result.key: result for result in results}
+    names = [planned.method.name for planned in runner.plan.fitted]
+    sound = [
+        result
+        for name in names
+        if (result := by_key[name, rows.shots, rows.seed]).setting is not None
+    ]
+    if not sound:
+        return None
+    best = max(sound, key=_ranks)
+    if runner.plan.refit:
+        _refit(runner, rows, best, folder)
+        return best
+    source = folder.path / adapter_folder(*best.key)
+    for name in ("adapter.safetensors", "adapter.json"):  # without the JSON it is no adapter
+        folder.write(name, (source / name).read_bytes())
+    return best
+
+
+def _ranks(result: TaskResult) -> tuple[float, float]:
+    if result.val_accuracy is None or result.val_nll is None:
+        return (-np.inf, -np.inf)
+    return result.val_accuracy, -result.val_nll
+
+
+def _refit(runner: TaskRunner, rows: TaskRows, best: TaskResult, folder: RunFolder) -> None:
+    """Fit the chosen setting once more on every labelled image of the cache."""
+    (method,) = (p.method for p in runner.plan.fitted if p.method.name == best.method)
+    task = runner.data.everything(method, rows.seed)
+    setting = dict(best.setting or {})
+    arrays = fit(method, setting, best.epoch, task, runner.engine)
+    if not is_finite(arrays):
+        raise UserError(
+            f"{best.method} diverged on all labelled images; the adapters of the tasks are under "
+            f"{folder.path / 'adapters'}."
+        )
+    images = {"refitted_on": task.features.shape[1]}
+    saved = runner.saved(method, rows, setting, arrays, fitted_on(best) | images)
+    save_adapter(folder.path, saved)
