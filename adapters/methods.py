@@ -4,6 +4,7 @@ from clip_adapter.adapters.clip_adapter import CLIP_ADAPTER
 from clip_adapter.adapters.gda import GDA
 from clip_adapter.adapters.linear_probe import LINEAR_PROBE
 from clip_adapter.adapters.method import Method
+from clip_adapter.adapters.proker import PROKER
 from clip_adapter.adapters.tip_adapter import TIP_ADAPTER, TIP_ADAPTER_F
 from clip_adapter.adapters.zero_shot import ZERO_SHOT
 
@@ -16,5 +17,6 @@ METHODS: dict[str, Method] = {
         TIP_ADAPTER,
         TIP_ADAPTER_F,
         GDA,
+        PROKER,
     )
 }
