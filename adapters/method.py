@@ -104,6 +104,8 @@ class Method:
         these classes.
     describe(xp, arrays, setting, features, head) → numbers by name whose mean and spread say what
         was learned, such as a predicted ratio for each image.
+    note(task) → a sentence that whoever fits has to know, such as that something is approximated
+        on this task; "" where there is none.
     needs: `text` (the prompts' features), `tower` (the text tower and tokens), `projection` (the
         features before the last visual projection, and that projection).
     uses_views: whether augmented views of the support set take part where there are some.
@@ -127,6 +129,7 @@ class Method:
     propose: Callable[..., Generator[Setting, Score, None]] | None = None
     for_classes: Callable[..., Arrays | None] | None = None
     describe: Callable[..., Mapping[str, Array]] | None = None
+    note: Callable[[Task], str] | None = None
     needs: tuple[str, ...] = ()
     uses_views: bool = False
     unseen_classes: bool = True

@@ -18,6 +18,7 @@ from clip_adapter.adapters.linear_probe import LINEAR_PROBE
 from clip_adapter.adapters.lp_plus_plus import LP_PLUS_PLUS
 from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.pro_lip import PRO_LIP
+from clip_adapter.adapters.proker import PROKER
 from clip_adapter.adapters.rla import RLA
 from clip_adapter.adapters.task_res import TASK_RES
 from clip_adapter.adapters.tip_adapter import TIP_ADAPTER, TIP_ADAPTER_F
@@ -41,6 +42,7 @@ METHODS: dict[str, Method] = {
         COOP,
         PRO_LIP,
         GDA,
+        PROKER,
     )
 }
 
