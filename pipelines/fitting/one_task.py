@@ -18,7 +18,7 @@ from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
 from clip_adapter.pipelines.fitting.predictions import predict_test, predictions_path
 from clip_adapter.pipelines.fitting.provenance import Provenance
 from clip_adapter.pipelines.fitting.results import Spread, TaskResult, harmonic_mean
-from clip_adapter.pipelines.fitting.run_folder import RunFolder
+from clip_adapter.pipelines.fitting.run_folder import RunFolder, writing
 from clip_adapter.pipelines.fitting.tasks import TaskRows, folds
 
 NOT_CROSS_VALIDATED = "a class has one image, cv impossible: defaults taken"
@@ -66,7 +66,7 @@ class TaskRunner:
         )
         expect(work(method, planned.values, len(parts), halving=asked.halving))
         if parts:
-            record = folder.record(method.name, rows.shots, rows.seed)
+            record = folder.record(method, rows, sum(map(len, judged)))
             chosen = choose(asked, task, self.engine, record)
         else:
             note = NOT_CROSS_VALIDATED if rule == "cv" else ""
@@ -77,7 +77,8 @@ class TaskRunner:
         result = self._tested(method, rows, chosen, folder)
         if not planned.baseline:
             saved = self._saved(method, rows, chosen, result)
-            save_adapter(folder.path / adapter_folder(*result.key), saved)
+            with writing(folder.path):
+                save_adapter(folder.path / adapter_folder(*result.key), saved)
         return result
 
     def _tested(
@@ -168,10 +169,12 @@ def adapter_folder(method: str, shots: object, seed: int) -> str:
 
 def _advice(planned: PlannedMethod) -> str:
     """What to try where everything diverged: smaller values of what is far above its default."""
+    hypers = planned.method.hyper
+    usual = [name for name in ("learning_rate", "weight_decay") if name in hypers]
     large = [
-        f"--{(hyper.flag or name).replace('_', '-')}"
-        for name, hyper in planned.method.hyper.items()
-        if name in ("learning_rate", "weight_decay")
-        and min(map(float, planned.values[name])) > 3 * float(hyper.default)
+        name
+        for name in usual
+        if min(map(float, planned.values[name])) > 3 * float(hypers[name].default)
     ]
-    return f"try a smaller {' or '.join(large or ['--lr'])}"
+    flags = [f"--{(hypers[n].flag or n).replace('_', '-')}" for n in large or usual[:1]]
+    return f"try a smaller {' or '.join(flags)}" if flags else "try other values"

@@ -6,9 +6,11 @@ run goes on with the very numbers it began with, whatever a later version's defa
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -20,6 +22,7 @@ from clip_adapter.cache.words import shortened
 from clip_adapter.pipelines.fitting.config import DEFAULT_CACHE, FitConfig, Selection, Shots
 
 LARGEST_SEED = 2**31 - 1  # JAX takes an int32
+OWN_SHA256 = "sha256"
 Json = dict[str, Any]
 
 
@@ -63,8 +66,9 @@ class Plan:
         return [planned for planned in self.methods if not planned.baseline]
 
     def document(self) -> Json:
-        """As JSON."""
-        return json.loads(json.dumps(asdict(self)))
+        """As JSON, with a SHA-256 over the rest."""
+        document = json.loads(json.dumps(asdict(self)))
+        return document | {OWN_SHA256: _sha256(document)}
 
     @classmethod
     def of_document(cls, document: Any) -> Plan:
@@ -76,29 +80,43 @@ class Plan:
             raise ValueError("it holds no plan of this program")
         if (found := document["clip_adapter"]) != version("clip-adapter"):
             raise ValueError(f"it was made by clip-adapter {shortened(str(found), 40)}")
+        content = {name: value for name, value in document.items() if name != OWN_SHA256}
+        if document.get(OWN_SHA256) != _sha256(content):
+            raise ValueError("it was changed (its SHA-256 does not match)")
         try:
-            methods = tuple(_planned(entry) for entry in document["methods"])
-            plan = cls(
-                **document
-                | {
-                    "methods": methods,
-                    "shots": tuple(document["shots"]),
-                    "seeds": tuple(document["seeds"]),
-                }
-            )
+            methods = tuple(_planned(entry) for entry in content["methods"])
+            several = {name: tuple(content[name]) for name in ("shots", "seeds")}
+            plan = cls(**content | several | {"methods": methods})
             _check_protocol(plan)
         except (KeyError, TypeError, AttributeError, UserError) as error:
-            raise ValueError(f"its plan is damaged ({shortened(str(error), 80)})") from error
+            raise ValueError(f"its plan is damaged ({shortened(str(error), 200)})") from error
         return plan
+
+    def completed(self, config: FitConfig) -> FitConfig:
+        """What was given in `config`, and what this plan says of all else."""
+        mine: Json = {
+            "method": tuple(planned.name for planned in self.fitted),
+            "baselines": tuple(planned.name for planned in self.methods if planned.baseline),
+        }
+        mine |= {f.name: getattr(self, f.name) for f in fields(self) if hasattr(config, f.name)}
+        missing = {name: value for name, value in mine.items() if name not in config.given}
+        hyper = {
+            f"{planned.method.name}.{name}": values
+            for planned in self.fitted
+            for name, values in planned.values.items()
+            if name not in config.hyper
+        }
+        return replace(config, **missing, hyper=hyper | dict(config.hyper))
 
     def differing(self, other: Plan) -> list[str]:
         """In what the two differ; the content of the cache counts, not where it lies."""
         one, two = self.document(), other.document()
-        names = [name for name in one if name != "cache" and one[name] != two[name]]
+        unlike = [name for name in one if one[name] != two[name]]
+        names = [name for name in unlike if name not in ("cache", OWN_SHA256)]
         if "methods" in names:
             mine = {planned.name: planned.values for planned in self.methods}
             others = {planned.name: planned.values for planned in other.methods}
-            if mine.keys() == others.keys():
+            if [*mine] == [*others]:
                 names.remove("methods")
                 names += sorted(
                     {n for m in mine for n in mine[m] if mine[m][n] != others[m].get(n)}
@@ -118,8 +136,8 @@ def make_plan(config: FitConfig, cache_sha256: str, available: Iterable[str] = (
         if len(names) > 1:
             raise UserError("--method all takes every method; name no other beside it.")
         names = [n for n, m in METHODS.items() if set(m.needs) <= set(available)]
-    fitted = [_find(name) for name in names]
-    others = [_find(name) for name in config.baselines if name not in names]
+    fitted = [named(name) for name in names]
+    others = [named(name) for name in config.baselines if name not in names]
     _check_owners(config, fitted)
     beside = [name for name in config.baselines if name not in names]
     planned = [_with_values(config, n, m, True) for n, m in zip(beside, others, strict=True)]
@@ -170,11 +188,13 @@ def without_effect(config: FitConfig, plan: Plan) -> list[str]:
     return list(dict.fromkeys(idle))
 
 
-def _find(name: str) -> Method:
+def named(name: str) -> Method:
+    """The method of a name; raises UserError where there is none."""
     try:
         return find_method(name)
     except LookupError as error:
-        raise UserError(f"{error}.") from None
+        reason = str(error)
+        raise UserError(f"{reason[:1].upper()}{reason[1:]}.") from None
 
 
 def _own(config: FitConfig, method: Method) -> dict[str, tuple[Value, ...]]:
@@ -225,7 +245,7 @@ def _check_protocol(plan: Plan) -> None:
             raise UserError(f"--{name} needs at least one value.")
         if len(set(values)) < len(values):
             raise UserError(f"--{name} names a value twice.")
-    names = [planned.name for planned in plan.methods]
+    names = [planned.method.name for planned in plan.methods]
     if len(set(names)) < len(names):
         raise UserError("--method or --baselines names a method twice.")
     for shots in plan.shots:
@@ -251,12 +271,19 @@ _WORDS = {
 
 
 def _planned(entry: Mapping[str, Any]) -> PlannedMethod:
-    method = _find(entry["name"])
+    module = entry["name"].rpartition(":")[0]
+    if module and module not in sys.modules:  # a file decides on no code that runs
+        raise UserError(f"its method lies elsewhere; name it too: --method {entry['name']}")
+    method = named(entry["name"])
     try:
         values = method.values({name: tuple(some) for name, some in entry["values"].items()})
     except ValueError as error:
         raise UserError(str(error)) from None
     return PlannedMethod(entry["name"], values, bool(entry["baseline"]))
+
+
+def _sha256(document: Json) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _dashed(name: str) -> str:

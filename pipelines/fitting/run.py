@@ -15,6 +15,7 @@ from clip_adapter.adapters.engine import Engine
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.pipelines.adapter_file import load_adapter
 from clip_adapter.pipelines.fitting.config import DEFAULT_CACHE, FitConfig
 from clip_adapter.pipelines.fitting.data import Data, available, open_data
 from clip_adapter.pipelines.fitting.feasible import check_feasible
@@ -83,8 +84,8 @@ def _plan(config: FitConfig, cache: FeatureCache, stored: Plan | None) -> Plan:
             "or name with --cache where it lies now."
         )
     if config.asks_for_something:
-        differing = stored.differing(make_plan(config, sha256, available(cache)))
-        if differing:
+        asked = make_plan(stored.completed(config), sha256, available(cache))
+        if differing := stored.differing(asked):
             raise UserError(
                 f"{config.resume} was started with other arguments ({', '.join(differing)}); give "
                 "--resume alone to go on with it."
@@ -125,19 +126,25 @@ def _execute(
     folder.write_json("tasks.json", [_task_document(data, rows) for rows in tasks])
     engine = Engine(plan.placement)
     runner = TaskRunner(plan, data, new, provenance, engine)
+    problem = ""
     try:
         _run_tasks(runner, folder, listener)
     except KeyboardInterrupt:
         message = f"what is finished is kept; go on with: fit --resume {folder.path}"
         raise KeyboardInterrupt(message) from None
+    except UserError as error:  # the numbers so far are there: whoever waits for them gets them
+        if not folder.results():
+            raise
+        problem = str(error)
     results = folder.results()
     summary = summarise(results)
-    kept, problem = None, ""
+    kept = None
     try:
-        kept = _keep_one(plan, tasks, folder, results)
-        folder.write_summary(summary)
-        write_plot(folder, plan)
-    except UserError as error:  # the numbers are there, and whoever waits for them gets them
+        if not problem:
+            kept = _keep_one(plan, tasks, folder, results)
+            folder.write_summary(summary)
+            write_plot(folder, plan)
+    except UserError as error:
         problem = str(error)
     if kept is None and not problem:
         names = ", ".join(planned.method.name for planned in plan.fitted)
@@ -223,6 +230,7 @@ def _keep_one(
 
     best = max(sound, key=ranks)
     source = folder.path / adapter_folder(*best.key)
+    load_adapter(source)  # of an earlier process: whether it is there, and as it was written
     for name in ("adapter.safetensors", "adapter.json"):  # without the JSON it is no adapter
         folder.write(name, (source / name).read_bytes())
     return best
