@@ -183,8 +183,16 @@ class Method:
     def default_setting(
         self, values: Mapping[str, Sequence[Value]], preset: str = ""
     ) -> dict[str, Value]:
-        """The setting to take of these where nothing chooses: the most defaults, then the first."""
+        """The setting to take of these where nothing chooses: the most defaults, then the first.
+
+        Where the values are those that the table says to try, it is the default, which need not be
+        one of them.
+        """
         defaults = self.defaults(preset)
+        values = {
+            name: (defaults[name],) if tuple(several) == self.hyper[name].tried else several
+            for name, several in values.items()
+        }
 
         def agreeing(setting: Setting) -> int:
             return sum(setting[name] == defaults[name] for name in setting)

@@ -71,7 +71,7 @@ def _imported(name: str) -> Method:
         sys.path.insert(0, here)
     try:
         return _known(getattr(import_module(module), attribute), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise LookupError(f"the method {name!r:.80} cannot be imported ({error})") from error
     finally:
         if added:

@@ -82,8 +82,7 @@ def _result(
     expect: Callable[[float], None],
 ) -> TaskResult:
     method = planned.method
-    record = folder.record(method.name, rows.shots, rows.seed)
-    chosen = runner.choose(planned, rows, record, expect)
+    chosen = runner.choose(planned, rows, folder, expect)
     if chosen is None:
         return runner.diverged(planned, rows)
     predictions = predict_test(method, chosen.setting, chosen.arrays, runner.data)

@@ -69,6 +69,10 @@ class FitConfig:
     hyper: Mapping[str, Any] = field(default_factory=dict, metadata={"option": False})
     """Values to try by the hyper-parameter's name (`alpha`), for each method that has it, or by
     method and name (`clap.learning_rate`)."""
+    stated: frozenset[str] = field(
+        default=frozenset(), repr=False, compare=False, metadata={"option": False}
+    )
+    """Names of fields that a command line gave, also where it gave what is the default."""
 
     def __post_init__(self) -> None:
         """Take what a person types: one value for several, strings for paths."""
@@ -84,9 +88,14 @@ class FitConfig:
     @property
     def asks_for_something(self) -> bool:
         """Whether anything beside the cache and the run to go on with was given."""
+        return bool(self.given - {"cache", "resume"})
+
+    @property
+    def given(self) -> set[str]:
+        """Names of the fields that were given, as far as that can be known."""
         plain = FitConfig()
-        own = [f.name for f in fields(self) if f.name not in ("cache", "resume")]
-        return any(getattr(self, name) != getattr(plain, name) for name in own)
+        compared = [f.name for f in fields(self) if f.compare]
+        return {n for n in compared if getattr(self, n) != getattr(plain, n)} | self.stated
 
 
 def several(values: Any) -> tuple[Value, ...]:

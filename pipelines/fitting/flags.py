@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from clip_adapter.adapters.hyper import Hyper
 from clip_adapter.adapters.method import Method
-from clip_adapter.adapters.methods import METHODS, find_method
+from clip_adapter.adapters.methods import METHODS
 from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.argument_types import READERS, number_or
 from clip_adapter.pipelines.command_line import Parser, config_from, parser_for
 from clip_adapter.pipelines.fitting.config import FitConfig
+from clip_adapter.pipelines.fitting.plan import named
 
 Flags = dict[str, tuple[str, list[Method]]]
 """Flag → (hyper-parameter, the methods that it is meant for)."""
@@ -39,7 +40,9 @@ def parse(arguments: Sequence[str] | None = None) -> FitConfig:
         for flag, (name, owners) in flags.items()
         if (values := getattr(given, _destination(flag), None)) is not None
     }
-    return replace(config_from(FitConfig, given), hyper=hyper)
+    config = config_from(FitConfig, given)
+    stated = frozenset(f.name for f in fields(config) if hasattr(given, f.name))
+    return replace(config, hyper=hyper, stated=stated)
 
 
 def flags_of(methods: Sequence[Method]) -> Flags:
@@ -70,10 +73,7 @@ def _named(words: Sequence[str]) -> list[Method]:
         names = list(FitConfig.method)
     if "all" in names:
         return list(METHODS.values())
-    try:
-        return [find_method(name) for name in names]
-    except LookupError as error:
-        raise UserError(f"{str(error).capitalize()}.") from None
+    return [named(name) for name in names]
 
 
 def _check_flags(words: Sequence[str], methods: Sequence[Method], flags: Flags) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 
 from clip_adapter.adapters.search import fit
 from clip_adapter.cache.errors import UserError
-from clip_adapter.pipelines.adapter_file import save_adapter
+from clip_adapter.pipelines.adapter_file import load_adapter, save_adapter
 from clip_adapter.pipelines.fitting.choice import is_finite
 from clip_adapter.pipelines.fitting.one_task import TaskRunner, adapter_folder, fitted_on
 from clip_adapter.pipelines.fitting.results import TaskResult
-from clip_adapter.pipelines.fitting.run_folder import RunFolder
+from clip_adapter.pipelines.fitting.run_folder import RunFolder, writing
 from clip_adapter.pipelines.fitting.tasks import TaskRows, kept_task
 
 
@@ -43,6 +43,7 @@ def keep_one(
         _refit(runner, rows, best, folder)
         return best
     source = folder.path / adapter_folder(*best.key)
+    load_adapter(source)  # of an earlier process: whether it is there, and as it was written
     for name in ("adapter.safetensors", "adapter.json"):  # without the JSON it is no adapter
         folder.write(name, (source / name).read_bytes())
     return best
@@ -67,4 +68,5 @@ def _refit(runner: TaskRunner, rows: TaskRows, best: TaskResult, folder: RunFold
         )
     images = {"refitted_on": task.features.shape[1]}
     saved = runner.saved(method, rows, setting, arrays, fitted_on(best) | images)
-    save_adapter(folder.path, saved)
+    with writing(folder.path):
+        save_adapter(folder.path, saved)

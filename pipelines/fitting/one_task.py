@@ -15,7 +15,6 @@ from clip_adapter.adapters.search import work
 from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter, save_adapter
 from clip_adapter.pipelines.fitting.choice import (
     Chosen,
-    Record,
     Search,
     choose,
     take_defaults,
@@ -29,7 +28,7 @@ from clip_adapter.pipelines.fitting.predictions import (
 )
 from clip_adapter.pipelines.fitting.provenance import Provenance
 from clip_adapter.pipelines.fitting.results import Spread, TaskResult, harmonic_mean
-from clip_adapter.pipelines.fitting.run_folder import RunFolder
+from clip_adapter.pipelines.fitting.run_folder import RunFolder, writing
 from clip_adapter.pipelines.fitting.tasks import TaskRows, folds
 
 NOT_CROSS_VALIDATED = "a class has one image, cv impossible: defaults taken"
@@ -60,8 +59,7 @@ class TaskRunner:
         expect: told how much the engine will report as progress, before it does.
         """
         method = planned.method
-        record = folder.record(method.name, rows.shots, rows.seed)
-        chosen = self.choose(planned, rows, record, expect)
+        chosen = self.choose(planned, rows, folder, expect)
         if chosen is None:
             return self.diverged(planned, rows)
         predictions = predict_test(method, chosen.setting, chosen.arrays, self.data)
@@ -71,15 +69,16 @@ class TaskRunner:
         result = self.result(method, rows, chosen, predictions)
         if not planned.baseline:
             saved = self.saved(method, rows, chosen.setting, chosen.arrays, fitted_on(result))
-            save_adapter(folder.path / adapter_folder(*result.key), saved)
+            with writing(folder.path):
+                save_adapter(folder.path / adapter_folder(*result.key), saved)
         return result
 
     def choose(
         self,
         planned: PlannedMethod,
         rows: TaskRows,
-        record: Record,
-        expect: Callable[[float], None] = lambda settings: None,
+        folder: RunFolder,
+        expect: Callable[[float], None],
     ) -> Chosen | None:
         """Choose a setting by the run's selection rule; None where every one diverged."""
         method = planned.method
@@ -100,6 +99,7 @@ class TaskRunner:
         )
         expect(work(method, planned.values, len(parts), halving=asked.halving))
         if parts:
+            record = folder.record(method, rows, sum(map(len, judged)))
             return choose(asked, task, self.engine, record)
         note = NOT_CROSS_VALIDATED if rule == "cv" else ""
         return take_defaults(asked, task, self.engine, note)
@@ -200,10 +200,12 @@ def adapter_folder(method: str, shots: object, seed: int) -> str:
 
 def _advice(planned: PlannedMethod) -> str:
     """What to try where everything diverged: smaller values of what is far above its default."""
+    hypers = planned.method.hyper
+    usual = [name for name in ("learning_rate", "weight_decay") if name in hypers]
     large = [
-        f"--{(hyper.flag or name).replace('_', '-')}"
-        for name, hyper in planned.method.hyper.items()
-        if name in ("learning_rate", "weight_decay")
-        and min(map(float, planned.values[name])) > 3 * float(hyper.default)
+        name
+        for name in usual
+        if min(map(float, planned.values[name])) > 3 * float(hypers[name].default)
     ]
-    return f"try a smaller {' or '.join(large or ['--lr'])}"
+    flags = [f"--{(hypers[n].flag or n).replace('_', '-')}" for n in large or usual[:1]]
+    return f"try a smaller {' or '.join(flags)}" if flags else "try other values"

@@ -6,9 +6,11 @@ run goes on with the very numbers it began with, whatever a later version's defa
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from clip_adapter.adapters.engine import Placement
 
 LARGEST_SEED = 2**31 - 1  # JAX takes an int32
+OWN_SHA256 = "sha256"
 Json = dict[str, Any]
 
 
@@ -76,8 +79,9 @@ class Plan:
         return [planned for planned in self.methods if not planned.baseline]
 
     def document(self) -> Json:
-        """As JSON."""
-        return json.loads(json.dumps(asdict(self)))
+        """As JSON, with a SHA-256 over the rest."""
+        document = json.loads(json.dumps(asdict(self)))
+        return document | {OWN_SHA256: _sha256(document)}
 
     @classmethod
     def of_document(cls, document: Any) -> Plan:
@@ -89,30 +93,43 @@ class Plan:
             raise ValueError("it holds no plan of this program")
         if (found := document["clip_adapter"]) != version("clip-adapter"):
             raise ValueError(f"it was made by clip-adapter {shortened(str(found), 40)}")
+        content = {name: value for name, value in document.items() if name != OWN_SHA256}
+        if document.get(OWN_SHA256) != _sha256(content):
+            raise ValueError("it was changed (its SHA-256 does not match)")
         try:
-            methods = tuple(_planned(entry) for entry in document["methods"])
-            plan = cls(
-                **document
-                | {
-                    "methods": methods,
-                    "shots": tuple(document["shots"]),
-                    "seeds": tuple(document["seeds"]),
-                    "ablate": tuple(document["ablate"]),
-                }
-            )
+            methods = tuple(_planned(entry) for entry in content["methods"])
+            several = {name: tuple(content[name]) for name in ("shots", "seeds", "ablate")}
+            plan = cls(**content | several | {"methods": methods})
             _check_protocol(plan)
         except (KeyError, TypeError, AttributeError, UserError) as error:
-            raise ValueError(f"its plan is damaged ({shortened(str(error), 80)})") from error
+            raise ValueError(f"its plan is damaged ({shortened(str(error), 200)})") from error
         return plan
+
+    def completed(self, config: FitConfig) -> FitConfig:
+        """What was given in `config`, and what this plan says of all else."""
+        mine: Json = {
+            "method": tuple(planned.name for planned in self.fitted),
+            "baselines": tuple(planned.name for planned in self.methods if planned.baseline),
+        }
+        mine |= {f.name: getattr(self, f.name) for f in fields(self) if hasattr(config, f.name)}
+        missing = {name: value for name, value in mine.items() if name not in config.given}
+        hyper = {
+            f"{planned.method.name}.{name}": values
+            for planned in self.fitted
+            for name, values in planned.values.items()
+            if name not in config.hyper
+        }
+        return replace(config, **missing, hyper=hyper | dict(config.hyper))
 
     def differing(self, other: Plan) -> list[str]:
         """In what the two differ; the content of the cache counts, not where it lies."""
         one, two = self.document(), other.document()
-        names = [name for name in one if name != "cache" and one[name] != two[name]]
+        unlike = [name for name in one if one[name] != two[name]]
+        names = [name for name in unlike if name not in ("cache", OWN_SHA256)]
         if "methods" in names:
             mine = {planned.name: planned.values for planned in self.methods}
             others = {planned.name: planned.values for planned in other.methods}
-            if mine.keys() == others.keys():
+            if [*mine] == [*others]:
                 names.remove("methods")
                 names += sorted(
                     {n for m in mine for n in mine[m] if mine[m][n] != others[m].get(n)}
@@ -132,8 +149,8 @@ def make_plan(config: FitConfig, cache_sha256: str, available: Iterable[str] = (
         if len(names) > 1:
             raise UserError("--method all takes every method; name no other beside it.")
         names = [n for n, m in METHODS.items() if set(m.needs) <= set(available)]
-    fitted = [_find(name) for name in names]
-    others = [_find(name) for name in config.baselines if name not in names]
+    fitted = [named(name) for name in names]
+    others = [named(name) for name in config.baselines if name not in names]
     _check_owners(config, fitted)
     beside = [name for name in config.baselines if name not in names]
     planned = [_with_values(config, n, m, True) for n, m in zip(beside, others, strict=True)]
@@ -151,7 +168,7 @@ def make_plan(config: FitConfig, cache_sha256: str, available: Iterable[str] = (
         augment=config.augment,
         train_classes=config.train_classes,
         search=config.search,
-        ablate=tuple(_named(name) for name in config.ablate),
+        ablate=tuple(map(_of_flag, config.ablate)),
         refit=config.refit,
         placement=config.placement,
     )
@@ -159,11 +176,13 @@ def make_plan(config: FitConfig, cache_sha256: str, available: Iterable[str] = (
     return plan
 
 
-def _find(name: str) -> Method:
+def named(name: str) -> Method:
+    """The method of a name; raises UserError where there is none."""
     try:
         return find_method(name)
     except LookupError as error:
-        raise UserError(f"{error}.") from None
+        reason = str(error)
+        raise UserError(f"{reason[:1].upper()}{reason[1:]}.") from None
 
 
 def _with_values(config: FitConfig, name: str, method: Method, baseline: bool) -> PlannedMethod:
@@ -172,7 +191,7 @@ def _with_values(config: FitConfig, name: str, method: Method, baseline: bool) -
         if not some:
             raise UserError(f"--{_dashed(method.hyper[key].flag or key)} needs at least one value.")
     ablation = {}
-    for factor in () if baseline else map(_named, config.ablate):
+    for factor in () if baseline else map(_of_flag, config.ablate):
         if factor in method.hyper:
             ablation[factor] = _shown(method, factor, given.get(factor, ()))
             if method.hyper[factor].single:
@@ -201,7 +220,7 @@ def _shown(method: Method, factor: str, given: Sequence[Value]) -> tuple[Value, 
         raise UserError(f"{method.name}: {error}.") from None
 
 
-def _named(flag: str) -> str:
+def _of_flag(flag: str) -> str:
     """The hyper-parameter of a flag, such as learning_rate of `lr`."""
     for method in METHODS.values():
         for name, hyper in method.hyper.items():
@@ -233,7 +252,7 @@ def _check_protocol(plan: Plan) -> None:
     for factor in plan.ablate:
         if not any(factor in planned.method.hyper for planned in plan.fitted):
             raise UserError(f"--ablate {shortened(factor)}: none of these methods has that.")
-    names = [planned.name for planned in plan.methods]
+    names = [planned.method.name for planned in plan.methods]
     if len(set(names)) < len(names):
         raise UserError("--method or --baselines names a method twice.")
     for shots in plan.shots:
@@ -259,7 +278,10 @@ _WORDS = {
 
 
 def _planned(entry: Mapping[str, Any]) -> PlannedMethod:
-    method = _find(entry["name"])
+    module = entry["name"].rpartition(":")[0]
+    if module and module not in sys.modules:  # a file decides on no code that runs
+        raise UserError(f"its method lies elsewhere; name it too: --method {entry['name']}")
+    method = named(entry["name"])
     try:
         values = method.values({name: tuple(some) for name, some in entry["values"].items()})
     except ValueError as error:
@@ -269,6 +291,10 @@ def _planned(entry: Mapping[str, Any]) -> PlannedMethod:
         for factor, shown in entry["ablation"].items()
     }
     return PlannedMethod(entry["name"], values, bool(entry["baseline"]), ablation)
+
+
+def _sha256(document: Json) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _dashed(name: str) -> str:

@@ -6,11 +6,14 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import NoneType
 from typing import Any
 
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.pipelines.fitting.config import Shots
 
+TaskKey = tuple[str, Shots, int]
+"""(method, shots, seed)."""
 MEASURES = ("val_accuracy", "test_accuracy", "new_accuracy", "harmonic_mean")
 
 
@@ -65,7 +68,7 @@ class TaskResult:
     note: str = ""
 
     @property
-    def key(self) -> tuple[str, Shots, int]:
+    def key(self) -> TaskKey:
         return self.method, self.shots, self.seed
 
     @classmethod
@@ -79,12 +82,35 @@ class TaskResult:
             raise ValueError("not the row of a run")
         learned = {name: Spread(**spread) for name, spread in document["learned"].items()}
         row = cls(**values | {"learned": learned})
-        numbers = (row.val_accuracy, row.val_nll, row.test_accuracy, row.new_accuracy)
-        if any(not isinstance(number, float | None) for number in numbers):
-            raise ValueError("not the numbers of a run")
-        if not (type(row.shots) is int or row.shots == "all") or type(row.seed) is not int:
-            raise ValueError("not the task of a run")
+        row._check()
         return row
+
+    def _check(self) -> None:
+        """Raises ValueError unless everything is of its type, and accuracies are some."""
+        for name in MEASURES:
+            accuracy = getattr(self, name)
+            if accuracy is not None and not (type(accuracy) is float and 0 <= accuracy <= 1):
+                raise ValueError(f"{name} is no accuracy")
+        counts = (self.seed, self.tried, self.diverged, self.compared, self.indistinguishable)
+        words = (self.method, self.select, self.note)
+        spreads = self.learned.values()
+        sound = (
+            (type(self.shots) is int or self.shots == "all")
+            and all(type(count) is int for count in (*counts, self.test_images))
+            and all(isinstance(text, str) for text in words)
+            and type(self.epoch) in (int, NoneType)
+            and type(self.val_nll) in (float, NoneType)
+            and (self.setting is None or _is_setting(self.setting))
+            and all(isinstance(s.mean, float) and isinstance(s.std, float | None) for s in spreads)
+        )
+        if not sound:
+            raise ValueError("not the row of a run")
+
+
+def _is_setting(document: Any) -> bool:
+    return isinstance(document, dict) and all(
+        isinstance(value, float | int | str) for value in document.values()
+    )
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,8 @@ def _plan(config: FitConfig, cache: FeatureCache, stored: Plan | None) -> Plan:
             "or name with --cache where it lies now."
         )
     if config.asks_for_something:
-        differing = stored.differing(make_plan(config, sha256, available(cache)))
-        if differing:
+        asked = make_plan(stored.completed(config), sha256, available(cache))
+        if differing := stored.differing(asked):
             raise UserError(
                 f"{config.resume} was started with other arguments ({', '.join(differing)}); give "
                 "--resume alone to go on with it."
@@ -132,6 +132,7 @@ def _execute(
     folder.write_json("tasks.json", [_task_document(data, rows) for rows in tasks])
     engine = Engine(plan.placement)
     runner = TaskRunner(plan, data, new, provenance, engine)
+    problem = ""
     try:
         _run_tasks(runner, folder, listener)
         if plan.ablate:
@@ -139,14 +140,19 @@ def _execute(
     except KeyboardInterrupt:
         message = f"what is finished is kept; go on with: fit --resume {folder.path}"
         raise KeyboardInterrupt(message) from None
+    except UserError as error:  # the numbers so far are there: whoever waits for them gets them
+        if not folder.results():
+            raise
+        problem = str(error)
     results = folder.results()
     summary = summarise(results)
-    kept, problem = None, ""
+    kept = None
     try:
-        kept = keep_one(runner, tasks, folder, results)
-        folder.write_summary(summary)
-        write_plot(folder, plan)
-    except UserError as error:  # the numbers are there, and whoever waits for them gets them
+        if not problem:
+            kept = keep_one(runner, tasks, folder, results)
+            folder.write_summary(summary)
+            write_plot(folder, plan)
+    except UserError as error:
         problem = str(error)
     if kept is None and not problem:
         names = ", ".join(planned.method.name for planned in plan.fitted)

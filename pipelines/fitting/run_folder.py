@@ -20,29 +20,29 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from io import StringIO
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from clip_adapter.adapters.evaluation import Evaluation
-from clip_adapter.adapters.method import Setting
+from clip_adapter.adapters.method import Method
 from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.fitting.plan import Plan
-from clip_adapter.pipelines.fitting.results import MEASURES, MethodSummary, TaskResult
-from clip_adapter.pipelines.fitting.states import StateFolder
+from clip_adapter.pipelines.fitting.results import (
+    MEASURES,
+    MethodSummary,
+    TaskKey,
+    TaskResult,
+)
+from clip_adapter.pipelines.fitting.task_record import TASK_COLUMNS, Row, TaskRecord, is_sound
+from clip_adapter.pipelines.fitting.tasks import TaskRows
 
-TASK_COLUMNS = ("method", "shots", "seed")
 OUTCOME_COLUMNS = (
     *("epochs_run", "best_epoch", "val_accuracy", "val_nll"),
     *("status", "seconds", "right"),
 )
 # Files of a run's first moments, before its plan is there: they hold nothing.
 BEFORE_THE_PLAN = {"run.json.new"}
-
-Row = dict[str, Any]
 
 
 class RunFolder:
@@ -58,6 +58,7 @@ class RunFolder:
         self.setting_columns = tuple(names)
         self._columns = (*TASK_COLUMNS, *self.setting_columns, *OUTCOME_COLUMNS)
         self._known: dict[tuple[str, ...], Row] = {}
+        self._found: dict[TaskKey, TaskResult] = {}
         with ExitStack() as undo, writing(path):
             if path.exists() and not path.is_dir():
                 raise UserError(f"{path} is a file; a run is kept in a folder.")
@@ -66,6 +67,10 @@ class RunFolder:
             undo.callback(os.close, self._lock)
             if resume:
                 self._known = {self._key(row): row for row in self._read_results()}
+                methods = [planned.method.name for planned in plan.methods]
+                planned_tasks = set(product(methods, plan.shots, plan.seeds))
+                rows = read_selected(path)
+                self._found = {row.key: row for row in rows if row.key in planned_tasks}
             else:
                 _check_empty(path)
                 # The plan comes first: from now on the run can go on.
@@ -81,20 +86,19 @@ class RunFolder:
         """The complete rows of results.csv; a last line that was cut off is removed, and so are
         lines that this program has not written."""
         path = self.path / "results.csv"
-        if not path.exists():
+        if not files.is_there(path):
             return []
         text = path.read_text(encoding="utf-8", errors="replace")
-        whole = text[: text.rfind("\n") + 1]
         try:
-            rows = list(csv.DictReader(StringIO(whole)))
+            rows = list(csv.DictReader(StringIO(text[: text.rfind("\n") + 1])))
         except csv.Error:
             rows = []
-        sound = [row for row in rows if row.keys() == set(self._columns) and _is_sound(row)]
-        if whole != text or len(sound) < len(rows):
-            kept = StringIO(newline="")
-            writer = csv.DictWriter(kept, self._columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(sound)
+        sound = [row for row in rows if row.keys() == set(self._columns) and is_sound(row)]
+        kept = StringIO(newline="")
+        writer = csv.DictWriter(kept, self._columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sound)
+        if kept.getvalue() != text:
             files.write_text(path, kept.getvalue())
         return sound
 
@@ -103,17 +107,21 @@ class RunFolder:
         return tuple(str(row.get(column, "")) for column in columns)
 
     def results(self) -> list[TaskResult]:
-        """What was selected so far."""
-        return read_selected(self.path)
+        """What was selected so far, also where it could not be written."""
+        return list(self._found.values())
 
     def add_result(self, result: TaskResult) -> None:
-        rows = [json.dumps(asdict(row)) + "\n" for row in (*self.results(), result)]
+        self._found[result.key] = result
+        rows = [json.dumps(asdict(row)) + "\n" for row in self.results()]
         with writing(self.path):
             files.write_text(self.path / "selected.jsonl", "".join(rows))
 
-    def record(self, method: str, shots: Any, seed: int) -> TaskRecord:
-        """The part of the record that belongs to a method on a task."""
-        return TaskRecord(self, {"method": method, "shots": shots, "seed": seed})
+    def record(self, method: Method, rows: TaskRows, judged: int) -> TaskRecord:
+        """The part of the record that belongs to a method on a task.
+
+        judged: how many validation images there are, over all folds.
+        """
+        return TaskRecord(self, method, rows, judged)
 
     def known(self, row: Row) -> Row | None:
         """What was noted of a fit."""
@@ -153,72 +161,6 @@ class RunFolder:
         os.close(self._lock)
 
 
-class TaskRecord:
-    """What a search on one task has found (a choice.Record)."""
-
-    def __init__(self, folder: RunFolder, task: Row) -> None:
-        self._folder = folder
-        self._task = task
-        name = "-".join(str(value) for value in task.values())
-        self.states = StateFolder(folder.path / "halving" / name)
-
-    def known(self, setting: Setting, epochs_run: int) -> Evaluation | None:
-        row = self._folder.known(self._task | dict(setting) | {"epochs_run": epochs_run})
-        if row is None:
-            return None
-        return Evaluation(
-            setting,
-            epochs_run,
-            int(row["best_epoch"]),
-            float(row["val_accuracy"]),
-            float(row["val_nll"]),
-            float(row["seconds"]),
-            _unpacked(row["right"]),
-        )
-
-    def add(self, evaluation: Evaluation) -> None:
-        if self.known(evaluation.setting, evaluation.epochs_run):
-            return
-        trained = evaluation.epochs_run > 0
-        self._folder.add_fit(
-            self._task
-            | dict(evaluation.setting)
-            | {
-                "epochs_run": evaluation.epochs_run,
-                "best_epoch": evaluation.epoch,
-                "val_accuracy": evaluation.accuracy,
-                "val_nll": evaluation.nll,
-                "status": "failed" if evaluation.failed else "ok",
-                "seconds": round(evaluation.seconds, 4),
-                # What takes no time to find again need not be kept.
-                "right": _packed(evaluation.right) if trained else "",
-            }
-        )
-
-
-def _packed(right: np.ndarray | None) -> str:
-    """`40:f0ff…`: the number of images and a bit for each of them, in hexadecimal."""
-    return "" if right is None else f"{len(right)}:{np.packbits(right).tobytes().hex()}"
-
-
-def _unpacked(text: str) -> np.ndarray | None:
-    length, _, digits = text.partition(":")
-    if not length:
-        return None
-    bits = np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8))
-    return bits[: int(length)].astype(bool)
-
-
-def _is_sound(row: Row) -> bool:
-    """Whether a row of results.csv can be used."""
-    try:
-        int(row["best_epoch"]), float(row["val_nll"]), float(row["seconds"]), int(row["epochs_run"])
-        right = _unpacked(row["right"])
-        return 0 <= float(row["val_accuracy"]) <= 1 or row["status"] == "failed" or right is None
-    except (TypeError, ValueError):
-        return False
-
-
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns errors of the disk into a sentence."""
@@ -249,14 +191,14 @@ def read_selected(path: Path) -> list[TaskResult]:
 
     Raises UserError where they cannot be read.
     """
-    try:
-        text = (path / "selected.jsonl").read_text(encoding="utf-8")
-        lines = text.splitlines(keepends=True)
-        return [TaskResult.of_document(json.loads(ln)) for ln in lines if ln.endswith("\n")]
-    except FileNotFoundError:
+    selected = path / "selected.jsonl"
+    if not files.is_there(selected):
         return []
+    try:
+        lines = selected.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [TaskResult.of_document(json.loads(ln)) for ln in lines if ln.endswith("\n")]
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path / 'selected.jsonl'} cannot be read; fit it again.") from error
+        raise UserError(f"{selected} cannot be read; fit it again.") from error
 
 
 def read_plan(path: Path) -> Plan:

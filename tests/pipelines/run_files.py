@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = "seconds"
+TESTED = ("test_accuracy", "new_accuracy", "harmonic_mean")
 
 
 def results(run: Path) -> list[dict[str, str]]:
@@ -25,13 +26,32 @@ def selected(run: Path) -> list[dict[str, Any]]:
 
 def choices(run: Path) -> list[dict[str, Any]]:
     """selected.jsonl without what is computed on the test split."""
-    tested = ("test_accuracy", "new_accuracy", "harmonic_mean")
-    return [{k: v for k, v in row.items() if k not in tested} for row in selected(run)]
+    return [{k: v for k, v in row.items() if k not in TESTED} for row in selected(run)]
+
+
+def files(run: Path) -> dict[str, bytes]:
+    """The bytes of every file by its path in the run."""
+    return {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in sorted(run.rglob("*"))
+        if path.is_file()
+    }
 
 
 def adapters(run: Path) -> dict[str, bytes]:
-    """The bytes of every fitted adapter by its path in the run."""
-    return {
-        str(path.relative_to(run)): path.read_bytes()
-        for path in sorted(run.rglob("adapter.safetensors"))
-    }
+    """The same of every fitted adapter's arrays."""
+    return {name: content for name, content in files(run).items() if name.endswith("tensors")}
+
+
+def assert_same_end(run: Path, whole: Path) -> None:
+    """All files are alike but the times in results.csv, the order of its rows, and run.json, which
+    says where the cache lay."""
+    timed = ("results.csv", "run.json")
+    one, other = (
+        {name: content for name, content in files(folder).items() if name not in timed}
+        for folder in (run, whole)
+    )
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+    assert sorted(map(str, results(run))) == sorted(map(str, results(whole)))
+    assert len({str(row) for row in results(run)}) == len(results(run)), "a fit was repeated"

@@ -5,47 +5,38 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from clip_adapter.adapters.methods import METHODS
 from clip_adapter.cache.errors import UserError
-from clip_adapter.pipelines.fit import FitConfig, FitResult, fit
-from clip_adapter.pipelines.run_folder import RunFolder, StateFolder
-from tests.pipelines.run_files import adapters, choices, results, selected
-from tests.pipelines.tiny_cache import FIT, tiny_data, write_cache
+from clip_adapter.pipelines.fit import fit, main
+from clip_adapter.pipelines.fitting.config import FitConfig
+from clip_adapter.pipelines.fitting.run import FitResult
+from clip_adapter.pipelines.fitting.run_folder import RunFolder
+from clip_adapter.pipelines.fitting.tables import print_run
+from tests.pipelines.run_files import assert_same_end, choices, files, results
+from tests.pipelines.tiny_cache import FIT, short, tiny_data, write_cache
 
 DATA = tiny_data()
 # 9 settings on 2 tasks; under halving 9, 3 and 1 of them. Long enough to be killed on the way.
-ARGUMENTS = "--alpha 0.2 0.5 0.8 --lr 0.001 0.003 0.01 --shots 4 --seeds 1 2"
-EPOCHS = ["--epochs", "900", "--evaluate-every", "90"]
+ARGUMENTS = "--alpha 0.2 0.5 0.8 --lr 0.001 0.003 0.01 --shots 4 --seeds 1 2 --epochs 900"
+GRID = {"alpha": (0.2, 0.5, 0.8), "learning_rate": (0.001, 0.003, 0.01)}
 BASELINES = {"full": ("zero-shot", "linear-probe"), "halving": ("zero-shot",)}
 FITS = {"full": 9, "halving": 9 + 3 + 1}
 
 
 def arguments(search: str) -> list[str]:
-    return [
-        *(*ARGUMENTS.split(), *EPOCHS, "--search", search, "--out", "run"),
-        *("--baselines", *BASELINES[search]),
-    ]
+    baselines = ["--baselines", *BASELINES[search]]
+    return [*ARGUMENTS.split(), "--search", search, "--out", "run", *baselines]
 
 
 def config(folder: Path, search: str, **values: object) -> FitConfig:
     """The same arguments for the function."""
-    stated: dict = {
-        "cache": Path("features.h5"),
-        "out": folder / "run",
-        "alpha": (0.2, 0.5, 0.8),
-        "lr": (0.001, 0.003, 0.01),
-        "shots": (4,),
-        "seeds": (1, 2),
-        "epochs": 900,
-        "evaluate_every": 90,
-        "search": search,
-        "baselines": BASELINES[search],
-    }
-    return FitConfig(**stated | values)
+    stated = {"epochs": 900, "seeds": (1, 2), "search": search, "baselines": BASELINES[search]}
+    return short(Path("features.h5"), folder / "run", **GRID | stated | values)
 
 
 @pytest.fixture
@@ -68,16 +59,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return runs[search]
 
     return run
-
-
-def assert_same_end(run: Path, whole: Path) -> None:
-    assert (run / "summary.csv").read_bytes() == (whole / "summary.csv").read_bytes()
-    assert sorted(map(str, results(run))) == sorted(map(str, results(whole)))
-    assert len({str(row) for row in results(run)}) == len(results(run)), "a fit was repeated"
-    assert selected(run) == selected(whole)
-    assert adapters(run) == adapters(whole)
-    assert (run / "tasks.json").read_bytes() == (whole / "tasks.json").read_bytes()
-    assert not (run / "halving").exists()
 
 
 def rows(run: Path) -> int:
@@ -128,7 +109,7 @@ def test_it_may_end_after_any_fit(
 ):
     """Ended again and again, a few fits further each time; each fit is begun by one of them."""
     whole(search)  # made before fits begin to end early
-    add = RunFolder.add_result
+    add = RunFolder.add_fit
     steps = 0
 
     def add_some(self: RunFolder, row: dict) -> None:
@@ -138,7 +119,7 @@ def test_it_may_end_after_any_fit(
         steps += 1
         add(self, row)
 
-    monkeypatch.setattr(RunFolder, "add_result", add_some)
+    monkeypatch.setattr(RunFolder, "add_fit", add_some)
     ended = 0
     result: FitResult | None = None
     while result is None:
@@ -154,9 +135,9 @@ def test_it_may_end_after_any_fit(
 
 def test_over_folds_survivors_go_on_too(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Halving under cross-validation keeps a state for each fold."""
-    stated = {"select": "cv", "seeds": (1,), "baselines": (), "epochs": 10, "evaluate_every": 1}
+    stated = {"select": "cv", "seeds": (1,), "baselines": (), "epochs": 10}
     expected = fit(config(folder, "halving", **stated, out=folder / "whole")).run
-    add = RunFolder.add_result
+    add = RunFolder.add_fit
     kept = 0
 
     def add_some(self: RunFolder, row: dict) -> None:
@@ -167,7 +148,7 @@ def test_over_folds_survivors_go_on_too(folder: Path, monkeypatch: pytest.Monkey
         add(self, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "add_result", add_some)
+        patch.setattr(RunFolder, "add_fit", add_some)
         with pytest.raises(Killed):
             fit(config(folder, "halving", **stated))
     assert any((folder / "run" / "halving").rglob("*fold-3*"))
@@ -175,32 +156,21 @@ def test_over_folds_survivors_go_on_too(folder: Path, monkeypatch: pytest.Monkey
     assert_same_end(folder / "run", expected)
 
 
-def test_a_damaged_state_is_one_sentence(tmp_path: Path):
-    states = StateFolder(tmp_path / "halving")
-    states["rung-0"] = [np.arange(3.0), np.array(7)]
-    assert [leaf.tolist() for leaf in states["rung-0"]] == [[0.0, 1.0, 2.0], 7]
-    (path,) = (tmp_path / "halving").iterdir()
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(UserError, match=f"{path} is damaged"):
-        states["rung-0"]
-
-
 def test_a_finished_run_is_shown_again(
     folder: Path, whole: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ):
     shutil.copytree(whole("full"), folder / "run")
-    stated = (folder / "run" / "run.json").read_text()
     cache = whole("full").parent / "features.h5"
-    assert str(cache) in stated
-    capsys.readouterr()
-    first = fit(FitConfig(resume=folder / "run"))
-    once = capsys.readouterr().out
-    second = fit(FitConfig(resume=folder / "run"))
-    assert capsys.readouterr().out == once
-    assert first.summary == second.summary
-    assert "0 programs compiled or loaded" in once
-    for line in first.summary:
-        assert f"{100 * line['test_accuracy_mean']:.2f}" in once
+    assert str(cache) in (folder / "run" / "run.json").read_text()
+    printed = []
+    for _ in range(2):
+        result = fit(FitConfig(resume=folder / "run"))
+        print_run(result)
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "0 programs compiled or loaded" in printed[0]
+    for line in result.summary:
+        assert line.test_accuracy and f"{100 * line.test_accuracy.mean:.2f}" in printed[0]
     assert_same_end(folder / "run", whole("full"))
 
 
@@ -217,19 +187,108 @@ def test_a_torn_last_line_is_fitted_again(folder: Path, whole: Callable[[str], P
     assert_same_end(folder / "run", whole("full"))
 
 
-def test_other_arguments_are_refused(folder: Path, whole: Callable[[str], Path]):
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"hyper": {"learning_rate": 0.5}}, "learning_rate"),
+        ({"hyper": {"clip-adapter.alpha": 0.5}}, "alpha"),
+        ({"seeds": (1, 2, 3)}, "seeds"),
+        ({"select": "cv", "repeat": True}, "select, repeat"),
+        ({"method": "linear-probe", "baselines": "zero-shot"}, "methods"),
+        ({"baselines": ("zero-shot",)}, "methods"),
+    ],
+)
+def test_other_arguments_are_refused(
+    folder: Path, whole: Callable[[str], Path], values: dict, names: str
+):
     shutil.copytree(whole("full"), folder / "run")
-    before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
-    for other in ({"lr": (0.5,)}, {"seeds": (1, 2, 3)}):
-        with pytest.raises(UserError, match="other arguments"):
-            fit(FitConfig(resume=folder / "run", **other))
-    assert all(path.read_bytes() == content for path, content in before.items())
-    same = FitConfig(resume=folder / "run", alpha=(0.2, 0.5, 0.8), seeds=(1, 2))
-    assert choices(fit(same).run) == choices(whole("full"))
+    before = files(folder / "run")
+    with pytest.raises(UserError, match=f"other arguments \\({names}\\); give --resume alone"):
+        fit(FitConfig(resume=folder / "run", **values))
+    assert files(folder / "run") == before
+
+
+def test_equal_arguments_may_be_repeated(folder: Path, whole: Callable[[str], Path]):
+    """All of them or some."""
+    shutil.copytree(whole("full"), folder / "run")
+    hyper = {"clip-adapter.alpha": GRID["alpha"]}
+    some = FitConfig(resume=folder / "run", hyper=hyper, seeds=(1, 2))
+    every = replace(config(folder, "full"), out=None, resume=folder / "run", cache=None)
+    for same in (some, every):
+        assert choices(fit(same).run) == choices(whole("full"))
+    with pytest.raises(UserError, match="leave --out out"):
+        fit(FitConfig(resume=folder / "run", out=folder / "other"))
+
+
+def test_a_line_that_states_a_default_is_heeded(folder: Path, capsys: pytest.CaptureFixture[str]):
+    """`--shots 16` on the command line is 16 shots, though 16 are the default."""
+    fit(short(folder / "features.h5", folder / "run", alpha=0.5, epochs=1))
+    for line, words in (
+        ("--shots 16", "other arguments (shots)"),
+        ("--alpha 0.4", "other arguments (alpha)"),
+        ("--shots 4 --cache nowhere.h5", "no feature cache at nowhere.h5"),
+        ("--cache features.h5 --baselines zero-shot linear-probe", "other arguments (methods)"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["--resume", "run", *line.split()])
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(
+            [
+                "--resume",
+                "run",
+                "--shots",
+                "4",
+                "--alpha",
+                "0.5",
+                "--baselines",
+                "--cache",
+                "features.h5",
+            ]
+        )
+    assert ended.value.code == 0, capsys.readouterr().err
+
+
+def test_another_version_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its defaults and its training may be others."""
+    run = fit(short(folder / "features.h5", folder / "run", alpha=0.5, epochs=1)).run
+    before = files(run)
+    monkeypatch.setattr("clip_adapter.pipelines.fitting.plan.version", lambda name: "99.0")
+    with pytest.raises(UserError, match=r"it was made by clip-adapter 0\.[0-9.]+; start a new run"):
+        fit(FitConfig(resume=run))
+    assert files(run) == before
+
+
+def test_a_changed_default_changes_no_run(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The plan holds every value; what a table says now counts for new runs only."""
+    stated = {"alpha": 0.5, "seeds": (1, 2)}
+    expected = fit(short(folder / "features.h5", folder / "whole", **stated)).run
+    method = METHODS["clip-adapter"]
+    table = dict(method.hyper)
+
+    add = RunFolder.add_result
+
+    def one_task(self: RunFolder, result: object) -> None:
+        add(self, result)  # type: ignore[arg-type]
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "add_result", one_task)
+        with pytest.raises(Killed):
+            fit(short(folder / "features.h5", folder / "run", **stated))
+    for name, default in (("weight_decay", 7.0), ("reduction", 2), ("optimizer", "sgd")):
+        monkeypatch.setitem(table, name, replace(table[name], default=default))
+    monkeypatch.setitem(METHODS, "clip-adapter", replace(method, hyper=table))
+    fit(FitConfig(resume=folder / "run"))
+    fit(FitConfig(resume=folder / "run", seeds=(1, 2)))
+    assert_same_end(folder / "run", expected)
+    new = fit(short(folder / "features.h5", folder / "new", **stated)).run
+    assert choices(new) != choices(expected), "otherwise this test would show nothing"
 
 
 def test_the_cache_may_have_moved(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    stated = {"epochs": 10, "evaluate_every": 1, "baselines": (), "seeds": (1,)}
+    stated = {"epochs": 10, "baselines": (), "seeds": (1,)}
     first = fit(config(folder, "full", **stated))
     (folder / "run" / "summary.csv").unlink()
     elsewhere = folder / "elsewhere"
@@ -242,13 +301,15 @@ def test_the_cache_may_have_moved(folder: Path, monkeypatch: pytest.MonkeyPatch)
         fit(FitConfig(resume=folder / "run"))
 
 
-def test_another_cache_content_is_refused(folder: Path):
-    stated = {"epochs": 10, "evaluate_every": 1, "baselines": (), "seeds": (1,)}
-    fit(config(folder, "full", **stated))
-    (folder / "features.h5").unlink()
+@pytest.mark.parametrize("named", [False, True])
+def test_another_cache_is_refused(folder: Path, named: bool):
+    """In the place of the first one or elsewhere, also where it is named as the default is."""
+    run = fit(short(folder / "features.h5", folder / "run", alpha=0.5, epochs=1)).run
+    (folder / "features.h5").rename(folder / "first.h5")
     write_cache(folder / "features.h5", DATA.shuffled_labels("test"))
-    with pytest.raises(UserError, match="no longer the cache that"):
-        fit(FitConfig(resume=folder / "run"))
+    with pytest.raises(UserError, match=r"features\.h5 is not the cache that .*run was started on"):
+        fit(FitConfig(resume=run, cache=Path("features.h5") if named else None))
+    assert fit(FitConfig(resume=run, cache=Path("first.h5"))).kept
 
 
 def test_a_run_is_written_by_one_process_at_a_time(folder: Path, whole: Callable[[str], Path]):

@@ -1,0 +1,36 @@
+"""Methods of somebody else: what stands in a module of a user's own."""
+
+from clip_adapter.adapters.classifier import cosine_logits
+from clip_adapter.adapters.hyper import Hyper
+from clip_adapter.adapters.method import Method
+
+
+def logits(xp, arrays, setting, features, head):  # type: ignore[no-untyped-def]
+    """The zero-shot classifier with each class weighted."""
+    return cosine_logits(xp, features, head) * (1 + setting["alpha"] * arrays["weight"])
+
+
+def fit(xp, task, setting):  # type: ignore[no-untyped-def]
+    count = xp.sum(task.labels[:, None] == xp.arange(len(task.head.weights)), axis=0)
+    return {"weight": count / len(task.labels)}
+
+
+WEIGHTED = Method(
+    name="weighted",
+    reference="made up",
+    hyper={"alpha": Hyper(3.0, "Weight of a class's share.", (1.0, 3.0), low=0, high=50)},
+    logits=logits,
+    shapes={"weight": "C"},
+    fit=fit,
+)
+"""Its alpha is another one than CLIP-Adapter's."""
+
+WORSE = Method(
+    name="worse",
+    reference="made up",
+    hyper={"sign": Hyper(-1.0, "Turns the classifier around.", low=-1, high=1)},
+    logits=lambda xp, arrays, setting, features, head: (
+        setting["sign"] * cosine_logits(xp, features, head)
+    ),
+)
+"""Validation never prefers it."""
