@@ -13,6 +13,7 @@ COMMANDS = {
     "fit": ("fit", "fit an adapter on cached features"),
     "predict": ("predict", "classify image files with a fitted adapter"),
     "report": ("report", "print the results of several runs side by side"),
+    "study": ("study", "fit on many caches and compare methods over all of them"),
     "inspect": ("inspect_file", "say what is in a cache or an adapter"),
 }
 ROOM = "clip_adapter.pipelines"
