@@ -14,6 +14,7 @@ COMMANDS = {
     "predict": ("predict", "classify image files with a fitted adapter"),
     "report": ("report", "print the results of several runs side by side"),
     "study": ("study", "fit on many caches and compare methods over all of them"),
+    "reproduce": ("reproduce", "run the paper's study from raw data, beside its numbers"),
     "inspect": ("inspect_file", "say what is in a cache or an adapter"),
 }
 ROOM = "clip_adapter.pipelines"

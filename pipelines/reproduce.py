@@ -1,0 +1,221 @@
+"""`clip-adapter reproduce`: the paper's study from raw data, beside the published numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from clip_adapter.cache import files
+from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.listener import Listener
+from clip_adapter.pipelines.reporting.published import published_accuracies, published_results
+
+PRESETS = ("paper", "default")
+CACHES, PAGE = "caches", "reproduction.md"
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """Run the paper's study on the data sets of the literature that lie in a folder in CoOp's layout.
+
+    Each is extracted, and every method of the paper fitted on it under `--preset paper` and under
+    this package's defaults. The last page sets each published number beside the two. The same
+    command goes on where an interrupted one stopped.
+
+    Attributes:
+        data_root: Folder that holds the data sets in CoOp's layout; those that are missing are
+            named, with what to put where.
+        backbone: CLIP model, as `extract` takes it. The published numbers are RN50's.
+        pretrained: Its weights, as `extract` takes them, such as RN50.pt.
+        out: Folder of the study.
+        shots: Labelled images per class.
+        seeds: Seeds of the few-shot draws and of training.
+        epochs: Passes over the support set, for a quick trial; by default each method's own.
+        tolerance: Points within which two accuracies are taken to agree.
+        device: PyTorch device that encodes; auto takes a GPU where there is one.
+    """
+
+    data_root: Path
+    backbone: str = "RN50"
+    pretrained: str | None = None
+    out: Path = Path("paper")
+    shots: tuple[int, ...] = (1, 2, 4, 8, 16)
+    seeds: tuple[int, ...] = (1, 2, 3)
+    epochs: int | None = None
+    tolerance: float = 1.0
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """page: the file with the comparison. missing: what to put where, by data set. failed: a
+    sentence for each data set that could not be extracted or fitted."""
+
+    page: Path
+    missing: dict[str, str]
+    failed: dict[str, str]
+
+
+def reproduce(config: ReproduceConfig, listener: Listener | None = None) -> Reproduction:
+    """Extract, fit and compare.
+
+    Raises UserError for bad arguments, and where none of the data sets is there or can be used.
+    """
+    from clip_adapter.extract.datasets.catalogue import load_catalogue
+    from clip_adapter.extract.datasets.coop import coop_instructions
+
+    listener = listener or Listener()
+    if not config.data_root.is_dir():
+        raise UserError(f"{config.data_root} is no folder; --data-root holds the data sets.")
+    catalogue = load_catalogue()
+    missing, there = {}, []
+    for name in published_results()["datasets"]:
+        entry = catalogue[name]
+        if (config.data_root / entry.coop_dir).is_dir():
+            there.append(name)
+        else:
+            missing[name] = coop_instructions(entry, config.data_root)
+    for name, advice in missing.items():
+        listener.note(f"{name} is not there: {advice}")
+    if not there:
+        raise UserError(f"None of the data sets lies under {config.data_root}; see above.")
+    failed: dict[str, str] = {}
+    caches = [c for name in there if (c := _extracted(config, name, failed, listener))]
+    if not caches:
+        raise UserError("No data set could be extracted; see the sentences above.")
+    runs = {preset: _fitted(config, preset, caches, failed, listener) for preset in PRESETS}
+    page = config.out / PAGE
+    files.write_text(page, _page(config, runs, missing, failed))
+    return Reproduction(page, missing, failed)
+
+
+def _extracted(
+    config: ReproduceConfig, name: str, failed: dict[str, str], listener: Listener
+) -> Path | None:
+    from clip_adapter.extract.config import ExtractConfig
+    from clip_adapter.extract.run import extract
+
+    wanted = ExtractConfig(
+        dataset=name,
+        backbone=config.backbone,
+        pretrained=config.pretrained,
+        data_root=config.data_root,
+        out=config.out / CACHES / f"{name}.h5",
+        device=config.device,
+        with_text_tower=True,
+    )
+    try:
+        listener.note(f"extract {name}")
+        extract(wanted, listener)
+    except UserError as error:
+        failed[name] = str(error)
+        listener.warn(f"{name}: {error}")
+        return None
+    return wanted.out
+
+
+def _fitted(
+    config: ReproduceConfig,
+    preset: str,
+    caches: Sequence[Path],
+    failed: dict[str, str],
+    listener: Listener,
+) -> dict[str, Path]:
+    from clip_adapter.pipelines.fitting.config import FitConfig
+    from clip_adapter.pipelines.study import StudyConfig, study
+
+    asked = FitConfig(
+        method=tuple(published_results()["methods_of_the_paper"]),
+        baselines=(),
+        shots=config.shots,
+        seeds=config.seeds,
+        preset=preset,  # type: ignore[arg-type]
+        hyper={} if config.epochs is None else {"epochs": config.epochs},
+    )
+    found = study(StudyConfig(tuple(caches), config.out / preset, asked), listener)
+    failed |= {f"{name} ({preset})": sentence for name, sentence in found.failed.items()}
+    return found.runs
+
+
+def _page(
+    config: ReproduceConfig,
+    runs: dict[str, dict[str, Path]],
+    missing: dict[str, str],
+    failed: dict[str, str],
+) -> str:
+    from clip_adapter.pipelines.comparison import read_comparison
+
+    document = published_results()
+    weights = "" if config.pretrained is None else f" with {Path(config.pretrained).name}"
+    lines = [
+        "# Published and reproduced test accuracies",
+        "",
+        f"Ours: {config.backbone}{weights}, mean over seeds {', '.join(map(str, config.seeds))}, "
+        "settings chosen on min(shots, 4) validation images per class.",
+        f"Published: {document['source']}.",
+        "",
+    ]
+    lines += [
+        f"- {method}: published numbers chosen on {rule}"
+        for method, rule in document["selected_on"].items()
+        if method in document["methods_of_the_paper"]
+    ]
+    if config.backbone != document["backbone"]:
+        lines += ["", f"The published numbers are {document['backbone']}'s: no agreement is meant."]
+    for preset in PRESETS:
+        found = read_comparison(runs[preset])
+        lines += ["", f"## --preset {preset}", "", _HEAD, _RULE]
+        for place in _places(found.accuracy.shape):
+            dataset, method, shots = place
+            names = (found.datasets[dataset], found.methods[method], found.shots[shots])
+            lines.append(_row(config, *names, 100 * found.accuracy[place], 100 * found.std[place]))
+        lines += ["", f"Averages, ranks and differences: {preset}/study.md, {preset}/study.png"]
+    for title, sentences in (("Not there", missing), ("Failed", failed)):
+        if sentences:
+            lines += ["", f"## {title}", ""]
+            lines += [f"- {name}: {sentence}" for name, sentence in sentences.items()]
+    return "\n".join(lines) + "\n"
+
+
+_HEAD = "| data set | method | shots | published | ours | difference | within the tolerance |"
+_RULE = "| --- | --- | --- | --- | --- | --- | --- |"
+
+
+def _places(shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    return [(d, m, s) for d in range(shape[0]) for m in range(shape[1]) for s in range(shape[2])]
+
+
+def _row(
+    config: ReproduceConfig, dataset: str, method: str, shots: object, ours: float, std: float
+) -> str:
+    number = "–" if ours != ours else f"{ours:.2f}" + ("" if std != std else f" ± {std:.2f}")
+    wanted = published_accuracies(dataset).get(method, {}).get(shots)  # type: ignore[call-overload]
+    if wanted is None or ours != ours:
+        return f"| {dataset} | {method} | {shots} | – | {number} | – | – |"
+    difference = ours - 100 * wanted
+    agrees = "yes" if abs(difference) <= config.tolerance else "no"
+    published = f"{100 * wanted:.2f}"
+    cells = [dataset, method, shots, published, number, f"{difference:+.2f}", agrees]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The command `clip-adapter reproduce`."""
+    from clip_adapter.pipelines.command import EXIT_PARTIAL, run
+
+    def parse_and_reproduce() -> int:
+        from clip_adapter.pipelines.command_line import parse
+
+        config = parse(ReproduceConfig, "clip-adapter reproduce", arguments)
+
+        from clip_adapter.pipelines.jax_setup import set_up_jax
+        from clip_adapter.pipelines.spoken import Spoken
+
+        set_up_jax()
+        found = reproduce(config, Spoken("reproduce"))
+        print(found.page.read_text(encoding="utf-8"))
+        return EXIT_PARTIAL if found.failed else 0
+
+    run("clip-adapter reproduce", parse_and_reproduce)
