@@ -18,7 +18,7 @@ CACHES, PAGE = "caches", "reproduction.md"
 
 @dataclass(frozen=True)
 class ReproduceConfig:
-    """Run the paper's study on the data sets of the literature that lie in CoOp's layout in a folder.
+    """Run the paper's study on the literature's data sets that lie in CoOp's layout in a folder.
 
     Each is extracted, and every method of the paper fitted on it under `--preset paper` and under
     this package's defaults. The last page sets each published number beside the two. The same
