@@ -55,6 +55,16 @@ def solver(task: Task) -> Solve:
     return solve
 
 
+def note(task: Task) -> str:
+    """A warning where the sweep takes minutes."""
+    _, rows, dim = task.features.shape
+    work = rows * min(rows, dim) * len(task.head.weights)
+    minutes = len(COARSE) * 2 * work / WORK_PER_SECOND / 60
+    if minutes < 1:
+        return ""
+    return f"The linear probe's search for C takes about {minutes:.0f} minutes for each task."
+
+
 def coarse_to_fine(
     values: Mapping[str, Sequence[Value]],
 ) -> Generator[dict[str, Value], Score, None]:
@@ -79,6 +89,9 @@ def coarse_to_fine(
         waiting = [e for e in around if COARSE_EXPONENTS[0] <= e <= COARSE_EXPONENTS[-1]]
 
 
+# N · D · C that a value of C deals with in a second: 16,000 images of 1,000 classes at D = 512 took
+# 244 s for 15 values, on one core.
+WORK_PER_SECOND = 5e8
 COARSE = tuple(10.0**exponent for exponent in COARSE_EXPONENTS)
 LINEAR_PROBE = Method(
     name="linear-probe",
@@ -95,5 +108,6 @@ LINEAR_PROBE = Method(
     shapes={"kernel": "D C", "bias": "C"},
     solver=solver,
     propose=coarse_to_fine,
+    note=note,
     unseen_classes=False,
 )

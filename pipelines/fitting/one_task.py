@@ -39,6 +39,7 @@ class TaskRunner:
     """What all tasks of a run share.
 
     data: of the classes that are fitted. new: of the others, under base-to-new, else None.
+    tell: is told sentences that whoever waits has to know.
     """
 
     plan: Plan
@@ -46,6 +47,7 @@ class TaskRunner:
     new: Data | None
     provenance: Provenance
     engine: Engine
+    tell: Callable[[str], None]
 
     def run(
         self,
@@ -97,6 +99,8 @@ class TaskRunner:
             np.unique(np.concatenate(judged or [rows.validation]), return_index=True)[1],
             halving=self.plan.search == "halving",
         )
+        if method.note and (sentence := method.note(task)):
+            self.tell(sentence)
         expect(work(method, planned.values, len(parts), halving=asked.halving))
         if parts:
             record = folder.record(method, rows, sum(map(len, judged)))

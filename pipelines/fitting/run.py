@@ -131,7 +131,14 @@ def _execute(
     folder.write_json("provenance.json", {"clip_adapter": version("clip-adapter"), "about": about})
     folder.write_json("tasks.json", [_task_document(data, rows) for rows in tasks])
     engine = Engine(plan.placement)
-    runner = TaskRunner(plan, data, new, provenance, engine)
+    said: set[str] = set()
+
+    def tell(sentence: str) -> None:
+        if sentence not in said:
+            said.add(sentence)
+            listener.note(sentence)
+
+    runner = TaskRunner(plan, data, new, provenance, engine, tell)
     problem = ""
     try:
         _run_tasks(runner, folder, listener)
