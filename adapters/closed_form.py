@@ -35,7 +35,9 @@ def grid_scores(
     """
     # A tuple: a dictionary leaves `jit` with its keys sorted.
     values = tuple(jnp.asarray(axis, jnp.float32) for axis in axes.values())
-    inner = int(np.prod([len(axis) for axis in values[1:]], dtype=int))
+    # A single axis has nothing to be nested in.
+    beside = values[1:] if len(values) > 1 else values
+    inner = int(np.prod([len(axis) for axis in beside], dtype=int))
     fits = inner * _point_bytes(method, static, list(axes), task) <= SIDE_BY_SIDE_BYTES
     program = _grid_program(method, tuple(static.items()), tuple(axes), fits)
     with jax.default_matmul_precision("float32"):
@@ -87,7 +89,8 @@ def _grid_program(
 
         function: Any = point
         for axis in reversed(range(len(names))):
-            function = _along(function, axis, values[axis], one_by_one=not (axis and side_by_side))
+            nested = side_by_side and (axis > 0 or len(names) == 1)
+            function = _along(function, axis, values[axis], one_by_one=not nested)
         return function()
 
     return jax.jit(program)

@@ -92,6 +92,8 @@ class Method:
     loss(xp, classify, arrays, batch, setting, task) → (): None for mean cross-entropy.
     optimizer(setting, task, steps per epoch) → optax transformation: None for the recipe that the
         setting names (recipe.py).
+    after_training: hyper-parameters that training does not see: it computes logits by `NAME_init`
+        in their place, and settings that differ in them alone are judged on one run.
     finish(arrays, setting, task) → what is saved, where that is not what was trained.
     solver(task) → (setting → arrays): instead of fit, a solver on the host in NumPy; it is made
         once for a task, so that it may keep what serves every setting.
@@ -101,6 +103,8 @@ class Method:
         where the fitted ones do not.
     describe(xp, arrays, setting, features, head) → numbers by name whose mean and spread say what
         was learned, such as a predicted ratio for each image.
+    note(task) → a sentence that whoever fits has to know, such as that something is approximated
+        on this task; "" where there is none.
     needs: `text` (the prompts' features), `tower` (the text tower and tokens), `projection` (the
         features before the last visual projection, and that projection).
     uses_views: whether augmented views of the support set take part where there are some.
@@ -118,11 +122,13 @@ class Method:
     network: str = ""
     loss: Callable[..., Array] | None = None
     optimizer: Callable[..., Any] | None = None
+    after_training: tuple[str, ...] = ()
     finish: Callable[..., Arrays] | None = None
     solver: Callable[[Task], Solve] | None = None
     propose: Callable[..., Generator[Setting, Score, None]] | None = None
     for_classes: Callable[..., Arrays] | None = None
     describe: Callable[..., Mapping[str, Array]] | None = None
+    note: Callable[[Task], str] | None = None
     needs: tuple[str, ...] = ()
     uses_views: bool = False
     unseen_classes: bool = True

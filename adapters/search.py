@@ -25,6 +25,7 @@ from clip_adapter.adapters.method import (
     same_program,
 )
 from clip_adapter.adapters.scoring import make_classify, pooled, sums
+from clip_adapter.adapters.shared_runs import SharedRuns, as_trained, of_the_run, with_trained
 from clip_adapter.adapters.successive_halving import Rung, rung_epochs, successive_halving
 
 Values = Mapping[str, Sequence[Value]]
@@ -46,10 +47,11 @@ def search(
     if method.solver:
         yield from _solved(method, values, folds, engine, journal)
     elif method.is_trained:
-        settings = method.settings(values)
-        rungs = rungs_of(settings[0], halving=halving)
-        train = partial(_train, method, engine)
-        yield from successive_halving(settings, rungs, folds, journal, train)
+        shared = SharedRuns(method, method.settings(values), journal)
+        rungs = rungs_of(shared.runs[0], halving=halving)
+        train = partial(_train, method, engine, shared)
+        for run in successive_halving(shared.runs, rungs, folds, shared, train):
+            yield from shared.take(run)
     else:
         yield from _closed(method, values, folds, engine, journal)
 
@@ -68,14 +70,14 @@ def fit(method: Method, setting: Setting, epoch: int | None, task: Task, engine:
     if method.solver:
         return _as_saved(method, method.solver(_on_host(task))(setting))
     if method.is_trained:
-        static, numbers = method.split(setting)
+        static, numbers = method.split(of_the_run(method, setting))
         (chunk,) = engine.run(method, static, task, [numbers], stop=epoch)
         return _trained_arrays(method, setting, task, chunk, 0)
     return _as_saved(method, closed_form.fit(method, setting, task))
 
 
 def _train(
-    method: Method, engine: Engine, rung: Rung
+    method: Method, engine: Engine, shared: SharedRuns, rung: Rung
 ) -> Iterator[tuple[int, Evaluation, Callable[[], list[Leaves]]]]:
     """Train each setting of a rung on every fold; yields its index, how it did, its states."""
     for static, group in same_program(method, [rung.settings[index] for index in rung.indices]):
@@ -104,11 +106,25 @@ def _train(
                     if len(chunks) == 1
                     else None
                 )
-                yield (
-                    index,
-                    _judged(setting, rung.stop, histories[row], seconds, kept),
-                    partial(_rows, chunks, row),
-                )
+                run = _judged(setting, rung.stop, histories[row], seconds, kept)
+                best = shared.judged(run, partial(_after, method, rung.folds, chunks, row, setting))
+                yield index, best, partial(_rows, chunks, row)
+
+
+def _after(
+    method: Method,
+    folds: Sequence[Task],
+    chunks: Sequence[Chunk],
+    row: int,
+    run: Setting,
+    settings: Sequence[Setting],
+) -> list[tuple[float, float]]:
+    """Judge settings on what one run trained in each fold."""
+    trained = [
+        with_trained(fold, _trained_arrays(method, run, fold, chunk, row))
+        for fold, chunk in zip(folds, chunks, strict=True)
+    ]
+    return _grid(as_trained(method), settings, trained)
 
 
 def _judged(
@@ -149,23 +165,40 @@ def _closed(
 ) -> Iterator[Evaluation]:
     settings = method.settings(values)
     known = [journal.known(setting, 0) for setting in settings]
-    for static, members in same_program(method, settings):
-        found = [known[index] for index in members]
-        if all(found):
-            yield from (evaluation for evaluation in found if evaluation)
+    for _, members in same_program(method, settings):
+        found = [evaluation for index in members if (evaluation := known[index])]
+        if len(found) == len(members):
+            yield from found
             continue
         started = time.perf_counter()
-        names = method.split(settings[members[0]])[1]
+        alike = [settings[index] for index in members]
+        judged = _grid(method, alike, folds)
+        seconds = (time.perf_counter() - started) / len(members)
+        engine.progress(len(members))
+        for setting, (accuracy, nll) in zip(alike, judged, strict=True):
+            yield Evaluation(setting, 0, 0, accuracy, nll, seconds)
+
+
+def _grid(
+    method: Method, settings: Sequence[Setting], folds: Sequence[Task]
+) -> list[tuple[float, float]]:
+    """(accuracy, mean negative log-likelihood) of a closed form's settings over all folds.
+
+    settings: those that share a program are a product, in its order.
+    """
+    found: dict[int, tuple[float, float]] = {}
+    for static, members in same_program(method, settings):
+        numbers = method.split(settings[members[0]])[1]
+        # What a run was trained with does not vary here: such an axis has one value, and goes last.
+        names = sorted(numbers, key=lambda name: name not in method.after_training)
         axes = {
             name: list(dict.fromkeys(float(settings[index][name]) for index in members))
             for name in names
         }
         scores = [closed_form.grid_scores(method, static, axes, fold) for fold in folds]
         judged = pooled([score.reshape(-1, 2) for score in scores], folds)
-        seconds = (time.perf_counter() - started) / len(members)
-        engine.progress(len(members))
-        for index, (accuracy, nll) in zip(members, judged.tolist(), strict=True):
-            yield Evaluation(settings[index], 0, 0, accuracy, nll, seconds)
+        found |= zip(members, map(tuple, judged.tolist()), strict=True)
+    return [found[index] for index in range(len(settings))]
 
 
 def _solved(

@@ -19,6 +19,7 @@ from clip_adapter.adapters import networks, recipe
 from clip_adapter.adapters.classifier import mean_cross_entropy
 from clip_adapter.adapters.method import Arrays, Batch, Classify, Method, Setting, Task
 from clip_adapter.adapters.scoring import validation_score
+from clip_adapter.adapters.shared_runs import during_training
 
 if TYPE_CHECKING:
     from jax import Array
@@ -103,7 +104,8 @@ def classifier(method: Method, task: Task, setting: Setting, arrays: Arrays) -> 
     if method.network:
         module: Any = networks.filled(networks.make(method, setting, task, nnx.Rngs(0)), arrays)
         return lambda features: module(features, task)
-    return lambda features: method.logits(jnp, arrays, setting, features, task.head)
+    seen = during_training(method, setting)
+    return lambda features: method.logits(jnp, arrays, seen, features, task.head)
 
 
 def fitted(method: Method, setting: Setting, task: Task, trained: Arrays) -> Arrays:
