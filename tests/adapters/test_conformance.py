@@ -307,13 +307,17 @@ def told(evaluations: Sequence[Evaluation]) -> list[tuple[Any, ...]]:
     return [(e.setting, e.epochs_run, e.epoch, e.accuracy, e.nll) for e in evaluations]
 
 
-@every_method
-@pytest.mark.parametrize("halving", [False, True], ids=["full", "halving"])
+@pytest.mark.parametrize(
+    ("method", "halving"),
+    [
+        pytest.param(method, halving, id=f"{name}-{'halving' if halving else 'full'}")
+        for name, method in METHODS.items()
+        for halving in ((False, True) if method.is_trained else (False,))
+    ],
+)
 def test_an_interrupted_search_goes_on_as_if_nothing_had_been(
     method: Method, halving: bool, engine: Engine
 ):
-    if halving and not method.is_trained:
-        pytest.skip("only training can be halved")
     run = partial(search, method, short_values(method), [task_for(method)], engine, halving=halving)
     whole = list(run(Notes()))
     for after in (1, len(whole) // 2, len(whole) - 1):
