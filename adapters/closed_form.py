@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Var
 
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Arrays, Method, Setting, Task
@@ -35,9 +36,9 @@ def grid_scores(
     # A tuple: a dictionary leaves `jit` with its keys sorted.
     values = tuple(jnp.asarray(axis, jnp.float32) for axis in axes.values())
     # A single axis has nothing to be nested in.
-    beside = values[1:] if len(values) > 1 else values
-    inner = int(np.prod([len(axis) for axis in beside], dtype=int))
-    fits = inner * _point_bytes(method, static, list(axes), task) <= SIDE_BY_SIDE_BYTES
+    beside = list(axes)[1:] or list(axes)
+    points = int(np.prod([len(axes[name]) for name in beside], dtype=int))
+    fits = points * _point_bytes(method, static, list(axes), beside, task) <= SIDE_BY_SIDE_BYTES
     program = _grid_program(method, tuple(static.items()), tuple(axes), fits)
     with jax.default_matmul_precision("float32"):
         return jax.device_get(program(values, task))
@@ -48,19 +49,32 @@ def fit(method: Method, setting: Setting, task: Task) -> Arrays:
     static, numbers = method.split(setting)
     program = _fit_program(method, tuple(static.items()))
     with jax.default_matmul_precision("float32"):
-        return program({name: np.float32(value) for name, value in numbers.items()}, task)
+        arrays = program({name: np.float32(value) for name, value in numbers.items()}, task)
+        return method.finish(arrays, setting, task) if method.finish else arrays
 
 
-def _point_bytes(method: Method, static: Setting, names: Sequence[str], task: Task) -> int:
+def _point_bytes(
+    method: Method, static: Setting, names: Sequence[str], beside: Sequence[str], task: Task
+) -> int:
+    """Memory of one of the points that lie side by side: what of the arrays depends on their
+    numbers, with a copy, and the logits three times."""
+
+    def arrays(inner: Setting, outer: Setting, task: Task) -> list[Any]:
+        return jax.tree.leaves(method.fit(jnp, task, {**static, **outer, **inner}))
+
     number = jax.ShapeDtypeStruct((), jnp.float32)
-    arrays = jax.eval_shape(
-        lambda numbers, task: method.fit(jnp, task, {**static, **numbers}),
-        dict.fromkeys(names, number),
-        task,
-    )
+    inner = dict.fromkeys(beside, number)
+    outer = {name: number for name in names if name not in inner}
+    closed, shapes = jax.make_jaxpr(arrays, return_shape=True)(inner, outer, task)
+    traced = closed.jaxpr
+    dependent = set(traced.invars[: len(inner)])
+    for equation in traced.eqns:
+        if any(isinstance(v, Var) and v in dependent for v in equation.invars):
+            dependent |= set(equation.outvars)
+    outputs = zip(traced.outvars, shapes, strict=True)
+    fitted = sum(shape.size for v, shape in outputs if isinstance(v, Var) and v in dependent)
     rows = min(len(task.validation_labels), VALIDATION_ROWS)
-    logits = 3 * rows * len(task.head.weights)
-    return 4 * (logits + sum(leaf.size for leaf in jax.tree.leaves(arrays)))
+    return 4 * (3 * rows * len(task.head.weights) + 2 * fitted)
 
 
 @lru_cache(maxsize=256)

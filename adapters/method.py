@@ -94,7 +94,7 @@ class Method:
         setting names (recipe.py).
     after_training: hyper-parameters that training does not see: it computes logits by `NAME_init`
         in their place, and settings that differ in them alone are judged on one run.
-    finish(arrays, setting, task) → what is saved, where that is not what was trained.
+    finish(arrays, setting, task) → what is saved, where that is not what was fitted or trained.
     solver(task) → (setting → arrays): instead of fit, a solver on the host in NumPy; it is made
         once for a task, so that it may keep what serves every setting.
     propose(values): a generator that yields settings and is sent the score of each; None for the

@@ -37,9 +37,10 @@ TRANSFERRED = {
 
 
 def fit(xp: Any, task: Task, setting: Setting) -> Arrays:
-    """points (S, D) and phases (F,) of the kernel's features, duals A (S, C), and β.
+    """points (S, D) and phases (F,) of the kernel's features, and β; A = vectors · duals.
 
-    The features of the exact kernel are the support rows', without phases.
+    The features of the exact kernel are the support rows', without phases. Only the duals depend on
+    λ: in a search, k(x, S) · vectors (S, S) is computed once for all of them.
     """
     views, support, dim = task.features.shape
     beta, ridge = (transferred(task, name, setting[name]) for name in ("beta", "ridge"))
@@ -57,13 +58,19 @@ def fit(xp: Any, task: Task, setting: Setting) -> Arrays:
     values, vectors = xp.linalg.eigh(gram)
     # Those that are zero but for rounding may be negative.
     shrunk = 1 / (xp.where(values > 0, values, 0) / ridge + 1)
-    duals = vectors @ (shrunk[:, None] * (vectors.T @ right))
     return {
         "points": points,
         "phases": phases,
-        "duals": duals,
+        "vectors": vectors,
+        "duals": shrunk[:, None] * (vectors.T @ right),
         "beta": xp.asarray(beta, dtype=rows.dtype),
     }
+
+
+def finish(arrays: Arrays, setting: Setting, task: Task) -> Arrays:
+    """The same with A as duals (S, C), without the vectors."""
+    duals = arrays["vectors"] @ arrays["duals"]
+    return {name: arrays[name] for name in arrays if name != "vectors"} | {"duals": duals}
 
 
 def transferred(task: Task, name: str, value: Any) -> Any:
@@ -109,6 +116,8 @@ def logits(
     """unit(f) · unit(W)ᵀ + k(unit(f), S) A."""
     rows = unit(xp, features)
     kernel = kernel_features(xp, arrays["points"], arrays["phases"], arrays["beta"], rows)
+    if "vectors" in arrays:
+        kernel = kernel @ arrays["vectors"]
     return rows @ unit(xp, head.weights).T + kernel @ arrays["duals"]
 
 
@@ -153,6 +162,7 @@ PROKER = Method(
     logits=logits,
     shapes={"points": "S D", "phases": "F", "duals": "S C", "beta": ""},
     fit=fit,
+    finish=finish,
     note=note,
     uses_views=True,
     unseen_classes=False,
