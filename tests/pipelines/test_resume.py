@@ -23,7 +23,7 @@ from tests.pipelines.tiny_cache import FIT, short, tiny_data, write_cache
 
 DATA = tiny_data()
 # 9 settings on 2 tasks; under halving 9, 3 and 1 of them. Long enough to be killed on the way.
-ARGUMENTS = "--alpha 0.2 0.5 0.8 --lr 0.001 0.003 0.01 --shots 4 --seeds 1 2 --epochs 900"
+ARGUMENTS = "--alpha 0.2 0.5 0.8 --lr 0.001 0.003 0.01 --shots 4 --seeds 1 2 --epochs 4000"
 GRID = {"alpha": (0.2, 0.5, 0.8), "learning_rate": (0.001, 0.003, 0.01)}
 BASELINES = {"full": ("zero-shot", "linear-probe"), "halving": ("zero-shot",)}
 FITS = {"full": 9, "halving": 9 + 3 + 1}
@@ -36,7 +36,7 @@ def arguments(search: str) -> list[str]:
 
 def config(folder: Path, search: str, **values: Any) -> FitConfig:
     """The same arguments for the function."""
-    stated = {"epochs": 900, "seeds": (1, 2), "search": search, "baselines": BASELINES[search]}
+    stated = {"epochs": 4000, "seeds": (1, 2), "search": search, "baselines": BASELINES[search]}
     cache, out = values.pop("cache", Path("features.h5")), values.pop("out", folder / "run")
     return short(cache, out, **GRID | stated | values)
 
