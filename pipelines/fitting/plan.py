@@ -112,12 +112,13 @@ class Plan:
             "baselines": tuple(planned.name for planned in self.methods if planned.baseline),
         }
         mine |= {f.name: getattr(self, f.name) for f in fields(self) if hasattr(config, f.name)}
+        methods = config.method if "method" in config.given else mine["method"]
         missing = {name: value for name, value in mine.items() if name not in config.given}
         hyper = {
             f"{planned.method.name}.{name}": values
             for planned in self.fitted
             for name, values in planned.values.items()
-            if name not in config.hyper
+            if planned.name in methods and name not in config.hyper
         }
         return replace(config, **missing, hyper=hyper | dict(config.hyper))
 

@@ -88,6 +88,7 @@ def is_sound(row: Row) -> bool:
         right = _unpacked(row["right"])
         return (
             0 <= int(row["best_epoch"]) <= int(row["epochs_run"])
+            and (right is not None or int(row["epochs_run"]) == 0)
             and row["status"] == ("failed" if failed else "ok")
             and (failed or 0 <= accuracy <= 1)
             and (failed or right is None or abs(accuracy - right.mean()) < 1e-6)

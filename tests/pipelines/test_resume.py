@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ from tests.pipelines.tiny_cache import FIT, short, tiny_data, write_cache
 
 DATA = tiny_data()
 # 9 settings on 2 tasks; under halving 9, 3 and 1 of them. Long enough to be killed on the way.
-ARGUMENTS = "--alpha 0.2 0.5 0.8 --lr 0.001 0.003 0.01 --shots 4 --seeds 1 2 --epochs 900"
+ARGUMENTS = "--alpha 0.2 0.5 0.8 --lr 0.001 0.003 0.01 --shots 4 --seeds 1 2 --epochs 4000"
 GRID = {"alpha": (0.2, 0.5, 0.8), "learning_rate": (0.001, 0.003, 0.01)}
 BASELINES = {"full": ("zero-shot", "linear-probe"), "halving": ("zero-shot",)}
 FITS = {"full": 9, "halving": 9 + 3 + 1}
@@ -33,10 +34,11 @@ def arguments(search: str) -> list[str]:
     return [*ARGUMENTS.split(), "--search", search, "--out", "run", *baselines]
 
 
-def config(folder: Path, search: str, **values: object) -> FitConfig:
+def config(folder: Path, search: str, **values: Any) -> FitConfig:
     """The same arguments for the function."""
-    stated = {"epochs": 900, "seeds": (1, 2), "search": search, "baselines": BASELINES[search]}
-    return short(Path("features.h5"), folder / "run", **GRID | stated | values)
+    stated = {"epochs": 4000, "seeds": (1, 2), "search": search, "baselines": BASELINES[search]}
+    cache, out = values.pop("cache", Path("features.h5")), values.pop("out", folder / "run")
+    return short(cache, out, **GRID | stated | values)
 
 
 @pytest.fixture
@@ -236,15 +238,17 @@ def test_a_line_that_states_a_default_is_heeded(folder: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit) as ended:
         main(
             [
-                "--resume",
-                "run",
-                "--shots",
-                "4",
-                "--alpha",
-                "0.5",
-                "--baselines",
-                "--cache",
-                "features.h5",
+                *[
+                    "--resume",
+                    "run",
+                    "--shots",
+                    "4",
+                    "--alpha",
+                    "0.5",
+                    "--cache",
+                    "features.h5",
+                    "--baselines",
+                ]
             ]
         )
     assert ended.value.code == 0, capsys.readouterr().err
