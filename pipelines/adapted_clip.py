@@ -2,6 +2,7 @@
 
 import json
 import reprlib
+from copy import deepcopy
 from pathlib import Path
 from typing import Self
 
@@ -9,11 +10,15 @@ import torch
 from PIL import Image
 from torch import nn
 
+from clip_adapter.adapters.method import Head
+from clip_adapter.adapters.methods import find_method
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.words import quoted
 from clip_adapter.extract.backbone import Backbone, load_backbone
 from clip_adapter.extract.images import read_rgb
+from clip_adapter.extract.projection import take_projection
 from clip_adapter.extract.recipe import GLYPH_CLIP, is_published
+from clip_adapter.pipelines.adapter_check import feature_width
 from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter, load_adapter
 from clip_adapter.pipelines.fitted_head import FittedHead
 
@@ -31,8 +36,19 @@ class AdaptedClip(nn.Module):
     def __init__(self, backbone: Backbone, adapter: SavedAdapter) -> None:
         """Raises UserError where the adapter was fitted for another backbone or preprocessing."""
         super().__init__()
-        _check_same(backbone, adapter.info)
+        check_same(backbone, adapter.info)
         self.clip = backbone.model
+        width = backbone.identity["embed_dim"]
+        method = find_method(adapter.info.method)
+        if "projection" in method.needs:  # the adapter has one in its place
+            self.clip = deepcopy(backbone.model)
+            width = len(take_projection(self.clip.visual, backbone.identity["name"]).weights)
+        wanted = feature_width(method, adapter.arrays, Head(adapter.weights, 1.0, 0.0))
+        if width != wanted:
+            raise UserError(
+                f"The adapter takes features {wanted} wide, {backbone.identity['name']} gives "
+                f"{width}; fit it again."
+            )
         self.head = FittedHead(adapter)
         self._transform = backbone.preprocess
         self.class_names = tuple(adapter.info.class_names)
@@ -61,7 +77,7 @@ class AdaptedClip(nn.Module):
         weights are not the ones of the fit.
         """
         adapter = load_adapter(Path(run))
-        return cls(_find_backbone(adapter.info, backbone, pretrained), adapter).to(device)
+        return cls(find_backbone(adapter.info, backbone, pretrained), adapter).to(device)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """What the encoder takes, (3, H, W) float32 on the CPU, of a picture of any mode.
@@ -75,8 +91,11 @@ class AdaptedClip(nn.Module):
         return self.head(self.clip.encode_image(images))
 
 
-def _find_backbone(info: AdapterInfo, backbone: str | None, pretrained: str | None) -> Backbone:
-    """What the caller names; what the adapter names only where that is published."""
+def find_backbone(info: AdapterInfo, backbone: str | None, pretrained: str | None) -> Backbone:
+    """What the caller names; what the adapter names only where that is published.
+
+    Raises UserError where it is not, and where it cannot be had.
+    """
     if backbone is not None:
         return load_backbone(backbone, pretrained)
     name, weights = info.backbone.get("name"), info.backbone.get("pretrained")
@@ -100,7 +119,8 @@ def _find_backbone(info: AdapterInfo, backbone: str | None, pretrained: str | No
     )
 
 
-def _check_same(backbone: Backbone, info: AdapterInfo) -> None:
+def check_same(backbone: Backbone, info: AdapterInfo) -> None:
+    """Raises UserError where the adapter was fitted for another backbone or preprocessing."""
     name = backbone.identity["name"]
     found, wanted = backbone.identity["weights_sha256"], info.backbone.get("weights_sha256")
     if found != wanted:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from clip_adapter.adapters.classifier import classifier_weights
-from clip_adapter.adapters.clip_adapter import Branch
 from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.method import Arrays, Grid, Setting
+from clip_adapter.adapters.hyper import Value
+from clip_adapter.adapters.method import Arrays, Head, Method, Setting, Task
 from clip_adapter.adapters.methods import METHODS
-from clip_adapter.adapters.training import Schedule, Task
+from clip_adapter.adapters.scoring import make_classify
+from clip_adapter.adapters.search import fit
 from clip_adapter.extract.backbone import Backbone, load_backbone
 from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter
 from clip_adapter.pipelines.jax_setup import set_up_jax
@@ -66,35 +68,43 @@ def digits(glyph_clip: Backbone) -> Digits:
         features = glyph_clip.model.encode_image(images).numpy()
         text = glyph_clip.model.encode_text(glyph_clip.tokenizer(prompts)).numpy()
     text = text.reshape(len(CLASS_NAMES), len(TEMPLATES), -1)
-    weights = np.asarray(classifier_weights(jnp.asarray(text)))
+    weights = np.asarray(classifier_weights(jnp, jnp.asarray(text)))
     return Digits(pictures, bunch.target[:120], images, features, text, weights)
+
+
+def few_epochs(method: Method, **values: Value) -> Setting:
+    """The method's defaults and these values, trained shortly where it is trained."""
+    short: dict[str, Value] = {"epochs": 10, "batch_size": 16}
+    given = {name: (value,) for name, value in (short | values).items() if name in method.hyper}
+    return method.default_setting(method.values(given, one=True))
 
 
 @pytest.fixture(scope="session")
 def saved_adapters(glyph_clip: Backbone, digits: Digits) -> Mapping[str, SavedAdapter]:
-    """Every method, branch and kind of ratio, by name: `zero-shot`, `image-fixed` ….
+    """Every method that needs no more than features and text by its name, and every branch and kind
+    of ratio of CLIP-Adapter: `zero-shot`, `image-fixed` ….
 
     An adapter of one branch is that half of the one fitted with both.
     """
-    task = Task(
-        features=jnp.asarray(digits.features[None, :SUPPORT]),
-        labels=jnp.asarray(digits.labels[:SUPPORT], jnp.int32),
-        validation_features=jnp.zeros((0, digits.features.shape[1])),
-        validation_labels=jnp.zeros(0, jnp.int32),
-        weights=jnp.asarray(digits.weights),
-        logit_scale=jnp.float32(glyph_clip.logit_scale),
-        logit_bias=jnp.float32(0.5),
-        seed=jnp.int32(SEED),
-    )
+    scale = np.float32(glyph_clip.logit_scale)
     engine = Engine()
 
-    def fitted(method: str, setting: Setting) -> Arrays:
-        return METHODS[method].fit(setting, None, task, engine)
+    def fitted(method: Method, setting: Setting) -> Arrays:
+        text = digits.text_features if "text" in method.needs else None
+        task = Task(
+            features=jnp.asarray(digits.features[None, :SUPPORT]),
+            labels=jnp.asarray(digits.labels[:SUPPORT], jnp.int32),
+            validation_features=jnp.zeros((0, digits.features.shape[1])),
+            validation_labels=jnp.zeros(0, jnp.int32),
+            head=jax.tree.map(jnp.asarray, Head(digits.weights, scale, np.float32(0.5), text)),
+            seed=jnp.int32(SEED),
+        )
+        return fit(method, setting, None, task, engine)
 
     def adapter(method: str, setting: Setting, arrays: Arrays) -> SavedAdapter:
         info = AdapterInfo(
             method=method,
-            setting=setting,
+            setting=dict(setting),
             class_names=CLASS_NAMES,
             templates=TEMPLATES,
             logit_scale=glyph_clip.logit_scale,
@@ -107,26 +117,21 @@ def saved_adapters(glyph_clip: Backbone, digits: Digits) -> Mapping[str, SavedAd
         )
         return SavedAdapter(info, arrays, digits.weights)
 
-    def setting(branch: Branch, kind: str) -> Setting:
-        grid = Grid(
-            branch=branch,
-            alpha=(0.6 if kind == "fixed" else kind,),
-            beta=(0.3 if kind == "fixed" else kind,),
-            schedule=Schedule(epochs=10, batch_size=16, evaluate_every=10),
-        )
-        return METHODS["clip-adapter"].single(grid)
-
     adapters = {}
-    for method in ("zero-shot", "linear-probe"):
-        chosen = METHODS[method].single(Grid())
-        adapters[method] = adapter(method, chosen, fitted(method, chosen))
+    for name, method in METHODS.items():
+        if set(method.needs) <= {"text"}:
+            chosen = few_epochs(method)
+            adapters[name] = adapter(name, chosen, fitted(method, chosen))
+    method = METHODS["clip-adapter"]
     for kind in KINDS:
-        both = fitted("clip-adapter", setting("both", kind))
-        adapters[f"both-{kind}"] = adapter("clip-adapter", setting("both", kind), both)
+        ratios = {"alpha": 0.6, "beta": 0.3} if kind == "fixed" else {"alpha": kind, "beta": kind}
+        setting = few_epochs(method, branch="both", **ratios)
+        both = fitted(method, setting)
+        adapters[f"both-{kind}"] = adapter(method.name, setting, both)
         for branch in ("image", "text"):
             half = {name: array for name, array in both.items() if name.startswith(branch)}
-            chosen = setting(branch, kind)
-            adapters[f"{branch}-{kind}"] = adapter("clip-adapter", chosen, half)
+            setting = few_epochs(method, branch=branch, **ratios)
+            adapters[f"{branch}-{kind}"] = adapter(method.name, setting, half)
     return adapters
 
 
@@ -136,14 +141,8 @@ def flax_logits() -> Callable[[SavedAdapter, np.ndarray], np.ndarray]:
 
     def logits(adapter: SavedAdapter, features: np.ndarray) -> np.ndarray:
         info = adapter.info
-        return METHODS[info.method].logits(
-            info.setting,
-            adapter.arrays,
-            features,
-            adapter.weights,
-            info.logit_scale,
-            info.logit_bias,
-        )
+        head = Head(adapter.weights, np.float32(info.logit_scale), np.float32(info.logit_bias))
+        return make_classify(METHODS[info.method], info.setting, adapter.arrays, head)(features)
 
     return logits
 

@@ -15,8 +15,9 @@ from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.backbone import Backbone
 from clip_adapter.extract.recipe import GLYPH_CLIP_FOLDER
 from clip_adapter.pipelines import adapted_clip
-from clip_adapter.pipelines.adapted_clip import AdaptedClip, make_head
+from clip_adapter.pipelines.adapted_clip import AdaptedClip
 from clip_adapter.pipelines.adapter_file import SavedAdapter, save_adapter
+from clip_adapter.pipelines.fitted_head import FittedHead
 
 LogitsOf = Callable[[SavedAdapter, np.ndarray], np.ndarray]
 
@@ -53,7 +54,7 @@ def test_a_feature_without_direction_gives_the_same_finite_logits(
 ) -> None:
     nothing = np.zeros((2, 128), np.float32)
     for name, adapter in saved_adapters.items():
-        logits = make_head(adapter)(torch.from_numpy(nothing)).detach().numpy()
+        logits = FittedHead(adapter)(torch.from_numpy(nothing)).numpy()
         np.testing.assert_allclose(logits, flax_logits(adapter, nothing), atol=1e-5, err_msg=name)
 
 

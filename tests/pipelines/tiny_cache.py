@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.pipelines.fitting.config import FitConfig
 
 DIM = 16
 Split = tuple[np.ndarray, np.ndarray]
@@ -110,4 +112,21 @@ def run_fit(folder: Path, *arguments: object, **environment: str) -> subprocess.
         capture_output=True,
         text=True,
         timeout=120,
+    )
+
+
+def short(cache: Path, out: Path, **values: Any) -> FitConfig:
+    """A quick run of CLIP-Adapter alone at 4 shots, where `values` say nothing else.
+
+    values: of FitConfig's fields, and of hyper-parameters by their names.
+    """
+    known = {field.name for field in fields(FitConfig)}
+    hyper = {name: value for name, value in values.items() if name not in known}
+    stated = {name: value for name, value in values.items() if name in known}
+    quick = {"epochs": 10, "learning_rate": 0.01}
+    return FitConfig(
+        cache=cache,
+        out=out,
+        hyper=quick | hyper | stated.pop("hyper", {}),
+        **{"shots": 4, "baselines": ()} | stated,
     )
