@@ -1,6 +1,5 @@
 """A fitted adapter inside its CLIP as one PyTorch module, for deployment without JAX."""
 
-import json
 import reprlib
 from copy import deepcopy
 from pathlib import Path
@@ -21,6 +20,7 @@ from clip_adapter.extract.recipe import GLYPH_CLIP, is_published
 from clip_adapter.pipelines.adapter_check import feature_width
 from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter, load_adapter
 from clip_adapter.pipelines.fitted_head import FittedHead
+from clip_adapter.pipelines.same_backbone import check_same_backbone, check_same_width
 
 
 class AdaptedClip(nn.Module):
@@ -36,7 +36,12 @@ class AdaptedClip(nn.Module):
     def __init__(self, backbone: Backbone, adapter: SavedAdapter) -> None:
         """Raises UserError where the adapter was fitted for another backbone or preprocessing."""
         super().__init__()
-        check_same(backbone, adapter.info)
+        check_same_backbone(
+            backbone.identity,
+            backbone.preprocess_config,
+            adapter.info,
+            "give the right ones with --pretrained, or extract and fit again",
+        )
         self.clip = backbone.model
         width = backbone.identity["embed_dim"]
         method = find_method(adapter.info.method)
@@ -44,11 +49,7 @@ class AdaptedClip(nn.Module):
             self.clip = deepcopy(backbone.model)
             width = len(take_projection(self.clip.visual, backbone.identity["name"]).weights)
         wanted = feature_width(method, adapter.arrays, Head(adapter.weights, 1.0, 0.0))
-        if width != wanted:
-            raise UserError(
-                f"The adapter takes features {wanted} wide, {backbone.identity['name']} gives "
-                f"{width}; fit it again."
-            )
+        check_same_width(width, wanted, backbone.identity["name"])
         self.head = FittedHead(adapter)
         self._transform = backbone.preprocess
         self.class_names = tuple(adapter.info.class_names)
@@ -117,23 +118,3 @@ def find_backbone(info: AdapterInfo, backbone: str | None, pretrained: str | Non
         "no model and tag of open_clip's; name the backbone with --backbone, and with "
         "--pretrained where its weights lie."
     )
-
-
-def check_same(backbone: Backbone, info: AdapterInfo) -> None:
-    """Raises UserError where the adapter was fitted for another backbone or preprocessing."""
-    name = backbone.identity["name"]
-    found, wanted = backbone.identity["weights_sha256"], info.backbone.get("weights_sha256")
-    if found != wanted:
-        raise UserError(
-            f"The adapter was fitted for other weights of {info.backbone.get('name')} (SHA-256 "
-            f"{reprlib.repr(wanted)}) than those of {name} here ({reprlib.repr(found)}); "
-            "give the right ones with --pretrained, or extract and fit again."
-        )
-    # What is compared has been through JSON on the adapter's side.
-    for key, value in json.loads(json.dumps(backbone.preprocess_config)).items():
-        if info.preprocess.get(key) != value:
-            raise UserError(
-                f"The adapter was fitted on images preprocessed with {key} "
-                f"{reprlib.repr(info.preprocess.get(key))}, {name} here uses "
-                f"{reprlib.repr(value)}; extract and fit again."
-            )
