@@ -175,7 +175,10 @@ def bad_cache(place: Path, tmp_path: Path, **changes: object) -> Path:
     [
         ({"backbone": {"name": "x", "weights_sha256": "1" * 64}}, "other weights of x"),
         ({"class_names": [*CLASSES[:3], "other"]}, "shows 1 class that the adapter does not have"),
-        ({"class_names": list("abcd")}, r"shows 4 classes .*'class 0', 'class 1', 'class 2' and 1 more"),
+        (
+            {"class_names": list("abcd")},
+            r"4 classes .*'class 0', 'class 1', 'class 2' and 1 more",
+        ),
     ],
 )
 def test_an_adapter_of_something_else_is_refused(
