@@ -1,7 +1,7 @@
 """A fitted adapter inside its CLIP as one PyTorch module, for deployment without JAX."""
 
-import json
 import reprlib
+from copy import deepcopy
 from pathlib import Path
 from typing import Self
 
@@ -9,13 +9,18 @@ import torch
 from PIL import Image
 from torch import nn
 
+from clip_adapter.adapters.method import Head
+from clip_adapter.adapters.methods import find_method
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.words import quoted
 from clip_adapter.extract.backbone import Backbone, load_backbone
 from clip_adapter.extract.images import read_rgb
+from clip_adapter.extract.projection import take_projection
 from clip_adapter.extract.recipe import GLYPH_CLIP, is_published
+from clip_adapter.pipelines.adapter_check import feature_width
 from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter, load_adapter
 from clip_adapter.pipelines.fitted_head import FittedHead
+from clip_adapter.pipelines.same_backbone import check_same_backbone, check_same_width
 
 
 class AdaptedClip(nn.Module):
@@ -31,8 +36,20 @@ class AdaptedClip(nn.Module):
     def __init__(self, backbone: Backbone, adapter: SavedAdapter) -> None:
         """Raises UserError where the adapter was fitted for another backbone or preprocessing."""
         super().__init__()
-        _check_same(backbone, adapter.info)
+        check_same_backbone(
+            backbone.identity,
+            backbone.preprocess_config,
+            adapter.info,
+            "give the right ones with --pretrained, or extract and fit again",
+        )
         self.clip = backbone.model
+        width = backbone.identity["embed_dim"]
+        method = find_method(adapter.info.method)
+        if "projection" in method.needs:  # the adapter has one in its place
+            self.clip = deepcopy(backbone.model)
+            width = len(take_projection(self.clip.visual, backbone.identity["name"]).weights)
+        wanted = feature_width(method, adapter.arrays, Head(adapter.weights, 1.0, 0.0))
+        check_same_width(width, wanted, backbone.identity["name"])
         self.head = FittedHead(adapter)
         self._transform = backbone.preprocess
         self.class_names = tuple(adapter.info.class_names)
@@ -61,7 +78,7 @@ class AdaptedClip(nn.Module):
         weights are not the ones of the fit.
         """
         adapter = load_adapter(Path(run))
-        return cls(_find_backbone(adapter.info, backbone, pretrained), adapter).to(device)
+        return cls(find_backbone(adapter.info, backbone, pretrained), adapter).to(device)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """What the encoder takes, (3, H, W) float32 on the CPU, of a picture of any mode.
@@ -75,8 +92,11 @@ class AdaptedClip(nn.Module):
         return self.head(self.clip.encode_image(images))
 
 
-def _find_backbone(info: AdapterInfo, backbone: str | None, pretrained: str | None) -> Backbone:
-    """What the caller names; what the adapter names only where that is published."""
+def find_backbone(info: AdapterInfo, backbone: str | None, pretrained: str | None) -> Backbone:
+    """What the caller names; what the adapter names only where that is published.
+
+    Raises UserError where it is not, and where it cannot be had.
+    """
     if backbone is not None:
         return load_backbone(backbone, pretrained)
     name, weights = info.backbone.get("name"), info.backbone.get("pretrained")
@@ -98,22 +118,3 @@ def _find_backbone(info: AdapterInfo, backbone: str | None, pretrained: str | No
         "no model and tag of open_clip's; name the backbone with --backbone, and with "
         "--pretrained where its weights lie."
     )
-
-
-def _check_same(backbone: Backbone, info: AdapterInfo) -> None:
-    name = backbone.identity["name"]
-    found, wanted = backbone.identity["weights_sha256"], info.backbone.get("weights_sha256")
-    if found != wanted:
-        raise UserError(
-            f"The adapter was fitted for other weights of {info.backbone.get('name')} (SHA-256 "
-            f"{reprlib.repr(wanted)}) than those of {name} here ({reprlib.repr(found)}); "
-            "give the right ones with --pretrained, or extract and fit again."
-        )
-    # What is compared has been through JSON on the adapter's side.
-    for key, value in json.loads(json.dumps(backbone.preprocess_config)).items():
-        if info.preprocess.get(key) != value:
-            raise UserError(
-                f"The adapter was fitted on images preprocessed with {key} "
-                f"{reprlib.repr(info.preprocess.get(key))}, {name} here uses "
-                f"{reprlib.repr(value)}; extract and fit again."
-            )

@@ -34,9 +34,11 @@ def check_usable(
     method: Method, setting: Setting, arrays: Mapping[str, npt.NDArray[Any]], head: Head
 ) -> None:
     """Raises ValueError, in a sentence, unless the method's formula makes finite logits (N, C) of
-    N feature rows with exactly these arrays, each of a shape as the method states it."""
-    sizes = _sizes(method, arrays, head)
-    width = sizes.get("F", sizes["D"])
+    N feature rows with exactly these arrays, each of a shape as the method states it.
+
+    Arrays that the formula does not ask for are those by which a method classifies other classes
+    (`for_classes`), where it has that."""
+    width = feature_width(method, arrays, head)
     noted = Noted(arrays)
     rows = np.random.default_rng(0).normal(size=(ROWS, width)).astype(np.float32)
     rows[0] = 0
@@ -48,13 +50,24 @@ def check_usable(
         raise ValueError(f"{error.args[0]} is missing") from None
     except (ValueError, IndexError, TypeError) as error:
         raise ValueError(f"the arrays do not fit each other ({error!s:.100})") from None
-    if idle := sorted(arrays.keys() - noted.asked):
+    idle = sorted(arrays.keys() - noted.asked)
+    if idle and method.for_classes is None:
         raise ValueError(f"{', '.join(idle)} takes no part in the logits")
     if logits.shape != (ROWS, len(head.weights)) or alone.shape != (1, len(head.weights)):
         raise ValueError(f"the logits of {ROWS} images come out as {logits.shape}")
     close = np.allclose(logits[1], alone[0], rtol=1e-3, atol=1e-3 * float(np.abs(alone).max()))
     if not (np.isfinite(logits).all() and close):
         raise ValueError("the logits of an image are not finite, or depend on the other images")
+
+
+def feature_width(method: Method, arrays: Mapping[str, npt.NDArray[Any]], head: Head) -> int:
+    """How wide the features are that the formula takes: F where the method's shapes name it, as
+    those do that work on what comes before the backbone's projection, else D.
+
+    Raises ValueError, in a sentence, where an array has not the shape that the method states.
+    """
+    sizes = _sizes(method, arrays, head)
+    return sizes.get("F", sizes["D"])
 
 
 def _sizes(method: Method, arrays: Mapping[str, npt.NDArray[Any]], head: Head) -> dict[str, int]:

@@ -30,7 +30,10 @@ READABLE = (1, 2)
 ONLY_IN_VERSION_1 = "/ratio/value"
 INFO_FILE = "adapter.json"
 ARRAYS_FILE = "adapter.safetensors"
+# The classifier weights before adaptation, and what is before the names of what was fitted, which
+# may be called `weights` as well; version 1, whose methods had no such array, had no prefix.
 WEIGHTS = "weights"
+FITTED = "fitted/"
 ARRAYS_SHA256 = "safetensors_sha256"
 OWN_SHA256 = "sha256"
 
@@ -69,7 +72,8 @@ class SavedAdapter:
 def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
     """Write the two files into `folder`, the JSON last: an adapter without it is none."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {**adapter.arrays, WEIGHTS: adapter.weights}
+    tensors = {FITTED + name: array for name, array in adapter.arrays.items()}
+    tensors[WEIGHTS] = adapter.weights
     content = save({name: np.asarray(array, order="C") for name, array in tensors.items()})
     files.write_bytes(folder / ARRAYS_FILE, content)
     document = {
@@ -101,11 +105,14 @@ def load_adapter(run: Path) -> SavedAdapter:
     info = _checked_info(run / INFO_FILE, document)
     path = run / ARRAYS_FILE
     tensors = _read_tensors(path, document[ARRAYS_SHA256])
+    weights = tensors.pop(WEIGHTS, None)
     if document["format_version"] == 1:
-        tensors = {n: t for n, t in tensors.items() if not n.endswith(ONLY_IN_VERSION_1)}
-    _check_arrays(path, info, tensors)
-    weights = tensors.pop(WEIGHTS)
-    return SavedAdapter(info, tensors, weights)
+        arrays = {n: t for n, t in tensors.items() if not n.endswith(ONLY_IN_VERSION_1)}
+    else:
+        arrays = {n.removeprefix(FITTED): t for n, t in tensors.items()}
+        if len(arrays) < len(tensors):
+            raise UserError(f"{path} holds two arrays of one name; fit the adapter again.")
+    return SavedAdapter(info, arrays, _checked_weights(path, info, weights, arrays))
 
 
 def _read_document(path: Path) -> dict[str, Any]:
@@ -212,14 +219,20 @@ def _read_tensors(path: Path, stated_sha256: object) -> dict[str, npt.NDArray[An
         raise UserError(f"{path} is not a safetensors file of numbers that NumPy has.") from error
 
 
-def _check_arrays(path: Path, info: AdapterInfo, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Raises UserError where the arrays are not those that the setting implies."""
-    weights = tensors.get(WEIGHTS)
+def _checked_weights(
+    path: Path,
+    info: AdapterInfo,
+    weights: npt.NDArray[Any] | None,
+    arrays: Mapping[str, npt.NDArray[Any]],
+) -> npt.NDArray[np.float32]:
+    """The classifier weights.
+
+    Raises UserError where they or the arrays are not those that the document implies.
+    """
     if weights is None or weights.ndim != 2 or len(weights) != len(info.class_names):
         raise UserError(f"{path} does not hold the classifier weights of its classes.")
     if weights.dtype != np.float32 or not weights.size or not np.isfinite(weights).all():
         raise UserError(f"{path}: {WEIGHTS} holds something else than finite float32 numbers.")
-    arrays = {name: array for name, array in tensors.items() if name != WEIGHTS}
     head = Head(weights, np.float32(info.logit_scale), np.float32(info.logit_bias))
     try:
         check_usable(_method(info.method), info.setting, arrays, head)
@@ -227,3 +240,4 @@ def _check_arrays(path: Path, info: AdapterInfo, tensors: Mapping[str, npt.NDArr
         raise UserError(
             f"{path} does not fit {INFO_FILE}: {error}; fit the adapter again."
         ) from error
+    return weights

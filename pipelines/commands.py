@@ -12,6 +12,7 @@ COMMANDS = {
     "merge": ("merge", "join the parts that extract --shard wrote"),
     "fit": ("fit", "fit an adapter on cached features"),
     "predict": ("predict", "classify image files with a fitted adapter"),
+    "evaluate": ("evaluate", "score a fitted adapter on labelled images"),
     "report": ("report", "print the results of several runs side by side"),
     "study": ("study", "fit on many caches and compare methods over all of them"),
     "reproduce": ("reproduce", "run the paper's study from raw data, beside its numbers"),

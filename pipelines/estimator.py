@@ -86,9 +86,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return own | {n: getattr(self, n, v) for n, v in self._method().defaults().items()}
 
     def set_params(self, **params: Any) -> Self:
-        """Set parameters; the method first, as it decides which others there are."""
+        """Set parameters; the method first, as it decides which others there are. Another method
+        starts from its own defaults: what was set for the one before is forgotten."""
         if "method" in params:
+            before = self._method()
             super().set_params(method=params.pop("method"))
+            if self._method() is not before:
+                for name in before.hyper.keys() & vars(self).keys():
+                    delattr(self, name)
         return super().set_params(**params)
 
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
@@ -129,7 +134,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if lacking := set(method.needs) - {"text"}:
             raise ValueError(f"{method.name} needs more than features: {', '.join(lacking)}.")
         own = {*method.hyper, *self._get_param_names(), "method"}
-        if unknown := [n for n in vars(self) if n not in own and not n.endswith("_")]:
+        # scikit-learn's own attributes begin, and what was fitted ends, with an underscore.
+        if unknown := [n for n in vars(self) if n not in own and n.strip("_") == n]:
             raise ValueError(f"{method.name} has no {', '.join(unknown)}.")
         given = {name: (getattr(self, name),) for name in method.hyper if hasattr(self, name)}
         return method.settings(method.values(given, one=True))[0]

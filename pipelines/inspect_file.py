@@ -18,6 +18,7 @@ from clip_adapter.cache.words import printable, shortened, size
 from clip_adapter.pipelines.adapter_file import ARRAYS_FILE, INFO_FILE, SavedAdapter, load_adapter
 from clip_adapter.pipelines.argument_types import Positional
 from clip_adapter.pipelines.command import run_command
+from clip_adapter.pipelines.named_method import know_method
 
 FIRST_CLASSES = 5
 FIRST_TEMPLATES = 2
@@ -31,9 +32,11 @@ class InspectConfig:
 
     Attributes:
         file: Feature cache, run folder, adapter.json or adapter.safetensors.
+        method: MODULE:NAME of the adapter's method, where that is one of your own.
     """
 
     file: Positional[Path]
+    method: str | None = None
 
 
 def inspect(config: InspectConfig) -> Facts:
@@ -42,6 +45,7 @@ def inspect(config: InspectConfig) -> Facts:
     Of a cache no features are read, whatever its size. Raises UserError for a file that is missing
     or neither a cache nor an adapter, or that `FeatureCache` or `load_adapter` refuses.
     """
+    know_method(config.method)
     path = config.file
     if not is_there(path):
         raise UserError(f"{path} does not exist; name a feature cache or a run folder.")

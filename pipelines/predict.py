@@ -20,6 +20,7 @@ from clip_adapter.extract.datasets.image_files import images_below, unreadable
 from clip_adapter.extract.images import BadImage, read_rgb
 from clip_adapter.pipelines.argument_types import Positional
 from clip_adapter.pipelines.command import EXIT_PARTIAL, run_command
+from clip_adapter.pipelines.named_method import know_method
 from clip_adapter.pipelines.prediction_formats import FORMATS, Prediction
 from clip_adapter.pipelines.progress import Advance, no_advance, progress
 
@@ -40,6 +41,7 @@ class PredictConfig:
     Attributes:
         paths: Image files, and folders to search for them.
         adapter: Run folder that `fit` wrote, or one of the adapter's two files.
+        method: MODULE:NAME of the adapter's method, where that is one of your own.
         backbone: Backbone to load, where the adapter names one that is neither glyph-clip nor a
             model and tag of open_clip's; what an adapter names otherwise is not loaded unasked.
         pretrained: Where the backbone's weights lie now, if they were given as a local file or
@@ -54,6 +56,7 @@ class PredictConfig:
 
     paths: Positional[tuple[Path, ...]]
     adapter: Path
+    method: str | None = None
     backbone: str | None = None
     pretrained: str | None = None
     top: int = 3
@@ -133,6 +136,7 @@ def predict(config: PredictConfig) -> Predictions:
     """
     if min(config.top, config.batch_size, config.workers) < 1:
         raise UserError("--top, --batch-size and --workers must be at least 1.")
+    know_method(config.method)
     paths = image_files(config.paths)
 
     from clip_adapter.extract.device import find_device

@@ -58,22 +58,22 @@ def write_csv(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> N
             ranks = len(prediction.top)
             columns = ((f"class_{n}", f"probability_{n}") for n in range(1, ranks + 1))
             writer.writerow(["image", *(name for pair in columns for name in pair)])
-        pairs = ((_cell(name), _rounded(p)) for name, p in prediction.top)
-        writer.writerow([_cell(str(prediction.path)), *(x for pair in pairs for x in pair)])
+        pairs = ((cell(name), rounded(p)) for name, p in prediction.top)
+        writer.writerow([cell(str(prediction.path)), *(x for pair in pairs for x in pair)])
 
 
 def write_json(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> None:
     """One array, an object per image on a line of its own; names are exact."""
     separator = "["
     for prediction in predictions:
-        top = [{"class": name, "probability": _rounded(p)} for name, p in prediction.top]
+        top = [{"class": name, "probability": rounded(p)} for name, p in prediction.top]
         row = json.dumps({"image": str(prediction.path), "top": top})
         print(f"{separator}\n{row}", end="", file=out)
         separator = ","
     print("[]" if separator == "[" else "\n]", file=out)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """A name that no spreadsheet takes for a formula: an apostrophe makes it text."""
     shown = printable(text)
     return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown
@@ -84,7 +84,7 @@ def _padded(text: str, width: int) -> str:
     return shown + " " * (width - cell_len(shown))
 
 
-def _rounded(probability: float) -> float:
+def rounded(probability: float) -> float:
     """To six significant digits, which is what float32 logits carry."""
     return float(f"{probability:.6g}")
 

@@ -34,6 +34,26 @@ def open_folder(root: Path, options: SourceOptions) -> ImageDataset:
     Raises UserError for a folder that cannot be read or holds no class folders, for two folders
     that mean the same split, and for classes with too few images.
     """
+    class_names, splits = _found(root)
+    whole = complete_splits(splits, class_names, options, published=False)
+    return _data_set(root, class_names, whole)
+
+
+def labelled_images(root: Path, split: str) -> ImageDataset:
+    """The images of the folder `split` of `root`, or all where it holds one folder per class
+    itself: a data set of that one split, which is called test.
+
+    Raises UserError as `open_folder` does, and where there is no such folder.
+    """
+    class_names, splits = _found(root)
+    chosen = splits.get(split) if _split_folders(root) else splits["train"]
+    if chosen is None:
+        raise UserError(f"{root} has no {split} folder, only {', '.join(splits)}.")
+    return _data_set(root, class_names, {"test": chosen})
+
+
+def _found(root: Path) -> tuple[list[str], dict[str, Split]]:
+    """The class names, and the splits as they lie there."""
     if not root.is_dir():
         raise UserError(f"There is no folder {root}; give the folder that holds your images.")
     folders = {name: root / inner for name, inner in _split_folders(root).items()}
@@ -49,13 +69,13 @@ def open_folder(root: Path, options: SourceOptions) -> ImageDataset:
     splits = {
         name: _split(root, images, class_names, origins[name]) for name, images in found.items()
     }
-    return ImageDataset(
-        root.resolve().name,
-        class_names,
-        DEFAULT_TEMPLATES,
-        complete_splits(splits, class_names, options, published=False),
-        {"name": root.resolve().name, "source": "folder", "version": None},
-    )
+    return class_names, splits
+
+
+def _data_set(root: Path, class_names: list[str], splits: dict[str, Split]) -> ImageDataset:
+    name = root.resolve().name
+    about = {"name": name, "source": "folder", "version": None}
+    return ImageDataset(name, class_names, DEFAULT_TEMPLATES, splits, about)
 
 
 def _split_folders(root: Path) -> dict[str, str]:

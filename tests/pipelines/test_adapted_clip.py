@@ -15,8 +15,9 @@ from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.backbone import Backbone
 from clip_adapter.extract.recipe import GLYPH_CLIP_FOLDER
 from clip_adapter.pipelines import adapted_clip
-from clip_adapter.pipelines.adapted_clip import AdaptedClip, make_head
+from clip_adapter.pipelines.adapted_clip import AdaptedClip
 from clip_adapter.pipelines.adapter_file import SavedAdapter, save_adapter
+from clip_adapter.pipelines.fitted_head import FittedHead
 
 LogitsOf = Callable[[SavedAdapter, np.ndarray], np.ndarray]
 
@@ -53,7 +54,7 @@ def test_a_feature_without_direction_gives_the_same_finite_logits(
 ) -> None:
     nothing = np.zeros((2, 128), np.float32)
     for name, adapter in saved_adapters.items():
-        logits = make_head(adapter)(torch.from_numpy(nothing)).detach().numpy()
+        logits = FittedHead(adapter)(torch.from_numpy(nothing)).numpy()
         np.testing.assert_allclose(logits, flax_logits(adapter, nothing), atol=1e-5, err_msg=name)
 
 
@@ -74,9 +75,8 @@ def test_from_run_gives_a_frozen_module_in_evaluation_mode(
 def test_the_adapter_is_part_of_the_state(
     glyph_clip: Backbone, saved_adapters: Mapping[str, SavedAdapter], digits: Any
 ) -> None:
-    one, other = (
-        AdaptedClip(glyph_clip, saved_adapters[n]) for n in ("both-fixed", "both-learned")
-    )
+    fitted = saved_adapters["both-hypernet"]
+    one, other = (AdaptedClip(glyph_clip, adapter) for adapter in (fitted, spread_out(fitted)))
     assert not torch.equal(one(digits.images), other(digits.images))
     other.load_state_dict(one.state_dict())
     assert torch.equal(one(digits.images), other(digits.images))

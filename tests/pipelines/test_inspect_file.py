@@ -98,7 +98,10 @@ def test_a_cache_of_another_writer_is_not_hashed(cache_path: Path, tmp_path: Pat
     assert facts(path)["content"] == "SHA-256 not stated"
 
 
-@pytest.mark.parametrize("name", ["both-fixed", "image-learned", "text-hypernet", "linear-probe"])
+@pytest.mark.parametrize(
+    "name",
+    ["both-fixed", "image-learned", "text-hypernet", "image-hypernet", "linear-probe", "lp++"],
+)
 def test_an_adapter_in_words(
     tmp_path: Path, saved_adapters: Mapping[str, SavedAdapter], name: str
 ) -> None:
@@ -114,11 +117,19 @@ def test_an_adapter_in_words(
     assert found["classes"] == "10: zero, one, two, three, four, …"
     assert adapter.info.backbone["weights_sha256"] in found["backbone"]
     assert adapter.info.cache_sha256 in found["cache"]
+    learned = {key: value for key, value in found.items() if key.startswith("learned")}
     if name == "image-learned":
         logit = float(adapter.arrays["image/ratio/logit"])
-        assert float(found["learned alpha"]) == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-3)
+        assert float(learned["learned alpha"]) == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-3)
+    elif name == "text-hypernet":  # a ratio for each class, which no image is needed for
+        names = ("hidden/kernel", "direction", "logit")
+        hidden, direction, logit = (adapter.arrays[f"text/ratio/{n}"] for n in names)
+        predicted = np.maximum(adapter.weights @ hidden, 0) @ direction + logit
+        ratios = 1 / (1 + np.exp(-predicted.astype(np.float64)))
+        mean, deviation = map(float, learned["learned beta"].split(" ± "))
+        assert (mean, deviation) == pytest.approx((ratios.mean(), ratios.std()), abs=1e-3)
     else:
-        assert not any(key.startswith("learned") for key in found)
+        assert not learned
 
 
 def test_it_fits_on_one_screen(

@@ -1,0 +1,258 @@
+"""`clip-adapter evaluate`: score a saved adapter, and zero-shot beside it, on labelled images."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_adapter.cache import files
+from clip_adapter.cache.cores import available_cores, limit_openmp
+from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.listener import Listener
+from clip_adapter.cache.words import counted, printable
+from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter, load_adapter
+from clip_adapter.pipelines.argument_types import Positional
+from clip_adapter.pipelines.class_match import Classes, match_classes
+from clip_adapter.pipelines.command import EXIT_PARTIAL, run_command
+from clip_adapter.pipelines.labelled import (
+    Encoding,
+    Labelled,
+    cached_images,
+    images_of_folder,
+    is_folder,
+)
+from clip_adapter.pipelines.named_method import know_method
+from clip_adapter.pipelines.prediction_formats import cell, rounded
+from clip_adapter.pipelines.scores import Scores
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score a saved adapter, and its zero-shot classifier beside it, on labelled images.
+
+    Every class of the images has to be one of the adapter's, by its name or by --classes. Both
+    choose between all classes of the adapter, unless --only-present restricts them to those that
+    the images show, as the protocols of ImageNet-A and ImageNet-R have it.
+
+    Attributes:
+        data: Feature cache of the adapter's backbone, or a folder of images with one folder per
+            class (or with such folders in a folder per split), which are encoded on the way.
+        adapter: Run folder that `fit` wrote, or one of the adapter's two files.
+        split: Split of the cache or the folder.
+        classes: JSON file {class of the images: class of the adapter}, for names that differ; null
+            leaves the images of a class out.
+        only_present: Choose between the classes that have images.
+        confusion: CSV file for the confusion matrix: a row per class, a column per prediction.
+        predictions: CSV file for what is predicted for each image.
+        method: MODULE:NAME of the adapter's method, where that is one of your own.
+        backbone: Backbone for images of a folder, as `predict` takes it.
+        pretrained: Where its weights lie, as `predict` takes it.
+        on_error: What to do about an image that cannot be decoded: stop, or leave it out.
+        batch_size: Images per forward pass.
+        workers: Threads that decode images.
+        device: PyTorch device for images of a folder; auto takes a GPU where there is one.
+    """
+
+    data: Positional[Path]
+    adapter: Path
+    split: Literal["train", "val", "test"] = "test"
+    classes: Path | None = None
+    only_present: bool = False
+    confusion: Path | None = None
+    predictions: Path | None = None
+    method: str | None = None
+    backbone: str | None = None
+    pretrained: str | None = None
+    on_error: Literal["fail", "skip"] = "fail"
+    batch_size: int = 64
+    workers: int = available_cores()
+    device: str = "auto"
+
+
+def evaluate(config: EvaluateConfig, listener: Listener | None = None) -> Scores:
+    """Run `evaluate`: the scores, and the files that were asked for.
+
+    Raises UserError for data of another backbone or width, for classes that the adapter does not
+    know, and for files that cannot be read or written.
+    """
+    if min(config.batch_size, config.workers) < 1:
+        raise UserError("--batch-size and --workers must be at least 1.")
+    for path in (config.confusion, config.predictions):
+        _check_place(path)
+    know_method(config.method)
+    adapter = load_adapter(config.adapter)
+    with _images(config, adapter) as images:
+        known = match_classes(images, adapter.info, config.classes)
+        return _score(config, adapter, images, known, listener or Listener())
+
+
+@contextmanager
+def _images(config: EvaluateConfig, adapter: SavedAdapter) -> Iterator[Labelled]:
+    if is_folder(config.data):
+        how = Encoding(
+            config.backbone,
+            config.pretrained,
+            config.batch_size,
+            config.workers,
+            config.device,
+            skip=config.on_error == "skip",
+        )
+        yield images_of_folder(config.data, config.split, adapter, how)
+        return
+    from clip_adapter.cache.reader import FeatureCache
+
+    with FeatureCache(config.data) as cache:
+        yield cached_images(cache, config.split, adapter)
+
+
+def _score(
+    config: EvaluateConfig,
+    adapter: SavedAdapter,
+    images: Labelled,
+    known: Classes,
+    listener: Listener,
+) -> Scores:
+    targets = known[images.labels]
+    if config.only_present:
+        candidates = np.unique(targets[targets >= 0])
+    else:
+        candidates = np.arange(len(adapter.weights))
+    classify, zero_shot = _classifiers(adapter)
+    found: list[tuple[npt.NDArray[np.int64], ...]] = []
+    scored = 0
+    with ExitStack() as stack:
+        advance = stack.enter_context(listener.progress("evaluate", len(targets)))
+        rows_written = stack.enter_context(_predictions_file(config.predictions, adapter.info))
+        for block in images.blocks():
+            scored += len(block.rows)
+            kept = targets[block.rows] >= 0
+            rows = block.rows[kept]
+            if len(rows):
+                logits = classify(block.features[kept])[:, candidates].astype(np.float64)
+                before = zero_shot(block.encoded[kept])[:, candidates].argmax(axis=1)
+                best = logits.argmax(axis=1)
+                found.append((targets[rows], candidates[best], candidates[before]))
+                if rows_written:
+                    top = logits[np.arange(len(best)), best]
+                    share = 1 / np.exp(logits - top[:, None]).sum(axis=1)
+                    rows_written(images.ids(rows), *found[-1], share)
+            advance(len(block.rows), "")
+        if not found:
+            raise UserError(f"No image of {images.name} could be decoded.")
+    labels, predicted, before = (
+        np.concatenate(parts).astype(np.int32) for parts in zip(*found, strict=True)
+    )
+    scores = Scores(
+        adapter.info.class_names,
+        labels,
+        predicted,
+        before,
+        candidates.astype(np.int32),
+        skipped=len(targets) - scored,
+    )
+    if config.confusion:
+        files.write_text(config.confusion, scores.confusion_csv())
+    return scores
+
+
+Logits = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+
+
+def _classifiers(adapter: SavedAdapter) -> tuple[Logits, Logits]:
+    """Features → logits (N, C) of the adapter, as `fit` computes them, and of zero-shot."""
+    from clip_adapter.adapters.classifier import cosine_logits
+    from clip_adapter.adapters.method import Head
+    from clip_adapter.adapters.methods import find_method
+    from clip_adapter.adapters.scoring import make_classify
+
+    info = adapter.info
+    head = Head(adapter.weights, np.float32(info.logit_scale), np.float32(info.logit_bias))
+    adapted = make_classify(find_method(info.method), info.setting, adapter.arrays, head)
+    return adapted, lambda features: cosine_logits(np, features, head)
+
+
+def _check_place(path: Path | None) -> None:
+    if path is None:
+        return
+    if path.suffix != ".csv":
+        raise UserError(f"{path} is written as CSV; give it a name that ends in .csv.")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"{path} cannot be written: there is no such folder, or it is one itself.")
+
+
+@contextmanager
+def _predictions_file(path: Path | None, info: AdapterInfo) -> Iterator[Callable[..., None] | None]:
+    """A function that writes rows, into a file that gets its name when all is written."""
+    if path is None:
+        yield None
+        return
+    temporary = path.with_name(path.name + ".new")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["image", "class", "predicted", "probability", "zero_shot"])
+            names = [cell(name) for name in info.class_names]
+
+            def write(ids: Sequence[str], *columns: npt.NDArray[Any]) -> None:
+                for name, label, predicted, before, share in zip(
+                    ids, *(column.tolist() for column in columns), strict=True
+                ):
+                    shown = names[label], names[predicted], rounded(share), names[before]
+                    writer.writerow([cell(name), *shown])
+
+            yield write
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def print_scores(config: EvaluateConfig) -> int:
+    """Run `evaluate`, print the scores, and return the exit code."""
+    from clip_adapter.pipelines.jax_setup import set_up_jax
+    from clip_adapter.pipelines.spoken import Spoken
+
+    set_up_jax()
+    scores = evaluate(config, Spoken("clip-adapter evaluate"))
+    _print_table(scores)
+    if scores.skipped:
+        left_out = counted(scores.skipped, "image")
+        Spoken("clip-adapter evaluate").note(f"{left_out} cannot be decoded and are left out")
+    return EXIT_PARTIAL if scores.skipped else 0
+
+
+def _print_table(scores: Scores) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("class", "images", "adapter %", "zero-shot %"):
+        table.add_column(column, justify="left" if column == "class" else "right")
+    counts, right, before = scores.by_class()
+    for label, *row in zip(scores.present.tolist(), counts, right, before, strict=True):
+        name = printable(scores.class_names[label])
+        table.add_row(name, str(row[0]), *(f"{100 * share:.1f}" for share in row[1:]))
+    width = max(80, 40 + max(len(printable(name)) for name in scores.class_names))
+    Console(width=min(width, 200), highlight=False, markup=False).print(table)
+    ours, theirs, paired = scores.standard_errors()
+    gained = scores.accuracy - scores.zero_shot_accuracy
+    shown = counted(len(scores.labels), "image")
+    print(f"{shown}, {len(scores.candidates)} classes to choose from; ± is a standard error")
+    print(f"adapter    {100 * scores.accuracy:6.2f} ± {100 * ours:.2f} %")
+    print(f"zero-shot  {100 * scores.zero_shot_accuracy:6.2f} ± {100 * theirs:.2f} %")
+    print(f"difference {100 * gained:+6.2f} ± {100 * paired:.2f} points")
+    means = 100 * right.mean(), 100 * before.mean()
+    print(f"mean over classes: adapter {means[0]:.2f} %, zero-shot {means[1]:.2f} %")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The command `clip-adapter evaluate`."""
+    limit_openmp()
+    run_command(EvaluateConfig, print_scores, "clip-adapter evaluate", arguments)

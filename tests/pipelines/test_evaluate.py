@@ -1,0 +1,302 @@
+"""`clip-adapter evaluate`: a saved adapter and zero-shot on caches and folders."""
+
+import csv
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.pipelines.adapter_file import SavedAdapter, load_adapter, save_adapter
+from clip_adapter.pipelines.evaluate import EvaluateConfig, evaluate, main
+from clip_adapter.pipelines.fit import fit
+from clip_adapter.pipelines.fitting.predictions import read_predictions
+from tests.pipelines.tiny_cache import short, tiny_data, write_cache
+
+DATA = tiny_data(test=60)
+CLASSES = [f"class {n}" for n in range(4)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache and a run of two methods on it, with zero-shot beside them."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    cache = write_cache(folder / "features.h5", DATA)
+    methods = ("clip-adapter", "tip-adapter")
+    config = short(cache, folder / "run", method=methods, baselines=("zero-shot",), select="none")
+    fit(config)
+    return folder
+
+
+def adapter_of(place: Path, method: str) -> Path:
+    return place / "run" / "adapters" / method / "shots-4-seed-1"
+
+
+def write_renamed(path: Path, names: list[str], order: list[int], split: str = "test") -> Path:
+    """A cache of the test images alone, whose class `n` is DATA's `order[n]`, called `names[n]`."""
+    features, labels = DATA.splits["test"]
+    place = {old: new for new, old in enumerate(order)}
+    kept = np.isin(labels, order)
+    with CacheWriter(path, {}, views=1) as writer:
+        own = np.array([place[label] for label in labels[kept].tolist()])
+        ids = [f"={row}.png" for row in np.flatnonzero(kept)]
+        writer.append_images(split, features[:, kept].transpose(1, 0, 2), own, ids)
+        writer.append_text(DATA.text[order], names)
+        writer.finish(
+            templates=["a {}", "the {}"],
+            backbone={
+                "name": "tiny-clip",
+                "pretrained": "nothing",
+                "weights_sha256": "0" * 64,
+                "embed_dim": DATA.text.shape[2],
+                "image_size": 8,
+                "quick_gelu": False,
+            },
+            preprocess={},
+            dataset={"name": "sister", "source": "made up", "splits": {"test": "made up"}},
+            logit_scale=20.0,
+            logit_bias=0.5,
+        )
+    return path
+
+
+@pytest.mark.parametrize("method", ["clip-adapter", "tip-adapter"])
+def test_it_gives_the_accuracies_of_fit(place: Path, method: str) -> None:
+    run = place / "run"
+    scores = evaluate(EvaluateConfig(place / "features.h5", adapter_of(place, method)))
+    of_fit = read_predictions(run, method, 4, 1)
+    assert scores.accuracy == of_fit.accuracy
+    assert np.array_equal(scores.predicted, of_fit.predicted)
+    zero_shot = read_predictions(run, "zero-shot", 4, 1)
+    assert np.array_equal(scores.zero_shot, zero_shot.predicted)
+    assert scores.zero_shot_accuracy == zero_shot.accuracy != scores.accuracy
+    # The run's own folder is the adapter at its top.
+    top = load_adapter(run).info.method
+    if method == top:
+        assert evaluate(EvaluateConfig(place / "features.h5", run)).accuracy == scores.accuracy
+
+
+def test_a_cache_for_testing_only_whose_classes_stand_in_another_order(
+    place: Path, tmp_path: Path
+) -> None:
+    whole = evaluate(EvaluateConfig(place / "features.h5", adapter_of(place, "clip-adapter")))
+    order = [2, 0, 3, 1]
+    cache = write_renamed(tmp_path / "sister.h5", [CLASSES[n] for n in order], order)
+    scores = evaluate(EvaluateConfig(cache, adapter_of(place, "clip-adapter")))
+    assert np.array_equal(scores.labels, whole.labels)
+    assert np.array_equal(scores.predicted, whole.predicted)
+    with pytest.raises(UserError, match="no val split, only test"):
+        evaluate(EvaluateConfig(cache, adapter_of(place, "clip-adapter"), split="val"))
+
+
+def test_a_mapping_and_the_classes_that_occur(place: Path, tmp_path: Path) -> None:
+    """Two of four classes, by other names: as ImageNet-A has 200 of ImageNet's 1,000."""
+    adapter = adapter_of(place, "clip-adapter")
+    cache = write_renamed(tmp_path / "sister.h5", ["drei", "eins"], [3, 1])
+    with pytest.raises(UserError, match="2 classes that the adapter does not have"):
+        evaluate(EvaluateConfig(cache, adapter))
+    mapping = tmp_path / "classes.json"
+    mapping.write_text(json.dumps({"drei": "class 3", "eins": "class 1"}))
+    free = evaluate(EvaluateConfig(cache, adapter, classes=mapping))
+    bound = evaluate(EvaluateConfig(cache, adapter, classes=mapping, only_present=True))
+    whole = evaluate(EvaluateConfig(place / "features.h5", adapter))
+    kept = np.isin(whole.labels, [1, 3])
+    assert np.array_equal(free.labels, whole.labels[kept])
+    assert np.array_equal(free.predicted, whole.predicted[kept])
+    assert set(free.predicted.tolist()) == {0, 1, 2, 3}
+    assert bound.candidates.tolist() == [1, 3] == sorted(set(bound.predicted.tolist()))
+    stays = np.isin(free.predicted, [1, 3])
+    assert np.array_equal(bound.predicted[stays], free.predicted[stays])
+    assert bound.accuracy > free.accuracy
+    mapping.write_text(json.dumps({"drei": "class 3", "eins": None}))
+    left = evaluate(EvaluateConfig(cache, adapter, classes=mapping))
+    assert set(left.labels.tolist()) == {3} and len(left.labels) == 60
+    # Two classes of the images may be one of the adapter's.
+    mapping.write_text(json.dumps({"drei": "class 3", "eins": "class 3"}))
+    assert set(evaluate(EvaluateConfig(cache, adapter, classes=mapping)).labels.tolist()) == {3}
+
+
+def test_what_is_printed_and_written(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["=SUM(A1)", *CLASSES[1:]]
+    cache = write_renamed(tmp_path / "sister.h5", names, [0, 1, 2, 3])
+    adapter = load_adapter(adapter_of(place, "clip-adapter"))
+    info = dataclasses.replace(adapter.info, class_names=names)
+    save_adapter(tmp_path / "run", dataclasses.replace(adapter, info=info))
+    files = ["--confusion", str(tmp_path / "c.csv"), "--predictions", str(tmp_path / "p.csv")]
+    with pytest.raises(SystemExit) as ended:
+        main(["--adapter", str(tmp_path / "run"), str(cache), *files])
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.err) == (0, "")
+    scores = evaluate(EvaluateConfig(cache, tmp_path / "run"))
+    right = scores.predicted == scores.labels
+    before = scores.zero_shot == scores.labels
+    error = np.sqrt(right.mean() * (1 - right.mean()) / 240)
+    assert f"adapter     {100 * right.mean():.2f} ± {100 * error:.2f} %" in printed.out
+    paired = (right.astype(float) - before).std() / np.sqrt(240)
+    gained = f"{100 * (right.mean() - before.mean()):+.2f}"
+    assert f"{gained} ± {100 * paired:.2f} points" in printed.out
+    rows = [line.split() for line in printed.out.splitlines() if line.strip().startswith("class ")]
+    for number, (_, name, images, ours, theirs) in enumerate(rows[1:], 1):
+        own = scores.labels == number
+        assert (name, images) == (str(number), "60")
+        assert (ours, theirs) == tuple(f"{100 * v[own].mean():.1f}" for v in (right, before))
+    header, *matrix = csv.reader((tmp_path / "c.csv").open())
+    assert header == ["class", "'=SUM(A1)", *CLASSES[1:]] == ["class", *(r[0] for r in matrix)]
+    counts = np.array([[int(cell) for cell in row[1:]] for row in matrix])
+    expected = np.zeros((4, 4), int)
+    np.add.at(expected, (scores.labels, scores.predicted), 1)
+    assert np.array_equal(counts, expected)
+    header, *lines = csv.reader((tmp_path / "p.csv").open())
+    assert header == ["image", "class", "predicted", "probability", "zero_shot"]
+    shown = ["'=SUM(A1)", *CLASSES[1:]]
+    assert [line[0] for line in lines] == [f"'={row}.png" for row in range(240)]
+    assert [line[2] for line in lines] == [shown[label] for label in scores.predicted]
+    assert [line[4] for line in lines] == [shown[label] for label in scores.zero_shot]
+    of_fit = read_predictions(place / "run", "clip-adapter", 4, 1)
+    np.testing.assert_allclose([float(line[3]) for line in lines], of_fit.confidence, rtol=1e-5)
+
+
+def bad_cache(place: Path, tmp_path: Path, **changes: object) -> Path:
+    adapter = load_adapter(adapter_of(place, "clip-adapter"))
+    info = dataclasses.replace(adapter.info, **changes)
+    save_adapter(tmp_path / "other", dataclasses.replace(adapter, info=info))
+    return tmp_path / "other"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"backbone": {"name": "x", "weights_sha256": "1" * 64}}, "other weights of x"),
+        ({"class_names": [*CLASSES[:3], "other"]}, "shows 1 class that the adapter does not have"),
+        (
+            {"class_names": list("abcd")},
+            r"4 classes .*'class 0', 'class 1', 'class 2' and 1 more",
+        ),
+    ],
+)
+def test_an_adapter_of_something_else_is_refused(
+    place: Path, tmp_path: Path, changes: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        evaluate(EvaluateConfig(place / "features.h5", bad_cache(place, tmp_path, **changes)))
+
+
+def test_features_of_another_width_are_refused(place: Path, tmp_path: Path) -> None:
+    wide = write_cache(tmp_path / "wide.h5", tiny_data(dim=20))
+    with pytest.raises(UserError, match=r"features 16 wide, those of .*wide\.h5 are 20 wide"):
+        evaluate(EvaluateConfig(wide, adapter_of(place, "clip-adapter")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nowhere.h5"], "nowhere.h5 does not exist"),
+        (["features.h5", "--confusion", "features.h5"], "name that ends in .csv"),
+        (["features.h5", "--predictions", "nowhere/p.csv"], "cannot be written"),
+        (["features.h5", "--classes", "nowhere.json"], "is no JSON file"),
+        (["features.h5", "--classes", "list.json"], "is no JSON file"),
+        (["features.h5", "--classes", "deep.json"], "cannot be read as JSON"),
+        (["features.h5", "--classes", "strange.json"], "names 'x', which tiny test does not have"),
+        (["features.h5", "--classes", "wrong.json"], "names 'x', which the adapter does not"),
+        (["features.h5", "--classes", "none.json"], "No image of tiny test is left to score"),
+        (["features.h5", "--split", "dev"], "--split: invalid choice"),
+        (["features.h5", "--batch-size", "0"], "must be at least 1"),
+        (["features.h5", "--method", "nowhere:METHOD"], "cannot be imported"),
+        (["list.json"], "cannot be read as HDF5"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(place)
+    Path("list.json").write_text("[1]")
+    Path("deep.json").write_text("[" * 100_000)
+    Path("strange.json").write_text('{"x": "class 1"}')
+    Path("wrong.json").write_text('{"class 1": "x"}')
+    Path("none.json").write_text(json.dumps(dict.fromkeys(CLASSES)))
+    before = sorted(path.name for path in place.iterdir())
+    with pytest.raises(SystemExit) as ended:
+        main(["--adapter", str(adapter_of(place, "clip-adapter")), *arguments])
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out) == (2, "")
+    assert sentence in printed.err and printed.err.count("\n") == 1
+    assert sorted(path.name for path in place.iterdir()) == before
+
+
+def test_a_refusal_on_the_way_leaves_no_file(place: Path, tmp_path: Path) -> None:
+    """The images' chunk is damaged: what was written until then goes."""
+    cache = tmp_path / "cut.h5"
+    content = bytearray((place / "features.h5").read_bytes())
+    import h5py
+
+    with h5py.File(place / "features.h5") as file:
+        chunk = file["images/test/features"].id.get_chunk_info(0)
+    content[chunk.byte_offset] ^= 1
+    cache.write_bytes(content)
+    config = EvaluateConfig(
+        cache, adapter_of(place, "clip-adapter"), predictions=tmp_path / "p.csv"
+    )
+    with pytest.raises(UserError):
+        evaluate(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["cut.h5"]
+
+
+def test_images_of_a_folder_are_encoded_on_the_way(
+    tmp_path: Path,
+    saved_adapters: Mapping[str, SavedAdapter],
+    digits: object,
+    flax_logits: object,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    adapter = saved_adapters["image-fixed"]
+    save_adapter(tmp_path / "run", adapter)
+    folder = tmp_path / "images"
+    for index, picture in enumerate(digits.pictures[40:80], 40):
+        own = folder / adapter.info.class_names[digits.labels[index]]
+        own.mkdir(parents=True, exist_ok=True)
+        picture.save(own / f"{index}.png")
+    config = EvaluateConfig(folder, tmp_path / "run", batch_size=16, predictions=tmp_path / "p.csv")
+    scores = evaluate(config)
+    order = [int(Path(row["image"]).stem) for row in csv.DictReader((tmp_path / "p.csv").open())]
+    assert sorted(order) == list(range(40, 80))
+    expected = flax_logits(adapter, digits.features[order])
+    assert np.array_equal(scores.predicted, expected.argmax(axis=1))
+    assert np.array_equal(scores.labels, digits.labels[order])
+    plain = digits.features[order] @ digits.weights.T
+    assert np.array_equal(scores.zero_shot, plain.argmax(axis=1))
+    # In folders for splits, the one that is asked for.
+    (tmp_path / "splits").mkdir()
+    folder.rename(tmp_path / "splits" / "val")
+    assert len(evaluate(EvaluateConfig(tmp_path / "splits", tmp_path / "run", "val")).labels) == 40
+    with pytest.raises(UserError, match="has no test folder, only val"):
+        evaluate(EvaluateConfig(tmp_path / "splits", tmp_path / "run"))
+    broken = next((tmp_path / "splits" / "val").rglob("*.png"))
+    broken.write_bytes(b"no image")
+    arguments = ["--adapter", str(tmp_path / "run"), str(tmp_path / "splits"), "--split", "val"]
+    for more, code in (([], 2), (["--on-error", "skip"], 1)):
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, *more])
+        assert ended.value.code == code
+    assert "1 image cannot be decoded and are left out" in capsys.readouterr().err
+
+
+def test_a_folder_needs_the_adapters_backbone(tmp_path: Path, place: Path, digits: object) -> None:
+    for number in range(2):
+        (tmp_path / "images" / f"class {number}").mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "images" / f"class {number}" / "1.png")
+    adapter = adapter_of(place, "clip-adapter")
+    with pytest.raises(UserError, match="no model and tag of open_clip's; name the backbone"):
+        evaluate(EvaluateConfig(tmp_path / "images", adapter))
+    with pytest.raises(UserError, match="other weights of tiny-clip"):
+        evaluate(EvaluateConfig(tmp_path / "images", adapter, backbone="glyph-clip"))
