@@ -119,7 +119,8 @@ class TaskRunner:
         arrays: Arrays | None = chosen.arrays
         if method.for_classes:
             task = self.data.task(method, rows)._replace(extra=self.new.extra(method))
-            arrays = method.for_classes(chosen.arrays, chosen.setting, task, self.new.head())
+            head = self.new.head(method)
+            arrays = method.for_classes(chosen.arrays, chosen.setting, task, head)
         if arrays is None or not (method.unseen_classes or method.for_classes):
             return None
         predictions = predict_test(method, chosen.setting, arrays, self.new)
@@ -130,14 +131,15 @@ class TaskRunner:
         if method.describe is None:
             return {}
         task = self.data.task(method, rows)
-        described = method.describe(jnp, chosen.arrays, chosen.setting, task.features[0], task.head)
+        features = np.asarray(task.features)[0]  # JAX would copy them
+        described = method.describe(jnp, chosen.arrays, chosen.setting, features, task.head)
         found = {name: np.asarray(values) for name, values in described.items()}
         return {name: Spread(float(v.mean()), float(v.std())) for name, v in found.items()}
 
     def _saved(
         self, method: Method, rows: TaskRows, chosen: Chosen, result: TaskResult
     ) -> SavedAdapter:
-        about, head = self.provenance, self.data.head()
+        about, head = self.provenance, self.data.head(method)
         info = AdapterInfo(
             method=method.name,
             setting=dict(chosen.setting),
