@@ -103,9 +103,9 @@ class FeatureCache(StoredFile):
         }
         return self.has_dataset(paths[name])
 
-    def text_features(self) -> npt.NDArray[np.float32]:
-        """(C, P, D) float32, un-normalised."""
-        return self.features_of("text/features", (slice(None),))
+    def text_features(self, classes: slice = slice(None)) -> npt.NDArray[np.float32]:
+        """(C, P, D) float32, un-normalised: of all classes or of some consecutive ones."""
+        return self.features_of("text/features", (classes,))
 
     def tokens(self) -> npt.NDArray[np.int32]:
         """(C, P, L) int32: what the text tower was given for each prompt; zeros for none."""

@@ -1,7 +1,7 @@
 """From a cache to the arrays of one task, and to blocks of test images.
 
-What fitting needs of the training images is read once, for the union of all tasks' rows; test
-images are scored block by block. No split has to fit into memory.
+What fitting needs of the training images is read once, for the union of all tasks' rows, and lies
+on the device; test images are scored block by block. No split has to fit into memory.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ Features = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int32]
 
 # Test images are read and scored so many at a time; blocks stay in memory up to so many bytes.
-BLOCK_ROWS = 4096
-KEPT_BYTES = 1 << 27
+BLOCK_ROWS = 1024
+KEPT_BYTES = 1 << 26
+# Prompts' features are averaged for so many classes at a time: with 80 prompts a class those of
+# ImageNet are five times as large as its 16-shot support set.
+BLOCK_CLASSES = 64
 
 # What methods may need beyond features, and the flag of `extract` that provides it.
 TOWER_SHA256 = "text_tower_sha256"
@@ -62,7 +65,7 @@ class Data:
     tasks: Sequence[TaskRows]
     labels: Mapping[str, Labels]
     classes: slice
-    _rows: dict[tuple[str, str], Features] = field(default_factory=dict)
+    _rows: dict[tuple[str, str], jax.Array] = field(default_factory=dict)
     _blocks: dict[tuple[str, int], Features] = field(default_factory=dict)
     _extra: dict[str, Any] = field(default_factory=dict)
 
@@ -84,31 +87,37 @@ class Data:
             self._extra,
         )
 
-    def head(self) -> Head:
-        """The zero-shot classifier of the classes, NumPy arrays."""
-        if "text" not in self._extra:
-            text = self.cache.text_features()
-            weights = np.asarray(classifier_weights(jnp, jnp.asarray(text)))
-            self._extra["text"] = text, weights
-        text, weights = self._extra["text"]
+    def head(self, method: Method) -> Head:
+        """The zero-shot classifier of the classes, NumPy arrays; with text where that is needed."""
+        if "weights" not in self._extra:
+            self._extra["weights"] = self._weights()
+        needed = "text" in method.needs
+        if needed and "text" not in self._extra:
+            self._extra["text"] = self.cache.text_features()
         return Head(
-            weights[self.classes],
+            self._extra["weights"][self.classes],
             np.float32(self.cache.logit_scale),
             np.float32(self.cache.logit_bias),
-            text[self.classes],
+            self._extra["text"][self.classes] if needed else None,
         )
+
+    def _weights(self) -> Features:
+        """Those of all classes of the cache."""
+        blocks = []
+        for first in range(0, len(self.cache.class_names), BLOCK_CLASSES):
+            text = self.cache.text_features(slice(first, first + BLOCK_CLASSES))
+            blocks.append(np.asarray(classifier_weights(jnp, jnp.asarray(text))))
+        return np.concatenate(blocks)
 
     def task(self, method: Method, rows: TaskRows, fold: Fold | None = None) -> Task:
         """The arrays of a task for a method, on the device; the whole of it, or one fold."""
         fold = fold or Fold(rows.support, rows.validation)
-        judged = self._take(method, fold.judged_on, fold.validation, views=1)
-        head = self.head()
         task = Task(
             features=self._take(method, "train", fold.support, self.views_of(method)),
             labels=self.labels["train"][fold.support] - np.int32(self.classes.start),
-            validation_features=judged[0],
+            validation_features=self._take(method, fold.judged_on, fold.validation, views=1)[0],
             validation_labels=self._labels(fold.judged_on, fold.validation),
-            head=head if "text" in method.needs else head._replace(text=None),
+            head=self.head(method),
             seed=np.int32(rows.seed),
             extra=self.extra(method),
         )
@@ -125,13 +134,12 @@ class Data:
             repeated = found if len(found) == views else np.repeat(found, views, axis=0)
             features.append(repeated)
             labels.append(own[inside] - np.int32(self.classes.start))
-        head = self.head()
         task = Task(
             features=np.concatenate(features, axis=1),
             labels=np.concatenate(labels),
             validation_features=np.zeros((0, features[0].shape[2]), np.float32),
             validation_labels=np.zeros(0, np.int32),
-            head=head if "text" in method.needs else head._replace(text=None),
+            head=self.head(method),
             seed=np.int32(seed),
             extra=self.extra(method),
         )
@@ -176,18 +184,24 @@ class Data:
             self._blocks[key] = block
         return block
 
-    def _take(self, method: Method, split: str, rows: Rows, views: int) -> Features:
+    def _take(self, method: Method, split: str, rows: Rows, views: int) -> jax.Array:
         """(V, R, D) of rows that some task takes."""
         if not len(rows):
             width = self._read("train", source_of(method), np.zeros(1, np.int64), 1).shape[2]
-            return np.zeros((views, 0, width), np.float32)
+            return jnp.zeros((views, 0, width), jnp.float32)
         source = source_of(method)
         train, val = needed_rows(self.tasks)
         union = train if split == "train" else val
         if (split, source) not in self._rows:
             stored = self.views if split == "train" else 1
-            self._rows[split, source] = self._read(split, source, union, stored)
-        return self._rows[split, source][:views, np.searchsorted(union, rows)]
+            self._rows[split, source] = jnp.asarray(self._read(split, source, union, stored))
+        held = self._rows[split, source]
+        if views == len(held) and np.array_equal(rows, union):
+            return held  # of a single task, which nobody has to copy
+        order = np.argsort(union)
+        places = order[np.searchsorted(union, rows, sorter=order)]
+        # On the host, where this compiles nothing; of a CPU's arrays NumPy has a view.
+        return jnp.asarray(np.asarray(held)[:views, places])
 
     def _read(self, split: str, source: str, rows: Rows, views: int) -> Features:
         if source == "pre_projection":

@@ -150,7 +150,8 @@ class TaskRunner:
         arrays: Arrays | None = chosen.arrays
         if method.for_classes:
             task = self.data.task(method, rows)._replace(extra=self.new.extra(method))
-            arrays = method.for_classes(chosen.arrays, chosen.setting, task, self.new.head())
+            head = self.new.head(method)
+            arrays = method.for_classes(chosen.arrays, chosen.setting, task, head)
         if arrays is None or not (method.unseen_classes or method.for_classes):
             return None
         predictions = predict_test(method, chosen.setting, arrays, self.new)
@@ -161,7 +162,8 @@ class TaskRunner:
         if method.describe is None:
             return {}
         task = self.data.task(method, rows)
-        described = method.describe(jnp, chosen.arrays, chosen.setting, task.features[0], task.head)
+        features = np.asarray(task.features)[0]  # JAX would copy them
+        described = method.describe(jnp, chosen.arrays, chosen.setting, features, task.head)
         found = {name: np.asarray(values) for name, values in described.items()}
         return {name: Spread(float(v.mean()), float(v.std())) for name, v in found.items()}
 
@@ -174,7 +176,7 @@ class TaskRunner:
         fitted: Mapping[str, Any],
     ) -> SavedAdapter:
         """An adapter with all that it was fitted from."""
-        about, head = self.provenance, self.data.head()
+        about, head = self.provenance, self.data.head(method)
         info = AdapterInfo(
             method=method.name,
             setting=dict(setting),

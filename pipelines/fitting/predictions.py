@@ -56,10 +56,7 @@ def predict_test(
     """Classify the test images of the data's classes, block by block; None where there are none."""
     if "test" not in data.cache.splits:
         return None
-    head = data.head()
-    classify = make_classify(
-        method, setting, arrays, head if "text" in method.needs else head._replace(text=None)
-    )
+    classify = make_classify(method, setting, arrays, data.head(method))
     labels, predicted, confidence = [], [], []
     for features, own in data.test_blocks(method):
         logits = classify(features).astype(np.float64)

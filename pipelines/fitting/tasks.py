@@ -155,9 +155,10 @@ def kept_task(tasks: Sequence[TaskRows]) -> TaskRows:
 
 
 def needed_rows(tasks: Sequence[TaskRows]) -> tuple[Rows, Rows]:
-    """The rows of train and of val that any of the tasks takes, each once, in order."""
+    """The rows of train and of val that any of the tasks takes, each once, as they first come."""
     return _union([t.support for t in tasks]), _union([t.validation for t in tasks])
 
 
 def _union(several: Sequence[Rows]) -> Rows:
-    return np.unique(np.concatenate([*several, np.zeros(0, np.int64)]))
+    rows = np.concatenate([*several, np.zeros(0, np.int64)])
+    return rows[np.sort(np.unique(rows, return_index=True)[1])]
