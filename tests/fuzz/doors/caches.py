@@ -1,0 +1,57 @@
+"""Feature caches of both format versions: read whole, and by `inspect`, `fit` and `extract`."""
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+from clip_adapter.cache.reader import FeatureCache
+from tests.cache.small_cache import make_cache
+from tests.fuzz.attempt import Attempt
+from tests.fuzz.cache_mutations import mutate_cache
+from tests.fuzz.command import run_command
+from tests.fuzz.damage import BYTES, damage
+
+VERSION_1 = Path(__file__).parents[2] / "cache" / "data" / "version_1.h5"
+NAME = "features.h5"
+FIT = ("--method", "zero-shot", "--baselines", "--shots", "1", "--select", "none")
+COMMANDS = (
+    ("inspect", NAME),
+    ("fit", "--cache", NAME, "--out", "run", *FIT),
+    ("extract", "--out", NAME),
+    ("merge", "out.h5", NAME),
+)
+
+
+def prepare(folder: Path) -> None:
+    make_cache(folder / NAME)
+    shutil.copyfile(VERSION_1, folder / "version_1.h5")
+
+
+def attempt(rng: random.Random, prepared: Path, folder: Path) -> Attempt:
+    path = folder / NAME
+    old = rng.random() < 0.1
+    source = prepared / ("version_1.h5" if old else NAME)
+    shutil.copyfile(source, path)
+    if old:
+        found = Attempt(f"version 1, {damage(rng, path)}")
+        found.read(lambda: content(path))
+    else:
+        what = mutate_cache(rng, path)
+        found = Attempt(what)
+        read = found.read(lambda: content(path))
+        if what.partition(":")[0] in {each.__name__ for each in BYTES}:
+            found.same(read, content(source))
+    name, *arguments = COMMANDS[0] if rng.random() < 0.7 else rng.choice(COMMANDS)
+    found.command(run_command(name, arguments))
+    return found
+
+
+def content(path: Path) -> list[Any]:
+    """All that a cache says."""
+    with FeatureCache(path) as cache:
+        images = [cache.images(split) for split in cache.splits]
+        arrays = [array for i in images for array in (i.features.tobytes(), i.labels.tobytes())]
+        return [*arrays, *(i.ids for i in images), cache.text_features().tobytes(),
+                cache.class_names, cache.templates, cache.metadata, cache.splits,
+                cache.skipped, cache.content_sha256]  # fmt: skip

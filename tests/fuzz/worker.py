@@ -1,0 +1,86 @@
+"""One process of the driver: takes `DOOR SEED` a line on standard input and answers in JSON.
+
+    python -m tests.fuzz.worker FOLDER
+
+FOLDER holds what the doors prepare, once for all workers. Nothing reaches the network, and memory
+has a limit.
+"""
+
+import faulthandler
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tests.fuzz.attempt import Attempt
+
+MEMORY = 8 << 30  # of address space with content, much of it what libraries set aside
+GROWTH = 1 << 20  # KiB that one input may add to the largest size so far
+
+
+def main() -> None:
+    base = Path(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    faulthandler.enable(os.fdopen(os.dup(2), "w"))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.environ |= {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+    socket.socket.connect = _no_network  # type: ignore[method-assign, assignment]
+    socket.getaddrinfo = _no_network
+    for line in sys.stdin:
+        door, seed = line.split()
+        print(json.dumps(answer(base, door, int(seed))), file=answers, flush=True)
+
+
+def answer(base: Path, name: str, seed: int) -> dict[str, Any]:
+    door = import_module(f"tests.fuzz.doors.{name}")
+    prepared = prepare(base, name)
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    os.chdir(folder)
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begun = time.monotonic()
+    try:
+        attempt: Attempt = door.attempt(random.Random(f"{name} {seed}"), prepared, folder)
+    finally:
+        os.chdir(base)
+        shutil.rmtree(folder, ignore_errors=True)
+    seconds = time.monotonic() - begun
+    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - largest
+    if growth > GROWTH:
+        attempt.faults.append(f"memory: {growth / GROWTH:.1f} GiB more")
+    what = attempt.what.encode(errors="backslashreplace").decode()
+    return {"what": what, "faults": attempt.faults, "seconds": seconds}
+
+
+def prepare(base: Path, name: str) -> Path:
+    """The folder of what a door damages copies of, made by the first worker that needs it."""
+    place = base / name
+    if not place.exists():
+        own = base / f"{name}-{os.getpid()}"
+        own.mkdir()
+        signal.alarm(600)
+        import_module(f"tests.fuzz.doors.{name}").prepare(own)
+        signal.alarm(0)
+        try:
+            own.rename(place)
+        except OSError:  # another worker was faster
+            shutil.rmtree(own)
+    return place
+
+
+def _no_network(*_: object, **__: object) -> Any:
+    raise OSError(101, "Network is unreachable")
+
+
+if __name__ == "__main__":
+    main()
