@@ -2,7 +2,7 @@
 # make lock: a new environment with the newest versions that pyproject.toml admits, written down.
 PYTHON ?= python3
 BIN := .venv/bin
-ROOMS := adapters cache extract extract/datasets extract/glyph_clip pipelines pipelines/fitting
+ROOMS := adapters cache extract extract/datasets extract/glyph_clip pipelines pipelines/fitting pipelines/reporting
 DEMO := runs/demo
 TASKS := --cache $(DEMO)/features.h5 --shots 1 2 4 8 16 --seeds 1 2 3
 ALPHAS := 0 0.2 0.4 0.6 0.8

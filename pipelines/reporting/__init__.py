@@ -1,0 +1,1 @@
+"""Reports of finished runs: tables, figures and the page that holds both."""
