@@ -1,9 +1,17 @@
 """Where a run's numbers come from."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from platform import python_version
 from typing import Any
 
 from clip_adapter.cache.reader import FeatureCache
+
+PROVENANCE = "provenance.json"
+# What has a say in a run's numbers.
+COMPUTED_WITH = ("clip-adapter", "jax", "jaxlib", "flax", "optax", "numpy", "scipy")
 
 
 @dataclass(frozen=True)
@@ -19,7 +27,7 @@ class Provenance:
     test_images: int
 
     @classmethod
-    def of(cls, cache: FeatureCache) -> "Provenance":
+    def of(cls, cache: FeatureCache) -> Provenance:
         return cls(
             cache.backbone,
             cache.preprocess,
@@ -29,6 +37,27 @@ class Provenance:
             cache.content_sha256,
             cache.shape("test")[1] if "test" in cache.splits else 0,
         )
+
+    def document(self) -> dict[str, Any]:
+        """For provenance.json: this, its lines, and the versions of what computes."""
+        versions = {"python": python_version(), **{name: version(name) for name in COMPUTED_WITH}}
+        return {"about": self.lines(), "versions": versions, **asdict(self)}
+
+    @classmethod
+    def of_document(cls, document: Any) -> Provenance:
+        """What `document` made this of.
+
+        Raises ValueError for anything else.
+        """
+        try:
+            found = cls(**{f.name: document[f.name] for f in fields(cls)})
+            found.lines()
+            names = [found.cache_sha256, *found.class_names, *found.templates]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError("no provenance of a run") from error
+        if type(found.test_images) is not int or not all(isinstance(n, str) for n in names):
+            raise ValueError("no provenance of a run")
+        return found
 
     def lines(self) -> list[str]:
         """Backbone, data set and where the test split came from, for the top of a report."""

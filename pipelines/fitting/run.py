@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from clip_adapter.adapters.engine import Engine
@@ -27,7 +26,7 @@ from clip_adapter.pipelines.fitting.keep import keep_one
 from clip_adapter.pipelines.fitting.one_task import TaskRunner
 from clip_adapter.pipelines.fitting.plan import Plan, make_plan
 from clip_adapter.pipelines.fitting.plot import write_plot
-from clip_adapter.pipelines.fitting.provenance import Provenance
+from clip_adapter.pipelines.fitting.provenance import PROVENANCE, Provenance
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
 from clip_adapter.pipelines.fitting.run_folder import RunFolder, new_folder, read_plan
 from clip_adapter.pipelines.fitting.tasks import (
@@ -128,7 +127,7 @@ def _execute(
 ) -> FitResult:
     provenance = Provenance.of(data.cache)
     about = provenance.lines()
-    folder.write_json("provenance.json", {"clip_adapter": version("clip-adapter"), "about": about})
+    folder.write_json(PROVENANCE, provenance.document())
     folder.write_json("tasks.json", [_task_document(data, rows) for rows in tasks])
     engine = Engine(plan.placement)
     said: set[str] = set()

@@ -1,1 +1,1 @@
-"""What `report` is made of."""
+"""Reports of finished runs: tables, figures and the page that holds both."""

@@ -2,171 +2,292 @@
 
 import csv
 import json
+import re
+import shutil
+import statistics
+from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from clip_adapter.cache.errors import UserError
-from clip_adapter.pipelines.fit import FitConfig, fit
+from clip_adapter.pipelines.fit import fit
+from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.report import ReportConfig, report
 from tests.pipelines.tiny_cache import tiny_data, write_cache
 
 DATA = tiny_data()
-SHORT: dict = {"epochs": 5, "evaluate_every": 5, "lr": (0.01,), "shots": (2, 4), "seeds": (1, 2)}
-BOTH = ("zero-shot", "linear-probe")
+SHORT: dict = {"shots": (2, 4), "seeds": (1, 2), "baselines": ("zero-shot", "linear-probe")}
+Run = Callable[..., Path]
+Report = Callable[..., str]
+
+
+def short(**hyper: object) -> dict:
+    return {"epochs": 5, "learning_rate": 0.01, **hyper}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs `low`, `high` (another α), `other` (another seed and rule) and `foreign` (a cache)."""
+    """Runs `low`, `high` (another α), `more` (`low` with another seed), `other` (another method and
+    rule) and `foreign` (a cache)."""
     folder = tmp_path_factory.mktemp("runs")
     stated = SHORT | {"cache": write_cache(folder / "features.h5", DATA)}
-    fit(FitConfig(out=folder / "low", alpha=(0.2,), baselines=BOTH, **stated))
-    fit(FitConfig(out=folder / "high", alpha=(0.8,), baselines=BOTH, **stated))
-    other = stated | {"seeds": (3,), "select": "full-val"}
-    fit(FitConfig(out=folder / "other", alpha=(0.2,), baselines=BOTH, **other))
+    low = short(alpha=0.2)
+    fit(FitConfig(out=folder / "low", hyper=low, **stated))
+    fit(FitConfig(out=folder / "high", hyper=short(alpha=0.8), **stated))
+    fit(FitConfig(out=folder / "more", hyper=low, **stated | {"seeds": 3, "shots": (4, 8)}))
+    other = {"seeds": 3, "select": "full-val", "method": "tip-adapter"}
+    few = {"alpha": (1.0, 2.0), "beta": (1.0, 5.0)}
+    fit(FitConfig(out=folder / "other", hyper=few, **stated | other))
     foreign = write_cache(folder / "foreign.h5", DATA.shuffled_labels("test"))
-    fit(FitConfig(out=folder / "foreign", alpha=(0.2,), **stated | {"cache": foreign}))
+    fit(
+        FitConfig(
+            out=folder / "foreign",
+            hyper=low,
+            **stated | {"cache": foreign, "shots": 2, "baselines": ()},
+        )
+    )
     return folder
 
 
-def table(printed: str) -> tuple[list[str], dict[str, list[str]]]:
-    """Everything above the rule as words, and the cells of each row below it."""
-    above, _, below = printed.partition("───")
-    rows = [line.split() for line in below.splitlines() if "±" in line or "–" in line]
-    cells = {row[0]: [cell for cell in row[1:] if cell.replace(".", "").isdigit()] for row in rows}
-    return above.split(), cells
+@pytest.fixture
+def printed(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Report:
+    """(names of runs, width, format) → what is printed."""
+
+    def read(*names: str | Path, width: int = 200, form: str = "text") -> str:
+        monkeypatch.setenv("COLUMNS", str(width))
+        report(ReportConfig(tuple(runs / name for name in names), form))  # type: ignore[arg-type]
+        return capsys.readouterr().out
+
+    return read
 
 
-def means(run: Path, method: str) -> dict[str, str]:
-    with (run / "summary.csv").open(newline="") as file:
-        return {
-            row["shots"]: f"{100 * float(row['test_accuracy_mean']):.2f}"
-            for row in csv.DictReader(file)
-            if row["method"] == method
-        }
+def rows_of(text: str) -> list[dict[str, str]]:
+    """The rows that --format csv printed."""
+    return list(csv.DictReader(StringIO(text)))
 
 
-def test_a_column_per_run_and_a_common_baseline_once(runs: Path, capsys):
-    report(ReportConfig((runs / "low", runs / "high")))
-    heading, cells = table(capsys.readouterr().out)
-    names = ("zero-shot", "linear-probe", "clip-adapter")
-    assert [heading.count(name) for name in names] == [1, 1, 2]
-    assert " ".join(heading).endswith("alpha 0.2 alpha 0.8")
-    expected = [
-        means(runs / "low", "zero-shot"),
-        means(runs / "low", "linear-probe"),
-        means(runs / "low", "clip-adapter"),
-        means(runs / "high", "clip-adapter"),
+def table(text: str) -> tuple[str, dict[str, list[str]]]:
+    """The heading of a printed table, and the means of each of its rows."""
+    above, _, below = text.partition("───")
+    found = re.findall(r"^ +(\w+) +(\d.*|–.*)$", below, re.MULTILINE)
+    cells = {
+        shots: [cell.split()[0] for cell in re.split("  +", rest.strip())] for shots, rest in found
+    }
+    return above[above.index("test accuracy (%)") :].partition("\n")[2], cells
+
+
+def accuracies(run: Path, method: str, shots: int) -> list[float]:
+    lines = map(json.loads, (run / "selected.jsonl").read_text().splitlines())
+    return [
+        row["test_accuracy"] for row in lines if (row["method"], row["shots"]) == (method, shots)
     ]
-    for shots in ("2", "4"):
-        assert cells[shots][::2] == [column[shots] for column in expected]
 
 
-def test_it_says_what_the_numbers_rest_on(runs: Path, capsys):
-    report(ReportConfig((runs / "low",)))
-    printed = capsys.readouterr().out
-    assert "tiny-clip (nothing) on tiny: 4 classes, 60 test images" in printed
-    assert "test split: made up" in printed
-    assert "seeds 1, 2\n" in printed
-    assert "selected on min(shots, 4) validation images per class" in printed
+def changed(run: Path, copy: Path, accuracy: float) -> Path:
+    """A copy of a run in which the adapter has another accuracy at 2 shots and seed 1."""
+    shutil.copytree(run, copy)
+    lines = []
+    for line in (run / "selected.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if (row["method"], row["shots"], row["seed"]) == ("clip-adapter", 2, 1):
+            row["test_accuracy"] = accuracy
+        lines.append(json.dumps(row) + "\n")
+    (copy / "selected.jsonl").write_text("".join(lines))
+    return copy
 
 
-def test_baselines_judged_otherwise_stand_apart(runs: Path, capsys):
-    report(ReportConfig((runs / "low", runs / "other")))
-    printed = capsys.readouterr().out
-    assert "seeds 1, 2\n" not in printed
-    heading, _ = table(printed)
-    assert heading.count("zero-shot") == heading.count("linear-probe") == 2
+def mean(values: list[float]) -> str:
+    return f"{100 * statistics.mean(values):.2f}"
 
 
-def test_runs_on_half_of_the_classes_say_so(runs: Path, tmp_path: Path, capsys):
-    stated = SHORT | {"cache": runs / "features.h5", "train_classes": "base", "alpha": (0.2,)}
-    fit(FitConfig(out=tmp_path / "base", baselines=("zero-shot",), **stated))
-    capsys.readouterr()
-    report(ReportConfig((tmp_path / "base",)))
-    heading, _ = table(capsys.readouterr().out)
-    for method in ("zero-shot", "clip-adapter"):
-        assert heading.count(method) == 3
-    assert [heading.count(kind) for kind in ("base", "new", "H")] == [2, 2, 2]
+def test_a_column_per_run_and_a_common_baseline_once(runs: Path, printed: Report):
+    heading, cells = table(printed("low", "high"))
+    assert [heading.count(n) for n in ("zero-shot", "linear-probe", "clip-adapter")] == [1, 1, 2]
+    assert re.search(r"alpha 0\.2 +alpha 0\.8", heading)
+    columns = [("low", "zero-shot"), ("low", "linear-probe"), ("low", "clip-adapter")]
+    columns += [("high", "clip-adapter")]
+    for shots in (2, 4):
+        expected = [mean(accuracies(runs / run, method, shots)) for run, method in columns]
+        assert cells[str(shots)] == expected
 
 
-def test_no_column_hides_another(runs: Path, tmp_path: Path, capsys):
-    """The adapter as a baseline differs by α, and the same arguments twice by their folder."""
-    stated = SHORT | {"cache": runs / "features.h5", "method": "linear-probe"}
-    for alpha in (0.2, 0.8):
-        out = tmp_path / f"{alpha}"
-        fit(FitConfig(out=out, alpha=(alpha,), baselines=("clip-adapter",), **stated))
-    (tmp_path / "edited").mkdir()
-    for path in (tmp_path / "0.2").glob("*.*"):
-        (tmp_path / "edited" / path.name).write_bytes(path.read_bytes())
-    summary = (tmp_path / "0.2" / "summary.csv").read_text()
-    mean = means(tmp_path / "0.2", "clip-adapter")["2"]
-    changed = summary.replace(f"{float(mean) / 100:.2}", "0.1")
-    (tmp_path / "edited" / "summary.csv").write_text(changed)
-    capsys.readouterr()
-    report(ReportConfig((tmp_path / "0.2", tmp_path / "0.8")))
-    heading, _ = table(capsys.readouterr().out)
-    assert heading.count("linear-probe") == 1
-    assert " ".join(heading).endswith("alpha 0.2 alpha 0.8")
-    report(ReportConfig((tmp_path / "0.2", tmp_path / "edited")))
-    heading, cells = table(capsys.readouterr().out)
+def test_other_seeds_and_shots_of_the_same_pool(runs: Path, printed: Report):
+    """Over the seeds of both runs, and what it is over is said."""
+    text = printed("low", "more")
+    heading, cells = table(text)
+    assert heading.split() == ["shots", "zero-shot", "linear-probe", "clip-adapter"]
+    pooled = accuracies(runs / "low", "clip-adapter", 4) + accuracies(
+        runs / "more", "clip-adapter", 4
+    )
+    assert len(pooled) == 3
+    assert [cells["2"][2], cells["4"][2], cells["8"][2]] == [
+        mean(accuracies(runs / "low", "clip-adapter", 2)),
+        mean(pooled),
+        mean(accuracies(runs / "more", "clip-adapter", 8)),
+    ]
+    assert f"{mean(pooled)} ± {100 * statistics.stdev(pooled):.2f}" in text
+    assert "clip-adapter: seeds 1, 2 at 2; 1, 2, 3 at 4; 3 at 8 shots" in text
+    assert "(of one seed ± standard error of the test images)" in text
+    assert printed("low", "low") == printed("low"), "a run named twice counts once"
+
+
+def test_it_says_what_the_numbers_rest_on(printed: Report):
+    text = printed("low")
+    assert "tiny-clip (nothing) on tiny: 4 classes, 60 test images" in text
+    assert "test split: made up" in text
+    assert "seeds 1, 2\n" in text
+    assert "selected on min(shots, 4) validation images per class\n" in text
+
+
+def test_other_methods_and_rules_stand_beside_each_other(printed: Report):
+    """What nothing is chosen of has no rule; what is chosen by another is another column."""
+    text = printed("low", "other")
+    heading, cells = table(text)
+    assert heading.count("zero-shot") == 1
+    assert heading.count("linear-probe") == 2
+    assert "select few-shot-val" in heading and "select full-val" in heading
+    assert "tip-adapter: selected on the whole validation split\n" in text
+    assert cells["2"][-1] != "–"
+
+
+def test_runs_on_half_of_the_classes_say_so(runs: Path, tmp_path: Path, printed: Report):
+    stated = {"cache": runs / "features.h5", "train_classes": "base", "shots": 2, "seeds": 1}
+    baselines = {"baselines": ("zero-shot",), "hyper": short(alpha=0.2)}
+    result = fit(FitConfig(out=tmp_path / "base", **stated, **baselines)).results[1]
+    heading, cells = table(printed(tmp_path / "base"))
+    assert heading.split().count("zero-shot") == heading.split().count("clip-adapter") == 3
+    assert heading.split()[-6:] == ["base", "new", "H"] * 2
+    assert result.new_accuracy is not None and result.harmonic_mean is not None
+    assert cells["2"][4:] == [mean([result.new_accuracy]), mean([result.harmonic_mean])]
+
+
+def test_no_column_hides_another(runs: Path, tmp_path: Path, printed: Report):
+    """Where the same arguments gave other numbers, the folder tells the columns apart."""
+    changed(runs / "low", tmp_path / "edited", 0.0625)
+    heading, cells = table(printed("low", tmp_path / "edited"))
     assert "(edited)" in heading
-    assert mean in cells["2"]
+    assert mean(accuracies(runs / "low", "clip-adapter", 2)) in cells["2"]
+    assert mean(accuracies(tmp_path / "edited", "clip-adapter", 2)) in cells["2"]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_it_folds_to_the_width_of_the_terminal(printed: Report, width: int):
+    text = printed("low", "high", "other", width=width)
+    assert max(map(cell_len, text.splitlines())) <= width
+    wide = table(printed("low", "high", "other"))[1]
+    folded = re.findall(r"^ +4 +(\d.*)$", text, re.MULTILINE)
+    assert len(folded) > 1
+    assert re.findall(r"\d+\.\d\d(?= ±)", " ".join(folded)) == wide["4"]
+
+
+def test_csv_has_a_row_for_each_cell(runs: Path, printed: Report):
+    found = rows_of(printed("low", "high", form="csv"))
+    assert len(found) == 4 * 2
+    row = next(r for r in found if (r["entry"], r["shots"]) == ("clip-adapter alpha 0.8", "4"))
+    own = accuracies(runs / "high", "clip-adapter", 4)
+    assert float(row["mean"]) == pytest.approx(statistics.mean(own))
+    assert float(row["std"]) == pytest.approx(statistics.stdev(own))
+    assert (row["seeds"], row["kind"], row["test_images"]) == ("1 2", "all", "60")
+
+
+@pytest.fixture
+def odd(runs: Path, tmp_path: Path) -> Path:
+    """A run whose folder, data set and numbers make a column of an awkward name."""
+    run = changed(runs / "low", tmp_path / "50% & a_b|<b>", 0.0)
+    shutil.copytree(runs / "low", tmp_path / "plain")
+    document = json.loads((run / "provenance.json").read_text())
+    document["dataset"]["name"] = r"a $\input{x}$ ~ *set* <script>"
+    (tmp_path / "plain" / "provenance.json").write_text(json.dumps(document))
+    return tmp_path
+
+
+def test_markdown_says_names_as_they_are(odd: Path, printed: Report):
+    text = printed(odd / "plain", odd / "50% & a_b|<b>", form="md")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {6}
+    assert r"(50% &amp; a\_b\|&lt;b&gt;)" in lines[0]
+    assert r"a \$\\input\{x\}\$ \~ \*set\* &lt;script&gt;:" in text
+    assert lines[1] == "|" + " ---: |" * 5
+    assert mean(accuracies(odd / "plain", "linear-probe", 2)) in lines[2]
+
+
+def test_latex_says_names_as_they_are(odd: Path, printed: Report):
+    text = printed(odd / "plain", odd / "50% & a_b|<b>", form="tex")
+    assert r"(50\% \& a\_b|\textless{}b\textgreater{})" in text
+    assert r"a \$\textbackslash{}input\{x\}\$ \textasciitilde{} *set*" in text
+    body = text[text.index(r"\toprule") : text.index(r"\bottomrule")]
+    rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+    assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {2}
+    assert len(rows) == 1 + 4
+    own = accuracies(odd / "plain", "linear-probe", 4)
+    assert rf"{mean(own)} $\pm$ {100 * statistics.stdev(own):.2f} \\" in text
+
+
+def test_a_name_commands_no_terminal(odd: Path, printed: Report):
+    document = json.loads((odd / "plain" / "provenance.json").read_text())
+    document["dataset"]["name"] = "\x1b[31mred\nline"
+    (odd / "plain" / "provenance.json").write_text(json.dumps(document))
+    for form in ("text", "md", "tex", "csv"):
+        text = printed(odd / "plain", form=form)
+        assert "\x1b" not in text
+        assert form == "csv" or "x1b" in text
+
+
+def refused(*paths: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        report(ReportConfig(paths))
+    return str(caught.value)
 
 
 def test_runs_that_cannot_be_compared(runs: Path, tmp_path: Path):
-    def refused(*paths: Path) -> str:
-        with pytest.raises(UserError) as caught:
-            report(ReportConfig(paths))
-        return str(caught.value)
-
     assert "Name at least one run folder" in refused()
     assert "different caches" in refused(runs / "low", runs / "foreign")
     assert f"{tmp_path} holds no run" in refused(tmp_path)
-    (tmp_path / "run.json").write_bytes((runs / "low" / "run.json").read_bytes())
-    assert "has not finished; go on with: fit --resume" in refused(tmp_path)
-    summary = (runs / "low" / "summary.csv").read_text()
-    for damage in (
-        *("", "a\n1\n", "method,shots,test_accuracy_mean\nzero-shot,2,many\n"),
-        summary.rstrip("\n") + ",one cell more\n",
-        summary[: summary.rindex(",")] + "\n",
-        summary.replace("zero-shot", "z" * 200_000, 1),
-        summary.replace("diverged", "lost"),
-        summary.replace(",0,", ",x,"),
+
+
+def test_a_run_that_has_not_finished(runs: Path, tmp_path: Path):
+    shutil.copytree(runs / "low", tmp_path / "run")
+    selected = tmp_path / "run" / "selected.jsonl"
+    lines = selected.read_text().splitlines(keepends=True)
+    for kept, words in (
+        ("".join(lines[:-2]), "2 fits of 12 to go; go on with: fit --resume"),
+        ("".join(lines)[:-5], "1 fit of 12 to go"),
+        (None, "12 fits of 12 to go"),
     ):
-        (tmp_path / "summary.csv").write_text(damage)
-        assert "summary.csv cannot be read" in refused(tmp_path), damage
+        selected.unlink() if kept is None else selected.write_text(kept)
+        assert words in refused(tmp_path / "run")
 
 
-def test_a_run_folder_with_parts_missing_or_of_another_version(runs: Path, tmp_path: Path):
-    for path in (runs / "low").glob("*.*"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    for damage in ("{\n", "[1]\n", '{"shots": 2}\n', None):
-        selected = tmp_path / "selected.jsonl"
-        selected.unlink() if damage is None else selected.write_text(damage)
-        with pytest.raises(UserError, match=r"selected\.jsonl cannot be read"):
-            report(ReportConfig((tmp_path,)))
-    (tmp_path / "selected.jsonl").write_bytes((runs / "low" / "selected.jsonl").read_bytes())
-    for damage in ("[]", '{"about": 3}', "{"):
-        (tmp_path / "provenance.json").write_text(damage)
-        with pytest.raises(UserError, match=r"no readable provenance\.json"):
-            report(ReportConfig((tmp_path,)))
-    stated = json.loads((tmp_path / "run.json").read_text())
-    for difference in ({"seeds": 5}, {"select": "some"}, {"train_classes": "some"}):
-        (tmp_path / "run.json").write_text(json.dumps(stated | difference))
-        with pytest.raises(UserError, match=r"run\.json is not of this version of fit"):
-            report(ReportConfig((tmp_path,)))
-    (tmp_path / "run.json").write_text('{"seeds": [1]}')
-    with pytest.raises(UserError, match=r"run\.json is not of this version of fit"):
-        report(ReportConfig((tmp_path,)))
+def test_a_run_folder_with_damaged_parts(runs: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "low", run)
+    selected = (run / "selected.jsonl").read_text()
+    for damage in (
+        *("{\n", "[1]\n", '{"shots": 2}\n', selected + selected.splitlines()[0] + "\n"),
+        selected.replace('"zero-shot"', '"nobody"', 1),
+        selected.replace('"alpha": 0.2', '"alpha": 7', 1),
+    ):
+        (run / "selected.jsonl").write_text(damage)
+        assert re.search(r"selected\.jsonl (cannot be read|is damaged); fit it again", refused(run))
+    (run / "selected.jsonl").write_text(selected)
+    whole = json.loads((run / "provenance.json").read_text())
+    other = json.dumps(whole | {"cache_sha256": "0" * 64})
+    for damage in ("[]", '{"about": 3}', "{", json.dumps(whole | {"backbone": 3}), other):
+        (run / "provenance.json").write_text(damage)
+        assert re.search(r"provenance\.json (cannot be read|is of another cache)", refused(run))
+    plan = json.loads((run / "run.json").read_text())
+    for difference in ({"seeds": 5}, {"select": "some"}, {"clip_adapter": "9"}):
+        (run / "run.json").write_text(json.dumps(plan | difference))
+        assert "run.json cannot be used" in refused(run)
 
 
-def test_a_run_in_which_every_setting_diverged(runs: Path, tmp_path: Path, capsys):
-    stated = SHORT | {"cache": runs / "features.h5", "lr": (1e30,)}
-    with pytest.raises(UserError, match="diverged"):
-        fit(FitConfig(out=tmp_path / "lost", alpha=(0.2, 0.8), baselines=(), **stated))
-    capsys.readouterr()
-    report(ReportConfig((tmp_path / "lost",)))
-    _, cells = table(capsys.readouterr().out)
-    assert cells == {"2": [], "4": []}
+def test_a_run_in_which_every_setting_diverged(runs: Path, tmp_path: Path, printed: Report):
+    stated = {"cache": runs / "features.h5", "shots": 2, "baselines": ()}
+    fit(FitConfig(out=tmp_path / "lost", hyper=short(alpha=0.2, learning_rate=1e30), **stated))
+    _, cells = table(printed(tmp_path / "lost"))
+    assert cells == {"2": ["–"]}
