@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_adapter.adapters import training
+from clip_adapter.adapters.coop_network import Tower, prepare
 from clip_adapter.adapters.engine import Leaves
 from clip_adapter.adapters.evaluation import Evaluation
 from clip_adapter.adapters.method import Head, Method, Setting, Task
 from clip_adapter.adapters.methods import METHODS
+from clip_adapter.cache.text_tower import TextTowerConfig, array_shapes
 
 CLASSES, DIM, PROMPTS = 4, 16, 3
 CLIP_ADAPTER = METHODS["clip-adapter"]
@@ -64,13 +66,52 @@ def separable_task(
 
 def needed(method: Method, task: Task) -> Task:
     """The task with what the method needs beyond features, and without what it does not."""
-    extra = {need: EXTRAS[need] for need in method.needs if need != "text"}
+    extra = {}
+    for need in method.needs:
+        extra |= EXTRAS.get(need, {})
     head = task.head if "text" in method.needs else task.head._replace(text=None)
     return task._replace(head=head, extra=extra)
 
 
-EXTRAS: dict[str, Any] = {}
-"""Small arrays for what methods may need, by the need's name."""
+def small_tower() -> Tower:
+    """A random text tower that knows the classes."""
+    config = TextTowerConfig(
+        width=8,
+        heads=2,
+        layers=1,
+        mlp_width=16,
+        context_length=24,
+        vocab_size=12,
+        embed_dim=DIM,
+        activation="gelu",
+        epsilon=1e-5,
+        pooling="argmax",
+        projection="linear",
+        start_id=10,
+        end_id=11,
+        pad_id=0,
+        sentences=((1, 9), (2, 9), (3, 4, 9), (5, 9)),
+        name_lengths=(1, 1, 2, 1),
+        phrases={"a photo of a": (6, 7, 8, 6)},
+        weights_sha256="0" * 64,
+    )
+    rng = np.random.default_rng(0)
+    arrays = {
+        name: rng.normal(size=shape).astype(np.float32)
+        for name, shape in array_shapes(config).items()
+    }
+    return jax.tree.map(jnp.asarray, prepare(config, arrays))
+
+
+EXTRAS: dict[str, dict[str, Any]] = {
+    "tower": {"tower": small_tower()},
+    # As wide as the features, which stand for those before the projection.
+    "projection": {
+        "projection": jnp.eye(DIM) + 0.1 * jnp.ones((DIM, DIM)),
+        "bias": 0.1 * jnp.ones(DIM),
+    },
+}
+"""What methods may need, by the need's name, as entries of a task's `extra`."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 
 from clip_adapter.adapters import classifier
 from clip_adapter.adapters.method import Batch, Head
-from clip_adapter.adapters.scoring import sums
+from clip_adapter.adapters.scoring import score
 
 
 def test_templates_are_normalised_before_they_are_averaged():
@@ -55,9 +55,9 @@ def test_cross_entropy_and_how_many_are_right():
     logits, labels = jnp.asarray(LOGITS), jnp.asarray(LABELS)
     found = classifier.cross_entropy(jnp, logits, labels)
     np.testing.assert_allclose(np.asarray(found), losses(), rtol=1e-6)
-    np.testing.assert_allclose(sums(logits, labels), [2, losses().sum()], rtol=1e-6)
-    counted = sums(logits, labels, jnp.array([False, True, True]))
-    np.testing.assert_allclose(counted, [1, losses()[1:].sum()], rtol=1e-6)
+    scored = score(logits, labels)
+    np.testing.assert_allclose(scored.score, [2 / 3, losses().mean()], rtol=1e-6)
+    assert scored.right.tolist() == [True, False, True]
 
 
 def test_the_mean_is_over_the_rows_that_count():

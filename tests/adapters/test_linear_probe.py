@@ -7,71 +7,12 @@ from sklearn.linear_model import LogisticRegression
 
 from clip_adapter.adapters.engine import Engine
 from clip_adapter.adapters.linear_probe import coarse_to_fine
-from clip_adapter.adapters.logistic_regression import fit_linear_probe
 from clip_adapter.adapters.methods import METHODS
 from clip_adapter.adapters.scoring import make_classify
 from clip_adapter.adapters.search import fit, search
 from tests.adapters.tasks import Notes, separable_task, validation_accuracy
 
 PROBE = METHODS["linear-probe"]
-
-CLASSES = 4
-
-
-def labelled(scale: float, offset: float, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Classes around random centres: separable in as many dimensions as images, not in a few."""
-    rng = np.random.default_rng(0)
-    labels = np.repeat(np.arange(CLASSES), 20)
-    centres = rng.normal(size=(CLASSES, dim))
-    features = scale * (centres[labels] + 1.5 * rng.normal(size=(len(labels), dim)) + offset)
-    return features.astype(np.float32), labels
-
-
-@pytest.mark.parametrize("c", [1e-3, 0.316, 30.0, 1e3])
-@pytest.mark.parametrize(
-    ("scale", "offset", "dim", "separable"),
-    [(1.0, 0.0, 6, False), (0.01, 0.0, 6, False), (20.0, 0.5, 6, False), (1.0, 0.5, 80, True)],
-)
-def test_it_is_scikit_learns_logistic_regression(
-    scale: float, offset: float, dim: int, separable: bool, c: float
-):
-    features, labels = labelled(scale, offset, dim)
-    # Scaled features with C scaled against it: the same problem, one that scikit-learn solves well.
-    c_here = c / scale**2
-    reference = LogisticRegression(C=c, tol=1e-10, max_iter=20000)
-    reference.fit(features.astype(np.float64) / scale, labels)
-    if c > 1:
-        assert (reference.score(features / scale, labels) == 1) == separable
-    found = fit_linear_probe(features, labels, CLASSES, c_here)
-    kernel, bias = reference.coef_.T / scale, reference.intercept_
-    np.testing.assert_allclose(found["kernel"], kernel, atol=1e-2 * np.abs(kernel).max())
-    np.testing.assert_allclose(
-        features @ found["kernel"] + found["bias"], features @ kernel + bias, atol=0.1
-    )
-
-    def objective(kernel: np.ndarray, bias: np.ndarray) -> float:
-        logits = features.astype(np.float64) @ kernel + bias
-        likelihood = logits[np.arange(len(labels)), labels] - np.log(np.exp(logits).sum(axis=1))
-        return -c_here * likelihood.sum() + 0.5 * (kernel.astype(np.float64) ** 2).sum()
-
-    assert objective(**found) == pytest.approx(
-        objective(kernel, bias), rel=1e-3 if separable else 1e-5
-    )
-
-
-def test_separable_data_at_a_large_c_are_classified():
-    task = separable_task(noise=0.3)
-    found = fit_linear_probe(task.features[0], task.labels, 4, 1e6)
-    assert all(np.isfinite(array).all() for array in found.values())
-    logits = np.asarray(task.features[0]) @ found["kernel"] + found["bias"]
-    assert (logits.argmax(axis=1) == np.asarray(task.labels)).all()
-
-
-def test_a_class_without_images_is_never_predicted():
-    task = separable_task()
-    found = fit_linear_probe(task.features[0], task.labels, 5, 1.0)
-    logits = np.asarray(task.validation_features) @ found["kernel"] + found["bias"]
-    assert (logits.argmax(axis=1) < 4).all()
 
 
 COARSE = [-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0]
