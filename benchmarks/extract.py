@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from clip_adapter.cache.writer import CacheWriter
 from clip_adapter.extract.backbone import Backbone, load_backbone
-from clip_adapter.extract.datasets.digits import digits
 from clip_adapter.extract.datasets.image_files import ImageFiles
+from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import Split
 from clip_adapter.extract.decode import Plan, decode
 from clip_adapter.extract.device import find_device, find_precision
@@ -100,7 +100,7 @@ def prepared(name: str, folder: Path, device: torch.device) -> Iterator[Backbone
 
 
 def digits_split(count: int) -> Split:
-    parts = digits().splits.values()
+    parts = open_dataset("digits").splits.values()
     images = [part.read(row) for part in parts for row in range(len(part.labels))][:count]
     labels = np.zeros(len(images), np.int32)
     return Split([str(row) for row in range(len(images))], labels, images.__getitem__, "digits")

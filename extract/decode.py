@@ -13,7 +13,7 @@ import torch
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.datasets.source import Split
-from clip_adapter.extract.images import BadImage, read_named
+from clip_adapter.extract.images import BadImage, naming, read_rgb
 from clip_adapter.extract.preprocess import Preprocess
 
 BATCHES_AHEAD = 2
@@ -148,14 +148,15 @@ def _decode_rows(
     for position, row in enumerate(rows):
         name = split.ids[row]
         try:
-            image = read_named(name, partial(split.read, row))
+            with naming(name):
+                image = read_rgb(partial(split.read, row))
+                for view in range(plan.views):
+                    pixels[view, position] = preprocess.view(image, name, view, plan.seed)
         except BadImage as error:
             if not plan.skip:
                 raise UserError(f"{error}; repair or remove it, or use --on-error skip.") from error
             outcomes.append(Skipped(row, name, str(error)))
             continue
-        for view in range(plan.views):
-            pixels[view, position] = preprocess.view(image, name, view, plan.seed)
         digest = hashlib.blake2b(pixels[0, position], digest_size=8).digest()
         digests[position] = int.from_bytes(digest, "little")
         outcomes.append(None)

@@ -52,6 +52,9 @@ def run_job(config: "ExtractConfig", shard: Shard, place: Workplace, quiet: bool
     """
     identity = config.identity()
     dataset = open_dataset(config.dataset, config.source_options())
+    if not quiet:
+        for remark in dataset.remarks:
+            warn(remark)
     text = _text_plan(config, dataset)
     device = find_device(config.device)
     precision = find_precision(config.precision, device)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -13,13 +14,14 @@ from stat import S_ISDIR
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 import tyro
-from PIL import Image
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.console.command import EXIT_PARTIAL, run_command
 from clip_adapter.console.progress import Advance, progress
-from clip_adapter.extract.datasets.image_files import images_below, unreadable
-from clip_adapter.extract.images import BadImage, read_rgb
+from clip_adapter.console.wording import warn
+from clip_adapter.extract.datasets.image_files import images_below, unread_remarks
+from clip_adapter.extract.files import unreadable
+from clip_adapter.extract.images import BadImage, open_image, read_rgb
 from clip_adapter.pipelines.plain_text import printable
 from clip_adapter.pipelines.prediction_formats import FORMATS, Prediction
 
@@ -86,7 +88,7 @@ class Predictions:
     def _decode(self, path: Path) -> "tuple[Path, torch.Tensor | str]":
         """The preprocessed image, or why there is none."""
         try:
-            return path, self._model.preprocess(read_rgb(partial(Image.open, path)))
+            return path, self._model.preprocess(read_rgb(partial(open_image, path)))
         except BadImage as error:
             return path, str(error)
         except OSError as error:
@@ -140,12 +142,15 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     Raises UserError for a path that does not exist or cannot be read, and if nothing is found.
     """
     found: list[Path] = []
+    unread: Counter[str] = Counter()
     for path in paths:
         try:
             mode = path.stat().st_mode
         except OSError as error:
             raise unreadable(path, error) from error
-        found += [path / inner for inner in images_below(path)] if S_ISDIR(mode) else [path]
+        found += [path / inner for inner in images_below(path, unread)] if S_ISDIR(mode) else [path]
+    for remark in unread_remarks(unread):
+        warn(remark)
     if not paths:
         raise UserError("Name the images to classify: files, or folders that hold them.")
     if not found:

@@ -4,7 +4,6 @@ The splits are the builder's own, which are not the ones CoOp published.
 """
 
 import difflib
-import io
 import os
 import re
 import socket
@@ -31,6 +30,7 @@ from clip_adapter.extract.datasets.source import (
 )
 from clip_adapter.extract.datasets.splitting import complete_splits
 from clip_adapter.extract.datasets.tfds_without_tensorflow import file_operations_for_tfds
+from clip_adapter.extract.images import open_image
 
 ID_FEATURES = ("file_name", "filename", "image/file_name", "image/filename", "id")
 LEFT_OUT = -1
@@ -249,7 +249,7 @@ class _TfdsImages:
 
     def __call__(self, index: int) -> Image.Image:
         record = _images(self.folder, self.split, os.getpid())[int(self.rows[index])]
-        return Image.open(io.BytesIO(record["image"]))
+        return open_image(record["image"])
 
 
 @lru_cache(maxsize=8)

@@ -21,6 +21,8 @@ from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.extract import job
 from clip_adapter.extract.command import ExtractConfig, extract
+from clip_adapter.extract.datasets.registry import open_dataset
+from clip_adapter.extract.datasets.source import ImageDataset
 from clip_adapter.extract.shards import Shard, parse_shard
 from clip_adapter.pipelines.merge import MergeConfig, merge
 from tests.extract.image_folders import make_folder, photograph
@@ -414,13 +416,37 @@ def test_torchrun_divides_and_joins_by_itself(whole: Path, folder: Path, tmp_pat
     assert datasets(out) == datasets(whole)
 
 
-def test_an_unreadable_file_is_not_skipped(folder: Path, tmp_path: Path) -> None:
+def test_an_unreadable_file_is_not_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path / "data", {"train": 2, "test": 1}, CLASSES)
-    victim = tmp_path / "data" / "train" / "dog" / "01.png"
-    victim.unlink()
-    victim.symlink_to(tmp_path / "nowhere.png")
+
+    def then_lose_one(*arguments: Any) -> ImageDataset:
+        found = open_dataset(*arguments)
+        (tmp_path / "data" / "train" / "dog" / "01.png").unlink()
+        return found
+
+    monkeypatch.setattr(job, "open_dataset", then_lose_one)
     with pytest.raises(UserError, match=r"dog/01\.png cannot be read: No such file"):
         run(tmp_path / "data", tmp_path / "features.h5", val=0.0)
+
+
+def test_links_that_lead_nowhere_and_pipes_are_bad_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = make_folder(tmp_path / "data", {"train": 3, "test": 1}, CLASSES) / "train"
+    for name, target in (("dog/dead.png", "nowhere"), ("cat/loop.png", "loop.png")):
+        (train / name).symlink_to(target)
+    os.mkfifo(train / "eel" / "pipe.png")
+    (train / "eel" / "loop").symlink_to("loop")
+    for name in ("a.jxl", "b.CR2", "c.JXL", "d.txt"):
+        (train / "eel" / name).touch()
+    out = tmp_path / "features.h5"
+    run(tmp_path / "data", out, val=0.0)
+    said = capsys.readouterr()
+    assert "3 images skipped (3 train)" in said.out
+    assert "warning: passed over 3 images of kinds not read: 2 .jxl, 1 .cr2.\n" in said.err
+    with h5py.File(out) as file:
+        skipped = file["images/train/skipped"].asstr()[...].tolist()
+    assert skipped == ["train/cat/loop.png", "train/dog/dead.png", "train/eel/pipe.png"]
 
 
 def test_a_split_without_a_readable_image(tmp_path: Path) -> None:
