@@ -120,7 +120,7 @@ def photographs(folder: Path, count: int) -> Split:
 
 def compare(name: str, case: Case, rounds: int, compiled: bool) -> None:
     count = len(case.split.labels)
-    encoder = Encoder(case.backbone, case.device)
+    encoder = Encoder(case.backbone, case.device, case.batch_size)
     sides: dict[str, Callable[[], object]] = {
         "usual loop": partial(usual_loop, case),
         "usual loop, 0 workers": partial(usual_loop, case, workers=0),
@@ -129,7 +129,7 @@ def compare(name: str, case: Case, rounds: int, compiled: bool) -> None:
         "ours, forward alone": partial(forward_alone, case, encoder),
     }
     if compiled:
-        fast = Encoder(case.backbone, case.device, case.batch_size)
+        fast = Encoder(case.backbone, case.device, case.batch_size, compiled=True)
         sides["ours, compiled"] = partial(ours, case, fast)
         sides["ours, compiled, forward alone"] = partial(forward_alone, case, fast)
     print(f"\n{name}, {count} images of the same kind, batch {case.batch_size}")
@@ -200,8 +200,7 @@ def usual_loop(case: Case, workers: int | None = None) -> np.ndarray:
 
 def plan(case: Case) -> Plan:
     return Plan(
-        start=0,
-        stop=len(case.split.labels),
+        rows=np.arange(len(case.split.labels)),
         batch_size=case.batch_size,
         workers=case.workers,
         pinned=case.device.type == "cuda",

@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 
 from clip_adapter.cache import layout
 from clip_adapter.cache.duplicates import in_several_splits
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.tally import Tally, tally
 from clip_adapter.cache.workplace import Workplace
-from clip_adapter.cache.writer import DIGESTS, SKIPPED, SKIPPED_LABELS, CacheWriter, Part
+from clip_adapter.cache.writer import (
+    HASHES,
+    SKIPPED,
+    SKIPPED_LABELS,
+    SKIPPED_STAMPS,
+    CacheWriter,
+    Part,
+)
 
 # What has to be the same in all parts beside the arguments, and what of the data set's record not.
 SHARED = ("backbone", "preprocess", "templates", "logit_scale", "logit_bias")
@@ -204,11 +212,16 @@ def _copy_images(part: _PartFile, split: str, writer: CacheWriter) -> None:
         rows = group["labels"].shape[0]
         skipped = group[SKIPPED].asstr()[...].tolist() if SKIPPED in group else []
         skipped_labels = group[SKIPPED_LABELS][...].tolist() if SKIPPED_LABELS in group else []
+        skipped_stamps = group[SKIPPED_STAMPS][...] if SKIPPED_STAMPS in group else None
     for start in range(0, max(1, rows), ROWS_AT_A_TIME):
         chosen = slice(start, start + ROWS_AT_A_TIME)
         with _reading(part.path):
             features = group["features"][:, chosen].transpose(1, 0, 2)
             labels, ids = group["labels"][chosen], group["ids"].asstr()[chosen].tolist()
-            digests = group[DIGESTS][chosen] if DIGESTS in group else None
-        writer.append_images(split, features, labels, ids, skipped, digests, skipped_labels)
-        skipped, skipped_labels = [], []
+            hashes = {name: group[name][chosen] for name in HASHES if name in group}
+        if skipped_stamps is not None:
+            hashes[SKIPPED_STAMPS] = skipped_stamps
+        writer.append_images(
+            split, features, labels, ids, skipped, skipped_labels=skipped_labels, **hashes
+        )
+        skipped, skipped_labels, skipped_stamps = [], [], np.zeros(0, np.uint64)

@@ -223,6 +223,43 @@ class FeatureCache:
         features = self._values(f"images/{split}/features", views)
         return Images(features, self.labels(split), self._strings(f"images/{split}/ids"))
 
+    def ids(self, split: str) -> list[str]:
+        """N strings."""
+        return self._strings(f"images/{split}/ids")
+
+    def hashes(self, split: str, name: str) -> npt.NDArray[np.uint64] | None:
+        """One of a split's optional lists of hashes, of rows or of skipped images; None where it is
+        not there or not of that type."""
+        path = f"images/{split}/{name}"
+        found = self._file.get(path)
+        if not isinstance(found, h5py.Dataset) or found.dtype != np.uint64 or found.ndim != 1:
+            return None
+        return self._read(path)
+
+    def skipped_ids(self, split: str) -> list[str]:
+        """Those images of a split that could not be read."""
+        path = f"images/{split}/skipped"
+        return self._strings(path) if path in self._file else []
+
+    def skipped_labels(self, split: str) -> list[int]:
+        """Their labels."""
+        path = f"images/{split}/skipped_labels"
+        return self._read(path).tolist() if path in self._file else []
+
+    def stored_features(self, split: str, start: int, stop: int) -> np.ndarray:
+        """(V, M, D) of the rows start…stop−1, in the type in which they are stored."""
+        path = f"images/{split}/features"
+        try:
+            return self._file[path][:, start:stop]
+        except DAMAGE as error:
+            raise self._broken(f"{path} is damaged (its checksum does not match)") from error
+
+    def prompts(self) -> list[list[str]] | None:
+        """(C, P) what was encoded for each class, where that is recorded."""
+        if "text/prompts" not in self._file:
+            return None
+        return [[text.decode() for text in row] for row in self._read("text/prompts")]
+
     def _values(self, path: str, first: int | None = None) -> npt.NDArray[np.float32]:
         values = self._read(path, first).astype(np.float32)
         if not np.isfinite(values).all():

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -53,10 +54,17 @@ class Workplace:
         """Whether there is something here to go on with."""
         return (self.folder / ARGUMENTS).exists()
 
-    def refuse_other(self, arguments: dict[str, Any], *, known_so_far: bool = False) -> None:
+    def refuse_other(
+        self,
+        arguments: dict[str, Any],
+        *,
+        known_so_far: bool = False,
+        may_differ: Collection[str] = (),
+    ) -> None:
         """Hold what an interrupted run left here, if anything, to the arguments of this one.
 
-        known_so_far: there are more arguments, which are not known yet.
+        known_so_far: there are more arguments, which are not known yet. may_differ: names of those
+            that need not agree.
         Raises UserError where it was started with others, or nobody can tell any more.
         """
         if not self.begun:
@@ -64,6 +72,7 @@ class Workplace:
         earlier = self.read(ARGUMENTS)
         now = json.loads(json.dumps(arguments | self._own))
         names = now.keys() if known_so_far else earlier.keys() | now.keys()
+        names = names - set(may_differ)
         differing = sorted(name for name in names if earlier.get(name) != now.get(name))
         if differing:
             raise UserError(
@@ -89,14 +98,18 @@ class Workplace:
 
     def state(self, arguments: dict[str, Any]) -> None:
         """Write down what this run is, and begin it unless it has begun."""
+        stated = json.dumps(arguments | self._own, sort_keys=True)
         if not self.begun:
             self.empty()
-            stated = json.dumps(arguments | self._own, sort_keys=True)
-            atomic.write_text(self.folder / ARGUMENTS, stated)
+        elif self.read(ARGUMENTS) == json.loads(stated):
+            return
+        atomic.write_text(self.folder / ARGUMENTS, stated)
 
     def empty(self) -> None:
         for entry in self.folder.iterdir():
-            if entry.name != LOCK:
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
                 entry.unlink()
 
     def close(self) -> None:

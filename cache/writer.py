@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -25,6 +25,10 @@ from clip_adapter.cache.workplace import Workplace
 DIGESTS = "digests"
 SKIPPED = "skipped"
 SKIPPED_LABELS = "skipped_labels"
+STAMPS = "stamps"
+CONTENTS = "contents"
+SKIPPED_STAMPS = "skipped_stamps"
+HASHES = (DIGESTS, STAMPS, CONTENTS)  # one per row
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -51,6 +55,9 @@ class CacheWriter:
     place: the path, or the workplace taken beside it, which the writer closes.
     arguments: JSON-able description of what is written; two runs with equal arguments write the
         same cache.
+    stated: those that an interrupted run must agree on, by default all; may_differ: but not these.
+    staging: sub-folder in which the rows are staged, so that others may lie beside them; all go in
+        the end.
     Raises UserError where the folder cannot be written, another process is writing the same file,
     or an interrupted run with other arguments lies there (unless `restart`).
     """
@@ -62,23 +69,33 @@ class CacheWriter:
         *,
         views: int,
         restart: bool = False,
+        stated: dict[str, Any] | None = None,
+        may_differ: Collection[str] = (),
+        staging: str = "",
     ) -> None:
         self._place = Workplace(place) if isinstance(place, Path) else place
         self.path = self._place.path
         self.arguments = arguments
         self._views = views
         self._restart = restart
-        self._folder = self._place.folder
+        self._folder = self._place.folder / staging
         self._staged: dict[str, StagedRows] = {}
         try:
             with self._writing():
                 if restart:
                     self._place.empty()
-                self._place.refuse_other(arguments)
-                self._place.state(arguments)
+                stated = arguments if stated is None else stated
+                self._place.refuse_other(stated, may_differ=may_differ)
+                self._place.state(stated)
+                self._folder.mkdir(exist_ok=True)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def staging(self) -> Path:
+        """The folder in which the rows are staged."""
+        return self._folder
 
     def consumed(self, split: str) -> int:
         """Source images of a split that are dealt with already, skipped ones included."""
@@ -96,6 +113,9 @@ class CacheWriter:
         skipped: Sequence[str] = (),
         digests: npt.NDArray[np.uint64] | None = None,
         skipped_labels: npt.ArrayLike = (),
+        stamps: npt.NDArray[np.uint64] | None = None,
+        contents: npt.NDArray[np.uint64] | None = None,
+        skipped_stamps: npt.NDArray[np.uint64] | None = None,
     ) -> None:
         """Add a batch of images to a split.
 
@@ -103,6 +123,8 @@ class CacheWriter:
         labels: (B,) integers. ids: B strings. skipped: ids of images that could not be read.
         digests: (B,) hashes of the images' pixels, for all batches of a split or for none.
         skipped_labels: those of `skipped`, for all batches of a split or for none.
+        stamps, contents: (B,) hashes by which the images are known again (FORMAT.md), and
+        skipped_stamps those of `skipped`; for all batches of a split or for none.
         Raises UserError for features that are not finite and ids that the file cannot hold, before
         anything of the batch is staged, and where the disk is full.
         """
@@ -117,8 +139,13 @@ class CacheWriter:
             SKIPPED: list(skipped),
             SKIPPED_LABELS: np.asarray(skipped_labels, np.int32).tolist(),
         }
-        if digests is not None:
-            record[DIGESTS] = digests.tolist()
+        hashes = {
+            DIGESTS: digests,
+            STAMPS: stamps,
+            CONTENTS: contents,
+            SKIPPED_STAMPS: skipped_stamps,
+        }
+        record |= {name: found.tolist() for name, found in hashes.items() if found is not None}
         with self._writing():
             self._stage(split, features).append(features, record)
 
@@ -186,7 +213,8 @@ class CacheWriter:
 
     def _reopened(self, name: str) -> StagedRows:
         if name not in self._staged:
-            shape = self._place.read(f"{name}.shape")
+            folder = self._folder.relative_to(self._place.folder)
+            shape = self._place.read(str(folder / f"{name}.shape"))
             try:
                 inner, dim, dtype = shape["inner"], shape["dim"], np.dtype(shape["dtype"])
                 self._staged[name] = StagedRows(self._folder, name, inner, dim, dtype)
@@ -234,7 +262,8 @@ class CacheWriter:
             attributes |= {"part": json.dumps(asdict(part)), "templates": json.dumps([*templates])}
         with self._writing():
             self._assemble(attributes, templates, part is None)
-            shutil.rmtree(self._folder)  # before the lock goes, so that nobody starts in there
+            # Before the lock goes, so that nobody starts in there.
+            shutil.rmtree(self._place.folder)
         self.close()
 
     def _reserve(self, path: Path) -> None:
@@ -255,7 +284,7 @@ class CacheWriter:
                     raise
 
     def _assemble(self, attributes: dict[str, Any], templates: Sequence[str], whole: bool) -> None:
-        assembled = self._folder / "assembled.h5"
+        assembled = self._place.folder / "assembled.h5"
         self._reserve(assembled)
         # HDF5 1.10's file format, unlike the default of h5py, puts checksums on the metadata too:
         # one wrong byte there can turn a chunk into zeros or HDF5 into an endless loop.
@@ -290,14 +319,18 @@ class CacheWriter:
         labels = self.listed(split, "labels")
         _write_list(group, "labels", labels, staged.rows, np.dtype(np.int32))
         _write_strings(group, "ids", lambda: self.listed(split, "ids"))
-        if any(True for _ in self.listed(split, DIGESTS)):
-            digests = self.listed(split, DIGESTS)
-            _write_list(group, DIGESTS, digests, staged.rows, np.dtype(np.uint64))
+        for name in HASHES:
+            if any(True for _ in self.listed(split, name)):
+                values = self.listed(split, name)
+                _write_list(group, name, values, staged.rows, np.dtype(np.uint64))
         if any(True for _ in self.listed(split, SKIPPED)):
             _write_strings(group, SKIPPED, lambda: self.listed(split, SKIPPED))
         if labels_of_skipped := list(self.listed(split, SKIPPED_LABELS)):
             count = len(labels_of_skipped)
             _write_list(group, SKIPPED_LABELS, labels_of_skipped, count, np.dtype(np.int32))
+        if stamps_of_skipped := list(self.listed(split, SKIPPED_STAMPS)):
+            count = len(stamps_of_skipped)
+            _write_list(group, SKIPPED_STAMPS, stamps_of_skipped, count, np.dtype(np.uint64))
 
     def _assemble_text(self, file: h5py.File, templates: Sequence[str]) -> None:
         staged = self._reopened(layout.TEXT)

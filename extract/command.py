@@ -22,6 +22,8 @@ from clip_adapter.extract.shards import (
 if TYPE_CHECKING:
     from clip_adapter.extract.datasets.source import SourceOptions
 
+VIEWS_MAX = 100  # of a batch all views are in memory at once
+
 
 @dataclass(frozen=True)
 class ExtractConfig:
@@ -63,6 +65,8 @@ class ExtractConfig:
         device: PyTorch device; auto takes a GPU where there is one.
         shard: Encode only part I of N, written I/N (1/4 … 4/4); `clip-adapter merge` joins
             the parts. Under torchrun every process takes its part by itself.
+        update: Bring an existing cache up to date with its source and with the prompts: encode what
+            is new or has changed, keep the rest.
         force: Overwrite an existing cache or an interrupted run.
     """
 
@@ -87,6 +91,7 @@ class ExtractConfig:
     workers: int = os.cpu_count() or 1
     device: str = "auto"
     shard: str | None = None
+    update: bool = False
     force: bool = False
 
     def source_options(self) -> "SourceOptions":
@@ -182,6 +187,13 @@ def _check(config: ExtractConfig) -> None:
         raise UserError("--batch-size and --workers must be at least 1.")
     if config.views < 0 or config.augment_seed < 0:
         raise UserError("--views and --augment-seed must not be negative.")
+    if config.views > VIEWS_MAX:
+        raise UserError(f"--views {config.views} is more than {VIEWS_MAX}; store fewer.")
+    if config.update and (config.force or config.shard is not None or find_launch() is not None):
+        raise UserError(
+            "--update brings one whole cache up to date, in one process; leave out --force and "
+            "--shard, and torchrun."
+        )
 
 
 def _own(config: ExtractConfig, shard: Shard) -> dict[str, Any]:
@@ -200,12 +212,16 @@ def _workplace(config: ExtractConfig, own: Mapping[str, Any]) -> Iterator[Workpl
     Raises UserError where nothing can be written there, by this run at least. An interruption is
     given to say that nothing is lost (--force, though, would start again).
     """
+    from clip_adapter.extract.update import UPDATABLE
+
     arguments = config.identity()
     if config.precision == "auto":  # only the device will say
         del arguments["precision"]
     with Workplace(config.out, own) as place:
         if not config.force:
-            place.refuse_other(arguments, known_so_far=True)
+            place.refuse_other(
+                arguments, known_so_far=True, may_differ=UPDATABLE if config.update else ()
+            )
         try:
             yield place
         except KeyboardInterrupt:
@@ -217,35 +233,56 @@ def _workplace(config: ExtractConfig, own: Mapping[str, Any]) -> Iterator[Workpl
 
 
 def _already_there(config: ExtractConfig, shard: Shard) -> bool:
-    """Whether the file exists with these arguments.
+    """Whether the file exists with these arguments, made of the images that are there now.
 
     Raises UserError where something else stands in its place, or images were skipped that should
-    not be.
+    not be, and, unless it is to be updated, where images have changed.
     """
     if config.force or not config.out.exists() or config.out.is_dir():
         return False
+    from clip_adapter.extract.update import (
+        UPDATABLE,
+        find_changes,
+        refuse_changed,
+        refuse_other_rows,
+    )
+
     stored, skipped = _arguments_of(config.out, shard)
     earlier = ExtractConfig().identity() | stored
     now = config.identity()
     if config.precision == "auto":  # whatever it was on the machine that made the file
         now["precision"] = earlier["precision"]
-    differing = sorted(key for key in now if earlier.get(key) != now[key])
-    if differing:
+    differing = {key for key in now if earlier.get(key) != now[key]}
+    if differing and not (shard.of == 1 and differing <= set(UPDATABLE)):
         raise UserError(
-            f"{config.out} exists and was made with other arguments ({', '.join(differing)} "
-            "differ); choose another --out, or --force to overwrite it."
+            f"{config.out} exists and was made with other arguments "
+            f"({', '.join(sorted(differing))} differ); choose another --out, or --force to "
+            "overwrite it."
         )
+    if differing and not config.update:
+        raise UserError(
+            f"{config.out} exists and was made with other arguments "
+            f"({', '.join(sorted(differing))} differ); choose another --out, --update to keep what "
+            "can be kept of it, or --force to overwrite it."
+        )
+    if config.update:
+        wanting = config.on_error == "fail" and skipped > 0
+        return not differing and not wanting and find_changes(config) is None
     if config.on_error == "fail":
         from clip_adapter.extract.outcome import refuse_skipped
 
         refuse_skipped(config.out, skipped)
+    if shard.of > 1:
+        refuse_other_rows(config, stored.get("rows_sha256"))
+    else:
+        refuse_changed(config)
     return True
 
 
 def _nothing_to_do(out: Path) -> str:
     return (
-        f"{out} is complete and was made with these arguments; images and weights were not "
-        "looked at again (--force does): nothing to do."
+        f"{out} is complete and was made with these arguments of what its source holds now: "
+        "nothing to do (weights were not looked at; --force starts again)."
     )
 
 

@@ -1,28 +1,31 @@
 """One `extract` from the opened data set to the finished file."""
 
-import hashlib
-import json
 import sys
 import warnings
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from clip_adapter.cache.duplicates import in_several_splits
+from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.reuse import rows_of_cache, rows_of_staging
 from clip_adapter.cache.tally import Tally, tally
 from clip_adapter.cache.workplace import Workplace
 from clip_adapter.cache.writer import SKIPPED, CacheWriter, Part
 from clip_adapter.console.progress import progress
 from clip_adapter.console.wording import counted, warn
 from clip_adapter.extract.backbone import load_backbone
+from clip_adapter.extract.broken import BrokenImage, name_all
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset
 from clip_adapter.extract.decode import Plan
 from clip_adapter.extract.device import find_device, find_precision
-from clip_adapter.extract.encode import EncodedBatch, Encoder, encode_images
+from clip_adapter.extract.encode import Encoder, encode_images
+from clip_adapter.extract.fingerprints import stamps
 from clip_adapter.extract.in_order import InOrder
 from clip_adapter.extract.outcome import (
     describe,
@@ -36,12 +39,17 @@ from clip_adapter.extract.prompts import (
     read_descriptions,
     resolve_templates,
 )
+from clip_adapter.extract.reuse import NOWHERE, Earlier, listing_sha256, rows_sha256
 from clip_adapter.extract.shards import Shard
+from clip_adapter.extract.split_rows import SplitRows
 from clip_adapter.extract.stopwatch import Stopwatch
 from clip_adapter.extract.text import TextPlan, encode_classes
+from clip_adapter.extract.update import UPDATABLE, refuse_other_features
 
 if TYPE_CHECKING:
     from clip_adapter.extract.command import ExtractConfig
+
+STAGING = "rows-"  # and the hash of the listing that they are the rows of
 
 
 def run_job(config: "ExtractConfig", shard: Shard, place: Workplace, quiet: bool = False) -> str:
@@ -65,18 +73,39 @@ def run_job(config: "ExtractConfig", shard: Shard, place: Workplace, quiet: bool
     # which may change under an unchanged path.
     identity["precision"] = precision
     identity["weights_sha256"] = backbone.identity["weights_sha256"]
-    identity["rows_sha256"] = _rows_sha256(dataset)
-    restart = config.force
+    identity["preprocess"] = backbone.preprocess_config
+    stated = dict(identity)
+    identity["rows_sha256"] = rows_sha256(dataset.splits)
+    now = {name: stamps(split, dataset.provenance) for name, split in dataset.splits.items()}
+    changeable = {name: identity[name] for name in UPDATABLE} | {"prompts": text.sha256()}
     with (
         warnings.catch_warnings(),
-        CacheWriter(place, identity, views=1 + config.views, restart=restart) as writer,
+        ExitStack() as stack,
+        CacheWriter(
+            place,
+            identity,
+            views=1 + config.views,
+            restart=config.force,
+            stated=stated,
+            may_differ=UPDATABLE if config.update else (),
+            staging=f"{STAGING}{listing_sha256(dataset, now, changeable)}",
+        ) as writer,
     ):
         # Pillow remarks on oddities of files that decode all the same; the others get a sentence.
         warnings.filterwarnings("ignore", module="PIL")
-        encoder = Encoder(backbone, device, config.batch_size if config.compile else None)
-        job = _Job(config, shard, dataset, encoder, writer, quiet)
+        encoder = Encoder(backbone, device, config.batch_size, compiled=config.compile)
+        earlier = None
+        if config.update and config.out.exists():
+            earlier = stack.enter_context(FeatureCache(config.out))
+            weights, preprocess = identity["weights_sha256"], backbone.preprocess_config
+            refuse_other_features(earlier, weights, preprocess, precision)
+        tables = list(rows_of_cache(earlier)) if earlier else []
+        for folder in place.folder.glob(f"{STAGING}*"):
+            if folder != writer.staging:
+                tables += rows_of_staging(folder, stack)
+        job = _Job(config, shard, dataset, encoder, writer, quiet, now, Earlier(tables))
         job.check_what_is_there()
-        if shard.index == 1:
+        if shard.index == 1 and not (earlier and job.keep_text(text, earlier)):
             job.encode_text(text)
         for name in dataset.splits:
             job.encode_split(name)
@@ -128,6 +157,8 @@ class _Job:
         encoder: Encoder,
         writer: CacheWriter,
         quiet: bool,
+        now: Mapping[str, npt.NDArray[np.uint64]],
+        earlier: Earlier,
     ) -> None:
         self._config = config
         self._shard = shard
@@ -136,6 +167,12 @@ class _Job:
         self._writer = writer
         self._quiet = quiet
         self._reason: str | None = None  # why the first image was skipped
+        self._stamps = now
+        self._known = {
+            name: earlier.find(split, now[name], self._views(name), config.workers)
+            for name, split in dataset.splits.items()
+        }
+        self._kept = 0
         self._images = 0
         self._seconds = 0.0
         self.watch = Stopwatch()
@@ -157,6 +194,18 @@ class _Job:
                 f"extract: goes on from image {done:,} of {total:,}, where an earlier run stopped",
                 file=sys.stderr,
             )
+
+    def _views(self, split: str) -> int:
+        return 1 + self._config.views if split == "train" else 1
+
+    def keep_text(self, plan: TextPlan, earlier: FeatureCache) -> bool:
+        """Take the text features of a cache, if they are of these classes and prompts."""
+        if not plan.is_in(earlier):
+            return False
+        if not self._writer.text_rows():
+            features = earlier.text_features()
+            self._writer.append_text(features, earlier.class_names, earlier.prompts())
+        return True
 
     def encode_text(self, plan: TextPlan) -> None:
         batches = encode_classes(
@@ -185,12 +234,16 @@ class _Job:
         split = self._dataset.splits[name]
         start, stop, _ = self.bounds(name)
         done = self._writer.consumed(name)
+        known = self._known[name]
+        left = np.arange(start + done, stop)
+        fresh = left[known.table[left] == NOWHERE]
+        kept = len(left) - len(fresh)
+        self._kept += kept
         plan = Plan(
-            start=start + done,
-            stop=stop,
+            rows=fresh,
             batch_size=self._config.batch_size,
             workers=self._config.workers,
-            views=1 + self._config.views if name == "train" else 1,
+            views=self._views(name),
             seed=self._config.augment_seed,
             skip=self._config.on_error == "skip",
             pinned=self._encoder.device.type == "cuda",
@@ -198,33 +251,37 @@ class _Job:
         shown = (
             nullcontext(_no_advance)
             if self._quiet
-            else progress(f"encode {name}", stop - start, done)
+            else progress(f"encode {name}", stop - start, done + kept)
         )
         clock = Stopwatch()
         count = 0
-        with shown as advance, InOrder() as writing:
+        rows = SplitRows(self._writer, name, split, self._stamps[name], known, plan, start + done)
+        with shown as advance, self._naming_all(name), InOrder() as writing:
             for batch in encode_images(self._encoder, split, plan, self.watch):
                 with self.watch("write"):
-                    writing.submit(self._append, name, batch)
+                    writing.submit(rows.append, batch)
                 handled = len(batch.rows) + len(batch.skipped)
                 count += handled
                 self._images += len(batch.rows)
                 if batch.skipped and self._reason is None:
                     self._reason = batch.skipped[0].reason
-                advance(handled, self._note(count, plan.stop - plan.start - count, clock.elapsed))
+                advance(handled, self._note(count, len(fresh) - count, clock.elapsed))
+            writing.submit(rows.append_known, stop)
         self._seconds += clock.elapsed
 
-    def _append(self, name: str, batch: EncodedBatch) -> None:
-        split = self._dataset.splits[name]
-        self._writer.append_images(
-            name,
-            batch.features,
-            split.labels[batch.rows],
-            [split.ids[row] for row in batch.rows],
-            [image.name for image in batch.skipped],
-            batch.digests,
-            split.labels[[image.row for image in batch.skipped]],
-        )
+    @contextmanager
+    def _naming_all(self, name: str) -> Iterator[None]:
+        """Where an image that cannot be decoded ends the run, the others are named with it."""
+        try:
+            yield
+        except BrokenImage as broken:
+            start, stop, _ = self.bounds(name)
+            names = list(self._dataset.splits)
+            rest = [(self._dataset.splits[name], range(broken.image.row + 1, stop))]
+            for later in names[names.index(name) + 1 :]:
+                start, stop, _ = self.bounds(later)
+                rest.append((self._dataset.splits[later], range(start, stop)))
+            raise name_all(broken.image, rest, self._config.workers) from broken
 
     def _note(self, count: int, remaining: int, seconds: float) -> str:
         rate = count / seconds
@@ -237,6 +294,8 @@ class _Job:
         lines = [describe(self._config.out, tallies, len(self._dataset.class_names), part)]
         if skipped := describe_skipped(tallies, self._reason):
             lines.append(skipped)
+        if self._kept:
+            lines.append(f"{counted(self._kept, 'image')} kept as encoded before")
         if self._images:
             rate = self._images / self._seconds
             compiled = self._encoder.compile_seconds
@@ -251,12 +310,3 @@ class _Job:
 
 def _no_advance(count: int, note: str) -> None:
     """Progress that nobody sees."""
-
-
-def _rows_sha256(dataset: ImageDataset) -> str:
-    """SHA-256 over the ids and labels of every split, in order."""
-    digest = hashlib.sha256()
-    for name, split in dataset.splits.items():
-        digest.update(json.dumps([name, *split.ids]).encode())
-        digest.update(np.ascontiguousarray(split.labels, np.int32).tobytes())
-    return digest.hexdigest()

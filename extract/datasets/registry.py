@@ -3,6 +3,8 @@
 import difflib
 import reprlib
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.datasets.catalogue import CatalogueEntry, load_catalogue
@@ -35,6 +37,26 @@ def open_dataset(spec: str, options: SourceOptions = SourceOptions()) -> ImageDa
     return checked(_open(spec, options))
 
 
+def provenance_of(spec: str, options: SourceOptions) -> dict[str, Any] | None:
+    """What would be the source and version in a data set's provenance, without opening it; None for
+    one that lies on this machine and can just as well be opened."""
+    kind, _, rest = spec.partition(":")
+    entry = load_catalogue().get(spec)
+    if entry is not None and entry.tfds and not _lies_in(options.data_root, entry):
+        kind, rest = "tfds", entry.tfds
+    if kind == "tfds" and rest:
+        from clip_adapter.extract.datasets.tfds_builders import builder_version
+
+        return {"source": f"tfds:{rest}", "version": builder_version(rest, options.data_dir)}
+    if kind == "hf" and not is_folder(Path(rest)):
+        return {"source": f"hf:{rest}"}
+    return None
+
+
+def _lies_in(root: Path | None, entry: CatalogueEntry) -> bool:
+    return root is not None and is_folder(root / entry.coop_dir)
+
+
 def _open(spec: str, options: SourceOptions) -> ImageDataset:
     if spec in NAMED:
         return _open_source(NAMED[spec], "", options)
@@ -57,7 +79,7 @@ def _open(spec: str, options: SourceOptions) -> ImageDataset:
 def _literature(entry: CatalogueEntry, options: SourceOptions) -> ImageDataset:
     from clip_adapter.extract.datasets.coop import coop_instructions, open_coop
 
-    if options.data_root and is_folder(options.data_root / entry.coop_dir):
+    if options.data_root and _lies_in(options.data_root, entry):
         return open_coop(str(options.data_root / entry.coop_dir), options)
     if entry.tfds is None:
         raise UserError(

@@ -91,9 +91,14 @@ def _fits(features: Any) -> bool:
     )
 
 
-def _prepared(builder_name: str, data_dir: Path | None) -> Any:
+def builder_version(builder_name: str, data_dir: Path | None) -> str:
+    """The version that a builder has, or that lies in `data_dir`; nothing is downloaded."""
+    return str(_builder(builder_name, data_dir).version)
+
+
+def _builder(builder_name: str, data_dir: Path | None) -> Any:
     try:
-        builder = tfds.builder(builder_name, data_dir=data_dir, file_format="array_record")
+        return tfds.builder(builder_name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
         near = difflib.get_close_matches(builder_name.split("/")[0], known, n=3, cutoff=0.4)
@@ -108,6 +113,10 @@ def _prepared(builder_name: str, data_dir: Path | None) -> Any:
                 "TensorFlow; choose another --data-dir, to have it prepared there as array_record."
             ) from error
         raise UserError(f"tfds:{builder_name} cannot be opened: {_first_line(error)}") from error
+
+
+def _prepared(builder_name: str, data_dir: Path | None) -> Any:
+    builder = _builder(builder_name, data_dir)
     closed = (
         "on a machine without a network, give --data-dir a prepared copy, or use CoOp's layout "
         "(coop:FOLDER)"
