@@ -16,7 +16,7 @@ from clip_adapter.extract.datasets.source import (
     Split,
 )
 from clip_adapter.extract.datasets.splitting import complete_splits
-from clip_adapter.extract.files import is_file
+from clip_adapter.extract.files import is_file, user_path
 from clip_adapter.extract.images import open_image
 
 
@@ -37,6 +37,8 @@ def open_hugging_face(name: str, options: SourceOptions) -> ImageDataset:
         raise UserError(
             f"hf:{name} needs the package datasets: pip install 'clip-adapter[hf]'."
         ) from None
+    if name.startswith("~"):
+        name = str(user_path(name))
     loaded = _load(datasets, name)
     columns = next(iter(loaded.values())).features
     image = _only_column(name, columns, datasets.Image)
