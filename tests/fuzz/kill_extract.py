@@ -1,0 +1,155 @@
+"""Kill `extract`, and `extract --update`, at random points: nothing is lost, and it ends the same.
+
+    python -m tests.fuzz.kill_extract --kills 100
+
+Each story begins with nothing (or with a cache whose source has changed since). Runs follow one
+another, each killed after a random time, until one comes to its end; what it leaves must equal, in
+every dataset, what an undisturbed run makes. Runs are forked from one process that has imported
+everything and started no thread, so that little of their time goes to that.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.extract import job  # noqa: F401 - imported before the forks
+from clip_adapter.extract.command import ExtractConfig, extract
+from tests.extract.image_folders import make_folder, photograph
+from tests.extract.stored import datasets
+
+CLASSES = ("cat", "dog", "eel")
+
+
+@dataclass(frozen=True)
+class Story:
+    """What is run, and what lies at its `out` before."""
+
+    name: str
+    config: ExtractConfig
+    begin: Callable[[], None]
+
+
+def run(config: ExtractConfig, kill_after: float | None = None) -> tuple[int, float]:
+    """The exit status of a forked run (negative: the signal) and its seconds."""
+    started = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        try:
+            extract(config)
+        except UserError as error:
+            print(f"refused: {error}", file=sys.stderr)
+            os._exit(2)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            os._exit(3)
+        os._exit(0)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status, time.monotonic() - started
+
+
+def tell(story: Story, kills: int, rng: random.Random) -> int:
+    """Kill so many runs of a story, over and over; returns how often it came to its end.
+
+    Raises AssertionError where something is lost or refused.
+    """
+    out = story.config.out
+    story.begin()
+    status, seconds = run(story.config)
+    assert status == 0, f"{story.name} does not run"
+    wanted = datasets(out)
+    ends = killed = 0
+    story.begin()
+    before = out.read_bytes() if out.exists() else None
+    while True:
+        last = killed >= kills
+        status, _ = run(story.config, None if last else rng.uniform(0, 1.1 * seconds))
+        assert status in (0, -signal.SIGKILL), f"{story.name} ended with {status}"
+        killed += status == -signal.SIGKILL
+        left = out.read_bytes() if out.exists() else None
+        if left != before:
+            assert datasets(out) == wanted, f"{story.name} ended with another cache"
+            ends += 1
+            story.begin()
+        else:
+            assert status != 0, f"{story.name} came to its end and left nothing"
+        if last:
+            return ends
+
+
+def stories(folder: Path, small: bool) -> list[Story]:
+    first = folder / "first.h5"
+
+    def nothing() -> None:
+        first.unlink(missing_ok=True)
+        shutil.rmtree(f"{first}.partial", ignore_errors=True)
+
+    spec = f"folder:{_source(folder / 'small', 4, 2)}" if small else "digits"
+    changing = _source(folder / "data", 4 if small else 40, 2 if small else 15)
+    base, updated = folder / "base.h5", folder / "updated.h5"
+    options = {"dataset": f"folder:{changing}", "views": 1, "batch_size": 4, "workers": 2}
+    assert run(ExtractConfig(out=base, **options))[0] == 0  # type: ignore[arg-type]
+    _change(changing)
+
+    def changed_source() -> None:
+        shutil.rmtree(f"{updated}.partial", ignore_errors=True)
+        shutil.copyfile(base, updated)
+
+    return [
+        Story("extract", ExtractConfig(dataset=spec, out=first, workers=2), nothing),
+        Story(
+            "extract --update",
+            ExtractConfig(out=updated, update=True, **options),  # type: ignore[arg-type]
+            changed_source,
+        ),
+    ]
+
+
+def _source(root: Path, train: int, others: int) -> Path:
+    return make_folder(root, {"train": train, "val": others, "test": others}, CLASSES)
+
+
+def _change(root: Path) -> None:
+    """Something new, something gone, something changed, and a class that shifts the labels."""
+    for number, path in enumerate(sorted(root.rglob("*.png"))):
+        if number % 7 == 0:
+            photograph(10_000 + number).save(path)
+        elif number % 11 == 0:
+            path.unlink()
+    for split in ("train", "val", "test"):
+        place = root / split / "bee"
+        place.mkdir()
+        for number in range(3):
+            photograph(20_000 + number + 10 * len(split) + ord(split[0])).save(
+                place / f"{number}.png"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100, help="of each of the two commands")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--small", action="store_true", help="with few images")
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        for story in stories(Path(folder), arguments.small):
+            ends = tell(story, arguments.kills, rng)
+            print(f"{story.name}: {arguments.kills} runs killed, {ends} stories ended the same")
+
+
+if __name__ == "__main__":
+    main()
