@@ -3,9 +3,9 @@
     python -m tests.fuzz.kill_extract --kills 100
 
 Each story begins with nothing (or with a cache whose source has changed since). Runs follow one
-another, each killed after a random time, until one comes to its end; what it leaves must equal, in
-every dataset, what an undisturbed run makes. Runs are forked from one process that has imported
-everything and started no thread, so that little of their time goes to that.
+another, each killed a moment after a random number of batches, until one comes to its end; what it
+leaves must equal, in every dataset, what an undisturbed run makes. Runs are forked from one process
+that has imported everything and started no thread, so that little of their time goes to that.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,10 @@ from tests.extract.image_folders import make_folder, photograph
 from tests.extract.stored import datasets
 
 CLASSES = ("cat", "dog", "eel")
+# Batches after which a run is killed, and how many seconds later at most: before the first batch,
+# at once or in the midst of one, or so late that the file is being assembled.
+NEXT = (0, 1, 1, 2, 5, 20)
+DELAYS = (0.0, 0.005, 0.05, 0.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,13 @@ class Story:
     begin: Callable[[], None]
 
 
-def run(config: ExtractConfig, kill_after: float | None = None) -> tuple[int, float]:
-    """The exit status of a forked run (negative: the signal) and its seconds."""
-    started = time.monotonic()
+def run(config: ExtractConfig, batches: int | None = None, delay: float = 0.0) -> int:
+    """The exit status of a forked run (negative: the signal).
+
+    batches: kill it `delay` seconds after so many are staged, more than there were before; waiting
+        for what it does, rather than for a time, follows the pace of a busy machine.
+    """
+    wanted = None if batches is None else _staged(config.out) + batches
     child = os.fork()
     if child == 0:
         silence = os.open(os.devnull, os.O_WRONLY)
@@ -54,11 +63,24 @@ def run(config: ExtractConfig, kill_after: float | None = None) -> tuple[int, fl
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             os._exit(3)
         os._exit(0)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return status, time.monotonic() - started
+    while True:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if wanted is not None and _staged(config.out) >= wanted:
+            time.sleep(delay)
+            os.kill(child, signal.SIGKILL)
+            wanted = None
+        time.sleep(0.001)
+
+
+def _staged(out: Path) -> int:
+    """Lines of journals, one per batch of images or classes."""
+    lines = 0
+    for journal in out.with_name(f"{out.name}.partial").rglob("*.journal"):
+        with suppress(OSError):
+            lines += journal.read_bytes().count(b"\n")
+    return lines
 
 
 def tell(story: Story, kills: int, rng: random.Random) -> int:
@@ -68,15 +90,15 @@ def tell(story: Story, kills: int, rng: random.Random) -> int:
     """
     out = story.config.out
     story.begin()
-    status, seconds = run(story.config)
-    assert status == 0, f"{story.name} does not run"
+    assert run(story.config) == 0, f"{story.name} does not run"
     wanted = datasets(out)
     ends = killed = 0
     story.begin()
     before = out.read_bytes() if out.exists() else None
     while True:
         last = killed >= kills
-        status, _ = run(story.config, None if last else rng.uniform(0, 1.1 * seconds))
+        batches, delay = (None, 0.0) if last else (rng.choice(NEXT), rng.choice(DELAYS))
+        status = run(story.config, batches, delay * rng.random())
         assert status in (0, -signal.SIGKILL), f"{story.name} ended with {status}"
         killed += status == -signal.SIGKILL
         left = out.read_bytes() if out.exists() else None
@@ -101,7 +123,7 @@ def stories(folder: Path, small: bool) -> list[Story]:
     changing = _source(folder / "data", 4 if small else 40, 2 if small else 15)
     base, updated = folder / "base.h5", folder / "updated.h5"
     options = {"dataset": f"folder:{changing}", "views": 1, "batch_size": 4, "workers": 2}
-    assert run(ExtractConfig(out=base, **options))[0] == 0  # type: ignore[arg-type]
+    assert run(ExtractConfig(out=base, **options)) == 0  # type: ignore[arg-type]
     _change(changing)
 
     def changed_source() -> None:
