@@ -278,7 +278,7 @@ def test_a_part_with_too_few_images_is_refused(folder: Path, tmp_path: Path) -> 
     ways = tuple(run(folder, tmp_path / f"{i}.h5", shard=f"{i}/2") for i in (1, 2))
 
     def without_the_last(file: h5py.File, document: dict[str, Any]) -> None:
-        for name in ("labels", "ids", "digests", "features"):
+        for name in ("labels", "ids", "digests", "stamps", "contents", "features"):
             stored = file[f"images/test/{name}"]
             kept = stored[:, :-1] if name == "features" else stored[:-1]
             put(file, stored.name.lstrip("/"), kept.astype(stored.dtype))
@@ -461,20 +461,23 @@ def test_a_split_without_a_readable_image(tmp_path: Path) -> None:
 
 
 def test_training_draws_views_only_when_asked(whole: Path, digits_cache: Path) -> None:
-    from clip_adapter.pipelines.tasks import draw, load_data, whole_task
+    from clip_adapter.adapters.methods import find_method
+    from clip_adapter.pipelines.fitting.data import open_data
+    from clip_adapter.pipelines.fitting.tasks import TaskRows
 
+    method = find_method("task-res")
+    rows = TaskRows(2, 1, np.array([9, 2, 5]), np.arange(0))
     with FeatureCache(whole) as cache:
-        plain, augmented = load_data(cache), load_data(cache, augment=True)
         every = cache.images("train").features
-    drawn = draw(plain, 2, 1, "full-val")
-    task = whole_task(plain, drawn)
-    np.testing.assert_array_equal(task.features, every[:1, drawn.support])
-    np.testing.assert_array_equal(whole_task(augmented, drawn).features, every[:, drawn.support])
+        assert len(every) > 1
+        for augment, views in ((False, every[:1]), (True, every)):
+            task = open_data(cache, [rows], augment=augment).task(method, rows)
+            np.testing.assert_array_equal(task.features, views[:, rows.support])
     with (
         FeatureCache(digits_cache) as cache,
         pytest.raises(UserError, match=r"no augmented views to draw from; .*--views"),
     ):
-        load_data(cache, augment=True)
+        open_data(cache, [rows], augment=True)
 
 
 def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:

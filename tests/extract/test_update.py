@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.text_tower import tower_path
 from clip_adapter.extract import job
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.decode import Plan
 from clip_adapter.extract.run import extract
+from clip_adapter.pipelines.spoken import Spoken
 from tests.cache.rewriting import datasets
 from tests.extract.image_folders import make_folder, photograph
 
+VERSION_1 = Path(__file__).parents[1] / "cache" / "data" / "version_1.h5"
 CLASSES = ("cat", "dog", "eel")
 
 
@@ -39,7 +43,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def run(dataset: str, out: Path, **options: Any) -> Path:
     values: dict[str, Any] = {"batch_size": 4, "workers": 2, **options}
-    return extract(ExtractConfig(dataset=dataset, out=out, **values))
+    return extract(ExtractConfig(dataset=dataset, out=out, **values), Spoken("extract"))
 
 
 def save(path: Path, seed: int) -> None:
@@ -197,6 +201,41 @@ def test_text_is_kept_where_only_images_changed(
     updated_equals_fresh(spec, out, tmp_path)
 
 
+def test_projection_and_tower(folder: Path, tmp_path: Path, encoded: list[str]) -> None:
+    """What goes with the features is kept with them, and a tower is added without encoding."""
+    spec, out, fresh = f"folder:{folder}", tmp_path / "features.h5", tmp_path / "fresh.h5"
+    options = {"views": 1, "with_projection": True, "on_error": "skip"}
+    run(spec, out, **options)
+    words = r"\(with_text_tower differ\); choose another --out, --update to keep"
+    refused(spec, out, words, with_text_tower=True, **options)
+    options["with_text_tower"] = True
+    encoded.clear()
+    run(spec, out, update=True, **options)
+    assert not encoded
+    updated_equals_fresh(spec, out, tmp_path, **options)
+
+    save(folder / "train" / "bee" / "1.png", 650)
+    save(folder / "train" / "dog" / "02.png", 651)
+    spoil(folder / "test" / "cat" / "01.png")
+    encoded.clear()
+    run(spec, out, update=True, **options)
+    assert sorted(encoded) == ["test/cat/01.png", "train/bee/1.png", "train/dog/02.png"]
+    updated_equals_fresh(spec, out, tmp_path, **options)
+    with FeatureCache(out) as one, FeatureCache(fresh) as other:
+        assert one.content_sha256 == other.content_sha256
+        assert one.has("tokens") and one.has("pre_projection") and one.has("projection")
+        assert len(one.class_names) == 4
+    assert tower_path(out).read_bytes() == tower_path(fresh).read_bytes()
+
+    tower_path(out).unlink()
+    refused(spec, out, r"text_tower\.safetensors is missing.*; --update makes it again", **options)
+    encoded.clear()
+    updated_equals_fresh(spec, out, tmp_path, **options)
+    assert tower_path(out).read_bytes() == tower_path(fresh).read_bytes()
+    options["with_projection"] = False
+    refused(spec, out, r"\(with_projection differ\); .*, or --force", update=True, **options)
+
+
 def test_many_known_rows_between_the_new_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +342,13 @@ def test_what_an_update_may_not_change(folder: Path, tmp_path: Path) -> None:
     ):
         refused(spec, out, words, update=True, **options)
     refused("digits", out, r"\(dataset differ\)", update=True)
+
+
+def test_a_cache_of_format_version_1(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "old.h5"
+    out.write_bytes(VERSION_1.read_bytes())
+    words = "is of format version 1, which .* so --update can keep nothing of it; --force"
+    refused(f"folder:{folder}", out, words, update=True)
 
 
 def test_an_update_of_nothing_is_a_first_run(folder: Path, tmp_path: Path) -> None:
