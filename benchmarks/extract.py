@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader, Dataset
 from clip_adapter.cache.cores import available_cores
 from clip_adapter.cache.writer import CacheWriter
 from clip_adapter.extract.backbone import Backbone, load_backbone
-from clip_adapter.extract.datasets.digits import digits
 from clip_adapter.extract.datasets.image_files import ImageFiles
+from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import Split
 from clip_adapter.extract.decode import Plan, decode
 from clip_adapter.extract.device import find_device, find_precision
@@ -101,7 +101,7 @@ def prepared(name: str, folder: Path, device: torch.device) -> Iterator[Backbone
 
 
 def digits_split(count: int) -> Split:
-    parts = digits().splits.values()
+    parts = open_dataset("digits").splits.values()
     images = [part.read(row) for part in parts for row in range(len(part.labels))][:count]
     labels = np.zeros(len(images), np.int32)
     return Split([str(row) for row in range(len(images))], labels, images.__getitem__, "digits")
@@ -121,7 +121,7 @@ def photographs(folder: Path, count: int) -> Split:
 
 def compare(name: str, case: Case, rounds: int, compiled: bool) -> None:
     count = len(case.split.labels)
-    encoder = Encoder(case.backbone, case.device)
+    encoder = Encoder(case.backbone, case.device, case.batch_size)
     sides: dict[str, Callable[[], object]] = {
         "usual loop": partial(usual_loop, case),
         "usual loop, 0 workers": partial(usual_loop, case, workers=0),
@@ -130,7 +130,7 @@ def compare(name: str, case: Case, rounds: int, compiled: bool) -> None:
         "ours, forward alone": partial(forward_alone, case, encoder),
     }
     if compiled:
-        fast = Encoder(case.backbone, case.device, case.batch_size)
+        fast = Encoder(case.backbone, case.device, case.batch_size, compiled=True)
         sides["ours, compiled"] = partial(ours, case, fast)
         sides["ours, compiled, forward alone"] = partial(forward_alone, case, fast)
     print(f"\n{name}, {count} images of the same kind, batch {case.batch_size}")
@@ -201,8 +201,7 @@ def usual_loop(case: Case, workers: int | None = None) -> np.ndarray:
 
 def plan(case: Case) -> Plan:
     return Plan(
-        start=0,
-        stop=len(case.split.labels),
+        rows=np.arange(len(case.split.labels)),
         batch_size=case.batch_size,
         workers=case.workers,
         pinned=case.device.type == "cuda",

@@ -16,7 +16,10 @@ from clip_adapter.cache.metadata import Metadata, encode
 from clip_adapter.cache.staging import StagedRows
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LISTS: dict[str, np.dtype] = {"skipped_labels": np.dtype(np.int32), "digests": np.dtype(np.uint64)}
+LISTS: dict[str, np.dtype] = {
+    "skipped_labels": np.dtype(np.int32),
+    **dict.fromkeys(("digests", "stamps", "contents", "skipped_stamps"), np.dtype(np.uint64)),
+}
 
 Projection = tuple[np.ndarray, np.ndarray | None]
 

@@ -8,6 +8,15 @@ from pathlib import Path
 
 from clip_adapter.cache.errors import UserError
 
+FOLDER = "a folder"
+KINDS = {
+    stat.S_IFDIR: FOLDER,
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8; see `write_bytes`."""
@@ -48,6 +57,13 @@ def take_lock(descriptor: int, path: Path) -> bool:
     return True
 
 
+def other_kind(path: Path) -> str | None:
+    """What `path` is if it is no regular file, such as `a named pipe`; found without opening it,
+    since that may wait for ever. Raises OSError where there is nothing."""
+    mode = path.stat().st_mode
+    return None if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "no file")
+
+
 def is_there(path: Path) -> bool:
     """Whether there is a file or a folder at `path`, found without opening it.
 
@@ -55,12 +71,12 @@ def is_there(path: Path) -> bool:
     that cannot be looked up.
     """
     try:
-        mode = path.stat().st_mode
+        kind = other_kind(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read: {reason}.") from error
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise UserError(f"{path} is a pipe, a socket or a device; name a file.")
+    if kind not in (None, FOLDER):
+        raise UserError(f"{path} is {kind}; name a file.")
     return True

@@ -21,6 +21,8 @@ from clip_adapter.cache.writer import CacheWriter
 # What has to be the same in all parts beside the arguments, and what of the data set's record not.
 SHARED = ("backbone", "preprocess", "templates", "logit_scale", "logit_bias")
 OF_THE_MACHINE = ("device", "torch_version")
+# Lists that all parts of a cache have or none, of images and of those that were skipped.
+LISTS = {"N": ("digests", "stamps", "contents"), "S": ("skipped_labels", "skipped_stamps")}
 ROWS_AT_A_TIME = 1024
 MISSING_NAMED = 20
 # Keeps `extract` from going on with what a killed merge left.
@@ -189,9 +191,11 @@ def _check_split(parts: Sequence[PartFile], split: str) -> None:
                 f"{part.path} and {here[0].path} hold {split} images of different kinds; extract "
                 "all parts with the same arguments."
             )
-    some = [part for part in here if part.lengths[f"N {split}"]]
-    if len({part.has_dataset(f"images/{split}/digests") for part in some}) > 1:
-        raise here[0]._broken(f"digests of {split} are in some parts only")
+    for letter, names in LISTS.items():
+        some = [part for part in here if part.lengths.get(f"{letter} {split}")]
+        for name in names:
+            if len({part.has_dataset(f"images/{split}/{name}") for part in some}) > 1:
+                raise here[0]._broken(f"{name} of {split} are in some parts only")
 
 
 def _kinds(part: PartFile, split: str) -> list[Any]:
@@ -252,6 +256,7 @@ def _copy_images(part: PartFile, split: str, classes: int, writer: CacheWriter) 
     skipped_labels = None
     if part.has_dataset(f"{room}/skipped_labels"):
         skipped_labels = part.labels_of(f"{room}/skipped_labels", classes)
+    skipped_stamps = rows("skipped_stamps", everything)
     for start in range(0, max(1, len(labels)), ROWS_AT_A_TIME):
         chosen = slice(start, start + ROWS_AT_A_TIME)
         views = (everything, chosen)
@@ -267,5 +272,8 @@ def _copy_images(part: PartFile, split: str, classes: int, writer: CacheWriter) 
             rows("digests", chosen),
             () if skipped_labels is None else skipped_labels,
             pre_projection,
+            rows("stamps", chosen),
+            rows("contents", chosen),
+            skipped_stamps,
         )
-        skipped, skipped_labels = [], None
+        skipped, skipped_labels, skipped_stamps = [], None, None

@@ -154,6 +154,35 @@ class FeatureCache(StoredFile):
                 names |= {row: found[row - first] for row in here.tolist()}
         return [names[row] for row in wanted.tolist()]
 
+    def hashes(self, split: str, name: str) -> npt.NDArray[np.uint64] | None:
+        """One of a split's optional lists of hashes, of rows or of skipped images; None where it is
+        not there."""
+        path = f"images/{split}/{name}"
+        return self.rows_of(path, slice(None)) if self.has_dataset(path) else None
+
+    def skipped_ids(self, split: str) -> list[str]:
+        """Those images of a split that could not be read."""
+        path = f"images/{split}/skipped"
+        return self.strings(path) if self.has_dataset(path) else []
+
+    def skipped_labels(self, split: str) -> list[int]:
+        """Their labels."""
+        path = f"images/{split}/skipped_labels"
+        if not self.has_dataset(path):
+            return []
+        return self.labels_of(path, self.lengths["C"]).tolist()
+
+    def stored_rows(self, split: str, name: str, start: int, stop: int) -> np.ndarray:
+        """(V, M, D) of `features` or `pre_projection`, the rows start…stop−1, in the type in which
+        they are stored."""
+        path = f"images/{split}/{name}"
+        index = (slice(None), slice(start, stop))
+        return self.features_of(path, index).astype(self.dtype_of(path))
+
+    def prompts(self) -> list[list[str]] | None:
+        """(C, P) what was encoded for each class, where that is recorded."""
+        return self.string_table("text/prompts") if self.has("prompts") else None
+
     def features(
         self, split: str, rows: npt.ArrayLike, views: int | None = None
     ) -> npt.NDArray[np.float32]:

@@ -54,6 +54,9 @@ IMAGES = (
     Element("skipped", Kind.STRING, "S"),
     Element("skipped_labels", Kind.INT32, "S"),
     Element("digests", Kind.UINT64, "N"),
+    Element("stamps", Kind.UINT64, "N", since=2),
+    Element("contents", Kind.UINT64, "N", since=2),
+    Element("skipped_stamps", Kind.UINT64, "S", since=2),
     Element("pre_projection", Kind.FEATURES, "VNF", since=2, whole=False),
 )
 OTHERS = (

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -65,17 +65,25 @@ class StagingFolder:
         """Whether there is something here to go on with."""
         return (self.folder / ARGUMENTS).exists()
 
-    def refuse_other(self, arguments: dict[str, Any], *, known_so_far: bool = False) -> None:
+    def refuse_other(
+        self,
+        arguments: dict[str, Any],
+        *,
+        known_so_far: bool = False,
+        may_differ: Collection[str] = (),
+    ) -> None:
         """Hold what an interrupted run left here, if anything, to the arguments of this one.
 
-        known_so_far: there are more arguments, which are not known yet.
+        known_so_far: there are more arguments, which are not known yet. may_differ: names of those
+            that need not agree.
         Raises UserError where it was started with others, or nobody can tell any more.
         """
         if not self.begun:
             return
-        earlier = self._read_arguments()
+        earlier = self.read_arguments()
         now = json.loads(json.dumps(arguments | self._own))
         names = now.keys() if known_so_far else earlier.keys() | now.keys()
+        names = names - set(may_differ)
         differing = sorted(name for name in names if earlier.get(name) != now.get(name))
         if differing:
             raise UserError(
@@ -84,7 +92,8 @@ class StagingFolder:
                 "or use --force to start again."
             )
 
-    def _read_arguments(self) -> dict[str, Any]:
+    def read_arguments(self) -> dict[str, Any]:
+        """What was stated. Raises UserError where it cannot be read."""
         path = self.folder / ARGUMENTS
         try:
             files.is_there(path)
@@ -102,10 +111,12 @@ class StagingFolder:
 
     def state(self, arguments: dict[str, Any]) -> None:
         """Write down what this run is, and begin it unless it has begun."""
+        stated = json.dumps(arguments | self._own, sort_keys=True)
         if not self.begun:
             self.empty()
-            stated = json.dumps(arguments | self._own, sort_keys=True)
-            files.write_text(self.folder / ARGUMENTS, stated)
+        elif self.read_arguments() == json.loads(stated):
+            return
+        files.write_text(self.folder / ARGUMENTS, stated)
 
     def empty(self) -> None:
         """Remove all but the lock; the arguments first, without which nothing here counts."""

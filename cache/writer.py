@@ -1,7 +1,7 @@
 """Write a feature cache: staged while it grows, assembled and renamed when it is whole."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,6 +29,9 @@ class CacheWriter:
     place: the path, or the folder taken beside it, which the writer closes.
     arguments: JSON-able description of what is written; two runs with equal arguments write the
         same cache.
+    stated: those that an interrupted run must agree on, by default all; may_differ: but not these.
+    staging: sub-folder in which the rows are staged, so that others may lie beside them; all go in
+        the end.
     Raises UserError where the folder cannot be written, another process is writing the same file,
     or an interrupted run with other arguments lies there (unless `restart`).
     """
@@ -40,22 +43,33 @@ class CacheWriter:
         *,
         views: int,
         restart: bool = False,
+        stated: dict[str, Any] | None = None,
+        may_differ: Collection[str] = (),
+        staging: str = "",
     ) -> None:
         self._place = StagingFolder(place) if isinstance(place, Path) else place
         self.path = self._place.path
         self.arguments = arguments
         self._views = views
         self._restart = restart
+        self._folder = self._place.folder / staging
         self._staged: dict[str, StagedRows] = {}
         try:
             with self._writing():
                 if restart:
                     self._place.empty()
-                self._place.refuse_other(arguments)
-                self._place.state(arguments)
+                stated = arguments if stated is None else stated
+                self._place.refuse_other(stated, may_differ=may_differ)
+                self._place.state(stated)
+                self._folder.mkdir(exist_ok=True)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def staging(self) -> Path:
+        """The folder in which the rows are staged."""
+        return self._folder
 
     def consumed(self, split: str) -> int:
         """Source images of a split that are dealt with already, skipped ones included."""
@@ -74,6 +88,9 @@ class CacheWriter:
         digests: npt.NDArray[np.uint64] | None = None,
         skipped_labels: npt.ArrayLike = (),
         pre_projection: np.ndarray | None = None,
+        stamps: npt.NDArray[np.uint64] | None = None,
+        contents: npt.NDArray[np.uint64] | None = None,
+        skipped_stamps: npt.NDArray[np.uint64] | None = None,
     ) -> None:
         """Add a batch of images to a split.
 
@@ -81,6 +98,8 @@ class CacheWriter:
         labels: (B,) integers. ids: B strings. skipped: ids of images that could not be read.
         digests: (B,) hashes of the images' pixels, for all batches of a split or for none.
         skipped_labels: those of `skipped`, for all batches of a split or for none.
+        stamps, contents: (B,) hashes by which the images are known again (FORMAT.md), and
+        skipped_stamps those of `skipped`; for all batches of a split or for none.
         pre_projection: (B, V, F) float32 or float16, what the encoder's last linear map is applied
             to, for all batches of all splits or for none.
         Raises UserError for features that are not finite or zero and ids that the file cannot hold,
@@ -103,8 +122,13 @@ class CacheWriter:
             "skipped": list(skipped),
             "skipped_labels": np.asarray(skipped_labels, np.int32).tolist(),
         }
-        if digests is not None:
-            record["digests"] = digests.tolist()
+        hashes = {
+            "digests": digests,
+            "stamps": stamps,
+            "contents": contents,
+            "skipped_stamps": skipped_stamps,
+        }
+        record |= {name: found.tolist() for name, found in hashes.items() if found is not None}
         self._stage(split, values, record)
 
     def append_text(
@@ -168,7 +192,7 @@ class CacheWriter:
             staged = self._reopened(name)
             if staged is None:
                 fields = [(key, array.dtype, array.shape[1:]) for key, array in values.items()]
-                staged = StagedRows(self._place.folder, name, np.dtype(fields))
+                staged = StagedRows(self._folder, name, np.dtype(fields))
                 self._staged[name] = staged
             staged.append(values, record)
 
@@ -176,7 +200,7 @@ class CacheWriter:
         """What is staged under a name; None where nothing is that can be trusted."""
         if name not in self._staged:
             try:
-                self._staged[name] = StagedRows(self._place.folder, name)
+                self._staged[name] = StagedRows(self._folder, name)
             except FileNotFoundError:
                 return None
             except (OSError, ValueError, TypeError, KeyError) as error:

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from clip_adapter.cache.cores import available_cores
 from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.prompts import read_descriptions, resolve_templates
+from clip_adapter.extract.shards import find_launch
 
 if TYPE_CHECKING:
     from clip_adapter.extract.datasets.source import SourceOptions
+
+VIEWS_MAX = 100  # of a batch all views are in memory at once
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class ExtractConfig:
             NAME.text_tower.safetensors, and the prompts' tokens in it.
         with_projection: Store what ProLIP needs: the image encoder's last linear map and what it
             is applied to.
+        update: Bring an existing cache up to date with its source and with the prompts: encode what
+            is new or has changed, keep the rest.
         force: Overwrite an existing cache or an interrupted run.
     """
 
@@ -84,14 +89,22 @@ class ExtractConfig:
     shard: str | None = None
     with_text_tower: bool = False
     with_projection: bool = False
+    update: bool = False
     force: bool = False
 
     def check(self) -> None:
-        """Raises UserError for numbers out of range."""
+        """Raises UserError for numbers out of range and arguments that exclude each other."""
         if self.batch_size < 1 or self.workers < 1:
             raise UserError("--batch-size and --workers must be at least 1.")
         if self.views < 0 or self.augment_seed < 0:
             raise UserError("--views and --augment-seed must not be negative.")
+        if self.views > VIEWS_MAX:
+            raise UserError(f"--views {self.views} is more than {VIEWS_MAX}; store fewer.")
+        if self.update and (self.force or self.shard is not None or find_launch() is not None):
+            raise UserError(
+                "--update brings one whole cache up to date, in one process; leave out --force and "
+                "--shard, and torchrun."
+            )
 
     def source_options(self) -> "SourceOptions":
         from clip_adapter.extract.datasets.source import SourceOptions

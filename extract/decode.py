@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clip_adapter.cache.errors import UserError
+from clip_adapter.extract import fingerprints
+from clip_adapter.extract.broken import BrokenImage, Skipped
 from clip_adapter.extract.datasets.source import Split
-from clip_adapter.extract.images import BadImage, read_named
+from clip_adapter.extract.images import BadImage, naming, read_rgb
 from clip_adapter.extract.preprocess import Preprocess
 
 BATCHES_AHEAD = 2
@@ -24,15 +25,13 @@ TASKS_PER_WORKER = 2  # per batch: few, as each costs some 50 µs, but enough to
 class Plan:
     """Which images of a split are decoded, and how.
 
-    start, stop: rows. Batches end at multiples of `batch_size` counted from row 0, so that a run
-        that starts where another one stopped makes the same batches.
+    rows: (M,) in ascending order, cut into batches from the first one on.
     views: per image; view 0 and views − 1 augmented ones, drawn with `seed`.
     skip: leave out what cannot be decoded rather than fail.
     pinned: put the pixels into page-locked memory, from which a GPU copies asynchronously.
     """
 
-    start: int
-    stop: int
+    rows: npt.NDArray[np.int64]
     batch_size: int
     workers: int
     views: int = 1
@@ -42,25 +41,18 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """An image left out: its row, its id and why."""
-
-    row: int
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class PixelBatch:
-    """Decoded images of consecutive rows, without those that were skipped.
+    """Decoded images of consecutive planned rows, without those that were skipped.
 
     pixels: (V, B, height, width, 3) uint8. rows: (B,) their rows in the split.
     digests: (B,) uint64, of the pixels of view 0; equal ones mean equal images.
+    contents: (B,) uint64, see `fingerprints.content`; UNKNOWN for images without own files.
     """
 
     pixels: torch.Tensor
     rows: npt.NDArray[np.int64]
     digests: npt.NDArray[np.uint64]
+    contents: npt.NDArray[np.uint64]
     skipped: tuple[Skipped, ...]
 
 
@@ -69,28 +61,25 @@ def decode(split: Split, preprocess: Preprocess, plan: Plan) -> Iterator[PixelBa
 
     Threads suffice, since Pillow releases the interpreter lock while it decodes and resizes.
 
-    Raises UserError naming the first image that cannot be read, or, unless `plan.skip`, decoded.
+    Raises UserError for a file that cannot be read, and, unless `plan.skip`, BrokenImage for the
+    first image that cannot be decoded.
     """
-    bounds = iter(_batches(plan))
+    starts = range(0, len(plan.rows), plan.batch_size)
+    batches = (plan.rows[start : start + plan.batch_size] for start in starts)
     pool = ThreadPoolExecutor(plan.workers, thread_name_prefix="decode")
     try:
         ahead: deque[_Pending] = deque()
         while True:
-            while len(ahead) <= BATCHES_AHEAD and (bound := next(bounds, None)):
-                ahead.append(_Pending(pool, split, preprocess, plan, *bound))
+            while len(ahead) <= BATCHES_AHEAD and (rows := next(batches, None)) is not None:
+                ahead.append(_Pending(pool, split, preprocess, plan, rows))
             if not ahead:
                 return
-            yield ahead.popleft().result()
+            batch = ahead.popleft().result()
+            if batch.skipped and not plan.skip:
+                raise BrokenImage(batch.skipped[0])
+            yield batch
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _batches(plan: Plan) -> Iterator[tuple[int, int]]:
-    start = plan.start
-    while start < plan.stop:
-        stop = min(plan.stop, (start // plan.batch_size + 1) * plan.batch_size)
-        yield start, stop
-        start = stop
 
 
 class _Pending:
@@ -102,61 +91,62 @@ class _Pending:
         split: Split,
         preprocess: Preprocess,
         plan: Plan,
-        start: int,
-        stop: int,
+        rows: npt.NDArray[np.int64],
     ) -> None:
-        self._start = start
-        shape = (plan.views, stop - start, preprocess.height, preprocess.width, 3)
+        self._rows = rows
+        shape = (plan.views, len(rows), preprocess.height, preprocess.width, 3)
         self._pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=plan.pinned)
-        self._digests = np.zeros(stop - start, np.uint64)
+        self._hashes = np.zeros((2, len(rows)), np.uint64)
         pixels = self._pixels.numpy()
-        step = max(1, (stop - start) // (plan.workers * TASKS_PER_WORKER))
+        step = max(1, len(rows) // (plan.workers * TASKS_PER_WORKER))
         self._tasks: list[Future[list[Skipped | None]]] = [
             pool.submit(
                 _decode_rows,
                 split,
                 preprocess,
                 plan,
-                range(first, min(first + step, stop)),
-                pixels[:, first - start : first - start + step],
-                self._digests[first - start : first - start + step],
+                rows[first : first + step].tolist(),
+                pixels[:, first : first + step],
+                self._hashes[:, first : first + step],
             )
-            for first in range(start, stop, step)
+            for first in range(0, len(rows), step)
         ]
 
     def result(self) -> PixelBatch:
         outcomes = [outcome for task in self._tasks for outcome in task.result()]
         skipped = tuple(outcome for outcome in outcomes if outcome is not None)
-        pixels, digests = self._pixels, self._digests
-        rows = np.arange(self._start, self._start + len(outcomes))
+        pixels, hashes, rows = self._pixels, self._hashes, self._rows
         if skipped:
             kept = np.array([outcome is None for outcome in outcomes])
-            pixels, digests, rows = pixels[:, torch.from_numpy(kept)], digests[kept], rows[kept]
-        return PixelBatch(pixels, rows, digests, skipped)
+            pixels, hashes, rows = pixels[:, torch.from_numpy(kept)], hashes[:, kept], rows[kept]
+        return PixelBatch(pixels, rows, hashes[0], hashes[1], skipped)
 
 
 def _decode_rows(
     split: Split,
     preprocess: Preprocess,
     plan: Plan,
-    rows: range,
+    rows: list[int],
     pixels: npt.NDArray[np.uint8],
-    digests: npt.NDArray[np.uint64],
+    hashes: npt.NDArray[np.uint64],
 ) -> list[Skipped | None]:
-    """Fill `pixels`, (V, rows, height, width, 3), and `digests`; per row None or why not."""
+    """Fill `pixels`, (V, rows, height, width, 3), and `hashes`, (2, rows), of pixels and content;
+    per row None or why not."""
     outcomes: list[Skipped | None] = []
     for position, row in enumerate(rows):
         name = split.ids[row]
         try:
-            image = read_named(name, partial(split.read, row))
+            with naming(name):
+                image = read_rgb(partial(split.read, row))
+                for view in range(plan.views):
+                    pixels[view, position] = preprocess.view(image, name, view, plan.seed)
         except BadImage as error:
-            if not plan.skip:
-                raise UserError(f"{error}; repair or remove it, or use --on-error skip.") from error
             outcomes.append(Skipped(row, name, str(error)))
             continue
-        for view in range(plan.views):
-            pixels[view, position] = preprocess.view(image, name, view, plan.seed)
         digest = hashlib.blake2b(pixels[0, position], digest_size=8).digest()
-        digests[position] = int.from_bytes(digest, "little")
+        hashes[0, position] = int.from_bytes(digest, "little")
+        if split.file is not None:
+            with naming(name):
+                hashes[1, position] = fingerprints.content(split.file(row))
         outcomes.append(None)
     return outcomes

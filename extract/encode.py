@@ -11,8 +11,9 @@ import torch
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.backbone import Backbone
+from clip_adapter.extract.broken import Skipped
 from clip_adapter.extract.datasets.source import Split
-from clip_adapter.extract.decode import PixelBatch, Plan, Skipped, decode
+from clip_adapter.extract.decode import PixelBatch, Plan, decode
 from clip_adapter.extract.forward import forward_passes, shared_cores
 from clip_adapter.extract.preprocess import Preprocess
 from clip_adapter.extract.projection import take_projection
@@ -21,25 +22,35 @@ from clip_adapter.extract.stopwatch import Stopwatch
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Features of consecutive rows of a split, without those that were skipped.
+    """Features of consecutive planned rows, without those that were skipped.
 
     features: (B, V, D) float32, or float16 where the model computes in less; un-normalised.
     pre_projection: (B, V, F), what the encoder's last linear map was applied to, if asked for.
-    rows: (B,) their rows in the split. digests: (B,) uint64, see PixelBatch.
+    rows: (B,) their rows in the split. digests, contents: (B,) uint64, see PixelBatch.
     """
 
     features: np.ndarray
     pre_projection: np.ndarray | None
     rows: npt.NDArray[np.int64]
     digests: npt.NDArray[np.uint64]
+    contents: npt.NDArray[np.uint64]
     skipped: tuple[Skipped, ...]
+
+    def of_each_image(self) -> dict[str, np.ndarray]:
+        """What each of the B images got, by the names of the cache."""
+        found = {"features": self.features, "digests": self.digests, "contents": self.contents}
+        if self.pre_projection is not None:
+            found["pre_projection"] = self.pre_projection
+        return found
 
 
 class Encoder:
     """A backbone's two towers on a device.
 
-    compiled_for: compile the image tower for batches of so many images (smaller ones are filled
-        up); None for no compilation. `compile_seconds` says how long that took.
+    batch_size: images of every forward pass of the image tower; smaller batches are filled up, so
+        that an image has the same features to the last bit whichever others are encoded with it.
+        (Libraries compute a batch of another size in another order.)
+    compiled: compile the image tower for that size. `compile_seconds` says how long that took.
     with_projection: `images` gives what comes before the last linear map, too. The map is taken out
         of the backbone's model.
 
@@ -50,8 +61,9 @@ class Encoder:
         self,
         backbone: Backbone,
         device: torch.device,
-        compiled_for: int | None = None,
+        batch_size: int,
         *,
+        compiled: bool = False,
         with_projection: bool = False,
     ) -> None:
         self.device = device
@@ -69,10 +81,18 @@ class Encoder:
             self.projection = take_projection(self._model.visual, backbone.identity["name"])
         self._dtype = backbone.dtype
         self.stored_dtype = torch.float32 if self._dtype == torch.float32 else torch.float16
-        self._fixed_batch = compiled_for
+        self._batch_size = batch_size
+        self._compiled = compiled
         self._forward = self._image_features
-        if compiled_for is not None:
-            self._compile(compiled_for)
+        if compiled:
+            self._compile(batch_size)
+
+    @property
+    def arrays(self) -> frozenset[str]:
+        """The names of what an image gets, as the cache calls them."""
+        return frozenset(
+            {"features"} if self.projection is None else {"features", "pre_projection"}
+        )
 
     @torch.inference_mode()
     def text(self, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
@@ -101,14 +121,14 @@ class Encoder:
         With the projection (V, B, D + F): what comes before it stands behind the features.
         Each view is a forward pass of its own: view 0 comes out the same with and without others.
         """
-        batch = self._fixed_batch
+        batch = self._batch_size
         # What is compiled knows tensors made in inference mode; for others it is compiled again.
-        pixels = pixels.to(self.device, non_blocking=True, copy=batch is not None)
+        pixels = pixels.to(self.device, non_blocking=True, copy=self._compiled)
         views, count = pixels.shape[:2]
         if not count:
             width = self.dim + (0 if self.projection is None else len(self.projection.weights))
             return torch.empty((views, 0, width), dtype=self.stored_dtype, device=self.device)
-        if batch is not None and count < batch:
+        if count < batch:
             pixels = torch.cat([pixels, pixels[:, :1].expand(-1, batch - count, -1, -1, -1)], dim=1)
         return torch.stack([self._forward(view)[:count] for view in pixels])
 
@@ -158,7 +178,9 @@ def encode_images(
                 array = np.ascontiguousarray(features().numpy().transpose(1, 0, 2))
             pooled = None if encoder.projection is None else array[..., encoder.dim :]
             array = array[..., : encoder.dim]
-            return EncodedBatch(array, pooled, batch.rows, batch.digests, batch.skipped)
+            return EncodedBatch(
+                array, pooled, batch.rows, batch.digests, batch.contents, batch.skipped
+            )
 
         failure: UserError | None = None
         while True:

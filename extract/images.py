@@ -13,12 +13,32 @@ resized, as CoOp's and CLIP-Adapter's loaders do:
 """
 
 import errno
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.files import other_kind
+
+HEIF = "HEIF"
+# What is read. Pillow knows more, and one of them (EPS) runs a program on what the file says.
+FORMATS = ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "AVIF", "JPEG2000", HEIF)
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+)
+HEIF_SUFFIXES = frozenset({".heic", ".heif"})
+# What others call images, for them to be told that these are not read.
+OTHER_SUFFIXES = frozenset(
+    {".arw", ".avif", ".cr2", ".cr3", ".dcm", ".dng", ".eps", ".exr", ".hdr", ".ico", ".j2k"}
+    | {".jfif", ".jp2", ".jpe", ".jxl", ".nef", ".orf", ".pbm", ".pcx", ".pnm", ".psd", ".raf"}
+    | {".raw", ".rw2", ".svg", ".tga", ".xcf"}
+)
 
 WIDE_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 WHITE = (255, 255, 255, 255)
@@ -42,19 +62,67 @@ class BadImage(ValueError):
     """An image whose content cannot be used; the message says why, without its name."""
 
 
+@cache
+def readable_suffixes() -> frozenset[str]:
+    """How the names of the files end that count as images, in lower case.
+
+    HEIC, in which telephones photograph, is read where the package pillow-heif is installed.
+    """
+    return SUFFIXES | HEIF_SUFFIXES if find_spec("pillow_heif") else SUFFIXES
+
+
+@cache
+def _formats() -> list[str]:
+    Image.init()
+    known = Image.OPEN.keys() - {HEIF}
+    if readable_suffixes() >= HEIF_SUFFIXES:
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+        known |= {HEIF}
+    return [name for name in FORMATS if name in known]
+
+
+def open_image(source: Path | bytes) -> Image.Image:
+    """An image file, or the bytes of one, opened but not decoded.
+
+    Raises BadImage for what is no regular file, which is never opened, for a link to nothing, and
+    for a format that is not read; OSError where the file cannot be read.
+    """
+    if isinstance(source, bytes):
+        return _opened(io.BytesIO(source))
+    try:
+        kind = other_kind(source)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP) and source.is_symlink():
+            raise BadImage("it is a link that leads nowhere") from error
+        raise
+    if kind:
+        raise BadImage(f"it is {kind}, not a file")
+    return _opened(source)
+
+
+def _opened(source: Path | io.BytesIO) -> Image.Image:
+    try:
+        return Image.open(source, formats=_formats())
+    except Image.UnidentifiedImageError as error:
+        known = ", ".join(_formats())
+        raise BadImage(f"it is not an image of a format that is read ({known})") from error
+
+
 def read_rgb(read: Callable[[], Image.Image]) -> Image.Image:
     """Call `read` and turn what it gives, fully decoded, into an image of mode RGB.
 
-    Raises BadImage for content that cannot be decoded, is of more pixels than Pillow takes for
-    honest (`Image.MAX_IMAGE_PIXELS`), or has no agreed meaning as RGB (floating point), and OSError
-    where the file cannot be read at all.
+    Raises BadImage for content that cannot be decoded, takes more memory than there is, is of more
+    pixels than Pillow takes for honest (`Image.MAX_IMAGE_PIXELS`), or has no agreed meaning as RGB
+    (floating point), and OSError where the file cannot be read at all.
     """
     try:
         with read() as image:
             _refuse_bombs(image)
             image.load()
             return _to_rgb(image)
-    except (BadImage, MemoryError):
+    except BadImage:
         raise
     # Pillow's decoders raise nearly anything on damaged data (struct.error, SyntaxError …).
     except Exception as error:
@@ -63,14 +131,12 @@ def read_rgb(read: Callable[[], Image.Image]) -> Image.Image:
         raise BadImage(_reason(error)) from error
 
 
-def read_named(name: str, read: Callable[[], Image.Image]) -> Image.Image:
-    """`read_rgb` for an image with a name.
-
-    Raises BadImage as `read_rgb` does, with the name in front of the reason, and UserError where
-    the file cannot be read at all.
-    """
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Within it, a BadImage gets the image's name in front of the reason, and an OSError, which is
+    not the image's fault, becomes a UserError."""
     try:
-        return read_rgb(read)
+        yield
     except BadImage as error:
         raise BadImage(f"{name} cannot be decoded: {error}") from error
     except OSError as error:
@@ -105,16 +171,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _from_wide_grey(image: Image.Image) -> Image.Image:
     """0…65535 to 0…255; Pillow opens some 16-bit formats (PGM among them) as 32-bit integers."""
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if not 0 <= values.min() <= values.max() <= SIXTEEN_BIT_MAX:
         raise BadImage("its pixels are 32-bit integers, of which nobody says what is white")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert(
+        "RGB"
+    )
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return _too_large("too many")
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "it is not an image that Pillow knows"
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
     text = " ".join(str(error).split()) or type(error).__name__
     return text.rstrip(".")

@@ -1,28 +1,33 @@
 """One `extract` from the opened data set to the finished file."""
 
 import hashlib
-import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.metadata import Part
+from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.reuse import rows_of_cache, rows_of_staging
 from clip_adapter.cache.staging import StagingFolder
 from clip_adapter.cache.tally import Tally, in_several_splits, tally
 from clip_adapter.cache.text_tower import encode_text_tower, tower_path, write_text_tower
 from clip_adapter.cache.words import counted, quoted
 from clip_adapter.cache.writer import CacheWriter
 from clip_adapter.extract.backbone import load_backbone
+from clip_adapter.extract.broken import BrokenImage, name_all
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset
 from clip_adapter.extract.decode import Plan
 from clip_adapter.extract.device import find_device, find_precision
-from clip_adapter.extract.encode import EncodedBatch, Encoder, encode_images
+from clip_adapter.extract.encode import Encoder, encode_images
+from clip_adapter.extract.fingerprints import stamps
 from clip_adapter.extract.in_order import InOrder
 from clip_adapter.extract.outcome import (
     describe,
@@ -36,10 +41,15 @@ from clip_adapter.extract.prompts import (
     read_descriptions,
     resolve_templates,
 )
+from clip_adapter.extract.reuse import NOWHERE, Earlier, listing_sha256, rows_sha256
 from clip_adapter.extract.shards import Shard
+from clip_adapter.extract.split_rows import SplitRows
 from clip_adapter.extract.stopwatch import Stopwatch
 from clip_adapter.extract.text import TextPlan, encode_classes
 from clip_adapter.extract.text_tower import text_tower
+from clip_adapter.extract.update import UPDATABLE, refuse_other_features
+
+STAGING = "rows-"  # and the hash of the listing that they are the rows of
 
 
 def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener: Listener) -> str:
@@ -50,6 +60,8 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
     """
     identity = config.identity()
     dataset = open_dataset(config.dataset, config.source_options())
+    for remark in dataset.remarks:
+        listener.warn(remark)
     text = _text_plan(config, dataset)
     device = find_device(config.device)
     precision = find_precision(config.precision, device)
@@ -68,23 +80,46 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
     # which may change under an unchanged path.
     identity["precision"] = precision
     identity["weights_sha256"] = backbone.identity["weights_sha256"]
-    identity["rows_sha256"] = _rows_sha256(dataset)
-    restart = config.force
+    identity["preprocess"] = backbone.preprocess_config
+    stated = dict(identity)
+    identity["rows_sha256"] = rows_sha256(dataset.splits)
+    now = {name: stamps(split, dataset.provenance) for name, split in dataset.splits.items()}
+    changeable = {name: identity[name] for name in UPDATABLE} | {"prompts": text.sha256()}
     with (
         warnings.catch_warnings(),
-        CacheWriter(place, identity, views=1 + config.views, restart=restart) as writer,
+        ExitStack() as stack,
+        CacheWriter(
+            place,
+            identity,
+            views=1 + config.views,
+            restart=config.force,
+            stated=stated,
+            may_differ=UPDATABLE if config.update else (),
+            staging=f"{STAGING}{listing_sha256(dataset, now, changeable)}",
+        ) as writer,
     ):
         # Pillow remarks on oddities of files that decode all the same; the others get a sentence.
         warnings.filterwarnings("ignore", module="PIL")
         encoder = Encoder(
             backbone,
             device,
-            config.batch_size if config.compile else None,
+            config.batch_size,
+            compiled=config.compile,
             with_projection=config.with_projection,
         )
-        job = _Job(config, shard, dataset, encoder, writer, listener)
+        earlier = None
+        if config.update and config.out.exists():
+            earlier = stack.enter_context(FeatureCache(config.out))
+            weights, preprocess = identity["weights_sha256"], backbone.preprocess_config
+            refuse_other_features(earlier, weights, preprocess, precision)
+        tables = list(rows_of_cache(earlier)) if earlier else []
+        for folder in place.folder.glob(f"{STAGING}*"):
+            if folder != writer.staging:
+                tables += rows_of_staging(folder, stack)
+        known = Earlier(tables, encoder.arrays)
+        job = _Job(config, shard, dataset, encoder, writer, listener, now, known)
         job.check_what_is_there()
-        if shard.index == 1:
+        if shard.index == 1 and not (earlier and job.keep_text(text, earlier)):
             job.encode_text(text)
         for name in dataset.splits:
             job.encode_split(name)
@@ -143,6 +178,8 @@ class _Job:
         encoder: Encoder,
         writer: CacheWriter,
         listener: Listener,
+        now: Mapping[str, npt.NDArray[np.uint64]],
+        earlier: Earlier,
     ) -> None:
         self._config = config
         self._shard = shard
@@ -151,6 +188,12 @@ class _Job:
         self._writer = writer
         self._listener = listener
         self._reason: str | None = None  # why the first image was skipped
+        self._stamps = now
+        self._known = {
+            name: earlier.find(split, now[name], self._views(name), config.workers)
+            for name, split in dataset.splits.items()
+        }
+        self._kept = 0
         self._images = 0
         self._seconds = 0.0
         self.watch = Stopwatch()
@@ -171,6 +214,21 @@ class _Job:
             self._listener.note(
                 f"goes on from image {done:,} of {total:,}, where an earlier run stopped"
             )
+
+    def _views(self, split: str) -> int:
+        return 1 + self._config.views if split == "train" else 1
+
+    def keep_text(self, plan: TextPlan, earlier: FeatureCache) -> bool:
+        """Take what a cache has of the text, if that is all and of these classes and prompts."""
+        with_tokens = self._config.with_text_tower
+        if self._writer.text_rows() or (with_tokens and not earlier.has("tokens")):
+            return False
+        if not plan.is_in(earlier):
+            return False
+        tokens = earlier.tokens() if with_tokens else None
+        features, names = earlier.text_features(), earlier.class_names
+        self._writer.append_text(features, names, earlier.prompts(), tokens)
+        return True
 
     def encode_text(self, plan: TextPlan) -> None:
         batches = encode_classes(
@@ -200,43 +258,50 @@ class _Job:
         split = self._dataset.splits[name]
         start, stop, _ = self.bounds(name)
         done = self._writer.consumed(name)
+        known = self._known[name]
+        left = np.arange(start + done, stop)
+        fresh = left[known.table[left] == NOWHERE]
+        kept = len(left) - len(fresh)
+        self._kept += kept
         plan = Plan(
-            start=start + done,
-            stop=stop,
+            rows=fresh,
             batch_size=self._config.batch_size,
             workers=self._config.workers,
-            views=1 + self._config.views if name == "train" else 1,
+            views=self._views(name),
             seed=self._config.augment_seed,
             skip=self._config.on_error == "skip",
             pinned=self._encoder.device.type == "cuda",
         )
-        shown = self._listener.progress(f"encode {name}", stop - start, done)
+        shown = self._listener.progress(f"encode {name}", stop - start, done + kept)
         clock = Stopwatch()
         count = 0
-        with shown as advance, InOrder() as writing:
+        rows = SplitRows(self._writer, name, split, self._stamps[name], known, plan, start + done)
+        with shown as advance, self._naming_all(name), InOrder() as writing:
             for batch in encode_images(self._encoder, split, plan, self.watch):
                 with self.watch("write"):
-                    writing.submit(self._append, name, batch)
+                    writing.submit(rows.append, batch)
                 handled = len(batch.rows) + len(batch.skipped)
                 count += handled
                 self._images += len(batch.rows)
                 if batch.skipped and self._reason is None:
                     self._reason = batch.skipped[0].reason
-                advance(handled, self._note(count, plan.stop - plan.start - count, clock.elapsed))
+                advance(handled, self._note(count, len(fresh) - count, clock.elapsed))
+            writing.submit(rows.append_known, stop)
         self._seconds += clock.elapsed
 
-    def _append(self, name: str, batch: EncodedBatch) -> None:
-        split = self._dataset.splits[name]
-        self._writer.append_images(
-            name,
-            batch.features,
-            split.labels[batch.rows],
-            [split.ids[row] for row in batch.rows],
-            [image.name for image in batch.skipped],
-            batch.digests,
-            split.labels[[image.row for image in batch.skipped]],
-            batch.pre_projection,
-        )
+    @contextmanager
+    def _naming_all(self, name: str) -> Iterator[None]:
+        """Where an image that cannot be decoded ends the run, the others are named with it."""
+        try:
+            yield
+        except BrokenImage as broken:
+            start, stop, _ = self.bounds(name)
+            names = list(self._dataset.splits)
+            rest = [(self._dataset.splits[name], range(broken.image.row + 1, stop))]
+            for later in names[names.index(name) + 1 :]:
+                start, stop, _ = self.bounds(later)
+                rest.append((self._dataset.splits[later], range(start, stop)))
+            raise name_all(broken.image, rest, self._config.workers) from broken
 
     def _note(self, count: int, remaining: int, seconds: float) -> str:
         rate = count / seconds
@@ -249,6 +314,8 @@ class _Job:
         lines = [describe(self._config.out, tallies, len(self._dataset.class_names), part)]
         if skipped := describe_skipped(tallies, self._reason):
             lines.append(skipped)
+        if self._kept:
+            lines.append(f"{counted(self._kept, 'image')} kept as encoded before")
         if self._images:
             rate = self._images / self._seconds
             compiled = self._encoder.compile_seconds
@@ -259,12 +326,3 @@ class _Job:
                 f"{self.watch.shares()}{compiling}"
             )
         return "\n".join(lines)
-
-
-def _rows_sha256(dataset: ImageDataset) -> str:
-    """SHA-256 over the ids and labels of every split, in order."""
-    digest = hashlib.sha256()
-    for name, split in dataset.splits.items():
-        digest.update(json.dumps([name, *split.ids]).encode())
-        digest.update(np.ascontiguousarray(split.labels, np.int32).tobytes())
-    return digest.hexdigest()

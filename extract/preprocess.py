@@ -17,10 +17,40 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torchvision.transforms import Compose, Normalize
 
+from clip_adapter.extract.images import BadImage
+
 # The official CLIP-Adapter's augmentation (CoOp's `random_resized_crop` and `random_flip`).
 CROP_SCALE = (0.5, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
+# Pixels of an image resized so that its shortest side is what the encoder takes: 134 MB, and at 224
+# pixels a strip 668 times as long as it is wide.
+RESIZED_PIXELS_MAX = 1 << 25
+
+
+def refuse_strips(image: Image.Image, config: Mapping[str, Any]) -> None:
+    """Raises BadImage for an image so long and narrow that it would grow beyond all bounds.
+
+    Before the centre is cut out, the shortest side is made as long as the encoder's `size`, and the
+    other grows with it: 1 × 1,000,000 pixels become 224 × 224,000,000.
+
+    config: open_clip's preprocessing configuration.
+    """
+    if config.get("resize_mode", "shortest") != "shortest":
+        return
+    height, width = _height_and_width(config)
+    scale = max(width / image.width, height / image.height)
+    resized = round(image.width * scale), round(image.height * scale)
+    if resized[0] * resized[1] > RESIZED_PIXELS_MAX:
+        raise BadImage(
+            f"its {image.width} × {image.height} pixels would become {resized[0]} × {resized[1]}, "
+            f"more than {RESIZED_PIXELS_MAX:,}; cut it into pieces less long and narrow"
+        )
+
+
+def _height_and_width(config: Mapping[str, Any]) -> tuple[int, int]:
+    size = config["size"]
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 class Preprocess:
@@ -37,9 +67,8 @@ class Preprocess:
         self._geometry = Compose(geometry)
         self._mean = torch.tensor(normalize.mean)
         self._std = torch.tensor(normalize.std)
-        size = config["size"]
-        self.height: int = size if isinstance(size, int) else size[0]
-        self.width: int = size if isinstance(size, int) else size[1]
+        self._config = config
+        self.height, self.width = _height_and_width(config)
 
     def view(self, image: Image.Image, name: str, number: int, seed: int) -> npt.NDArray[np.uint8]:
         """View `number` of an RGB image, (height, width, 3).
@@ -47,9 +76,17 @@ class Preprocess:
         View 0 is the evaluation preprocessing. The others are draws that depend on the seed, the
         image's name and the number alone: a random crop of 50 to 100 % of the area with a ratio of
         3:4 to 4:3, resized bicubically, and mirrored half of the time.
+
+        Raises BadImage for shapes that cannot be brought to the encoder's.
         """
         if number == 0:
-            return np.asarray(self._geometry(image))
+            refuse_strips(image, self._config)
+            try:
+                return np.asarray(self._geometry(image))
+            except (MemoryError, ValueError) as error:  # a side of the resized image may be 0
+                raise BadImage(
+                    f"its {image.width} × {image.height} pixels cannot be resized: {error}"
+                ) from error
         rng = np.random.default_rng(_entropy(seed, name, number))
         left, top, width, height = crop_box(image.width, image.height, rng)
         crop = image.crop((left, top, left + width, top + height))

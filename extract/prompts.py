@@ -1,12 +1,14 @@
 """Prompts: templates filled with class names, and sentences of a class's own."""
 
-import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.words import some
+from clip_adapter.extract.files import read_json, read_text, user_path
 
+PROMPT_MAX = 5000  # characters; text towers read 77 tokens
 ENSEMBLE = "ensemble"
 
 
@@ -15,8 +17,21 @@ def check_templates(templates: Sequence[str]) -> None:
     for template in templates:
         if template.count("{}") != 1:
             raise UserError(
-                f"The template {template!r} needs exactly one {{}} where the class name goes."
+                f"The template {reprlib.repr(template)} needs exactly one {{}} where the class "
+                "name goes."
             )
+        _check_prompt(template, "template")
+
+
+def _check_prompt(text: str, what: str) -> None:
+    from clip_adapter.extract.datasets.checks import check_storable
+
+    check_storable(text, what)
+    if len(text) > PROMPT_MAX:
+        raise UserError(
+            f"The {what} {reprlib.repr(text)} has {len(text):,} characters, more than "
+            f"{PROMPT_MAX:,}, of which no text tower reads a part; shorten it."
+        )
 
 
 def resolve_templates(values: Sequence[str]) -> tuple[str, ...]:
@@ -34,32 +49,31 @@ def resolve_templates(values: Sequence[str]) -> tuple[str, ...]:
             from clip_adapter.extract.datasets.catalogue import load_catalogue
 
             templates += load_catalogue()["imagenet"].templates_ensemble
-        elif "{}" not in value and Path(value).is_file():
-            templates += _lines(Path(value))
+        elif "{}" not in value and _is_there(value):
+            templates += _lines(user_path(value))
         else:
             templates.append(value)
     check_templates(templates)
     repeated = sorted({template for template in templates if templates.count(template) > 1})
     if repeated:
-        raise UserError(f"The template {repeated[0]!r} is given twice; name it once.")
+        raise UserError(f"The template {reprlib.repr(repeated[0])} is given twice; name it once.")
     return tuple(templates)
 
 
+def _is_there(value: str) -> bool:
+    """Whether something has this name: a pipe too, for which there is a sentence of its own."""
+    try:
+        return Path(value).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # a sentence is too long to be the name of a file
+        return False
+
+
 def _lines(path: Path) -> list[str]:
-    lines = [line.strip() for line in _read(path).splitlines()]
+    lines = [line.strip() for line in read_text(path).splitlines()]
     found = [line for line in lines if line]
     if not found:
         raise UserError(f"{path} has no templates; write one per line.")
     return found
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8; save it as such.") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def read_descriptions(path: Path) -> dict[str, list[str]]:
@@ -67,17 +81,15 @@ def read_descriptions(path: Path) -> dict[str, list[str]]:
 
     Raises UserError for a file that is not that.
     """
-    try:
-        stored = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not JSON: {error}.") from error
+    stored = read_json(path)
     if not isinstance(stored, dict) or not all(map(_is_sentences, stored.values())):
         raise UserError(
             f"{path} does not hold descriptions; it has to be an object with a list of sentences "
             "for each class."
         )
+    for sentences in stored.values():
+        for sentence in sentences:
+            _check_prompt(sentence, "description")
     return stored
 
 

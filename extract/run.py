@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.files import is_there
 from clip_adapter.cache.listener import Listener
+from clip_adapter.cache.schema import FORMAT_VERSION
 from clip_adapter.cache.staging import StagingFolder
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.shards import (
@@ -96,12 +97,15 @@ def _staging_folder(config: ExtractConfig, own: Mapping[str, Any]) -> Iterator[S
     Raises UserError where nothing can be written there, by this run at least. An interruption is
     given to say that nothing is lost (--force, though, would start again).
     """
+    from clip_adapter.extract.update import UPDATABLE
+
     arguments = config.identity()
     if config.precision == "auto":  # only the device will say
         del arguments["precision"]
     with StagingFolder(config.out, own) as place:
         if not config.force:
-            place.refuse_other(arguments, known_so_far=True)
+            may_differ = UPDATABLE if config.update else ()
+            place.refuse_other(arguments, known_so_far=True, may_differ=may_differ)
         try:
             yield place
         except KeyboardInterrupt:
@@ -113,47 +117,85 @@ def _staging_folder(config: ExtractConfig, own: Mapping[str, Any]) -> Iterator[S
 
 
 def _already_there(config: ExtractConfig, shard: Shard) -> bool:
-    """Whether the file exists with these arguments.
+    """Whether the file exists with these arguments, made of the images that are there now.
 
     Raises UserError where something else stands in its place, or images were skipped that should
-    not be.
+    not be, and, unless it is to be updated, where images have changed or the text tower is missing.
     """
     if config.force or not is_there(config.out) or config.out.is_dir():
         return False
-    stored, skipped = _arguments_of(config.out, shard)
-    earlier = ExtractConfig().identity() | stored
+    from clip_adapter.extract.update import (
+        UPDATABLE,
+        find_changes,
+        refuse_changed,
+        refuse_other_rows,
+    )
+
+    made = _made(config.out, shard)
+    updatable = shard.of == 1 and made.format_version > 1
+    earlier = ExtractConfig().identity() | made.arguments
     now = config.identity()
     if config.precision == "auto":  # whatever it was on the machine that made the file
         now["precision"] = earlier["precision"]
-    differing = sorted(key for key in now if earlier.get(key) != now[key])
-    if differing:
+    differing = {key for key in now if earlier.get(key) != now[key]}
+    if config.update and not updatable:
         raise UserError(
-            f"{config.out} exists and was made with other arguments ({', '.join(differing)} "
-            "differ); choose another --out, or --force to overwrite it."
+            f"{config.out} is of format version {made.format_version}, which does not say of what "
+            "files its images are, so --update can keep nothing of it; --force starts again."
         )
+    if differing and not (config.update and differing <= set(UPDATABLE)):
+        keeping = "--update to keep what can be kept of it, "
+        raise UserError(
+            f"{config.out} exists and was made with other arguments "
+            f"({', '.join(sorted(differing))} differ); choose another --out, "
+            f"{keeping if updatable and differing <= set(UPDATABLE) else ''}or --force to "
+            "overwrite it."
+        )
+    tower = _missing_tower(config, shard)
+    if config.update:
+        wanting = config.on_error == "fail" and made.skipped > 0
+        return not (differing or wanting or tower or find_changes(config))
     if config.on_error == "fail":
         from clip_adapter.extract.outcome import refuse_skipped
 
-        refuse_skipped(config.out, skipped)
-    if config.with_text_tower and shard.index == 1:
-        from clip_adapter.cache.text_tower import tower_path
-
-        if not (tower := tower_path(config.out)).exists():
-            raise UserError(
-                f"{tower} is missing, which belongs to {config.out}; --force makes both."
-            )
+        refuse_skipped(config.out, made.skipped)
+    if shard.of > 1:
+        refuse_other_rows(config, made.arguments.get("rows_sha256"))
+    else:
+        refuse_changed(config, updatable=updatable)
+    if tower:
+        again = "--update makes it again" if updatable else "--force makes both"
+        raise UserError(f"{tower} is missing, which belongs to {config.out}; {again}.")
     return True
+
+
+def _missing_tower(config: ExtractConfig, shard: Shard) -> Path | None:
+    """Where the text tower should lie, if it does not."""
+    if not config.with_text_tower or shard.index > 1:
+        return None
+    from clip_adapter.cache.text_tower import tower_path
+
+    path = tower_path(config.out)
+    return None if path.exists() else path
 
 
 def _nothing_to_do(out: Path) -> str:
     return (
-        f"{out} is complete and was made with these arguments; images and weights were not "
-        "looked at again (--force does): nothing to do."
+        f"{out} is complete and was made with these arguments of what its source holds now: "
+        "nothing to do (weights were not looked at; --force starts again)."
     )
 
 
-def _arguments_of(path: Path, shard: Shard) -> tuple[dict[str, Any], int]:
-    """What a file was made with, and how many images were skipped."""
+@dataclass(frozen=True)
+class _Made:
+    """What a file was made with, how many images were skipped, and which format it is of."""
+
+    arguments: dict[str, Any]
+    skipped: int
+    format_version: int
+
+
+def _made(path: Path, shard: Shard) -> _Made:
     if shard.of > 1:
         from clip_adapter.cache.parts import part_of
 
@@ -163,7 +205,7 @@ def _arguments_of(path: Path, shard: Shard) -> tuple[dict[str, Any], int]:
                 f"{path} is part {part.index} of {part.of} of a cache; choose another --out, or "
                 "--force to overwrite it."
             )
-        return arguments, skipped
+        return _Made(arguments, skipped, FORMAT_VERSION)
     import h5py
 
     from clip_adapter.cache.reader import FeatureCache
@@ -174,4 +216,4 @@ def _arguments_of(path: Path, shard: Shard) -> tuple[dict[str, Any], int]:
             "overwrite it."
         )
     with FeatureCache(path) as cache:
-        return cache.arguments, cache.skipped
+        return _Made(cache.arguments, cache.skipped, cache.metadata.format_version)

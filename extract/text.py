@@ -1,5 +1,7 @@
 """Encode the prompts of all classes."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -7,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.extract.prompts import prompts
 
 if TYPE_CHECKING:
@@ -29,6 +32,22 @@ class TextPlan:
         """A name for each of the P rows that a class has in the cache."""
         longest = max(map(len, self.descriptions)) if self.descriptions else 0
         return [*self.templates, *(f"description {row + 1}" for row in range(longest))]
+
+    def sha256(self) -> str:
+        """Hash of the classes and their prompts."""
+        stated = [list(self.class_names), list(self.templates), self.descriptions]
+        return hashlib.sha256(json.dumps(stated).encode()).hexdigest()
+
+    def is_in(self, cache: FeatureCache) -> bool:
+        """Whether a cache has the text features of just these classes and prompts."""
+        if cache.class_names != list(self.class_names) or cache.templates != self.stored_templates:
+            return False
+        stored = cache.prompts()
+        if self.descriptions is None or stored is None:
+            return self.descriptions is None and stored is None
+        return [[text for text in row if text] for row in stored] == [
+            self.prompts(label) for label in range(len(self.class_names))
+        ]
 
     def prompts(self, label: int) -> list[str]:
         own = self.descriptions[label] if self.descriptions else ()

@@ -15,6 +15,7 @@ from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.words import quoted
 from clip_adapter.extract.backbone import Backbone, load_backbone
 from clip_adapter.extract.images import read_rgb
+from clip_adapter.extract.preprocess import refuse_strips
 from clip_adapter.extract.projection import take_projection
 from clip_adapter.extract.recipe import GLYPH_CLIP, is_published
 from clip_adapter.pipelines.adapter_check import feature_width
@@ -52,6 +53,7 @@ class AdaptedClip(nn.Module):
         check_same_width(width, wanted, backbone.identity["name"])
         self.head = FittedHead(adapter)
         self._transform = backbone.preprocess
+        self._preprocess_config = backbone.preprocess_config
         self.class_names = tuple(adapter.info.class_names)
         self.requires_grad_(False).eval()
 
@@ -85,7 +87,9 @@ class AdaptedClip(nn.Module):
 
         Raises BadImage for one that `extract` would not take either.
         """
-        return self._transform(read_rgb(image.copy))
+        picture = read_rgb(image.copy)
+        refuse_strips(picture, self._preprocess_config)
+        return self._transform(picture)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (B, C) of preprocessed images (B, 3, H, W)."""

@@ -1,6 +1,7 @@
 """`predict`: classify image files with a fitted adapter."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -8,21 +9,22 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from stat import S_ISDIR, S_ISREG
+from stat import S_ISDIR
 from typing import TYPE_CHECKING, Literal, NoReturn
-
-from PIL import Image
 
 from clip_adapter.cache.cores import available_cores, limit_openmp
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.words import counted, printable
-from clip_adapter.extract.datasets.image_files import images_below, unreadable
-from clip_adapter.extract.images import BadImage, read_rgb
+from clip_adapter.extract.datasets.image_files import images_below, unread_remarks
+from clip_adapter.extract.files import unreadable
+from clip_adapter.extract.images import BadImage, open_image, read_rgb
 from clip_adapter.pipelines.argument_types import Positional
 from clip_adapter.pipelines.command import EXIT_PARTIAL, run_command
 from clip_adapter.pipelines.named_method import know_method
 from clip_adapter.pipelines.prediction_formats import FORMATS, Prediction
 from clip_adapter.pipelines.progress import Advance, no_advance, progress
+from clip_adapter.pipelines.spoken import Spoken
 
 if TYPE_CHECKING:
     import torch
@@ -96,9 +98,7 @@ class Predictions:
     def _decode(self, path: Path) -> "tuple[Path, torch.Tensor | str]":
         """The preprocessed image, or why there is none."""
         try:
-            if not S_ISREG(path.stat().st_mode):  # reading a pipe or a device would not end
-                return path, "it is a pipe or a device"
-            return path, self._model.preprocess(read_rgb(partial(Image.open, path)))
+            return path, self._model.preprocess(read_rgb(partial(open_image, path)))
         except BadImage as error:
             return path, str(error)
         except OSError as error:
@@ -127,7 +127,7 @@ class Predictions:
         ]
 
 
-def predict(config: PredictConfig) -> Predictions:
+def predict(config: PredictConfig, listener: Listener | None = None) -> Predictions:
     """Load the adapter and its backbone, find the images, and return what classifies them.
 
     Raises UserError for a path that does not exist, when there is no image at all, for numbers
@@ -137,7 +137,7 @@ def predict(config: PredictConfig) -> Predictions:
     if min(config.top, config.batch_size, config.workers) < 1:
         raise UserError("--top, --batch-size and --workers must be at least 1.")
     know_method(config.method)
-    paths = image_files(config.paths)
+    paths = image_files(config.paths, listener or Listener())
 
     from clip_adapter.extract.device import find_device
     from clip_adapter.pipelines.adapted_clip import AdaptedClip
@@ -149,18 +149,21 @@ def predict(config: PredictConfig) -> Predictions:
     return Predictions(model, paths, config)
 
 
-def image_files(paths: Sequence[Path]) -> list[Path]:
+def image_files(paths: Sequence[Path], listener: Listener) -> list[Path]:
     """The files among `paths` and the image files below the folders among them, in their order.
 
     Raises UserError for a path that does not exist or cannot be read, and if nothing is found.
     """
     found: list[Path] = []
+    unread: Counter[str] = Counter()
     for path in paths:
         try:
             mode = path.stat().st_mode
         except OSError as error:
             raise unreadable(path, error) from error
-        found += [path / inner for inner in images_below(path)] if S_ISDIR(mode) else [path]
+        found += [path / inner for inner in images_below(path, unread)] if S_ISDIR(mode) else [path]
+    for remark in unread_remarks(unread):
+        listener.warn(remark)
     if not paths:
         raise UserError("Name the images to classify: files, or folders that hold them.")
     if not found:
@@ -170,7 +173,7 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
 
 def print_predictions(config: PredictConfig) -> int:
     """Run `predict`, print what it finds as it comes, and return the exit code."""
-    predictions = predict(config)
+    predictions = predict(config, Spoken("predict"))
     unreadable_count = 0
     out = sys.stdout  # bound here, because a progress bar on standard error takes sys.stdout over
     # Where the rows appear on a terminal, they show the progress themselves.

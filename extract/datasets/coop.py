@@ -6,7 +6,8 @@ FGVC-Aircraft, and nothing for ImageNet and its variants, whose folders are the 
 the rows is the file's, so that few-shot draws equal the published ones.
 """
 
-import json
+import reprlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,19 +20,20 @@ from clip_adapter.extract.datasets.image_files import (
     ImageFiles,
     images_below,
     require_files,
-    unreadable,
+    unread_remarks,
     visible_folders,
 )
 from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions, Split
 from clip_adapter.extract.datasets.splitting import complete_splits
+from clip_adapter.extract.files import is_file, is_folder, read_json, read_text, user_path
 
 Rows = list[tuple[str, int]]
 SPLITS = ("train", "val", "test")
 ARTICLE = "see DATASETS.md in github.com/KaiyangZhou/CoOp"
 
 
-def open_coop(folder: Path, options: SourceOptions) -> ImageDataset:
-    """The data set of the literature that lies in `folder`; ids are the paths in its split file.
+def open_coop(path: str, options: SourceOptions) -> ImageDataset:
+    """The data set of the literature in the folder `path`; ids are the paths in its split file.
 
     It is told by the folder's name, or by the split file that lies there. ImageNet has no val
     split here (CoOp validates on its test images; we don't) unless `options` ask for a fraction
@@ -40,10 +42,12 @@ def open_coop(folder: Path, options: SourceOptions) -> ImageDataset:
     Raises UserError where the folder, its split file or some of its images are missing, saying
     what belongs where, and for a split file that contradicts itself.
     """
-    if not folder.is_dir():
+    folder = user_path(path)
+    if not is_folder(folder):
         raise UserError(f"There is no folder {folder}; put CoOp's layout there ({ARTICLE}).")
     entry = _recognised(folder)
     class_names: Sequence[str] = entry.class_names
+    unread: Counter[str] = Counter()
     if entry.coop_split_file:
         rows, class_names = _read_split_file(folder / entry.coop_split_file, entry)
         origin = _published(entry, rows)
@@ -51,7 +55,7 @@ def open_coop(folder: Path, options: SourceOptions) -> ImageDataset:
         rows, class_names = _read_lists(folder, entry)
         origin = "published lists of images per split"
     else:
-        rows, origin = _read_folders(folder, entry), "one folder of images per class"
+        rows, origin = _read_folders(folder, entry, unread), "one folder of images per class"
         if "train" in rows and options.val is None:
             options = replace(options, val=0.0)
     root = folder / entry.coop_images
@@ -65,6 +69,7 @@ def open_coop(folder: Path, options: SourceOptions) -> ImageDataset:
         entry.templates,
         complete_splits(splits, class_names, options),
         provenance,
+        unread_remarks(unread),
     )
 
 
@@ -84,7 +89,7 @@ def _recognised(folder: Path) -> CatalogueEntry:
     entries = load_catalogue().values()
     name = folder.resolve().name
     by_name = [e for e in entries if name == e.coop_dir]
-    by_file = [e for e in entries if e.coop_split_file and (folder / e.coop_split_file).is_file()]
+    by_file = [e for e in entries if e.coop_split_file and is_file(folder / e.coop_split_file)]
     if not by_name + by_file:
         known = ", ".join(e.coop_dir for e in entries)
         raise UserError(
@@ -96,20 +101,19 @@ def _recognised(folder: Path) -> CatalogueEntry:
 
 
 def _read_split_file(path: Path, entry: CatalogueEntry) -> tuple[dict[str, Rows], list[str]]:
-    try:
-        stored = json.loads(path.read_text("utf-8"))
-        rows = {s: [(str(p), int(label)) for p, label, _ in stored[s]] for s in SPLITS}
-        named = {(int(label), str(name)) for s in SPLITS for _, label, name in stored[s]}
-    except FileNotFoundError:
+    if not path.exists():
         raise UserError(
             f"{path.parent} has no {path.name}; download it and put it there ({ARTICLE})."
-        ) from None
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except (ValueError, KeyError, TypeError) as error:
+        )
+    stored = read_json(path)
+    try:
+        rows = {s: [(str(p), int(label)) for p, label, _ in stored[s]] for s in SPLITS}
+        named = {(int(label), str(name)) for s in SPLITS for _, label, name in stored[s]}
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        reason = reprlib.repr(error)
         raise UserError(
             f"{path} is not a split file of CoOp's (lists of path, label, class name under train, "
-            f"val and test): {error!r}; download it again ({ARTICLE})."
+            f"val and test): {reason}; download it again ({ARTICLE})."
         ) from error
     labels = [label for label, _ in sorted(named)]
     if labels != list(range(entry.classes)):
@@ -142,7 +146,7 @@ def _read_lists(folder: Path, entry: CatalogueEntry) -> tuple[dict[str, Rows], l
             image, _, class_name = line.partition(" ")
             if class_name not in labels:
                 raise UserError(
-                    f"{folder / name} has the line {line!r}, whose class is not in "
+                    f"{folder / name} has the line {reprlib.repr(line)}, whose class is not in "
                     f"{entry.coop_classes_file}; put the original files there ({ARTICLE})."
                 )
             rows[split].append((f"{image}.jpg", labels[class_name]))
@@ -150,18 +154,15 @@ def _read_lists(folder: Path, entry: CatalogueEntry) -> tuple[dict[str, Rows], l
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}; put it there ({ARTICLE}).") from None
-    except OSError as error:
-        raise unreadable(path, error) from error
+    if not path.exists():
+        raise UserError(f"{path.parent} has no {path.name}; put it there ({ARTICLE}).")
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
-def _read_folders(folder: Path, entry: CatalogueEntry) -> dict[str, Rows]:
+def _read_folders(folder: Path, entry: CatalogueEntry, unread: Counter[str]) -> dict[str, Rows]:
     rows: dict[str, Rows] = {}
     for split, inner in entry.coop_folders.items():
-        if not (folder / inner).is_dir():
+        if not is_folder(folder / inner):
             raise UserError(
                 f"{folder} has no folder {inner} with one folder of images per class; "
                 f"put it there ({ARTICLE})."
@@ -175,7 +176,7 @@ def _read_folders(folder: Path, entry: CatalogueEntry) -> dict[str, Rows]:
         rows[split] = [
             (f"{inner}/{name}/{path}", label)
             for label, name in enumerate(names)
-            for path in images_below(folder / inner / name)
+            for path in images_below(folder / inner / name, unread)
         ]
     return rows
 
@@ -183,4 +184,5 @@ def _read_folders(folder: Path, entry: CatalogueEntry) -> dict[str, Rows]:
 def _split(root: Path, rows: Rows, origin: str) -> Split:
     paths = [path for path, _ in rows]
     labels = np.array([label for _, label in rows], np.int32)
-    return Split(paths, labels, ImageFiles(root, paths), origin)
+    files = ImageFiles(root, paths)
+    return Split(paths, labels, files, origin, files.file)

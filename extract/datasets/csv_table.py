@@ -1,6 +1,7 @@
 """A CSV file that lists images and their labels."""
 
 import csv
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from clip_adapter.extract.datasets.image_files import (
     ImageFiles,
     natural_order,
     require_files,
-    unreadable,
 )
 from clip_adapter.extract.datasets.source import (
     DEFAULT_TEMPLATES,
@@ -21,11 +21,12 @@ from clip_adapter.extract.datasets.source import (
     Split,
 )
 from clip_adapter.extract.datasets.splitting import complete_splits
+from clip_adapter.extract.files import text_file, user_path
 
 REQUIRED = ("path", "label")
 
 
-def open_csv(table: Path, options: SourceOptions) -> ImageDataset:
+def open_csv(path: str, options: SourceOptions) -> ImageDataset:
     """The images of a table with the columns path, label and, if it likes, split.
 
     The first row names the columns; others than these are ignored. Labels are class names, taken
@@ -36,6 +37,7 @@ def open_csv(table: Path, options: SourceOptions) -> ImageDataset:
     Raises UserError for a table that cannot be read, missing columns, incomplete rows, repeated
     paths and unknown splits (with the line), and for images that do not exist.
     """
+    table = user_path(path)
     root = options.image_root or table.parent
     rows: dict[str, list[tuple[str, str]]] = {}
     for split, path, label in _rows(table):
@@ -58,7 +60,7 @@ def open_csv(table: Path, options: SourceOptions) -> ImageDataset:
 def _rows(table: Path) -> Iterator[tuple[str, str, str]]:
     lines: dict[str, int] = {}
     try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
+        with text_file(table, "utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
             columns = reader.fieldnames
             if not columns:
@@ -66,16 +68,13 @@ def _rows(table: Path) -> Iterator[tuple[str, str, str]]:
             if missing := [name for name in REQUIRED if name not in columns]:
                 raise UserError(
                     f"{table} has no column {' and no column '.join(missing)} in its first row "
-                    f"({', '.join(columns)}); name the columns path, label and, if you like, split."
+                    f"({reprlib.repr(columns)[1:-1]}); name the columns path, label and, if you "
+                    "like, split."
                 )
             for row in reader:
                 yield _checked_row(f"{table}, line {reader.line_num}", row, lines, reader.line_num)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{table} is not UTF-8 text; save it as UTF-8.") from error
     except csv.Error as error:
         raise UserError(f"{table} is not a valid CSV file: {error}; save it again.") from error
-    except OSError as error:
-        raise unreadable(table, error) from error
 
 
 def _checked_row(
@@ -85,12 +84,16 @@ def _checked_row(
     if not path or not label:
         raise UserError(f"{place}: {'path' if not path else 'label'} is empty; fill it in.")
     if path in lines:
-        raise UserError(f"{place}: {path} stands in line {lines[path]} already; keep one of them.")
+        raise UserError(
+            f"{place}: {reprlib.repr(path)} stands in line {lines[path]} already; keep one of them."
+        )
     lines[path] = line
     written = row.get("split", "train") or ""
     split = SPLIT_NAMES.get(written.strip().lower())
     if split is None:
-        raise UserError(f"{place}: unknown split {written!r}; write train, val or test.")
+        raise UserError(
+            f"{place}: unknown split {reprlib.repr(written)}; write train, val or test."
+        )
     return split, path, label
 
 
@@ -98,4 +101,5 @@ def _split(root: Path, rows: list[tuple[str, str]], class_names: list[str], tabl
     label = {name: index for index, name in enumerate(class_names)}
     paths = [path for path, _ in rows]
     labels = np.array([label[name] for _, name in rows], np.int32)
-    return Split(paths, labels, ImageFiles(root, paths), f"rows of {table.name}")
+    files = ImageFiles(root, paths)
+    return Split(paths, labels, files, f"rows of {table.name}", files.file)

@@ -7,8 +7,12 @@ import sklearn
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from clip_adapter.extract.datasets.source import ImageDataset, Split
-from clip_adapter.extract.datasets.splitting import SPLIT_SEED, stratified_parts
+from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions, Split
+from clip_adapter.extract.datasets.splitting import (
+    SPLIT_SEED,
+    refuse_fractions,
+    stratified_parts,
+)
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("a photo of the digit {}.",)
@@ -16,8 +20,11 @@ FRACTIONS = {"train": 0.4, "val": 0.1, "test": 0.5}
 INK_MAX = 16.0
 
 
-def digits() -> ImageDataset:
-    """8 × 8 grey images, ink white on black, in a fixed stratified split (40 / 10 / 50 %)."""
+def open_digits(_: str, options: SourceOptions) -> ImageDataset:
+    """8 × 8 grey images, ink white on black, in a fixed stratified split (40 / 10 / 50 %).
+
+    Raises UserError where `options` ask for another split.
+    """
     bunch = load_digits()
     pixels = np.rint(bunch.images / INK_MAX * 255).astype(np.uint8)
     parts = stratified_parts(bunch.target, list(FRACTIONS.values()))
@@ -30,6 +37,7 @@ def digits() -> ImageDataset:
             origin=f"{fraction:.0%} of scikit-learn's digits, stratified, seed {SPLIT_SEED}",
         )
     provenance = {"name": "digits", "source": "scikit-learn", "version": sklearn.__version__}
+    refuse_fractions(options, splits)
     return ImageDataset("digits", CLASS_NAMES, TEMPLATES, splits, provenance)
 
 

@@ -1,6 +1,5 @@
 """Data sets of the Hugging Face hub, or folders that its package `datasets` can read."""
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from clip_adapter.extract.datasets.source import (
     Split,
 )
 from clip_adapter.extract.datasets.splitting import complete_splits
+from clip_adapter.extract.files import is_file, user_path
+from clip_adapter.extract.images import open_image
 
 
 def open_hugging_face(name: str, options: SourceOptions) -> ImageDataset:
@@ -36,6 +37,8 @@ def open_hugging_face(name: str, options: SourceOptions) -> ImageDataset:
         raise UserError(
             f"hf:{name} needs the package datasets: pip install 'clip-adapter[hf]'."
         ) from None
+    if name.startswith("~"):
+        name = str(user_path(name))
     loaded = _load(datasets, name)
     columns = next(iter(loaded.values())).features
     image = _only_column(name, columns, datasets.Image)
@@ -69,7 +72,7 @@ def open_hugging_face(name: str, options: SourceOptions) -> ImageDataset:
 
 def _load(datasets: Any, name: str) -> Any:
     try:
-        if (Path(name) / "dataset_dict.json").is_file():
+        if is_file(Path(name) / "dataset_dict.json"):
             return datasets.load_from_disk(name)
         return datasets.load_dataset(name)
     except Exception as error:  # the package raises errors of many kinds, its hub client others
@@ -98,6 +101,4 @@ class _TableImages:
 
     def __call__(self, index: int) -> Image.Image:
         stored = self.table[index][self.column]
-        return Image.open(
-            stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
-        )
+        return open_image(Path(stored["path"]) if stored["bytes"] is None else stored["bytes"])

@@ -1,15 +1,26 @@
 """Data sets by name."""
 
 import difflib
-from collections.abc import Callable
+import reprlib
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.datasets.catalogue import CatalogueEntry, load_catalogue
 from clip_adapter.extract.datasets.checks import checked
 from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions
+from clip_adapter.extract.files import is_folder
 
-DIGITS = "digits"
+# Name → module:function, which is called with what stands behind the colon and the options.
+NAMED = {"digits": "digits:open_digits"}
+KINDS = {
+    "tfds": "tfds_builders:open_tfds",
+    "coop": "coop:open_coop",
+    "folder": "folder:open_folder",
+    "csv": "csv_table:open_csv",
+    "hf": "hugging_face:open_hugging_face",
+}
 
 
 def open_dataset(spec: str, options: SourceOptions = SourceOptions()) -> ImageDataset:  # noqa: B008
@@ -26,30 +37,50 @@ def open_dataset(spec: str, options: SourceOptions = SourceOptions()) -> ImageDa
     return checked(_open(spec, options))
 
 
+def provenance_of(spec: str, options: SourceOptions) -> dict[str, Any] | None:
+    """What would be the source and version in a data set's provenance, without opening it; None for
+    one that lies on this machine and can just as well be opened."""
+    kind, _, rest = spec.partition(":")
+    entry = load_catalogue().get(spec)
+    if entry is not None and entry.tfds and not _lies_in(options.data_root, entry):
+        kind, rest = "tfds", entry.tfds
+    if kind == "tfds" and rest:
+        from clip_adapter.extract.datasets.tfds_builders import builder_version
+
+        return {"source": f"tfds:{rest}", "version": builder_version(rest, options.data_dir)}
+    if kind == "hf" and not is_folder(Path(rest)):
+        return {"source": f"hf:{rest}"}
+    return None
+
+
+def _lies_in(root: Path | None, entry: CatalogueEntry) -> bool:
+    return root is not None and is_folder(root / entry.coop_dir)
+
+
 def _open(spec: str, options: SourceOptions) -> ImageDataset:
-    if spec == DIGITS:
-        return _digits(options)
+    if spec in NAMED:
+        return _open_source(NAMED[spec], "", options)
     kind, colon, rest = spec.partition(":")
-    if colon and kind in _KINDS:
+    if colon and kind in KINDS:
         if not rest:
             raise UserError(f"{spec} names nothing; write what to open behind the colon.")
-        return _KINDS[kind](rest, options)
+        return _open_source(KINDS[kind], rest, options)
     catalogue = load_catalogue()
     if spec in catalogue:
         return _literature(catalogue[spec], options)
-    known = [DIGITS, *catalogue]
+    known = [*NAMED, *catalogue]
     near = difflib.get_close_matches(spec, known, n=3, cutoff=0.4)
     raise UserError(
-        f"Unknown data set {spec!r}; near matches: {', '.join(near) or 'none'} "
-        f"(known: {', '.join(known)}, and {', '.join(f'{kind}:…' for kind in _KINDS)})."
+        f"Unknown data set {reprlib.repr(spec)}; near matches: {', '.join(near) or 'none'} "
+        f"(known: {', '.join(known)}, and {', '.join(f'{kind}:…' for kind in KINDS)})."
     )
 
 
 def _literature(entry: CatalogueEntry, options: SourceOptions) -> ImageDataset:
     from clip_adapter.extract.datasets.coop import coop_instructions, open_coop
 
-    if options.data_root and (options.data_root / entry.coop_dir).is_dir():
-        return open_coop(options.data_root / entry.coop_dir, options)
+    if options.data_root and _lies_in(options.data_root, entry):
+        return open_coop(str(options.data_root / entry.coop_dir), options)
     if entry.tfds is None:
         raise UserError(
             f"{entry.name} is not in TensorFlow Datasets; "
@@ -60,49 +91,7 @@ def _literature(entry: CatalogueEntry, options: SourceOptions) -> ImageDataset:
     return open_tfds(entry.tfds, options, entry)
 
 
-def _digits(options: SourceOptions) -> ImageDataset:
-    from clip_adapter.extract.datasets.digits import digits
-    from clip_adapter.extract.datasets.splitting import refuse_fractions
-
-    dataset = digits()
-    refuse_fractions(options, dataset.splits)
-    return dataset
-
-
-def _tfds(name: str, options: SourceOptions) -> ImageDataset:
-    from clip_adapter.extract.datasets.tfds_builders import open_tfds
-
-    return open_tfds(name, options)
-
-
-def _coop(folder: str, options: SourceOptions) -> ImageDataset:
-    from clip_adapter.extract.datasets.coop import open_coop
-
-    return open_coop(Path(folder).expanduser(), options)
-
-
-def _folder(folder: str, options: SourceOptions) -> ImageDataset:
-    from clip_adapter.extract.datasets.folder import open_folder
-
-    return open_folder(Path(folder).expanduser(), options)
-
-
-def _csv(table: str, options: SourceOptions) -> ImageDataset:
-    from clip_adapter.extract.datasets.csv_table import open_csv
-
-    return open_csv(Path(table).expanduser(), options)
-
-
-def _hf(name: str, options: SourceOptions) -> ImageDataset:
-    from clip_adapter.extract.datasets.hugging_face import open_hugging_face
-
-    return open_hugging_face(name, options)
-
-
-_KINDS: dict[str, Callable[[str, SourceOptions], ImageDataset]] = {
-    "tfds": _tfds,
-    "coop": _coop,
-    "folder": _folder,
-    "csv": _csv,
-    "hf": _hf,
-}
+def _open_source(where: str, rest: str, options: SourceOptions) -> ImageDataset:
+    module, _, function = where.partition(":")
+    opened = getattr(import_module(f"clip_adapter.extract.datasets.{module}"), function)
+    return opened(rest, options)

@@ -29,23 +29,29 @@ class Split:
         its pixels are loaded, for an image that cannot be decoded. Safe in several threads and
         cheap to pickle.
     origin: where the split came from, in words, for the cache.
+    file: index → the file that holds this image and no other, where there is one.
     """
 
     ids: Sequence[str]
     labels: npt.NDArray[np.int32]
     read: Callable[[int], Image.Image]
     origin: str
+    file: Callable[[int], Path] | None = None
 
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """A labelled data set. `provenance` is JSON-able and goes into the cache as it is."""
+    """A labelled data set.
+
+    provenance: JSON, which goes into the cache as it is. remarks: sentences for whoever uses it.
+    """
 
     name: str
     class_names: Sequence[str]
     templates: Sequence[str]
     splits: Mapping[str, Split]
     provenance: Mapping[str, Any]
+    remarks: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

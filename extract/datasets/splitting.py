@@ -1,17 +1,18 @@
 """Seeded, stratified splits for sources that publish none."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.words import counted
 from clip_adapter.extract.datasets.source import SourceOptions, Split
 
 SPLIT_SEED = 0
+Of = TypeVar("Of")
 # What CoOp did with data sets that publish no splits (50 / 20 / 30 %), and with those that publish
 # no val (20 % of train).
 DEFAULT_FRACTIONS = {"val": 0.2, "test": 0.3}
@@ -37,7 +38,7 @@ def complete_splits(
     given = dict(splits)
     if published and "test" not in given and "val" in given:
         val = given.pop("val")
-        given["test"] = Split(val.ids, val.labels, val.read, f"{val.origin}, used as test split")
+        given["test"] = replace(val, origin=f"{val.origin}, used as test split")
     refuse_fractions(options, given)
     fractions = _fractions(options, [name for name in DEFAULT_FRACTIONS if name not in given])
     if "train" in given and fractions:
@@ -47,7 +48,10 @@ def complete_splits(
 
 
 def refuse_fractions(options: SourceOptions, published: Mapping[str, Split]) -> None:
-    """Raises UserError where a fraction is asked for that the published splits have no use for."""
+    """Raises UserError where a fraction is asked for that the published splits have no use for,
+    and for a seed that no generator takes."""
+    if options.seed < 0:
+        raise UserError("--split-seed must not be negative.")
     for name in DEFAULT_FRACTIONS:
         if getattr(options, name) is None:
             continue
@@ -105,18 +109,19 @@ def _divide(
 
 
 @dataclass(frozen=True)
-class _Rows:
-    read: Callable[[int], Image.Image]
+class _Rows(Generic[Of]):
+    of: Callable[[int], Of]
     rows: npt.NDArray[np.int64]
 
-    def __call__(self, index: int) -> Image.Image:
-        return self.read(int(self.rows[index]))
+    def __call__(self, index: int) -> Of:
+        return self.of(int(self.rows[index]))
 
 
 def take(split: Split, rows: npt.NDArray[np.int64], origin: str) -> Split:
     """The given rows of a split, (M,) integers, in that order."""
     ids = [split.ids[row] for row in rows]
-    return Split(ids, split.labels[rows], _Rows(split.read, rows), origin)
+    file = split.file and _Rows(split.file, rows)
+    return Split(ids, split.labels[rows], _Rows(split.read, rows), origin, file)
 
 
 def stratified_parts(

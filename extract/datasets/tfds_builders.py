@@ -4,7 +4,6 @@ The splits are the builder's own, which are not the ones CoOp published.
 """
 
 import difflib
-import io
 import os
 import re
 import socket
@@ -31,6 +30,7 @@ from clip_adapter.extract.datasets.source import (
 )
 from clip_adapter.extract.datasets.splitting import complete_splits
 from clip_adapter.extract.datasets.tfds_without_tensorflow import file_operations_for_tfds
+from clip_adapter.extract.images import open_image
 
 ID_FEATURES = ("file_name", "filename", "image/file_name", "image/filename", "id")
 LEFT_OUT = -1
@@ -91,9 +91,14 @@ def _fits(features: Any) -> bool:
     )
 
 
-def _prepared(builder_name: str, data_dir: Path | None) -> Any:
+def builder_version(builder_name: str, data_dir: Path | None) -> str:
+    """The version that a builder has, or that lies in `data_dir`; nothing is downloaded."""
+    return str(_builder(builder_name, data_dir).version)
+
+
+def _builder(builder_name: str, data_dir: Path | None) -> Any:
     try:
-        builder = tfds.builder(builder_name, data_dir=data_dir, file_format="array_record")
+        return tfds.builder(builder_name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
         near = difflib.get_close_matches(builder_name.split("/")[0], known, n=3, cutoff=0.4)
@@ -108,6 +113,10 @@ def _prepared(builder_name: str, data_dir: Path | None) -> Any:
                 "TensorFlow; choose another --data-dir, to have it prepared there as array_record."
             ) from error
         raise UserError(f"tfds:{builder_name} cannot be opened: {_first_line(error)}") from error
+
+
+def _prepared(builder_name: str, data_dir: Path | None) -> Any:
+    builder = _builder(builder_name, data_dir)
     closed = (
         "on a machine without a network, give --data-dir a prepared copy, or use CoOp's layout "
         "(coop:FOLDER)"
@@ -249,7 +258,7 @@ class _TfdsImages:
 
     def __call__(self, index: int) -> Image.Image:
         record = _images(self.folder, self.split, os.getpid())[int(self.rows[index])]
-        return Image.open(io.BytesIO(record["image"]))
+        return open_image(record["image"])
 
 
 @lru_cache(maxsize=8)

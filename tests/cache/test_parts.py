@@ -150,7 +150,7 @@ def test_part_1_without_its_text(parts: list[Path]) -> None:
 def test_what_is_no_part(parts: list[Path], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path, words in (
-        (tmp_path / "pipe", "is a pipe, a socket or a device"),
+        (tmp_path / "pipe", "is a named pipe"),
         (tmp_path / "nothing", "There is no part at"),
         (make_cache(tmp_path / "cache.h5"), "is no part of a cache"),
         (Path(__file__).parent / "data" / "version_1.h5", "is no part of a cache"),

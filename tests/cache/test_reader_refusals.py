@@ -58,8 +58,8 @@ def test_a_pipe_a_socket_and_a_device(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as one:
         one.bind(str(tmp_path / "socket"))
         (tmp_path / "link").symlink_to("/dev/zero")
-        for name in ("pipe", "socket", "link"):
-            refused(tmp_path / name, "is a pipe, a socket or a device; name a file")
+        for name, kind in (("pipe", "named pipe"), ("socket", "socket"), ("link", "device")):
+            refused(tmp_path / name, f"is a {kind}; name a file")
 
 
 def test_a_path_that_cannot_be_looked_up(tmp_path: Path) -> None:

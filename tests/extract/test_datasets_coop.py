@@ -71,7 +71,7 @@ def test_few_shot_draws_from_it_are_coops_own(tmp_path: Path) -> None:
 
 def test_a_folder_of_another_name_is_told_by_its_split_file(tmp_path: Path) -> None:
     write_pets(tmp_path / "my-pets", pets_split(1))
-    assert open_coop(tmp_path / "my-pets", SourceOptions()).name == "oxford_pets"
+    assert open_coop(str(tmp_path / "my-pets"), SourceOptions()).name == "oxford_pets"
 
 
 def test_published_sizes_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_published_sizes_are_recognised(tmp_path: Path, monkeypatch: pytest.Monk
     folder.mkdir()
     (folder / str(PETS.coop_split_file)).write_text(json.dumps(split))
     monkeypatch.setattr("clip_adapter.extract.datasets.coop.require_files", lambda *_: None)
-    data = open_coop(folder, SourceOptions())
+    data = open_coop(str(folder), SourceOptions())
     assert data.splits["val"].origin == "val: published split split_zhou_OxfordPets.json"
 
 
@@ -149,14 +149,14 @@ def test_what_is_missing_or_broken_is_one_sentence(
     folder = write_pets(tmp_path / "oxford_pets", pets_split(1))
     damage(folder)
     with pytest.raises(UserError, match=message):
-        open_coop(folder, SourceOptions())
+        open_coop(str(folder), SourceOptions())
 
 
 def test_an_unknown_folder_is_sent_to_the_folder_source(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not recognised .*oxford_pets.* use folder:"):
-        open_coop(tmp_path, SourceOptions())
+        open_coop(str(tmp_path), SourceOptions())
     with pytest.raises(UserError, match=r"There is no folder .*nowhere; put CoOp's layout there"):
-        open_coop(tmp_path / "nowhere", SourceOptions())
+        open_coop(str(tmp_path / "nowhere"), SourceOptions())
 
 
 def write_aircraft(folder: Path) -> list[str]:

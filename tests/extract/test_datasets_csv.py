@@ -72,13 +72,13 @@ def test_without_split_column_it_is_divided(tmp_path: Path) -> None:
     [
         (
             "file,class\na.jpg,x\n",
-            r"no column path and no column label in its first row \(file, cl",
+            r"no column path and no column label in its first row \('file', 'cl",
         ),
         ("", r"is empty; name the columns path and label"),
         ("path,label\n", r"labels.csv has no rows"),
         ("path,label\na.jpg,x\nd.jpg\n", r"line 3: label is empty"),
         ("path,label\n,x\n", r"line 2: path is empty"),
-        ("path,label\na.jpg,x\nd.jpg,y\na.jpg,y\n", r"line 4: a.jpg stands in line 2 already"),
+        ("path,label\na.jpg,x\nd.jpg,y\na.jpg,y\n", r"line 4: 'a.jpg' stands in line 2 already"),
         ("path,label,split\na.jpg,x,dev\n", r"line 2: unknown split 'dev'; write train, val or"),
         ("path,label,split\na.jpg,x,\n", r"line 2: unknown split ''"),
         ("path,label\ngone.jpg,x\nd.jpg,y\n", r"lacks 1 of 2 images, .* is gone.jpg"),

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.extract import images
+from clip_adapter.extract.datasets import image_files
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions
 from tests.extract.data_set_archives import grey, write_image
@@ -118,11 +120,30 @@ def test_too_little_is_one_sentence(images: dict[str, int], message: str, tmp_pa
         open_folder(tmp_path)
 
 
+def test_images_that_are_not_read_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat(tmp_path, a=6, b=6)
+    for name in ("1.HEIC", "2.heic", "3.heif", "4.svg", ".5.svg", "notes.txt"):
+        (tmp_path / "a" / name).touch()
+    monkeypatch.setattr(image_files, "readable_suffixes", lambda: images.SUFFIXES)
+    assert open_folder(tmp_path).remarks == [
+        "passed over 4 images of kinds not read: 2 .heic, 1 .heif, 1 .svg "
+        "(pip install 'clip-adapter[heic]' reads .heic and .heif)."
+    ]
+
+
 def test_classes_without_images_are_named(tmp_path: Path) -> None:
     flat(tmp_path / "flat", a=6, b=6)
     (tmp_path / "flat" / "empty").mkdir()
-    with pytest.raises(UserError, match=r"No training images for class 'empty'"):
-        open_folder(tmp_path / "flat")
+    (tmp_path / "flat" / "alpha" / "deeper").mkdir(parents=True)
+    data = open_folder(tmp_path / "flat")
+    assert data.class_names == ["a", "b"]
+    assert data.remarks == ["left out 'alpha', 'empty': no images there."]
+    (tmp_path / "only" / "empty").mkdir(parents=True)
+    (tmp_path / "only" / "empty" / "a.HEIF.jxl").touch()
+    with pytest.raises(UserError, match=r"hold no images \(passed over 1 image .* 1 \.jxl\); put"):
+        open_folder(tmp_path / "only")
     flat(tmp_path / "split" / "train", a=2, b=2)
     flat(tmp_path / "split" / "test", a=2, zebra=2)
     with pytest.raises(UserError, match=r"No training images for class 'zebra'"):

@@ -79,8 +79,8 @@ def test_run_again_then_refused_then_forced(
     assert exit_code(main, own) == 0
     output = capsys.readouterr()
     assert output.out == (
-        "features.h5 is complete and was made with these arguments; images and weights were not "
-        "looked at again (--force does): nothing to do.\n"
+        "features.h5 is complete and was made with these arguments of what its source holds now: "
+        "nothing to do (weights were not looked at; --force starts again).\n"
     )
     assert output.err == ""
 

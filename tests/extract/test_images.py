@@ -1,9 +1,15 @@
 """Every kind of stored image becomes RGB, or a sentence."""
 
 import io
+import os
+import socket
 import struct
+import subprocess
+import sys
 import zlib
+from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +18,8 @@ import pytest
 from PIL import Image
 
 from clip_adapter.cache.errors import UserError
-from clip_adapter.extract.images import BadImage, read_named, read_rgb
+from clip_adapter.extract import images
+from clip_adapter.extract.images import BadImage, naming, open_image, read_rgb
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (9, 7, 3), np.uint8)
@@ -25,15 +32,14 @@ def stored(image: Image.Image, kind: str, **options: Any) -> io.BytesIO:
 
 
 def pixels(buffer: io.BytesIO) -> np.ndarray:
-    buffer.seek(0)
-    image = read_rgb(partial(Image.open, buffer))
+    image = read_rgb(partial(open_image, buffer.getvalue()))
     assert image.mode == "RGB"
     return np.asarray(image)
 
 
 def bad(content: bytes) -> str:
     with pytest.raises(BadImage) as caught:
-        read_rgb(lambda: Image.open(io.BytesIO(content)))
+        read_rgb(partial(open_image, content))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -99,8 +105,8 @@ def test_truncated_and_foreign_files() -> None:
     for kind in ("jpeg", "png", "gif", "tiff", "webp", "bmp"):
         content = stored(Image.fromarray(big), kind).getvalue()
         assert bad(content[: len(content) // 2])
-    assert "not an image that Pillow knows" in bad(b"hello")
-    assert "not an image that Pillow knows" in bad(b"")
+    assert "not an image of a format that is read (JPEG, PNG" in bad(b"hello")
+    assert "not an image of a format that is read (JPEG, PNG" in bad(b"")
 
 
 def test_floating_point_and_32_bit_pixels_have_no_white() -> None:
@@ -136,16 +142,95 @@ def test_damage_of_every_kind_is_a_sentence() -> None:
             for place in RNG.integers(0, len(content), 8):
                 content[place] = RNG.integers(0, 256)
             try:
-                image = read_rgb(partial(Image.open, io.BytesIO(bytes(content))))
+                image = read_rgb(partial(open_image, bytes(content)))
             except BadImage as error:
                 assert "\n" not in str(error)
             else:
                 assert image.mode == "RGB"
 
 
+def named(path: Path) -> None:
+    with naming(path.name):
+        read_rgb(partial(open_image, path))
+
+
 def test_a_file_that_cannot_be_read_is_not_a_bad_image(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cat\.jpg cannot be read: No such file"):
-        read_named("cat.jpg", lambda: Image.open(tmp_path / "cat.jpg"))
+        named(tmp_path / "cat.jpg")
     (tmp_path / "dog.jpg").write_text("woof")
     with pytest.raises(BadImage, match=r"dog\.jpg cannot be decoded: it is not an image"):
-        read_named("dog.jpg", lambda: Image.open(tmp_path / "dog.jpg"))
+        named(tmp_path / "dog.jpg")
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    """A pipe without a writer would be waited for without end."""
+    pipe, folder, dead, loop = (tmp_path / name for name in ("pipe", "folder", "dead", "loop"))
+    os.mkfifo(pipe)
+    folder.mkdir()
+    dead.symlink_to(tmp_path / "nowhere")
+    loop.symlink_to(loop)
+    (tmp_path / "to-pipe").symlink_to(pipe)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+    for path, words in (
+        (pipe, "it is a named pipe, not a file"),
+        (tmp_path / "to-pipe", "it is a named pipe, not a file"),
+        (tmp_path / "socket", "it is a socket, not a file"),
+        (Path("/dev/zero"), "it is a device, not a file"),
+        (folder, "it is a folder, not a file"),
+        (dead, "it is a link that leads nowhere"),
+        (loop, "it is a link that leads nowhere"),
+        (tmp_path / ("long" * 100), "File name too long"),
+    ):
+        with pytest.raises(BadImage, match=words):
+            named(path)
+
+
+def test_memory_that_is_not_there_is_a_bad_image() -> None:
+    def read() -> Image.Image:
+        raise MemoryError
+
+    with pytest.raises(BadImage, match="it needs more memory than there is"):
+        read_rgb(read)
+
+
+def test_no_program_is_run_on_what_a_file_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow gives PostScript to Ghostscript."""
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("it was run"))
+    assert "not an image of a format that is read" in bad(
+        stored(Image.new("L", (2, 2)), "eps").getvalue()
+    )
+
+
+@pytest.fixture
+def heic(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
+    """Says whether the package that reads HEIC is there."""
+
+    def forget() -> None:
+        images.readable_suffixes.cache_clear()
+        images._formats.cache_clear()
+
+    def installed(there: bool) -> None:
+        if not there:
+            monkeypatch.setitem(sys.modules, "pillow_heif", None)
+        forget()
+
+    yield installed
+    forget()
+
+
+def test_heic_where_the_package_for_it_is_missing(heic: Callable[[bool], None]) -> None:
+    heic(False)
+    assert not {".heic", ".heif"} & images.readable_suffixes()
+    assert "HEIF" not in bad(b"no image")
+
+
+@pytest.mark.skipif(not find_spec("pillow_heif"), reason="the extra heic is not installed")
+def test_heic_where_the_package_for_it_is_there(heic: Callable[[bool], None]) -> None:
+    heic(True)
+    assert {".heic", ".heif"} <= images.readable_suffixes()
+    assert "HEIF" in bad(b"no image")
+    smooth = Image.fromarray(NOISE).resize((64, 48), Image.Resampling.BICUBIC)
+    found = pixels(stored(smooth, "heif", quality=90))
+    assert found.shape == (48, 64, 3)
+    assert np.abs(found.astype(int) - np.asarray(smooth)).mean() < 10

@@ -20,6 +20,8 @@ from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.extract import job
 from clip_adapter.extract.config import ExtractConfig
+from clip_adapter.extract.datasets.registry import open_dataset
+from clip_adapter.extract.datasets.source import ImageDataset
 from clip_adapter.extract.run import extract
 from clip_adapter.extract.shards import Shard, parse_shard
 from clip_adapter.pipelines.merge import MergeConfig, merge
@@ -131,12 +133,22 @@ def test_a_bad_image_stops_the_run_which_then_goes_on(
     whole: Path, folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "features.h5"
-    with pytest.raises(UserError, match=r"^train/dog/03\.png cannot be decoded: .*--on-error skip"):
+    broken = (
+        r"^2 images cannot be used: train/dog/03\.png cannot be decoded: [^,]+, "
+        r"val/cat/00\.png cannot be decoded: [^,]+; repair or remove them, or use --on-error skip"
+    )
+    with pytest.raises(UserError, match=broken):
         run(folder, out, on_error="fail")
-    staged = tmp_path / "features.h5.partial" / "train.rows"
+    (staged,) = (tmp_path / "features.h5.partial").glob("*/train.rows")
     assert staged.stat().st_size == 12 * 3 * 128 * 4  # the batches before it are kept
     run(folder, out)
     assert datasets(out) == datasets(whole)
+
+
+def staged(out: Path, split: str) -> int:
+    """How many batches of a split are staged."""
+    journals = out.with_name(f"{out.name}.partial").glob(f"*/{split}.journal")
+    return sum(journal.read_bytes().count(b"\n") for journal in journals)
 
 
 def test_killed_or_interrupted_anywhere_it_ends_with_the_same_bytes(
@@ -144,22 +156,22 @@ def test_killed_or_interrupted_anywhere_it_ends_with_the_same_bytes(
 ) -> None:
     rng = random.Random(5)
     out = tmp_path / "features.h5"
-    journals = [out.with_name("features.h5.partial") / f"{s}.journal" for s in ("train", "test")]
     said: list[str] = []
-    for journal, batches, stop in (
-        (journals[0], rng.randrange(1, 6), signal.SIGKILL),
-        (journals[1], rng.randrange(1, 3), signal.SIGINT),
+    for split, batches, stop in (
+        ("train", rng.randrange(1, 6), signal.SIGKILL),
+        ("test", rng.randrange(1, 3), signal.SIGINT),
     ):
         command = [BIN / "extract", *arguments(folder, out)]
         with subprocess.Popen(
             command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         ) as child:
-            while not journal.exists() or journal.read_bytes().count(b"\n") < batches:
+            while staged(out, split) < batches:
                 assert child.poll() is None, "it ended before it was killed"
                 time.sleep(0.0005)
             time.sleep(rng.random() * 0.01)
             child.send_signal(stop)
-            said += child.communicate()[1].splitlines()
+            lines = child.communicate()[1].splitlines()
+            said += [line for line in lines if not line.startswith("warning: found 1 image in")]
         assert child.returncode == (130 if stop == signal.SIGINT else -stop)
         assert not out.exists()
     goes_on = r"extract: goes on from image \d+ of 51, where an earlier run stopped"
@@ -266,7 +278,7 @@ def test_a_part_with_too_few_images_is_refused(folder: Path, tmp_path: Path) -> 
     ways = tuple(run(folder, tmp_path / f"{i}.h5", shard=f"{i}/2") for i in (1, 2))
 
     def without_the_last(file: h5py.File, document: dict[str, Any]) -> None:
-        for name in ("labels", "ids", "digests", "features"):
+        for name in ("labels", "ids", "digests", "stamps", "contents", "features"):
             stored = file[f"images/test/{name}"]
             kept = stored[:, :-1] if name == "features" else stored[:-1]
             put(file, stored.name.lstrip("/"), kept.astype(stored.dtype))
@@ -407,13 +419,37 @@ def test_torchrun_divides_and_joins_by_itself(whole: Path, folder: Path, tmp_pat
     assert datasets(out) == datasets(whole)
 
 
-def test_an_unreadable_file_is_not_skipped(folder: Path, tmp_path: Path) -> None:
+def test_an_unreadable_file_is_not_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path / "data", {"train": 2, "test": 1}, CLASSES)
-    victim = tmp_path / "data" / "train" / "dog" / "01.png"
-    victim.unlink()
-    victim.symlink_to(tmp_path / "nowhere.png")
+
+    def then_lose_one(*arguments: Any) -> ImageDataset:
+        found = open_dataset(*arguments)
+        (tmp_path / "data" / "train" / "dog" / "01.png").unlink()
+        return found
+
+    monkeypatch.setattr(job, "open_dataset", then_lose_one)
     with pytest.raises(UserError, match=r"dog/01\.png cannot be read: No such file"):
         run(tmp_path / "data", tmp_path / "features.h5", val=0.0)
+
+
+def test_links_that_lead_nowhere_and_pipes_are_bad_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = make_folder(tmp_path / "data", {"train": 3, "test": 1}, CLASSES) / "train"
+    for name, target in (("dog/dead.png", "nowhere"), ("cat/loop.png", "loop.png")):
+        (train / name).symlink_to(target)
+    os.mkfifo(train / "eel" / "pipe.png")
+    (train / "eel" / "loop").symlink_to("loop")
+    for name in ("a.jxl", "b.CR2", "c.JXL", "d.txt"):
+        (train / "eel" / name).touch()
+    out = tmp_path / "features.h5"
+    run(tmp_path / "data", out, val=0.0)
+    said = capsys.readouterr()
+    assert "3 images skipped (3 train)" in said.out
+    assert "warning: passed over 3 images of kinds not read: 2 .jxl, 1 .cr2.\n" in said.err
+    with h5py.File(out) as file:
+        skipped = file["images/train/skipped"].asstr()[...].tolist()
+    assert skipped == ["train/cat/loop.png", "train/dog/dead.png", "train/eel/pipe.png"]
 
 
 def test_a_split_without_a_readable_image(tmp_path: Path) -> None:
@@ -425,20 +461,23 @@ def test_a_split_without_a_readable_image(tmp_path: Path) -> None:
 
 
 def test_training_draws_views_only_when_asked(whole: Path, digits_cache: Path) -> None:
-    from clip_adapter.pipelines.tasks import draw, load_data, whole_task
+    from clip_adapter.adapters.methods import find_method
+    from clip_adapter.pipelines.fitting.data import open_data
+    from clip_adapter.pipelines.fitting.tasks import TaskRows
 
+    method = find_method("task-res")
+    rows = TaskRows(2, 1, np.array([9, 2, 5]), np.arange(0))
     with FeatureCache(whole) as cache:
-        plain, augmented = load_data(cache), load_data(cache, augment=True)
         every = cache.images("train").features
-    drawn = draw(plain, 2, 1, "full-val")
-    task = whole_task(plain, drawn)
-    np.testing.assert_array_equal(task.features, every[:1, drawn.support])
-    np.testing.assert_array_equal(whole_task(augmented, drawn).features, every[:, drawn.support])
+        assert len(every) > 1
+        for augment, views in ((False, every[:1]), (True, every)):
+            task = open_data(cache, [rows], augment=augment).task(method, rows)
+            np.testing.assert_array_equal(task.features, views[:, rows.support])
     with (
         FeatureCache(digits_cache) as cache,
         pytest.raises(UserError, match=r"no augmented views to draw from; .*--views"),
     ):
-        load_data(cache, augment=True)
+        open_data(cache, [rows], augment=True)
 
 
 def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
@@ -484,7 +523,7 @@ for rows in map(int, sys.argv[2:]):  # in one process: its peak after few is par
     with CacheWriter(folder / f"{rows}.h5", {}, views=1) as writer:
         writer.append_text(np.ones((2, 1, 16), np.float32), ["a", "b"])
         with InOrder() as writing:
-            for batch in encode_images(Free(), split, Plan(0, rows, 1024, 1), Stopwatch()):
+            for batch in encode_images(Free(), split, Plan(np.arange(rows), 1024, 1), Stopwatch()):
                 ids = [split.ids[row] for row in batch.rows]
                 writing.submit(writer.append_images, "train", batch.features + 1,
                                split.labels[batch.rows], ids, (), batch.digests)

@@ -11,12 +11,15 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
+from clip_adapter.extract.images import BadImage
 from clip_adapter.extract.preprocess import (
     CROP_RATIO,
     CROP_SCALE,
+    RESIZED_PIXELS_MAX,
     Preprocess,
     _entropy,
     crop_box,
+    refuse_strips,
 )
 from tests.extract.image_folders import photograph
 
@@ -94,3 +97,27 @@ def test_a_view_is_a_resized_crop_and_half_of_them_are_mirrored() -> None:
             np.testing.assert_array_equal(view[:, ::-1], straight)
             mirrored += 1
     assert 30 < mirrored < 70
+
+
+@pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1)])
+def test_strips_are_refused_before_they_grow(size: tuple[int, int]) -> None:
+    strip = Image.new("RGB", size)
+    with pytest.raises(BadImage, match=r"would become .*2400000.*, more than 33,554,432; cut it"):
+        Preprocess(CONFIG).view(strip, "strip", 0, 0)
+    squashed = Preprocess({**CONFIG, "resize_mode": "squash"}).view(strip, "strip", 0, 0)
+    assert squashed.shape == (24, 24, 3)
+
+
+def test_the_bound_is_on_the_resized_image() -> None:
+    """At 24 pixels a strip may be 58,254 times as long as wide: that makes 24² · 58,254 pixels."""
+    longest = RESIZED_PIXELS_MAX // 24**2
+    refuse_strips(Image.new("L", (1, longest)), CONFIG)
+    with pytest.raises(BadImage):
+        refuse_strips(Image.new("L", (1, longest + 1)), CONFIG)
+    refuse_strips(Image.new("L", (1000, 2000)), CONFIG)
+
+
+def test_a_side_that_would_vanish_is_a_bad_image() -> None:
+    longest = Preprocess({**CONFIG, "resize_mode": "longest"})
+    with pytest.raises(BadImage, match="100000 pixels cannot be resized"):
+        longest.view(Image.new("RGB", (1, 100_000)), "strip", 0, 0)

@@ -87,7 +87,7 @@ def test_files_that_are_no_descriptions(tmp_path: Path, content: str) -> None:
     path = described(tmp_path, content)
     with pytest.raises(UserError, match=r"descriptions\.json (is not JSON|does not hold)"):
         read_descriptions(path)
-    with pytest.raises(UserError, match=r"cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"Cannot read .*missing\.json: No such file"):
         read_descriptions(tmp_path / "missing.json")
 
 

@@ -13,7 +13,8 @@ from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.text_tower import read_text_tower, tower_path
 from clip_adapter.extract.backbone import load_backbone
-from clip_adapter.extract.command import ExtractConfig, extract
+from clip_adapter.extract.config import ExtractConfig
+from clip_adapter.extract.run import extract
 from clip_adapter.pipelines.merge import MergeConfig, merge
 from tests.adapters.towers import unit
 from tests.extract.image_folders import make_folder

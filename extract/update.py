@@ -1,0 +1,187 @@
+"""What has changed in a data set since its cache was made."""
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.words import counted, some
+from clip_adapter.extract.config import ExtractConfig
+from clip_adapter.extract.datasets.registry import open_dataset, provenance_of
+from clip_adapter.extract.datasets.source import ImageDataset, Split
+from clip_adapter.extract.fingerprints import UNKNOWN, stamps
+from clip_adapter.extract.reuse import content_or_unknown, rows_sha256
+
+# Arguments that --update may change: they decide which rows and prompts there are, how the rows are
+# labelled and what else is told of the text, but not what the features of an image are. (With a
+# projection they may be rounded otherwise than without.)
+UPDATABLE = (
+    "templates",
+    "descriptions",
+    "views",
+    "val",
+    "test",
+    "split_seed",
+    "with_text_tower",
+)
+
+
+def find_changes(config: ExtractConfig) -> str | None:
+    """How the data set that a finished cache was made of has changed since, as a clause; None where
+    it has not.
+
+    Of a data set that cannot be listed without downloads, provenance alone is compared.
+    Raises UserError for one that cannot be had any more.
+    """
+    options = config.source_options()
+    with FeatureCache(config.out) as cache:
+        provenance = provenance_of(config.dataset, options)
+        if provenance is not None:
+            earlier = {key: cache.dataset.get(key) for key in provenance}
+            return None if earlier == provenance else "its source is of another version"
+        return _changes(cache, open_dataset(config.dataset, options))
+
+
+def _changes(cache: FeatureCache, dataset: ImageDataset) -> str | None:
+    now, then = _current(dataset), _cached(cache)
+    new, gone = now.keys() - then.keys(), then.keys() - now.keys()
+    moved = {name for _, name in new} & {name for _, name in gone}
+    both = now.keys() & then.keys()
+    relabelled = sum(now[key] != then[key] for key in both)
+    changed = _changed(cache, dataset, both)
+    counts = (
+        (sum(name not in moved for _, name in new), "new"),
+        (sum(name not in moved for _, name in gone), "gone"),
+        (changed, "changed"),
+        (len(moved), "moved to another split"),
+        (relabelled, "moved to another class"),
+    )
+    parts = [f"{counted(count, 'image')} {what}" for count, what in counts if count]
+    for what, names in (
+        ("new", set(dataset.class_names) - set(cache.class_names)),
+        ("gone", set(cache.class_names) - set(dataset.class_names)),
+    ):
+        if names:
+            noun = "class" if len(names) == 1 else "classes"
+            parts.append(f"{noun} {some(sorted(names))} {what}")
+    if not parts and not _same_order(cache, dataset):
+        parts.append("images in another order")
+    return ", ".join(parts) or None
+
+
+ClassNames = dict[tuple[str, str], str]
+
+
+def _current(dataset: ImageDataset) -> ClassNames:
+    """(split, id) → class name."""
+    return {
+        (split, name): dataset.class_names[label]
+        for split, rows in dataset.splits.items()
+        for name, label in zip(rows.ids, rows.labels.tolist(), strict=True)
+    }
+
+
+def _cached(cache: FeatureCache) -> ClassNames:
+    """The same of a cache, with the images that were skipped."""
+    found: ClassNames = {}
+    for split in cache.splits:
+        labels = cache.labels(split).tolist() + cache.skipped_labels(split)
+        names = cache.ids(split) + cache.skipped_ids(split)
+        found |= {
+            (split, name): cache.class_names[label]
+            for name, label in zip(names, labels, strict=True)
+        }
+    return found
+
+
+def _changed(cache: FeatureCache, dataset: ImageDataset, both: Collection[tuple[str, str]]) -> int:
+    """How many images have other content, or, of skipped ones, another size or time."""
+    count = 0
+    for name, split in dataset.splits.items():
+        if name not in cache.splits:
+            continue
+        then = _hashes_by_id(cache, name)
+        for row, stamp in enumerate(stamps(split, dataset.provenance).tolist()):
+            if (name, split.ids[row]) not in both or split.ids[row] not in then:
+                continue
+            earlier, content = then[split.ids[row]]
+            if stamp != UNKNOWN and stamp == earlier:
+                continue
+            count += not _same_content(split, row, content)
+    return count
+
+
+def _same_content(split: Split, row: int, earlier: int) -> bool:
+    if split.file is None or earlier == UNKNOWN:
+        return False
+    return content_or_unknown(split.file(row)) == earlier
+
+
+def _hashes_by_id(cache: FeatureCache, split: str) -> Mapping[str, tuple[int, int]]:
+    """Stamp and content of each image, skipped ones included; {} where the cache has none."""
+    then, contents = cache.hashes(split, "stamps"), cache.hashes(split, "contents")
+    if then is None or contents is None:
+        return {}
+    pairs = zip(then.tolist(), contents.tolist(), strict=True)
+    known = dict(zip(cache.ids(split), pairs, strict=True))
+    skipped = cache.hashes(split, "skipped_stamps")
+    if skipped is not None:
+        names = cache.skipped_ids(split)
+        known |= {n: (s, UNKNOWN) for n, s in zip(names, skipped.tolist(), strict=True)}
+    return known
+
+
+def _same_order(cache: FeatureCache, dataset: ImageDataset) -> bool:
+    if list(cache.class_names) != list(dataset.class_names):
+        return False
+    for part, split in dataset.splits.items():
+        skipped = set(cache.skipped_ids(part))
+        if [name for name in split.ids if name not in skipped] != cache.ids(part):
+            return False
+    return True
+
+
+def refuse_other_rows(config: ExtractConfig, rows: Any) -> None:
+    """Raises UserError where the source of a part, whose rows have this hash, has changed."""
+    options = config.source_options()
+    if provenance_of(config.dataset, options) is not None:
+        return
+    if rows_sha256(open_dataset(config.dataset, options).splits) != rows:
+        raise UserError(
+            f"{config.out} was made of other images than {config.dataset} has now; --force makes "
+            "the part again (and the others have to be made again too)."
+        )
+
+
+def refuse_other_features(
+    cache: FeatureCache, weights: str, preprocess: Mapping[str, Any], precision: str
+) -> None:
+    """Raises UserError where the features of a cache are not such as are computed now."""
+    differing = [
+        what
+        for what, then, now in (
+            ("weights", cache.backbone.get("weights_sha256"), weights),
+            ("preprocessing", cache.preprocess, json.loads(json.dumps(preprocess))),
+            ("precision", cache.arguments.get("precision"), precision),
+        )
+        if then != now
+    ]
+    if differing:
+        raise UserError(
+            f"{cache.path} was made with other {' and '.join(differing)}, so --update can keep "
+            "nothing of it; --force starts again."
+        )
+
+
+def refuse_changed(config: ExtractConfig, *, updatable: bool) -> None:
+    """Raises UserError where the source of a finished cache has changed.
+
+    updatable: whether --update could keep anything of the cache.
+    """
+    if changes := find_changes(config):
+        advice = "--update encodes what is new or changed and keeps the rest (--force starts again)"
+        raise UserError(
+            f"{config.out} was made of other images than {config.dataset} has now: {changes}; "
+            f"{advice if updatable else '--force makes it again'}."
+        )
