@@ -121,11 +121,10 @@ def images_of_folder(folder: Path, split: str, adapter: SavedAdapter, how: Encod
     remedy = "give the right ones with --pretrained, or extract and fit again"
     check_same_backbone(backbone.identity, backbone.preprocess_config, adapter.info, remedy)
     before = _takes_what_is_before_the_projection(adapter)
-    encoder = Encoder(backbone, device, with_projection=before)
+    encoder = Encoder(backbone, device, how.batch_size, with_projection=before)
     _check_widths(backbone, encoder, adapter)
     plan = Plan(
-        start=0,
-        stop=len(images.labels),
+        np.arange(len(images.labels)),
         batch_size=how.batch_size,
         workers=how.workers,
         skip=how.skip,
