@@ -1,5 +1,6 @@
 """The commands by name. Each is loaded when it is called, and Ctrl-C is heeded while it loads."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -15,6 +16,7 @@ COMMANDS = {
     "inspect": ("inspect_file", "say what is in a cache or an adapter"),
 }
 ROOM = "clip_adapter.pipelines"
+EXIT_INTERRUPTED = 130
 
 
 def extract() -> NoReturn:
@@ -38,7 +40,14 @@ def main() -> NoReturn:
 
 def _call(name: str, program: str, arguments: Sequence[str]) -> NoReturn:
     module = _load(COMMANDS[name][0], program)
-    module.main(arguments)
+    try:
+        module.main(arguments)
+    except SystemExit as ended:
+        if ended.code != EXIT_INTERRUPTED:
+            raise
+        # All is said, and files are closed. Threads in compiled code cannot be stopped, and tearing
+        # down what XLA was compiling ends in a crash: so nothing is waited for, or torn down.
+        os._exit(EXIT_INTERRUPTED)
     raise AssertionError("main returned")
 
 
@@ -47,7 +56,7 @@ def _load(module: str, program: str) -> ModuleType:
         return import_module(f"{ROOM}.{module}")
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _about(name: str) -> None:
