@@ -221,7 +221,9 @@ class Engine:
         names = tuple(grid.numbers[0])
         key = (grid.method, tuple(grid.static.items()), names, shapes, structure, size)
         if key not in self._programs:
-            self._programs[key] = Program(grid, size, self.placement, self.mesh)
+            # Compiling takes seconds, in which the main thread could not be interrupted.
+            compiling = self._pool.submit(Program, grid, size, self.placement, self.mesh)
+            self._programs[key] = compiling.result()
             self.compilations += 1
         return self._programs[key]
 

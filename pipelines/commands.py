@@ -1,11 +1,12 @@
 """The commands by name. Each is loaded when it is called, and Ctrl-C is heeded while it loads."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from clip_adapter.pipelines.interruption import handle, leave_at_once
+from clip_adapter.pipelines.interruption import EXIT_INTERRUPTED, handle, leave_at_once
 
 COMMANDS = {
     "extract": ("extract_command", "encode a data set once with a frozen CLIP"),
@@ -44,7 +45,15 @@ def main() -> NoReturn:
 
 def _call(name: str, program: str, arguments: Sequence[str]) -> NoReturn:
     handle(leave_at_once)  # until the command itself begins
-    import_module(f"{ROOM}.{COMMANDS[name][0]}").main(arguments)
+    module = import_module(f"{ROOM}.{COMMANDS[name][0]}")
+    try:
+        module.main(arguments)
+    except SystemExit as ended:
+        if ended.code != EXIT_INTERRUPTED:
+            raise
+        # All is said, and files are closed. Threads in compiled code cannot be stopped, and tearing
+        # down what XLA was compiling ends in a crash: so nothing is waited for, or torn down.
+        os._exit(EXIT_INTERRUPTED)
     raise AssertionError(f"{program} returned")
 
 

@@ -40,7 +40,11 @@ def files(run: Path) -> dict[str, bytes]:
 
 def adapters(run: Path) -> dict[str, bytes]:
     """The same of every fitted adapter's arrays."""
-    return {name: content for name, content in files(run).items() if name.endswith("tensors")}
+    return {
+        name: content
+        for name, content in files(run).items()
+        if name.endswith("adapter.safetensors")
+    }
 
 
 def assert_same_end(run: Path, whole: Path) -> None:

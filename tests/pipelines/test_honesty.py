@@ -1,37 +1,38 @@
 """Nothing is chosen by looking at data that the rule forbids, and test is looked at once."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from clip_adapter.adapters.clip_adapter_method import ClipAdapterMethod
-from clip_adapter.pipelines.fit import FitConfig, FitResult, fit
-from tests.pipelines.run_files import adapters, choices, results, selected
-from tests.pipelines.tiny_cache import TinyData, tiny_data, write_cache
+from clip_adapter.adapters.methods import METHODS
+from clip_adapter.pipelines.fit import fit
+from clip_adapter.pipelines.fitting.run import FitResult
+from tests.pipelines.run_files import adapters, choices, files, results, selected
+from tests.pipelines.tiny_cache import TinyData, short, tiny_data, write_cache
+from tests.pipelines.toy_methods import GROWING
 
 DATA = tiny_data()
 RULES = ["few-shot-val", "full-val", "cv", "none"]
+SERVED = tuple(name for name, method in METHODS.items() if set(method.needs) <= {"text"})
 
 
-def fitted(folder: Path, name: str, data: TinyData, rule: str) -> FitResult:
+def fitted(folder: Path, name: str, data: TinyData, rule: str, **values: Any) -> FitResult:
+    """Every method that a plain cache can serve; CLIP-Adapter with a grid if something chooses."""
     folder = folder / name
-    folder.mkdir()
-    config = FitConfig(
-        cache=write_cache(folder / "features.h5", data),
-        out=folder / "run",
-        shots=(4,),
-        seeds=(1,),
-        baselines=("linear-probe",),
-        alpha=(0.3,) if rule == "none" else (0.3, 0.9),
-        lr=(0.01,),
-        epochs=10,
-        evaluate_every=2,
-        select=rule,
-    )
-    return fit(config)
+    folder.mkdir(parents=True)
+    cache = write_cache(folder / "features.h5", data)
+    grid = {"clip-adapter.alpha": 0.3 if rule == "none" else (0.3, 0.9)}
+    trained = {name: METHODS[name].hyper for name in SERVED if METHODS[name].is_trained}
+    for method, table in trained.items():
+        short_run = {"epochs": 10, "learning_rate": 0.01}
+        grid |= {f"{method}.{n}": value for n, value in short_run.items() if n in table}
+    run = short(cache, folder / "run", method=SERVED, select=rule, **values)
+    return fit(replace(run, hyper=grid))
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +45,18 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], FitResult
 def assert_chosen_alike(one: Path, other: Path) -> None:
     assert choices(one) == choices(other)
     assert adapters(one) == adapters(other)
-    assert len(adapters(one)) == 2
+    assert len(adapters(one)) == len(SERVED) + 1
     assert results(one) == results(other)
-    names = [path.relative_to(one) for path in sorted(one.rglob("*")) if path.is_file()]
-    assert names == [path.relative_to(other) for path in sorted(other.rglob("*")) if path.is_file()]
+    assert files(one).keys() == files(other).keys()
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_test_split_takes_no_part(tmp_path: Path, clean: Callable[[str], FitResult], rule: str):
     poisoned = fitted(tmp_path, rule, DATA.shuffled_labels("test").noisy_features("test"), rule)
     assert_chosen_alike(clean(rule).run, poisoned.run)
-    for before, after in zip(clean(rule).selected, poisoned.selected, strict=True):
-        assert after["test_accuracy"] < before["test_accuracy"] - 0.1
+    for before, after in zip(clean(rule).results, poisoned.results, strict=True):
+        assert before.test_accuracy and after.test_accuracy is not None
+        assert after.test_accuracy < before.test_accuracy - 0.1
 
 
 @pytest.mark.parametrize("rule", ["cv", "none"])
@@ -67,6 +68,32 @@ def test_without_a_validation_set_the_val_split_takes_no_part(
     assert selected(clean(rule).run) == selected(poisoned.run)
     absent = fitted(tmp_path, "absent", DATA.with_split("val", None), rule)
     assert_chosen_alike(clean(rule).run, absent.run)
+
+
+def test_validation_images_that_were_not_drawn_take_no_part(
+    tmp_path: Path, clean: Callable[[str], FitResult]
+):
+    features, labels = DATA.splits["val"]
+    (task,) = clean("few-shot-val").tasks
+    others = np.setdiff1d(np.arange(len(labels)), task.validation)
+    assert len(others) == 8
+    noisy = features.copy()
+    noisy[:, others] = np.random.default_rng(3).normal(size=noisy[:, others].shape)
+    poisoned = fitted(tmp_path, "few", DATA.with_split("val", (noisy, labels)), "few-shot-val")
+    assert_chosen_alike(clean("few-shot-val").run, poisoned.run)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_training_images_that_were_not_drawn_take_no_part(
+    tmp_path: Path, clean: Callable[[str], FitResult], rule: str
+):
+    features, labels = DATA.splits["train"]
+    (task,) = clean(rule).tasks
+    others = np.setdiff1d(np.arange(len(labels)), task.support)
+    noisy = features.copy()
+    noisy[:, others] = np.random.default_rng(3).normal(size=noisy[:, others].shape)
+    poisoned = fitted(tmp_path, "train", DATA.with_split("train", (noisy, labels)), rule)
+    assert_chosen_alike(clean(rule).run, poisoned.run)
 
 
 @pytest.mark.parametrize("rule", ["few-shot-val", "full-val"])
@@ -82,35 +109,66 @@ def test_with_a_validation_set_it_does_choose(
 def test_test_images_are_classified_once_for_each_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    test_features = DATA.splits["test"][0][0]
-    classified = []
-    whole = ClipAdapterMethod.logits
+    """Counted where they are read: a block of them for each method, and none while it chooses."""
+    from clip_adapter.cache.reader import FeatureCache
+    from clip_adapter.pipelines.fitting.data import Data
 
-    def listening(self, setting, arrays, features, *rest):  # type: ignore[no-untyped-def]
-        classified.append(np.array_equal(features, test_features))
-        return whole(self, setting, arrays, features, *rest)
+    read: list[str] = []
+    features, blocks = FeatureCache.features, Data.test_blocks
 
-    monkeypatch.setattr(ClipAdapterMethod, "logits", listening)
-    result = fitted(tmp_path, "run", DATA, "few-shot-val")
-    (row,) = (row for row in result.selected if row["method"] == "clip-adapter")
-    assert row["tried"] == 2
-    assert classified == [True]
+    def listening(self, split, rows, views=None):  # type: ignore[no-untyped-def]
+        read.append(split)
+        return features(self, split, rows, views)
+
+    scored: list[str] = []
+
+    def counted(self, method):  # type: ignore[no-untyped-def]
+        scored.append(method.name)
+        return blocks(self, method)
+
+    monkeypatch.setattr(FeatureCache, "features", listening)
+    monkeypatch.setattr(Data, "test_blocks", counted)
+    result = fitted(tmp_path, "run", DATA, "few-shot-val", seeds=(1, 2))
+    assert scored == list(SERVED) * 2
+    assert read.count("test") == 1, "read again"
+    assert all(row.tried >= 1 and row.test_images == 60 for row in result.results)
 
 
 def test_the_chosen_setting_is_the_best_on_validation(clean: Callable[[str], FitResult]):
     run = clean("few-shot-val").run
     for row in selected(run):
-        rows = [
-            r for r in results(run) if (r["method"], r["seed"]) == (row["method"], str(row["seed"]))
-        ]
+        rows = [r for r in results(run) if r["method"] == row["method"]]
         best = min(rows, key=lambda r: (-float(r["val_accuracy"]), float(r["val_nll"])))
         assert row["val_accuracy"] == float(best["val_accuracy"])
         assert row["val_nll"] == float(best["val_nll"])
         assert (row["epoch"] or 0) == int(best["best_epoch"])
-        for name in ("alpha", "C"):
-            assert str(row.get(name, "")) == best[name]
-        # Settings within √(p(1 − p)/n) of the best, n = 16 validation images.
-        p = row["val_accuracy"]
-        near = [r for r in rows if float(r["val_accuracy"]) >= p - np.sqrt(p * (1 - p) / 16)]
-        assert row["within_one_standard_error"] == len(near)
-        assert row["tried"] == len(rows)
+        assert row["setting"] is not None
+        for name, value in row["setting"].items():
+            assert str(value) == best[name]
+        assert row["tried"] == row["compared"] == len(rows)
+
+
+def test_halving_never_chooses_what_diverged_in_a_later_rung(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The largest rate is the best at the first rung of 6 epochs, and is no number after 18."""
+    monkeypatch.setitem(METHODS, GROWING.name, GROWING)
+    cache = write_cache(tmp_path / "features.h5", DATA)
+    rates = (0.001, 0.05, 0.002, 0.003)
+    growing = {"method": "growing", "search": "halving", "epochs": 60}
+    result = fit(short(cache, tmp_path / "run", learning_rate=rates, **growing))
+    rungs: dict[str, list[tuple[str, str]]] = {}
+    for row in results(result.run):
+        rungs.setdefault(row["epochs_run"], []).append((row["learning_rate"], row["status"]))
+    assert rungs == {
+        "6": [(str(rate), "ok") for rate in rates],
+        "18": [("0.05", "failed"), ("0.003", "ok")],
+        "60": [("0.003", "ok")],
+    }
+    (row,) = result.results
+    assert row.setting and row.setting["learning_rate"] == 0.003
+    assert (row.tried, row.diverged, row.compared, row.indistinguishable) == (4, 1, 1, 1)
+    # Where nothing else is left there is no choice, though it was sound at the first rung.
+    alone = fit(short(cache, tmp_path / "alone", learning_rate=0.05, **growing))
+    (row,) = alone.results
+    assert row.setting is None and "diverged" in row.note and alone.kept is None

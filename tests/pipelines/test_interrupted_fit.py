@@ -21,7 +21,7 @@ from tests.pipelines.tiny_cache import FIT, short, tiny_data, write_cache
 
 DATA = tiny_data()
 GRID = {"alpha": (0.2, 0.8), "learning_rate": (0.003, 0.01)}
-LINE = "--alpha 0.2 0.8 --lr 0.003 0.01 --epochs 10 --shots 4 --baselines linear-probe --out run"
+LINE = "--alpha 0.2 0.8 --lr 0.003 0.01 --epochs 10 --shots 4 --baselines zero-shot --out run"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(home: Path, run: Path) -> FitConfig:
-    return short(home / "features.h5", run, baselines="linear-probe", **GRID)
+    return short(home / "features.h5", run, baselines="zero-shot", **GRID)
 
 
 class Killed(BaseException):
@@ -127,7 +127,7 @@ def test_a_disk_that_is_full_at_any_step(
         if code == 2:
             assert captured.err.count("\n") == 1, captured.err
             assert "No space left on device" in captured.err
-            shown.append("linear-probe" in captured.out)
+            shown.append("zero-shot" in captured.out)
             done = (run / "selected.jsonl").exists()
             assert shown[-1] or not done, "a result was there and was not shown"
             for name, content in files(run).items() if run.exists() else ():
@@ -162,7 +162,8 @@ def test_files_that_must_not_grow(home: Path, tmp_path: Path, limit: int):
         text=True,
     )
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1 and "File too large" in done.stderr
+    (sentence,) = (line for line in done.stderr.splitlines() if not line.startswith("fit: 1/2"))
+    assert sentence.startswith("fit: Cannot write to run: File too large")
     assert ("clip-adapter" in done.stdout) == (limit > 1_000)
     goes_on_or_starts_again(home, tmp_path / "run")
 
@@ -174,7 +175,7 @@ def test_kills_in_the_first_moments(home: Path, tmp_path: Path):
     started = time.monotonic()
     subprocess.run([*line, "--out", "timed"], cwd=tmp_path, capture_output=True, check=True)
     duration = time.monotonic() - started
-    for number in range(5):
+    for number in range(3):
         run = tmp_path / f"run-{number}"
         process = subprocess.Popen(
             [*line, "--out", str(run)],
@@ -241,13 +242,15 @@ def test_progress_sums_up_over_methods_and_tasks(home: Path, tmp_path: Path, sea
     assert min(heard.steps) >= 0
 
 
-def test_ctrl_c_ends_a_long_fit_at_once_and_it_goes_on(home: Path, tmp_path: Path):
-    """In the middle of a schedule of minutes. It takes a quarter of a second by design; three are
-    allowed because another process may have the cores."""
+@pytest.mark.parametrize("seconds", [0.5, 3])
+def test_ctrl_c_ends_a_long_fit_at_once(home: Path, tmp_path: Path, seconds: float):
+    """While XLA compiles, and in the middle of a schedule of minutes. It took 0.1 s on busy cores;
+    three seconds are allowed because other processes may have them."""
     line = "--alpha 0.2 0.8 --lr 0.01 --shots 4 --epochs 1000000 --baselines --out run"
     process = subprocess.Popen(
         [FIT, *line.split(), "--cache", str(home / "features.h5")],
         cwd=tmp_path,
+        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -255,7 +258,7 @@ def test_ctrl_c_ends_a_long_fit_at_once_and_it_goes_on(home: Path, tmp_path: Pat
     while not (tmp_path / "run" / "tasks.json").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(3)  # compiled, and training
+    time.sleep(seconds)
     assert process.poll() is None
     started = time.monotonic()
     process.send_signal(signal.SIGINT)

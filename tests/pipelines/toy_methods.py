@@ -1,5 +1,6 @@
 """Methods of somebody else: what stands in a module of a user's own."""
 
+from clip_adapter.adapters import recipe
 from clip_adapter.adapters.classifier import cosine_logits
 from clip_adapter.adapters.hyper import Hyper
 from clip_adapter.adapters.method import Method
@@ -34,3 +35,18 @@ WORSE = Method(
     ),
 )
 """Validation never prefers it."""
+
+GROWING = Method(
+    name="growing",
+    reference="made up",
+    hyper=recipe.trained_with(optimizer="adam", weight_decay=0.0),
+    # Better the larger the weight is, and no number where it is 0.5 or more.
+    logits=lambda xp, arrays, setting, features, head: (
+        arrays["weight"] * cosine_logits(xp, features, head) + 0 * xp.log(0.5 - arrays["weight"])
+    ),
+    shapes={"weight": ""},
+    fit=lambda xp, task, setting: {"weight": xp.zeros(())},
+    trained=("weight",),
+    loss=lambda xp, classify, arrays, batch, setting, task: -arrays["weight"],
+)
+"""A weight that grows by about the learning rate at each step."""
