@@ -18,7 +18,7 @@ from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
 from clip_adapter.pipelines.fitting.predictions import predict_test, predictions_path
 from clip_adapter.pipelines.fitting.provenance import Provenance
 from clip_adapter.pipelines.fitting.results import Spread, TaskResult, harmonic_mean
-from clip_adapter.pipelines.fitting.run_folder import RunFolder
+from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder
 from clip_adapter.pipelines.fitting.tasks import TaskRows, folds
 
 NOT_CROSS_VALIDATED = "a class has one image, cv impossible: defaults taken"
@@ -159,11 +159,6 @@ class TaskRunner:
             },
         )
         return SavedAdapter(info, chosen.arrays, head.weights)
-
-
-def adapter_folder(method: str, shots: object, seed: int) -> str:
-    """Where a run folder keeps the adapter of a method on a task."""
-    return f"adapters/{method}/shots-{shots}-seed-{seed}"
 
 
 def _advice(planned: PlannedMethod) -> str:

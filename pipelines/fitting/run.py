@@ -17,12 +17,17 @@ from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.pipelines.fitting.config import DEFAULT_CACHE, FitConfig
 from clip_adapter.pipelines.fitting.data import Data, available, open_data
 from clip_adapter.pipelines.fitting.feasible import check_feasible
-from clip_adapter.pipelines.fitting.one_task import TaskRunner, adapter_folder
+from clip_adapter.pipelines.fitting.one_task import TaskRunner
 from clip_adapter.pipelines.fitting.plan import Plan, make_plan, without_effect
 from clip_adapter.pipelines.fitting.plot import write_plot
 from clip_adapter.pipelines.fitting.provenance import PROVENANCE, Provenance
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
-from clip_adapter.pipelines.fitting.run_folder import RunFolder, new_folder, read_plan
+from clip_adapter.pipelines.fitting.run_folder import (
+    RunFolder,
+    adapter_folder,
+    new_folder,
+    read_plan,
+)
 from clip_adapter.pipelines.fitting.tasks import (
     TaskRows,
     base_classes,

@@ -121,7 +121,7 @@ def _choice_table(planned: PlannedMethod, rows: Sequence[TaskResult]) -> Table:
     for heading in ["epoch"] * best_epoch + ["val %", "not told apart"]:
         table.add_column(heading, justify="right")
     for row in rows:
-        values = [_value(row, name) for name in names]
+        values = [value_words(row, name) for name in names]
         epoch = [str(row.epoch or "–")] * best_epoch
         judged = "–" if row.val_accuracy is None else f"{100 * row.val_accuracy:.2f}"
         table.add_row(str(row.shots), str(row.seed), *values, *epoch, judged, _flatness(row))
@@ -136,7 +136,7 @@ def _flatness(row: TaskResult) -> str:
     return f"{row.indistinguishable} of {row.compared}{diverged}"
 
 
-def _value(row: TaskResult, name: str) -> str:
+def value_words(row: TaskResult, name: str) -> str:
     """A chosen value; of one that was learned its mean, and its deviation where it varies."""
     value = (row.setting or {}).get(name)
     if value is None:

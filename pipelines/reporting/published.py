@@ -1,0 +1,45 @@
+"""Published accuracies, for runs on the data sets and the backbone that they are of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from clip_adapter.pipelines.fitting.provenance import Provenance
+
+
+@dataclass(frozen=True)
+class Published:
+    """Of one data set: method → shots → test accuracy in %.
+
+    source: where they come from. selection: method → what its settings were chosen on.
+    """
+
+    source: str
+    selection: Mapping[str, str]
+    accuracies: Mapping[str, Mapping[int, float]]
+
+
+def published(provenance: Provenance) -> Published | None:
+    """The figures of this cache's data set; None where there are none for its backbone."""
+    stored = _stored()
+    backbone = provenance.backbone
+    if any(backbone.get(name) != stored["backbone"][name] for name in ("name", "pretrained")):
+        return None
+    found = stored["datasets"].get(provenance.dataset.get("name"))
+    if found is None:
+        return None
+    accuracies = {
+        method: dict(zip(stored["shots"], numbers, strict=True))
+        for method, numbers in found.items()
+    }
+    return Published(stored["source"], stored["selection"], accuracies)
+
+
+@cache
+def _stored() -> dict[str, Any]:
+    return json.loads(files(__package__).joinpath("published_results.json").read_text("utf-8"))
