@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from clip_adapter.pipelines.fitting.tables import KINDS
 from clip_adapter.pipelines.reporting.accuracies import Accuracies
 from clip_adapter.pipelines.reporting.entries import in_order
-from clip_adapter.pipelines.reporting.figures import WIDE, Numbers, drawing, label, picture, series
+from clip_adapter.pipelines.reporting.figures import Numbers, drawing, label, picture, series
 from clip_adapter.pipelines.reporting.formats import cell
 from clip_adapter.pipelines.reporting.published import Published
 from clip_adapter.pipelines.reporting.section import Section
@@ -21,7 +21,7 @@ def accuracy_section(table: Accuracies, known: Published | None) -> Section:
     shots = in_order({*table.shots, *(n for own in shown.values() for n in own)})
     columns = [c for c in table.columns if any(c.spread(n) for n in table.shots)]
     first = [c for c in columns if c.measure in KINDS["all"]]
-    with drawing(WIDE) as (figure, axes):
+    with drawing((4.2, 3.4)) as (figure, axes):
         colors: dict[str, str] = {}
         for number, column in enumerate(first):
             there = [n for n in table.shots if column.spread(n)]

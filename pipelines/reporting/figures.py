@@ -33,7 +33,8 @@ VARIABLES = {
     GROUND: "--ground",
     **{color: f"--series-{number}" for number, color in enumerate(SERIES)},
 }
-NARROW, WIDE = (3.9, 2.9), (5.2, 3.3)
+PANEL = (3.9, 2.9)
+LARGEST = 1.3  # how much of its natural size, at which text is 12 pixels high, a drawing may get
 DPI = 200
 LONGEST_LABEL = 28
 SVG = "http://www.w3.org/2000/svg"
@@ -93,7 +94,7 @@ class Picture:
 
 
 @contextmanager
-def drawing(size: tuple[float, float] = NARROW) -> Iterator[tuple[Figure, Axes]]:
+def drawing(size: tuple[float, float] = PANEL) -> Iterator[tuple[Figure, Axes]]:
     """A figure of one panel in the style of the report; it is saved within the context too."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -153,8 +154,9 @@ def _inline(content: bytes, name: str, alt: str) -> str:
                 element.set(key, f"#{name}-{value[1:]}")
             elif key in ("style", "clip-path", "fill", "stroke"):
                 element.set(key, _themed(value).replace("url(#", f"url(#{name}-"))
-    for size in ("width", "height"):
-        del root.attrib[size]
+    width = float(root.attrib.pop("width").removesuffix("pt"))
+    del root.attrib["height"]
+    root.set("style", f"max-width: {LARGEST * width:.0f}pt")
     root.set("role", "img")
     root.set("aria-label", alt)
     return ElementTree.tostring(root, encoding="unicode")

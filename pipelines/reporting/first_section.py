@@ -40,9 +40,10 @@ def first_screen(verdict: Verdict | None) -> First:
     accuracy = row.test_accuracy
     assert accuracy is not None
     at = f"{shots} shots" if shots != 1 else "1 shot"
+    over = f", mean over {row.seeds} seeds" if row.seeds > 1 else ""
     sentence = (
         f"{entry.label} at {at} is right on {percent(accuracy.mean)} % of "
-        f"{row.test_images:,} test images."
+        f"{row.test_images:,} test images{over}."
     )
     spread = "" if accuracy.std is None else f"± {100 * accuracy.std:.2f} over {row.seeds} seeds"
     facts = [Fact(f"{percent(accuracy.mean)} %", entry.label, spread or "one seed")]
@@ -50,7 +51,7 @@ def first_screen(verdict: Verdict | None) -> First:
     how_sure = []
     answer = "Zero-shot CLIP was not run, so whether adapting helped is not known."
     if zero:
-        answer = {1: "Yes, adapting helped.", -1: "No, adapting hurt.", 0: "Not clearly."}[
+        answer = {1: "Yes, adapting helped.", -1: "No, adapting hurt.", 0: "Not beyond noise."}[
             zero.sign
         ]
         facts.insert(0, Fact(f"{percent(zero.theirs)} %", zero.other.label, "the same images"))

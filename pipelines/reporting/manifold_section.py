@@ -15,6 +15,7 @@ from clip_adapter.pipelines.adapter_file import SavedAdapter
 from clip_adapter.pipelines.reporting.class_section import MOST_CLASSES, Pair, changed_most
 from clip_adapter.pipelines.reporting.entries import Entry
 from clip_adapter.pipelines.reporting.figures import (
+    DPI,
     GROUND,
     INK,
     MARKERS,
@@ -30,6 +31,7 @@ from clip_adapter.pipelines.reporting.section import Section, percent
 MOST_IMAGES = 1500
 NEIGHBOURS = 10
 SEED = 0
+COLORS = SERIES[:-1]  # marks are one raster image, in which black is lost in the dark theme
 Rows = npt.NDArray[np.float32]
 
 
@@ -128,11 +130,14 @@ def silhouette(rows: Rows, labels: npt.NDArray[np.int32]) -> float:
 def embedded(rows: Rows) -> npt.NDArray[np.float32]:
     """(N, 2): t-SNE by the cosine distance, with a fixed seed."""
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     perplexity = min(30.0, (len(rows) - 1) / 3)
-    return TSNE(
-        metric="cosine", init="pca", perplexity=perplexity, random_state=SEED
-    ).fit_transform(rows)
+    tsne = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=SEED)
+    # In one thread sums have a fixed order; two that share a busy processor took nine times as
+    # long, as they wait for each other in every step.
+    with threadpool_limits(1):
+        return tsne.fit_transform(rows)
 
 
 def _by_class(space: Space, pair: Pair, right: dict[str, npt.NDArray[np.bool_]]) -> Numbers:
@@ -158,8 +163,8 @@ def _drawn(
     with drawing((3.9, 3.9)) as (figure, axes):
         for number, c in enumerate(np.unique(space.labels).tolist()):
             own = places[space.labels == c]
-            color = SERIES[number % len(SERIES)]
-            marker = MARKERS[number // len(SERIES) % len(MARKERS)]
+            color = COLORS[number % len(COLORS)]
+            marker = MARKERS[number // len(COLORS) % len(MARKERS)]
             # As one raster image: thousands of marks would weigh more than the rest of the page.
             axes.scatter(*own.T, 9, color=color, marker=marker, alpha=0.75, lw=0, rasterized=True)
             axes.text(
@@ -176,7 +181,7 @@ def _drawn(
         for spine in axes.spines.values():
             spine.set_visible(False)
         axes.set_title(name)
-        figure.set_dpi(160)
+        figure.set_dpi(DPI)
         return picture(
             f"features-{when}",
             f"{space.what.capitalize()} {when} adapting ({name}); labels stand at the median of "

@@ -31,8 +31,7 @@ def provenance_facts(runs: Sequence[Run], table: Accuracies) -> Facts:
         ),
         ("test images", f"{about.test_images:,}"),
         ("cache, SHA-256", about.cache_sha256),
-        ("protocol", "; ".join(dict.fromkeys(_protocol(run) for run in runs))),
-        *(("protocol", line) for line in table.about[2:]),
+        ("protocol", "; ".join(dict.fromkeys([*map(_protocol, runs), *table.about[2:]]))),
         *(("command", command_line(run.plan)) for run in runs),
     ]
     versions = dict.fromkeys(

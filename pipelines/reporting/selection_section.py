@@ -25,6 +25,7 @@ from clip_adapter.pipelines.reporting.section import Section, percent
 
 MOST_PANELS = 3
 MOST_TICKS = 7
+TICK_DIGITS = 3
 MOST_CELLS = 60  # with a number in each
 MOST_ROWS = 60
 BEST_ROWS = 20
@@ -68,9 +69,9 @@ def _words(method: Method, name: str) -> str:
     return (method.hyper[name].flag or name).replace("_", " ")
 
 
-def _short(value: str) -> str:
+def _short(value: str, digits: int = 6) -> str:
     try:
-        return f"{float(value):g}"
+        return f"{float(value):.{digits}g}"
     except ValueError:
         return value
 
@@ -139,8 +140,8 @@ def _curve(
                 count = str(times) if times else "–"
                 rows.append([str(shots), _short(value) + note, f"{mean:.2f}{spread}", count])
         ticks = _thinned(len(values))
-        named = [_short(values[tick]) for tick in ticks]
-        axes.set_xticks(ticks, [f"{v}\n{meaning[v]}" if v in meaning else v for v in named])
+        named = [(_short(values[tick]), _short(values[tick], TICK_DIGITS)) for tick in ticks]
+        axes.set_xticks(ticks, [f"{s}\n{meaning[v]}" if v in meaning else s for v, s in named])
         axes.set_xlabel(_words(entry.method, axis))
         axes.set_ylabel("validation accuracy (%)")
         axes.set_title(entry.label)
@@ -204,7 +205,7 @@ def _surface(
             (_thinned(len(across)), across, axes.set_xticks),
             (_thinned(len(upwards)), upwards, axes.set_yticks),
         ):
-            put(ticks, [_short(values[tick]) for tick in ticks])
+            put(ticks, [_short(values[tick], TICK_DIGITS) for tick in ticks])
         axes.set_xlabel(names[0])
         axes.set_ylabel(names[1])
         axes.set_title(f"{entry.label}, {shots} shot{plural}")
