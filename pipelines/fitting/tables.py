@@ -14,6 +14,7 @@ from clip_adapter.cache.few_shot import VALIDATION_SHOTS
 from clip_adapter.cache.words import counted, printable, some
 from clip_adapter.pipelines.fitting.config import Selection, Shots
 from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
+from clip_adapter.pipelines.fitting.remarks import remarks
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ def print_run(result: FitResult) -> None:
     for line in _sizes(result.tasks, result.class_names, repeat=plan.repeat):
         console.print(line)
     console.print(_accuracy_table(plan, result.summary))
+    if not result.problem:  # else what was predicted may not have been written
+        own = (result.run, plan, result.results, result.summary, result.class_names)
+        for line in remarks(*own):
+            console.print(line)
     for planned in plan.fitted:
         rows = [row for row in result.results if row.method == planned.method.name]
         if any(row.setting is None or row.setting for row in rows):

@@ -7,6 +7,7 @@ one drawing serves the light and the dark theme.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,7 +111,10 @@ def picture(name: str, caption: str, alt: str, figure: Figure, numbers: Numbers)
     """A figure that was drawn within `drawing`."""
     import matplotlib
 
-    with matplotlib.rc_context({"svg.hashsalt": name}):
+    with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
+        # A name in letters that the font has not is shown by the browser's font; in the PNG it is
+        # boxes.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
         svg, png = BytesIO(), BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None}, transparent=True)
         figure.savefig(png, format="png", dpi=DPI, facecolor="white")
