@@ -66,12 +66,20 @@ def adapted(xp: Any, arrays: Arrays, setting: Setting, branch: str, x: Array) ->
     return blended(x, bottleneck(xp, x, *kernels), ratio(xp, arrays, setting, branch, x))
 
 
+def adapt(
+    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
+) -> Float[Array, "N D"]:
+    """f*, which is f where there is no adapter on the images."""
+    if setting["branch"] == "text":
+        return features
+    return adapted(xp, arrays, setting, "image", features)
+
+
 def logits(
     xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
 ) -> Float[Array, "N C"]:
     """scale · unit(f*) · unit(W*)ᵀ + bias."""
-    if setting["branch"] != "text":
-        features = adapted(xp, arrays, setting, "image", features)
+    features = adapt(xp, arrays, setting, features, head)
     if setting["branch"] != "image":
         head = head._replace(weights=adapted(xp, arrays, setting, "text", head.weights))
     return cosine_logits(xp, features, head)
@@ -141,6 +149,7 @@ def _ratio(name: str, branch: str, tried: tuple[float, ...]) -> dict[str, Hyper]
             high=1,
             words=KINDS,
             when=where,
+            meaning={0: "zero-shot", 1: "adapter only"},
         ),
         f"{name}_init": Hyper(
             0.5,
@@ -190,6 +199,7 @@ CLIP_ADAPTER = Method(
     shapes=SHAPES,
     network="clip_adapter.adapters.bottleneck:ClipAdapter",
     optimizer=optimizer,
+    adapt=adapt,
     describe=describe,
     uses_views=True,
     # The official implementation (gaopengcuhk/CLIP-Adapter with CoOp's rn50.yaml): SGD, one

@@ -27,6 +27,7 @@ class Hyper:
     single: one value holds for all settings. flag: its name on the command line, where that is
     another. when: hyper-parameters further up the table and values of theirs, without any of which
     this one has no effect; {} for always.
+    meaning: what some values amount to, for figures: a method's name where they are that method.
     """
 
     default: Value
@@ -41,6 +42,7 @@ class Hyper:
     single: bool = False
     flag: str = ""
     when: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+    meaning: Mapping[float, str] = field(default_factory=dict)
 
     @property
     def is_numeric(self) -> bool:

@@ -102,6 +102,8 @@ class Method:
     for_classes(arrays, setting, task, head) → arrays that classify the classes of another head,
         where the fitted ones do not; None where this setting cannot. `extra` of the task is that of
         these classes.
+    adapt(xp, arrays, setting, features, head) → (N, D): the image features that `logits` compares
+        with the classes, un-normalised; None for methods that move none.
     describe(xp, arrays, setting, features, head) → numbers by name whose mean and spread say what
         was learned, such as a predicted ratio for each image.
     note(task) → a sentence that whoever fits has to know, such as that something is approximated
@@ -128,6 +130,7 @@ class Method:
     solver: Callable[[Task], Solve] | None = None
     propose: Callable[..., Generator[Setting, Score, None]] | None = None
     for_classes: Callable[..., Arrays | None] | None = None
+    adapt: Callable[..., Array] | None = None
     describe: Callable[..., Mapping[str, Array]] | None = None
     note: Callable[[Task], str] | None = None
     needs: tuple[str, ...] = ()

@@ -34,11 +34,18 @@ def fit(xp: Any, task: Task, setting: Setting) -> Arrays:
     return {"projection": task.extra["projection"], "bias": task.extra["bias"]}
 
 
+def adapt(
+    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N F"], head: Head
+) -> Float[Array, "N D"]:
+    """h P + c."""
+    return features @ arrays["projection"] + arrays["bias"]
+
+
 def logits(
     xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N F"], head: Head
 ) -> Float[Array, "N C"]:
     """scale · unit(h P + c) · unit(W)ᵀ + bias."""
-    return cosine_logits(xp, features @ arrays["projection"] + arrays["bias"], head)
+    return cosine_logits(xp, adapt(xp, arrays, setting, features, head), head)
 
 
 def held_loss(
@@ -58,6 +65,7 @@ PRO_LIP = Method(
     shapes={"projection": "F D", "bias": "D"},
     fit=fit,
     trained=("projection",),
+    adapt=adapt,
     loss=held_loss,
     needs=("projection",),
     uses_views=True,

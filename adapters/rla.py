@@ -36,11 +36,18 @@ def fit(xp: Any, task: Task, setting: Setting) -> Arrays:
     return {"matrix": xp.eye(task.features.shape[-1], dtype=task.features.dtype)}
 
 
+def adapt(
+    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
+) -> Float[Array, "N D"]:
+    """f Mᵀ."""
+    return features @ arrays["matrix"].T
+
+
 def logits(
     xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
 ) -> Float[Array, "N C"]:
     """scale · unit(f Mᵀ) · unit(W)ᵀ + bias."""
-    return cosine_logits(xp, features @ arrays["matrix"].T, head)
+    return cosine_logits(xp, adapt(xp, arrays, setting, features, head), head)
 
 
 def held_loss(
@@ -86,6 +93,7 @@ RLA = Method(
     shapes={"matrix": "D D"},
     fit=fit,
     trained=("matrix",),
+    adapt=adapt,
     loss=held_loss,
     uses_views=True,
 )

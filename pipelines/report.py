@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
 from clip_adapter.pipelines.argument_types import Positional
 from clip_adapter.pipelines.command import run_command
+from clip_adapter.pipelines.spoken import Spoken
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,15 @@ class ReportConfig:
     Attributes:
         runs: Run folders that `fit` wrote.
         format: How the table is printed; md, tex and csv are for papers and programs.
+        html: Where the page goes, with its figures beside it in figures/, or none; by default
+            report.html in the first run's folder.
+        cache: The cache of the runs, where it lies elsewhere now.
     """
 
     runs: Positional[tuple[Path, ...]]
     format: Literal["text", "md", "tex", "csv"] = "text"
+    html: Path | Literal["none"] | None = None
+    cache: Path | None = None
 
 
 def report(config: ReportConfig) -> None:
@@ -31,6 +38,8 @@ def report(config: ReportConfig) -> None:
 
     A column is named after its method and the arguments in which the runs differ; what several runs
     have alike stands there once, over all their seeds.
+
+    Beside it one HTML page is written that needs nothing from outside.
 
     Raises UserError for a folder without a finished run, and for runs on different caches.
     """
@@ -42,8 +51,17 @@ def report(config: ReportConfig) -> None:
     from clip_adapter.pipelines.reporting.runs import load_runs
 
     runs = load_runs(config.runs)
-    table = accuracies(runs, pool(runs))
-    print(FORMATS[config.format](table, Console().width), end="")
+    entries = pool(runs)
+    table = accuracies(runs, entries)
+    print(FORMATS[config.format](table, Console().width), end="", flush=True)
+    if config.html == "none":
+        return
+    from clip_adapter.pipelines.reporting.page import find_cache, write_page
+
+    path = config.html or runs[0].path / "report.html"
+    with find_cache(runs, config.cache) or nullcontext() as cache:
+        write_page(path, runs, entries, table, cache)
+    Spoken("report").note(f"the page is {path}, its figures are beside it in figures/")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -10,7 +10,12 @@ from typing import NoReturn
 from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.listener import Listener
-from clip_adapter.pipelines.reporting.published import published_accuracies, published_results
+from clip_adapter.pipelines.reporting.published import (
+    methods_of_the_paper,
+    published_backbone,
+    published_datasets,
+    published_of,
+)
 
 PRESETS = ("paper", "default")
 CACHES, PAGE = "caches", "reproduction.md"
@@ -71,7 +76,7 @@ def reproduce(config: ReproduceConfig, listener: Listener | None = None) -> Repr
         raise UserError(f"{config.data_root} is no folder; --data-root holds the data sets.")
     catalogue = load_catalogue()
     missing, there = {}, []
-    for name in published_results()["datasets"]:
+    for name in published_datasets():
         entry = catalogue[name]
         if (config.data_root / entry.coop_dir).is_dir():
             there.append(name)
@@ -127,7 +132,7 @@ def _fitted(
     from clip_adapter.pipelines.study import StudyConfig, study
 
     asked = FitConfig(
-        method=tuple(published_results()["methods_of_the_paper"]),
+        method=methods_of_the_paper(),
         baselines=(),
         shots=config.shots,
         seeds=config.seeds,
@@ -147,23 +152,23 @@ def _page(
 ) -> str:
     from clip_adapter.pipelines.comparison import read_comparison
 
-    document = published_results()
     weights = "" if config.pretrained is None else f" with {Path(config.pretrained).name}"
     lines = [
         "# Published and reproduced test accuracies",
         "",
         f"Ours: {config.backbone}{weights}, mean over seeds {', '.join(map(str, config.seeds))}, "
         "settings chosen on min(shots, 4) validation images per class.",
-        f"Published: {document['source']}.",
-        "",
     ]
-    lines += [
-        f"- {method}: published numbers chosen on {rule}"
-        for method, rule in document["selected_on"].items()
-        if method in document["methods_of_the_paper"]
-    ]
-    if config.backbone != document["backbone"]:
-        lines += ["", f"The published numbers are {document['backbone']}'s: no agreement is meant."]
+    figures = published_of(published_datasets()[0])
+    if figures:
+        lines += [f"Published: {figures.source}.", ""]
+        lines += [
+            f"- {method}, published: {rule}"
+            for method, rule in figures.selection.items()
+            if method in methods_of_the_paper()
+        ]
+    if config.backbone != published_backbone():
+        lines += ["", f"The published numbers are {published_backbone()}'s: no agreement is meant."]
     for preset in PRESETS:
         found = read_comparison(runs[preset])
         lines += ["", f"## --preset {preset}", "", _HEAD, _RULE]
@@ -191,12 +196,13 @@ def _row(
     config: ReproduceConfig, dataset: str, method: str, shots: object, ours: float, std: float
 ) -> str:
     number = "–" if ours != ours else f"{ours:.2f}" + ("" if std != std else f" ± {std:.2f}")
-    wanted = published_accuracies(dataset).get(method, {}).get(shots)  # type: ignore[call-overload]
+    figures = published_of(dataset)
+    wanted = figures.accuracies.get(method, {}).get(shots) if figures else None  # type: ignore[call-overload]
     if wanted is None or ours != ours:
         return f"| {dataset} | {method} | {shots} | – | {number} | – | – |"
-    difference = ours - 100 * wanted
+    difference = ours - wanted
     agrees = "yes" if abs(difference) <= config.tolerance else "no"
-    published = f"{100 * wanted:.2f}"
+    published = f"{wanted:.2f}"
     cells = [dataset, method, shots, published, number, f"{difference:+.2f}", agrees]
     return f"| {' | '.join(map(str, cells))} |"
 

@@ -10,9 +10,9 @@ from clip_adapter.adapters.search import fit
 from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.adapter_file import load_adapter, save_adapter
 from clip_adapter.pipelines.fitting.choice import is_finite
-from clip_adapter.pipelines.fitting.one_task import TaskRunner, adapter_folder, fitted_on
+from clip_adapter.pipelines.fitting.one_task import TaskRunner, fitted_on
 from clip_adapter.pipelines.fitting.results import TaskResult
-from clip_adapter.pipelines.fitting.run_folder import RunFolder, writing
+from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder, writing
 from clip_adapter.pipelines.fitting.tasks import TaskRows, kept_task
 
 

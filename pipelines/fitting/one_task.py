@@ -28,7 +28,7 @@ from clip_adapter.pipelines.fitting.predictions import (
 )
 from clip_adapter.pipelines.fitting.provenance import Provenance
 from clip_adapter.pipelines.fitting.results import Spread, TaskResult, harmonic_mean
-from clip_adapter.pipelines.fitting.run_folder import RunFolder, writing
+from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder, writing
 from clip_adapter.pipelines.fitting.tasks import TaskRows, folds
 
 NOT_CROSS_VALIDATED = "a class has one image, cv impossible: defaults taken"
@@ -197,11 +197,6 @@ def fitted_on(result: TaskResult) -> dict[str, Any]:
     """What an adapter file says of the task it was fitted on."""
     names = ("shots", "seed", "select", "epoch", "val_accuracy")
     return {name: getattr(result, name) for name in names}
-
-
-def adapter_folder(method: str, shots: object, seed: int) -> str:
-    """Where a run folder keeps the adapter of a method on a task."""
-    return f"adapters/{method}/shots-{shots}-seed-{seed}"
 
 
 def _advice(planned: PlannedMethod) -> str:

@@ -28,7 +28,11 @@ from clip_adapter.pipelines.fitting.plan import Plan, make_plan
 from clip_adapter.pipelines.fitting.plot import write_plot
 from clip_adapter.pipelines.fitting.provenance import PROVENANCE, Provenance
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
-from clip_adapter.pipelines.fitting.run_folder import RunFolder, new_folder, read_plan
+from clip_adapter.pipelines.fitting.run_folder import (
+    RunFolder,
+    new_folder,
+    read_plan,
+)
 from clip_adapter.pipelines.fitting.tasks import (
     TaskRows,
     base_classes,

@@ -186,6 +186,11 @@ def new_folder(parent: Path = Path("runs")) -> Path:
     return path
 
 
+def adapter_folder(method: str, shots: object, seed: int) -> str:
+    """Where a run folder keeps the adapter of a method on a task."""
+    return f"adapters/{method}/shots-{shots}-seed-{seed}"
+
+
 def read_selected(path: Path) -> list[TaskResult]:
     """The rows of selected.jsonl of a run, without a last line that was cut off.
 

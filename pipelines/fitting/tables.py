@@ -14,6 +14,7 @@ from clip_adapter.cache.few_shot import VALIDATION_SHOTS
 from clip_adapter.cache.words import counted, printable, some
 from clip_adapter.pipelines.fitting.config import Selection, Shots
 from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
+from clip_adapter.pipelines.fitting.remarks import remarks
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ def print_run(result: FitResult) -> None:
     for line in _sizes(result.tasks, result.class_names, repeat=plan.repeat):
         console.print(line)
     console.print(_accuracy_table(plan, result.summary))
+    if not result.problem:  # else what was predicted may not have been written
+        own = (result.run, plan, result.results, result.summary, result.class_names)
+        for line in remarks(*own):
+            console.print(line)
     for planned in plan.fitted:
         rows = [row for row in result.results if row.method == planned.method.name]
         if any(row.setting is None or row.setting for row in rows):
@@ -128,7 +133,7 @@ def _choice_table(planned: PlannedMethod, rows: Sequence[TaskResult]) -> Table:
     for heading in ["epoch"] * best_epoch + ["val %", "not told apart"]:
         table.add_column(heading, justify="right")
     for row in rows:
-        values = [_value(row, name) for name in names]
+        values = [value_words(row, name) for name in names]
         epoch = [str(row.epoch or "–")] * best_epoch
         judged = "–" if row.val_accuracy is None else f"{100 * row.val_accuracy:.2f}"
         table.add_row(str(row.shots), str(row.seed), *values, *epoch, judged, _flatness(row))
@@ -163,7 +168,7 @@ def _flatness(row: TaskResult) -> str:
     return f"{row.indistinguishable} of {row.compared}{diverged}"
 
 
-def _value(row: TaskResult, name: str) -> str:
+def value_words(row: TaskResult, name: str) -> str:
     """A chosen value; of one that was learned its mean, and its deviation where it varies."""
     value = (row.setting or {}).get(name)
     if value is None:

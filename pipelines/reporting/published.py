@@ -1,39 +1,65 @@
-"""Published test accuracies, with their source and what chose them."""
+"""Published accuracies, for runs on the data sets and the backbone that they are of."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
-Published = Mapping[str, Mapping[int, float]]
-"""Method → shots → test accuracy in [0, 1]."""
+from clip_adapter.pipelines.fitting.provenance import Provenance
+
+
+@dataclass(frozen=True)
+class Published:
+    """Of one data set: method → shots → test accuracy in %.
+
+    source: where they come from. selection: method → what its settings were chosen on.
+    """
+
+    source: str
+    selection: Mapping[str, str]
+    accuracies: Mapping[str, Mapping[int, float]]
+
+
+def published(provenance: Provenance) -> Published | None:
+    """The figures of this cache's data set; None where there are none for its backbone."""
+    stored, backbone = _stored(), provenance.backbone
+    if any(backbone.get(name) != stored["backbone"][name] for name in ("name", "pretrained")):
+        return None
+    return published_of(str(provenance.dataset.get("name")))
+
+
+def published_of(dataset: str) -> Published | None:
+    """The figures of a data set of the literature; None for any other name."""
+    stored = _stored()
+    found = stored["datasets"].get(dataset)
+    if found is None:
+        return None
+    accuracies = {
+        method: dict(zip(stored["shots"], numbers, strict=True))
+        for method, numbers in found.items()
+    }
+    return Published(stored["source"], stored["selection"], accuracies)
+
+
+def published_datasets() -> list[str]:
+    """The data sets that there are figures of."""
+    return list(_stored()["datasets"])
+
+
+def published_backbone() -> str:
+    """The backbone that the figures are of."""
+    return _stored()["backbone"]["name"]
+
+
+def methods_of_the_paper() -> tuple[str, ...]:
+    """What the paper compares, by the names that `fit` has for them."""
+    return tuple(_stored()["methods_of_the_paper"])
 
 
 @cache
-def published_results() -> Mapping[str, Any]:
-    """The document published_results.json: source, backbone, shots, methods_of_the_paper,
-    selected_on (by method), and per data set and method the accuracies in %."""
-    text = files(__package__).joinpath("published_results.json").read_text("utf-8")
-    return json.loads(text)
-
-
-def published_accuracies(dataset: str) -> Published:
-    """What was published for a data set of the literature with RN50 and OpenAI's weights, {} for
-    any other name. A number that does not depend on the shots stands at each of them."""
-    document = published_results()
-    shots = document["shots"]
-    entry = document["datasets"].get(dataset, {})
-    return {
-        method: {
-            count: percent / 100
-            for count, percent in zip(
-                shots,
-                percents if isinstance(percents, list) else [percents] * len(shots),
-                strict=True,
-            )
-        }
-        for method, percents in entry.items()
-    }
+def _stored() -> dict[str, Any]:
+    return json.loads(files(__package__).joinpath("published_results.json").read_text("utf-8"))

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -75,13 +75,14 @@ def tiny_data(
     return TinyData(splits, text.astype(np.float32))
 
 
-def write_cache(path: Path, data: TinyData) -> Path:
-    """The ids are `<split>/<row>`."""
+def write_cache(path: Path, data: TinyData, class_names: Sequence[str] = ()) -> Path:
+    """The ids are `<split>/<row>`. class_names: by default `class 0` and so on."""
+    names = class_names or [f"class {number}" for number in range(data.classes)]
     with CacheWriter(path, {"data": data.name}, views=data.splits["train"][0].shape[0]) as writer:
         for split, (features, labels) in data.splits.items():
             ids = [f"{split}/{row}" for row in range(len(labels))]
             writer.append_images(split, features.transpose(1, 0, 2), labels, ids)
-        writer.append_text(data.text, [f"class {number}" for number in range(data.classes)])
+        writer.append_text(data.text, names)
         writer.finish(
             templates=["a {}", "the {}"],
             backbone={

@@ -1,0 +1,89 @@
+"""What a mean accuracy hides: the classes it does worst on, what always guessing the largest class
+would reach, and a baseline that did better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from clip_adapter.cache.words import quoted
+from clip_adapter.pipelines.fitting.config import Shots
+from clip_adapter.pipelines.fitting.plan import Plan
+from clip_adapter.pipelines.fitting.predictions import Predictions, read_predictions
+from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult
+
+WORST_SHOWN = 3
+
+
+def remarks(
+    run: Path,
+    plan: Plan,
+    results: Sequence[TaskResult],
+    summary: Sequence[MethodSummary],
+    class_names: Sequence[str],
+) -> list[str]:
+    """A sentence each; of the methods that were asked for, at the most shots, over the seeds.
+
+    class_names: of the cache, in label order.
+    Raises UserError where the predictions that `run` keeps cannot be read.
+    """
+    found: list[str] = []
+    for planned in plan.fitted:
+        name = planned.method.name
+        tested = [r for r in results if r.method == name and r.test_accuracy is not None]
+        if not tested:
+            continue
+        shots = tested[-1].shots
+        kept = [read_predictions(run, *r.key) for r in tested if r.shots == shots]
+        if not found:
+            found.append(_majority(kept[0], class_names))
+        found.append(f"{name} at {_at(shots)} does worst on {_worst(kept, class_names)}")
+    return found + _beaten(plan, summary)
+
+
+def _majority(predictions: Predictions, class_names: Sequence[str]) -> str:
+    counts = np.bincount(predictions.labels)
+    largest = int(counts.argmax())
+    share = 100 * counts[largest] / counts.sum()
+    name = quoted(class_names[largest])
+    return f"{share:.2f} % is reached by always saying {name}, the most frequent class of the test"
+
+
+def _worst(kept: Sequence[Predictions], class_names: Sequence[str]) -> str:
+    """The classes of which fewest test images are right, mean over the seeds."""
+    labels = kept[0].labels
+    right = np.mean([predictions.right for predictions in kept], axis=0)
+    counts = np.bincount(labels)
+    there = np.flatnonzero(counts)
+    recalls = np.bincount(labels, weights=right)[there] / counts[there]
+    order = np.argsort(recalls, kind="stable")[:WORST_SHOWN]
+    return ", ".join(f"{quoted(class_names[there[i]])} ({100 * recalls[i]:.1f} %)" for i in order)
+
+
+def _beaten(plan: Plan, summary: Sequence[MethodSummary]) -> list[str]:
+    """Where a baseline's mean is above that of a method that was asked for."""
+    means = {
+        (row.method, row.shots): row.test_accuracy.mean for row in summary if row.test_accuracy
+    }
+    found = []
+    for baseline in (p.method.name for p in plan.methods if p.baseline):
+        for asked in (p.method.name for p in plan.fitted):
+            gaps = [
+                f"{_at(shots)} ({100 * means[baseline, shots]:.2f} % against "
+                f"{100 * means[asked, shots]:.2f} %)"
+                for shots in plan.shots
+                if means.get((baseline, shots), 0.0) > means.get((asked, shots), 1.0)
+            ]
+            if gaps:
+                found.append(f"the baseline {baseline} did better than {asked} at {_list(gaps)}")
+    return found
+
+
+def _at(shots: Shots) -> str:
+    return f"{shots} shot{'s' * (shots != 1)}"
+
+
+def _list(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

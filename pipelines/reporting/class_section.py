@@ -1,0 +1,139 @@
+"""Class by class: what adapting gained and lost against another classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_adapter.cache.words import printable
+from clip_adapter.pipelines.fitting.predictions import Predictions
+from clip_adapter.pipelines.reporting.figures import (
+    MUTED,
+    SERIES,
+    Numbers,
+    drawing,
+    label,
+    picture,
+)
+from clip_adapter.pipelines.reporting.section import Section, percent, points
+from clip_adapter.pipelines.reporting.statistics import confusion
+
+MOST_CLASSES = 20
+MOST_CONFUSIONS = 10
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two classifiers on the same tasks: predictions of a seed each, and their names."""
+
+    before: Sequence[Predictions]
+    after: Sequence[Predictions]
+    before_name: str
+    after_name: str
+    class_names: Sequence[str]
+
+    def confusions(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """(C, C) each: images of the row's class taken for the column's, mean over seeds."""
+        count = len(self.class_names)
+        before, after = (
+            np.mean([confusion(p.labels, p.predicted, count) for p in some], axis=0)
+            for some in (self.before, self.after)
+        )
+        return before, after
+
+    def recalls(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """(C,) each: how many of a class's images are right; NaN where it has none."""
+        with np.errstate(invalid="ignore"):
+            before, after = (np.diag(m) / m.sum(axis=1) for m in self.confusions())
+        return before, after
+
+
+def changed_most(pair: Pair, most: int = MOST_CLASSES) -> list[int]:
+    """The classes whose accuracy changed most, biggest gain first."""
+    before, after = pair.recalls()
+    there = np.flatnonzero(~np.isnan(before))
+    change = (after - before)[there]
+    kept = there[np.argsort(-np.abs(change), kind="stable")[:most]]
+    return sorted(kept.tolist(), key=lambda label: (-(after - before)[label], label))
+
+
+def class_section(pair: Pair) -> Section:
+    """Accuracy of each class before and after, and the confusions that came and went."""
+    before, after = pair.recalls()
+    matrices = pair.confusions()
+    shown = changed_most(pair)
+    names = [printable(name) for name in pair.class_names]
+    counts = matrices[0].sum(axis=1)
+    everything = sorted(np.flatnonzero(counts).tolist(), key=lambda c: (-(after - before)[c], c))
+    with drawing((4.4, 0.9 + 0.22 * len(shown))) as (figure, axes):
+        for place, c in enumerate(shown[::-1]):
+            gained = after[c] >= before[c]
+            color = SERIES[0] if gained else SERIES[1]
+            axes.plot([100 * before[c], 100 * after[c]], [place] * 2, color=color, zorder=2)
+            marker = "o" if gained else "s"
+            axes.plot(100 * after[c], place, marker, color=color, markersize=6, zorder=3)
+            axes.plot(100 * before[c], place, marker, mfc="none", mec=MUTED, ms=6, zorder=3)
+        axes.set_yticks(range(len(shown)), [label(pair.class_names[c]) for c in shown[::-1]])
+        axes.set_xlabel("test accuracy of the class (%)")
+        axes.grid(axis="y", visible=False)
+        which = "classes that changed most" if len(shown) < len(everything) else "every class"
+        drawn = picture(
+            "classes",
+            f"Accuracy of {which}: open marks {pair.before_name}, filled marks {pair.after_name}; "
+            "blue circles gained, orange squares lost.",
+            f"Dot plot of class accuracies before and after. {_extremes(names, before, after)}",
+            figure,
+            Numbers(
+                ["class", "test images", f"{pair.before_name} %", f"{pair.after_name} %", "change"],
+                [
+                    [
+                        names[c],
+                        f"{counts[c]:.0f}",
+                        percent(before[c], 1),
+                        percent(after[c], 1),
+                        points(after[c] - before[c]),
+                    ]
+                    for c in everything
+                ],
+                "every class, biggest gain first; mean over seeds",
+            ),
+        )
+    change = after - before
+    gained, lost = int(np.sum(change > 0)), int(np.sum(change < 0))
+    text = f"Of {len(everything)} classes {gained} gained and {lost} lost."
+    tables = [
+        _confusions(matrices[1] - matrices[0], *matrices, names, "appeared or grew"),
+        _confusions(matrices[0] - matrices[1], *matrices, names, "vanished or shrank"),
+    ]
+    return Section("Class by class", [text], [drawn], [t for t in tables if t.rows])
+
+
+def _extremes(names: Sequence[str], before: npt.NDArray, after: npt.NDArray) -> str:
+    change = np.nan_to_num(after - before)
+    best, worst = int(change.argmax()), int(change.argmin())
+    return (
+        f"Biggest gain: {names[best]}, {points(change[best])} points; "
+        f"biggest loss: {names[worst]}, {points(change[worst])} points."
+    )
+
+
+def _confusions(
+    growth: npt.NDArray[np.float64],
+    before: npt.NDArray[np.float64],
+    after: npt.NDArray[np.float64],
+    names: Sequence[str],
+    words: str,
+) -> Numbers:
+    off = growth - np.diag(np.diag(growth))
+    order = np.argsort(-off, axis=None, kind="stable")[:MOST_CONFUSIONS]
+    cells = [divmod(int(index), len(names)) for index in order]
+    rows = [
+        [names[true], names[taken], f"{before[true, taken]:.1f}", f"{after[true, taken]:.1f}"]
+        for true, taken in cells
+        if off[true, taken] > 0
+    ]
+    caption = f"confusions that {words}: test images, mean over seeds"
+    return Numbers(["class", "taken for", "before", "after"], rows, caption)

@@ -1,0 +1,47 @@
+"""The command that a plan amounts to."""
+
+from __future__ import annotations
+
+import shlex
+
+from clip_adapter.adapters.hyper import Value
+from clip_adapter.pipelines.fitting.config import FitConfig
+from clip_adapter.pipelines.fitting.flags import flags_of
+from clip_adapter.pipelines.fitting.plan import Plan
+
+
+def command_line(plan: Plan) -> str:
+    """`fit …`, which makes this plan again from the same cache; options at their defaults are left
+    out, and so is where the cache lies."""
+    words = ["fit", "--method", *(planned.name for planned in plan.fitted)]
+    baselines = tuple(planned.name for planned in plan.methods if planned.baseline)
+    usual = tuple(n for n in FitConfig.baselines if n not in {p.name for p in plan.fitted})
+    if baselines != usual:
+        words += ["--baselines", *baselines]
+    for name in ("shots", "seeds"):
+        words += [f"--{name}", *map(str, getattr(plan, name))]
+    for name in ("select", "preset", "train_classes", "search", "placement"):
+        if getattr(plan, name) != getattr(FitConfig, name):
+            words += [f"--{name.replace('_', '-')}", getattr(plan, name)]
+    words += [f"--{name}" for name in ("repeat", "augment") if getattr(plan, name)]
+    for flag, values in _hyper(plan).items():
+        words += [f"--{flag}", *map(_written, values)]
+    return shlex.join(words)
+
+
+def _hyper(plan: Plan) -> dict[str, tuple[Value, ...]]:
+    """Flag → values, of the hyper-parameters that are not at what would be tried anyway."""
+    flags = flags_of([planned.method for planned in plan.fitted])
+    given: dict[str, tuple[Value, ...]] = {}
+    for planned in plan.fitted:
+        method = planned.method
+        usual = method.values({}, plan.preset, one=plan.select == "none")
+        for name, values in planned.values.items():
+            if tuple(values) != usual[name]:
+                own = [f for f, (n, owners) in flags.items() if n == name and owners == [method]]
+                given[own[0]] = tuple(values)
+    return given
+
+
+def _written(value: Value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,132 @@
+"""The first screen: did adapting help, by how much, with which setting, how sure?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clip_adapter.pipelines.fitting.tables import value_words
+from clip_adapter.pipelines.reporting.figures import Numbers
+from clip_adapter.pipelines.reporting.section import percent, points
+from clip_adapter.pipelines.reporting.statistics import DRAWS, Interval
+from clip_adapter.pipelines.reporting.verdict import Comparison, Verdict
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number in large print, what it is, and a line below it."""
+
+    number: str
+    what: str
+    below: str = ""
+
+
+@dataclass(frozen=True)
+class First:
+    """answer: a few words. sentence: what they rest on. how_sure: a paragraph each."""
+
+    answer: str
+    sentence: str
+    facts: list[Fact]
+    how_sure: list[str]
+    settings: Numbers | None
+
+
+def first_screen(verdict: Verdict | None) -> First:
+    if verdict is None:
+        words = "No method that was asked for has a test accuracy, so there is nothing to compare."
+        return First("There is no test accuracy.", words, [], [], None)
+    entry, shots = verdict.entry, verdict.shots
+    row = entry.summary[shots]
+    accuracy = row.test_accuracy
+    assert accuracy is not None
+    at = f"{shots} shots" if shots != 1 else "1 shot"
+    over = f", mean over {row.seeds} seeds" if row.seeds > 1 else ""
+    sentence = (
+        f"{entry.label} at {at} is right on {percent(accuracy.mean)} % of "
+        f"{row.test_images:,} test images{over}."
+    )
+    spread = "" if accuracy.std is None else f"± {100 * accuracy.std:.2f} over {row.seeds} seeds"
+    facts = [Fact(f"{percent(accuracy.mean)} %", entry.label, spread or "one seed")]
+    zero, best = verdict.zero_shot, verdict.next_best
+    how_sure = []
+    answer = "Zero-shot CLIP was not run, so whether adapting helped is not known."
+    if zero:
+        answer = {1: "Yes, adapting helped.", -1: "No, adapting hurt.", 0: "Not beyond noise."}[
+            zero.sign
+        ]
+        facts.insert(0, Fact(f"{percent(zero.theirs)} %", zero.other.label, "the same images"))
+        facts.append(
+            Fact(points(zero.images.mean), f"points against {zero.other.label}", _noise(zero))
+        )
+        how_sure.append(_sure(zero))
+    if best:
+        facts.append(
+            Fact(points(best.images.mean), f"points against {best.other.label}", _noise(best))
+        )
+        how_sure.append(_sure(best))
+        sentence += _rival(best)
+    chosen = f"{entry.label} is what validation prefers among the methods that were asked for"
+    beside = f"; {best.other.label} is the best of the others on the test images" if best else ""
+    how_sure.append(f"{chosen}, and no test image chose it{beside}.")
+    return First(answer, sentence, facts, how_sure, _settings(verdict))
+
+
+def _rival(best: Comparison) -> str:
+    name, theirs = best.other.label, percent(best.theirs)
+    words = {
+        1: f"The next best, {name} ({theirs} %), is behind it beyond noise.",
+        -1: f"A method that was run beside it, {name} ({theirs} %), did better beyond noise.",
+        0: f"The next best, {name} ({theirs} %), is within noise of it.",
+    }
+    return " " + words[best.sign]
+
+
+def _noise(comparison: Comparison) -> str:
+    return f"within noise of the {comparison.noise}" if comparison.noise else "beyond noise"
+
+
+def _sure(comparison: Comparison) -> str:
+    """The two intervals of a difference, in words."""
+    name = comparison.other.label
+    images = (
+        f"Against {name}: {points(comparison.images.mean)} points, 95 % interval "
+        f"{_ends(comparison.images)} over the test images (paired bootstrap, {DRAWS:,} draws)"
+    )
+    count = len(comparison.seeds)
+    seeds = (
+        f" and {_ends(comparison.spread)} over {count} seeds (Student's t)."
+        if comparison.spread
+        else "; one seed, so how it varies with the draw of the images is not known."
+    )
+    verdict = {1: " It is better beyond noise.", -1: " It is worse beyond noise."}
+    within = f" That is within the noise of the {comparison.noise}." if comparison.noise else ""
+    return images + seeds + verdict.get(comparison.sign, within)
+
+
+def _ends(interval: Interval) -> str:
+    return f"{points(interval.low)} to {points(interval.high)}"
+
+
+def _settings(verdict: Verdict) -> Numbers | None:
+    """What was chosen, seed by seed: hyper-parameters of which several values were tried."""
+    entry = verdict.entry
+    method = entry.method
+    rows = entry.results(verdict.shots)
+    tried = {name for name, values in entry.planned.values.items() if len(values) > 1}
+    names = [n for n in method.hyper if n in tried or any(n in row.learned for row in rows)]
+    if not names:
+        return None
+    heads = [(method.hyper[name].flag or name).replace("_", " ") for name in names]
+    return Numbers(
+        ["seed", *heads, "validation %", "test %"],
+        [
+            [
+                str(row.seed),
+                *(value_words(row, name) for name in names),
+                "–" if row.val_accuracy is None else percent(row.val_accuracy),
+                "–" if row.test_accuracy is None else percent(row.test_accuracy),
+            ]
+            for row in rows
+        ],
+        f"chosen settings of {entry.label} at {verdict.shots} shots",
+    )

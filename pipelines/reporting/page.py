@@ -1,0 +1,160 @@
+"""The page: one file that needs nothing from outside, and the figures in it as files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.files import write_bytes, write_text
+from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.words import printable
+from clip_adapter.pipelines.adapter_file import load_adapter
+from clip_adapter.pipelines.fitting.run_folder import adapter_folder, writing
+from clip_adapter.pipelines.reporting.accuracies import Accuracies
+from clip_adapter.pipelines.reporting.accuracy_section import accuracy_section
+from clip_adapter.pipelines.reporting.calibration_section import calibration_section
+from clip_adapter.pipelines.reporting.class_section import Pair, class_section
+from clip_adapter.pipelines.reporting.entries import Entry
+from clip_adapter.pipelines.reporting.first_section import first_screen
+from clip_adapter.pipelines.reporting.image_section import image_section
+from clip_adapter.pipelines.reporting.manifold_section import manifold_section, space_of
+from clip_adapter.pipelines.reporting.provenance_section import plans, provenance_facts
+from clip_adapter.pipelines.reporting.published import published
+from clip_adapter.pipelines.reporting.runs import Run
+from clip_adapter.pipelines.reporting.section import Section
+from clip_adapter.pipelines.reporting.selection_section import selection_section
+from clip_adapter.pipelines.reporting.verdict import Verdict, judge, predictions
+
+FIGURES = "figures"
+TEMPLATE = "report.html"
+
+
+def write_page(
+    path: Path,
+    runs: Sequence[Run],
+    entries: Sequence[Entry],
+    table: Accuracies,
+    cache: FeatureCache | None,
+) -> None:
+    """Write the page to `path` and its figures beside it, into `figures/`.
+
+    cache: what the runs were made on, for the parts that need features or images; None where it is
+        not to be had.
+    Raises UserError for parts of a run that cannot be read, and where nothing can be written.
+    """
+    verdict = judge(entries)
+    sections = _sections(runs, entries, table, verdict, cache)
+    page = _rendered(
+        title=_title(runs[0]),
+        first=first_screen(verdict),
+        facts=provenance_facts(runs, table),
+        plans=plans(runs),
+        sections=sections,
+    )
+    with writing(path.parent):
+        folder = path.parent / FIGURES
+        folder.mkdir(parents=True, exist_ok=True)
+        for section in sections:
+            for picture in section.pictures:
+                write_bytes(folder / f"{picture.name}.svg", picture.svg, sync=False)
+                write_bytes(folder / f"{picture.name}.png", picture.png, sync=False)
+        write_text(path, page)
+
+
+def _title(run: Run) -> str:
+    about = run.provenance
+    return printable(f"{about.dataset['name']}, {about.backbone['name']}")
+
+
+def _sections(
+    runs: Sequence[Run],
+    entries: Sequence[Entry],
+    table: Accuracies,
+    verdict: Verdict | None,
+    cache: FeatureCache | None,
+) -> list[Section]:
+    found: list[Section | None] = [accuracy_section(table, published(runs[0].provenance))]
+    found.append(selection_section(entries))
+    pair = _pair(verdict)
+    if verdict and pair:
+        if cache is None:
+            words = (
+                "The cache that the runs were made on was not found; name it with --cache for the "
+                "test images before and after adapting, and for those helped and hurt most."
+            )
+            found.append(Section("Test images before and after", [words]))
+        else:
+            found.append(_manifold(verdict, pair, cache))
+        found += [class_section(pair), calibration_section(pair)]
+        if cache is not None:
+            found.append(image_section(pair, cache))
+    return [section for section in found if section]
+
+
+def _pair(verdict: Verdict | None) -> Pair | None:
+    """Zero-shot CLIP and the adapter that the first screen is about."""
+    if verdict is None or verdict.zero_shot is None:
+        return None
+    before, after = (
+        predictions(entry, verdict.shots) for entry in (verdict.zero_shot.other, verdict.entry)
+    )
+    seeds = verdict.zero_shot.seeds
+    return Pair(
+        [before[seed] for seed in seeds],
+        [after[seed] for seed in seeds],
+        verdict.zero_shot.other.label,
+        verdict.entry.label,
+        verdict.entry.first.class_names,
+    )
+
+
+def _manifold(verdict: Verdict, pair: Pair, cache: FeatureCache) -> Section | None:
+    """Of the first seed's adapter."""
+    entry, shots = verdict.entry, verdict.shots
+    assert verdict.zero_shot is not None
+    for seed in verdict.zero_shot.seeds:
+        run = entry.found[shots, seed].run
+        folder = run.path / adapter_folder(entry.method.name, shots, seed)
+        if not folder.is_dir():  # a baseline of that run
+            continue
+        adapter = load_adapter(folder)
+        name = f"{entry.label}, {shots} shots, seed {seed}"
+        return manifold_section(space_of(cache, entry, adapter, pair), pair, name)
+    return None
+
+
+def _rendered(**values: object) -> str:
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["drawing"] = Markup  # our own SVG, in which names are text already
+    text = files(__package__).joinpath(TEMPLATE).read_text("utf-8")
+    return environment.from_string(text).render(**values)
+
+
+def find_cache(runs: Sequence[Run], named: Path | None) -> FeatureCache | None:
+    """The cache of the runs, opened: the one that is named, or where it lay when they were made.
+
+    None where it lies there no longer. Raises UserError where the one that is named is another.
+    """
+    wanted = runs[0].plan.cache_sha256
+    if named is not None:
+        cache = FeatureCache(named)
+        if cache.content_sha256 != wanted:
+            cache.close()
+            raise UserError(f"{named} is not the cache that {runs[0].path} was made on.")
+        return cache
+    for path in dict.fromkeys(Path(run.plan.cache) for run in runs):
+        try:
+            cache = FeatureCache(path)
+        except UserError:
+            continue
+        if cache.content_sha256 == wanted:
+            return cache
+        cache.close()
+    return None

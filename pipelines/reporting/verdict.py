@@ -1,0 +1,121 @@
+"""Did adapting help, by how much, and how sure is that?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from clip_adapter.adapters.zero_shot import ZERO_SHOT
+from clip_adapter.pipelines.fitting.config import Shots
+from clip_adapter.pipelines.fitting.predictions import Predictions, read_predictions
+from clip_adapter.pipelines.reporting.entries import Entry, in_order
+from clip_adapter.pipelines.reporting.statistics import Interval, bootstrap, over_seeds
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An entry against another on the tasks that both have, in accuracy; positive where it is
+    better.
+
+    seeds: those tasks'. ours, theirs: accuracies on them, means over the seeds.
+    images: over test images, paired. spread: over seeds, None of a single one.
+    """
+
+    other: Entry
+    seeds: Sequence[int]
+    ours: float
+    theirs: float
+    images: Interval
+    spread: Interval | None
+
+    @property
+    def sign(self) -> int:
+        """1 or −1 where the difference is beyond the noise of images and of seeds, else 0."""
+        signs = {interval.sign for interval in (self.images, self.spread) if interval}
+        return signs.pop() if len(signs) == 1 else 0
+
+    @property
+    def noise(self) -> str:
+        """Whose noise the difference lies within, "" where it is beyond it."""
+        of_images = ["test images"] if not self.images.sign else []
+        of_seeds = ["seeds"] if self.spread and not self.spread.sign else []
+        return " and of the ".join(of_images + of_seeds)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the first screen says.
+
+    entry, shots: the method that validation prefers, at the most shots. zero_shot, next_best: what
+    it is compared with; None where that was not run on the same tasks.
+    """
+
+    entry: Entry
+    shots: Shots
+    zero_shot: Comparison | None
+    next_best: Comparison | None
+
+
+def judge(entries: Sequence[Entry]) -> Verdict | None:
+    """None where nothing that was asked for has a test accuracy.
+
+    The entry is chosen by validation alone (mean accuracy over seeds, then likelihood; without
+    validation the first one); the next best is the best on the test images among the others, which
+    makes that comparison a hard one.
+    """
+    asked = [entry for entry in entries if entry.asked and _tested(entry)]
+    if not asked:
+        return None
+    shots = in_order({number for entry in asked for number in _tested(entry)})[-1]
+    candidates = [entry for entry in asked if shots in _tested(entry)]
+    entry = max(candidates, key=lambda one: _validation(one, shots))
+    rivals = [e for e in entries if e is not entry and e.train_classes == entry.train_classes]
+    compared = [found for e in rivals if (found := compare(entry, e, shots))]
+    zero_shot = next((c for c in compared if c.other.method is ZERO_SHOT), None)
+    others = [c for c in compared if c.other.method is not ZERO_SHOT]
+    next_best = max(others, key=lambda c: c.theirs, default=None)
+    return Verdict(entry, shots, zero_shot, next_best)
+
+
+def _tested(entry: Entry) -> list[Shots]:
+    """The numbers of shots at which there is a test accuracy."""
+    return [n for n, row in entry.summary.items() if row.test_accuracy]
+
+
+def _validation(entry: Entry, shots: Shots) -> tuple[float, float]:
+    rows = [r for r in entry.results(shots) if r.val_accuracy is not None and r.val_nll is not None]
+    if not rows:
+        return (-np.inf, -np.inf)
+    accuracy = fmean(row.val_accuracy or 0.0 for row in rows)
+    return accuracy, -fmean(row.val_nll or 0.0 for row in rows)
+
+
+def compare(entry: Entry, other: Entry, shots: Shots) -> Comparison | None:
+    """None where they have no task in common."""
+    own, others = predictions(entry, shots), predictions(other, shots)
+    seeds = sorted(own.keys() & others.keys())
+    if not seeds or any(len(own[s].labels) != len(others[s].labels) for s in seeds):
+        return None
+    right = np.array([own[seed].right for seed in seeds], np.float64)
+    theirs = np.array([others[seed].right for seed in seeds], np.float64)
+    differences = right - theirs
+    return Comparison(
+        other,
+        seeds,
+        float(right.mean()),
+        float(theirs.mean()),
+        bootstrap(differences.mean(axis=0)),
+        over_seeds(differences.mean(axis=1).tolist()),
+    )
+
+
+def predictions(entry: Entry, shots: Shots) -> dict[int, Predictions]:
+    """Seed → what was predicted for each test image, where there is a test accuracy."""
+    return {
+        seed: read_predictions(found.run.path, entry.method.name, shots, seed)
+        for (number, seed), found in entry.found.items()
+        if number == shots and found.result.test_accuracy is not None
+    }

@@ -1,0 +1,56 @@
+"""What `fit` says beside its accuracies."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clip_adapter.pipelines.fitting.config import FitConfig
+from clip_adapter.pipelines.fitting.plan import make_plan
+from clip_adapter.pipelines.fitting.predictions import Predictions, predictions_path
+from clip_adapter.pipelines.fitting.remarks import remarks
+from clip_adapter.pipelines.fitting.results import TaskResult, summarise
+
+LABELS = np.array([0] * 5 + [1] * 10 + [3] * 4, np.int32)
+NAMES = ["ant", "b\x1bee", "unseen", "cat"]
+# Images of class 0, 1 and 3 that are right, at 4 shots with seed 1 and 2.
+RIGHT = {"clip-adapter": [(1, 9, 4), (2, 10, 4)], "zero-shot": [(5, 1, 2), (5, 1, 2)]}
+RIGHT["linear-probe"] = [(5, 9, 4), (5, 10, 4)]
+
+
+@pytest.fixture
+def said(tmp_path: Path) -> list[str]:
+    plan = make_plan(FitConfig(shots=(2, 4), seeds=(1, 2)), "0" * 64)
+    results = []
+    for method, counts in RIGHT.items():
+        for seed, some in enumerate(counts, 1):
+            right = np.concatenate(
+                [np.arange(n) < k for n, k in zip((5, 10, 4), some, strict=True)]
+            )
+            predicted = np.where(right, LABELS, (LABELS + 1) % 4).astype(np.int32)
+            kept = Predictions(LABELS, predicted, np.ones(19, np.float32))
+            path = tmp_path / predictions_path(method, 4, seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(kept.content())
+            row = TaskResult(method, 4, seed, "none", {}, test_accuracy=kept.accuracy)
+            better = {"clip-adapter": 0.6, "zero-shot": 0.5, "linear-probe": 0.55}[method]
+            results += [replace(row, shots=2, test_accuracy=better), row]
+    return remarks(tmp_path, plan, results, summarise(results), NAMES)
+
+
+def test_the_majority_rate(said: list[str]):
+    assert said[0].startswith("52.63 % is reached by always saying 'b\\x1bee',")
+
+
+def test_the_classes_it_does_worst_on(said: list[str]):
+    """Over the seeds; a class without test images is none of them."""
+    assert said[1] == (
+        "clip-adapter at 4 shots does worst on 'ant' (30.0 %), 'b\\x1bee' (95.0 %), 'cat' (100.0 %)"
+    )
+
+
+def test_a_baseline_that_did_better(said: list[str]):
+    """Where its mean is higher, and only there; the other baseline is not named."""
+    better = "the baseline linear-probe did better than clip-adapter"
+    assert said[2:] == [f"{better} at 4 shots (97.37 % against 78.95 %)"]

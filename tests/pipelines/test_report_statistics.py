@@ -1,0 +1,198 @@
+"""The report's statistics against independent references."""
+
+import shlex
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.stats
+from PIL import Image
+from sklearn.metrics import confusion_matrix
+
+from clip_adapter.pipelines.fitting.flags import parse
+from clip_adapter.pipelines.fitting.plan import make_plan
+from clip_adapter.pipelines.fitting.predictions import Predictions
+from clip_adapter.pipelines.reporting.class_section import Pair, changed_most
+from clip_adapter.pipelines.reporting.command_line_of import command_line
+from clip_adapter.pipelines.reporting.image_section import changed_sides, originals, small_jpeg
+from clip_adapter.pipelines.reporting.manifold_section import embedded, neighbour_agreement
+from clip_adapter.pipelines.reporting.published import published
+from clip_adapter.pipelines.reporting.statistics import (
+    bootstrap,
+    confusion,
+    over_seeds,
+    reliability,
+)
+
+RNG = np.random.default_rng(7)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.15])
+def test_the_bootstrap_is_scipys(shift: float):
+    differences = RNG.choice([-1, -1 / 3, 0, 1 / 3, 1], 300) + shift
+    found = bootstrap(differences)
+    reference = scipy.stats.bootstrap(
+        (differences,), np.mean, n_resamples=10_000, method="percentile", rng=3
+    ).confidence_interval
+    assert found.mean == pytest.approx(differences.mean())
+    # The ends of both vary by chance, with 10,000 draws by about a hundredth of the width.
+    width = reference.high - reference.low
+    assert found.low == pytest.approx(reference.low, abs=0.04 * width)
+    assert found.high == pytest.approx(reference.high, abs=0.04 * width)
+
+
+def test_pairing_is_what_makes_a_small_difference_sure():
+    """Two classifiers that differ on a few images only, all in favour of one."""
+    differences = np.zeros(1000)
+    differences[:12] = 1
+    assert bootstrap(differences).sign == 1
+    assert bootstrap(-differences).sign == -1
+    assert bootstrap(np.tile([1.0, -1.0], 50)).sign == 0
+    assert bootstrap(np.zeros(5)).sign == 0
+
+
+def test_over_seeds_it_is_the_paired_t_test():
+    one, other = np.array([0.9, 0.93, 0.91]), np.array([0.88, 0.9, 0.9])
+    found = over_seeds((one - other).tolist())
+    reference = scipy.stats.ttest_rel(one, other).confidence_interval()
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((reference.low, reference.high))
+    assert found.sign == (1 if reference.low > 0 else 0)
+    assert over_seeds([0.1]) is None
+
+
+def test_the_calibration_error_by_its_definition():
+    confidence = np.append(RNG.uniform(0.2, 1, 500), [1.0, 1 / 15, 0.0])
+    right = RNG.uniform(size=503) < confidence**2
+    error = 0.0
+    for i in range(15):
+        inside = (confidence > i / 15) & (confidence <= (i + 1) / 15)
+        inside |= (confidence == 0) & (i == 0)
+        if inside.any():
+            error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    found = reliability(confidence, right)
+    assert found.error == pytest.approx(error)
+    assert found.images.sum() == 503
+    assert reliability([0.75] * 4, [True, True, True, False]).error == pytest.approx(0)
+
+
+def test_confusions_are_scikit_learns():
+    labels, predicted = RNG.integers(0, 5, 200), RNG.integers(0, 5, 200)
+    expected = confusion_matrix(labels, predicted, labels=range(6))
+    np.testing.assert_array_equal(confusion(labels, predicted, 6), expected)
+
+
+def predictions(labels: list[int], predicted: list[int], sure: list[float]) -> Predictions:
+    arrays = np.array(labels, np.int32), np.array(predicted, np.int32)
+    return Predictions(*arrays, np.array(sure, np.float32))
+
+
+@pytest.fixture
+def pair() -> Pair:
+    """Six images, two seeds: image 0 and 1 are helped in both, 2 in one, 3 is hurt."""
+    labels = [0, 0, 1, 1, 2, 2]
+    zero = predictions(labels, [1, 2, 0, 1, 2, 2], [0.5, 0.9, 0.5, 0.8, 0.9, 0.9])
+    one = predictions(labels, [0, 0, 1, 2, 2, 2], [0.9, 0.8, 0.9, 0.7, 0.9, 0.9])
+    other = predictions(labels, [0, 0, 0, 0, 2, 2], [0.9, 0.8, 0.9, 0.7, 0.9, 0.9])
+    return Pair([zero, zero], [one, other], "before", "after", ["a", "b", "c", "unseen"])
+
+
+def test_images_that_changed_sides_in_every_seed(pair: Pair):
+    helped, hurt = changed_sides(pair)
+    assert helped.tolist() == [1, 0], "the surest first"
+    assert hurt.tolist() == [3]
+
+
+def test_classes_that_changed_most(pair: Pair):
+    before, after = pair.recalls()
+    np.testing.assert_allclose(before, [0, 0.5, 1, np.nan])
+    np.testing.assert_allclose(after, [1, 0.25, 1, np.nan])
+    assert changed_most(pair) == [0, 2, 1]
+    assert changed_most(pair, 2) == [0, 1]
+
+
+def test_neighbours_by_hand():
+    rows = RNG.normal(size=(60, 5)).astype(np.float32)
+    labels = RNG.integers(0, 3, 60).astype(np.int32)
+    expected = []
+    for i, row in enumerate(rows):
+        cosines = [
+            -np.inf if i == j else row @ x / np.linalg.norm(row) / np.linalg.norm(x)
+            for j, x in enumerate(rows)
+        ]
+        votes = np.bincount(labels[np.argsort(cosines)[::-1][:10]], minlength=3)
+        expected.append(votes.argmax() == labels[i])
+    np.testing.assert_array_equal(neighbour_agreement(rows, labels), expected)
+
+
+def test_the_map_is_the_same_every_time_and_keeps_clusters_apart():
+    centres = 10 * np.eye(3, 8)
+    rows = np.concatenate([c + RNG.normal(size=(20, 8)) for c in centres]).astype(np.float32)
+    places = embedded(rows)
+    np.testing.assert_array_equal(places, embedded(rows))
+    labels = np.repeat(np.arange(3), 20).astype(np.int32)
+    means = np.stack([places[labels == c].mean(axis=0) for c in range(3)])
+    nearest = np.linalg.norm(places[:, None] - means, axis=2).argmin(axis=1)
+    np.testing.assert_array_equal(nearest, labels)
+
+
+def test_published_figures_are_those_of_the_log():
+    """Averages over the eleven data sets, as Tip-Adapter's log has them."""
+
+    def of(name: str, backbone: str = "RN50", pretrained: str = "openai"):
+        about = {"name": backbone, "pretrained": pretrained}
+        return published(SimpleNamespace(backbone=about, dataset={"name": name}))  # type: ignore[arg-type]
+
+    names = "imagenet sun397 oxford_pets eurosat caltech101 dtd fgvc_aircraft food101 "
+    names += "oxford_flowers ucf101 stanford_cars"
+    found = [of(name) for name in names.split()]
+    averages = {"zero-shot": 58.89, "clip-adapter": 74.44, "tip-adapter": 70.32}
+    for method, average in (averages | {"tip-adapter-f": 75.83}).items():
+        accuracies = [known.accuracies[method][16] for known in found if known]
+        assert len(accuracies) == 11
+        assert np.mean(accuracies) == pytest.approx(average, abs=0.02)
+    assert of("oxford_pets").accuracies["clip-adapter"][1] == 85.99  # type: ignore[union-attr]
+    assert of("digits") is of("dtd", "ViT-B-32") is of("dtd", "RN50", "yfcc15m") is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--shots 1 2 --seeds 1 2 3",
+        "--method clip-adapter tip-adapter --clip-adapter.alpha 0.2 --tip-adapter.alpha 1 2",
+        "--method taskres --select none --lr 0.01 --drop-last false --epochs 7",
+        "--preset paper --baselines --augment --repeat --shots all --alpha 0.2 hypernet",
+        "--method tip-adapter clip-adapter --select cv --train-classes base --search halving",
+    ],
+)
+def test_the_command_makes_the_plan_again(line: str):
+    def plan(words: list[str]):
+        return make_plan(parse(words), "0" * 64, ("text",))
+
+    stated = plan(shlex.split(line))
+    program, *words = shlex.split(command_line(stated))
+    assert program == "fit"
+    assert plan(words) == stated
+
+
+def test_originals_come_from_where_the_cache_was_extracted(tmp_path):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(3):
+                image = Image.new("RGB", (200, 100), (10 * number, 0, 0))
+                image.save(tmp_path / split / name / f"{number}.png")
+
+    def read(**arguments):
+        return originals(SimpleNamespace(arguments=arguments))  # type: ignore[arg-type]
+
+    found = read(dataset=f"folder:{tmp_path}")
+    assert found is not None
+    assert found("test/b/2.png").getpixel((0, 0)) == (20, 0, 0)
+    assert read(dataset="digits")("digits/0002").size == (8, 8)
+    for missing in (f"folder:{tmp_path / 'gone'}", "tfds:mnist", "dtd", "hf:a/b", 3, None):
+        assert read(dataset=missing) is None
+    with pytest.raises(KeyError):
+        found("../outside.png")
+    uri = small_jpeg(found("test/b/2.png"))
+    assert uri.startswith("data:image/jpeg;base64,") and len(uri) < 4000
