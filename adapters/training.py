@@ -64,7 +64,7 @@ def advance(
     setting = {**static, **numbers}
     state = jax.lax.cond(first == 0, lambda: initial_state(method, task, setting), lambda: state)
     # Not part of the state: what depends on no number is there once for all settings of a chunk.
-    _, constants = start(method, task, setting)
+    constants = _constants(method, task, setting)
     epoch = partial(_epoch, method, task, setting, constants)
     state = jax.lax.fori_loop(first, stop, epoch, state)
     if setting["epoch"] == "best":
@@ -85,6 +85,11 @@ def start(method: Method, task: Task, setting: Setting) -> tuple[dict[str, Any],
     arrays = method.fit(jnp, task, setting)
     trained = {name: arrays[name] for name in method.trained}
     return trained, {name: array for name, array in arrays.items() if name not in trained}
+
+
+def _constants(method: Method, task: Task, setting: Setting) -> dict[str, Any]:
+    """What of `start` stays; a network has nothing of the kind, and need not be drawn for it."""
+    return {} if method.network else start(method, task, setting)[1]
 
 
 def initial_state(method: Method, task: Task, setting: Setting) -> RunState:
@@ -113,7 +118,7 @@ def classifier(method: Method, task: Task, setting: Setting, arrays: Arrays) -> 
 
 def fitted(method: Method, setting: Setting, task: Task, trained: Arrays) -> Arrays:
     """What is saved of a run whose trained arrays are these."""
-    arrays = {**start(method, task, setting)[1], **trained}
+    arrays = {**_constants(method, task, setting), **trained}
     finished = method.finish(arrays, setting, task) if method.finish else arrays
     # What the loss alone needs is not saved.
     return {name: array for name, array in finished.items() if name in method.shapes}

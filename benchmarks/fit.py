@@ -1,9 +1,9 @@
 """Time fitting against PyTorch: python benchmarks/fit.py --help
 
 Both sides run in one process (`process`: a new one each), alternating, on the same arrays and the
-same work: as many settings, steps and evaluations. A first round, which compiles, is left out. A
-figure is the median of the rounds, with the smallest and the largest
-behind it; a ratio above 1 means that ours is faster.
+same work: as many settings and steps, and validation after the last epoch, as `fit` does by
+default. A first round, which compiles, is left out. A figure is the median of the rounds, with the
+smallest and the largest behind it; a ratio above 1 means that ours is faster.
 """
 
 import argparse
@@ -21,13 +21,14 @@ import jax
 import jax.numpy as jnp
 import torch
 from idle import machine, require_idle
+from ours import KeepsNothing, task_of
 from synthetic import LOGIT_SCALE, SyntheticTask, synthetic_task
 from torch_opponents import Setting, Tensors, Work, train_eager, train_ensemble
 
-from clip_adapter.adapters.clip_adapter_method import ClipAdapterMethod
+from clip_adapter.adapters.clip_adapter import CLIP_ADAPTER
 from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.method import Evaluation, Grid, Search
-from clip_adapter.adapters.training import Schedule, Task
+from clip_adapter.adapters.evaluation import Evaluation
+from clip_adapter.adapters.search import search
 from clip_adapter.pipelines.jax_setup import set_up_jax
 
 DIM, CLASSES, REDUCTION = 1024, 64, 4
@@ -136,25 +137,21 @@ def ours(
     task: SyntheticTask, work: Work, *, halving: bool = False
 ) -> Callable[[list[Setting]], list[Evaluation]]:
     """The engine behind `fit`, on settings that make up a product."""
-    arrays = Task(
-        features=jnp.asarray(task.features[None]),
-        labels=jnp.asarray(task.labels),
-        validation_features=jnp.asarray(task.validation_features),
-        validation_labels=jnp.asarray(task.validation_labels),
-        weights=jnp.asarray(task.weights),
-        logit_scale=jnp.float32(LOGIT_SCALE),
-        logit_bias=jnp.float32(0),
-        seed=jnp.int32(0),
+    arrays = task_of(
+        (task.features, task.labels),
+        (task.validation_features, task.validation_labels),
+        task.weights,
+        LOGIT_SCALE,
     )
-    schedule = Schedule(work.epochs, work.batch_size, work.evaluate_every)
-    engine, method = Engine(), ClipAdapterMethod()
+    engine = Engine()
 
     def side(settings: list[Setting]) -> list[Evaluation]:
-        columns: dict[str, Any] = {
+        given: dict[str, Any] = {
             name: tuple(dict.fromkeys(getattr(s, name) for s in settings)) for name in GRID
         }
-        searched = Grid(**columns, schedule=schedule, halving=halving)
-        found = method.search(Search(searched, [arrays]), engine)
+        given |= {"epochs": (work.epochs,), "batch_size": (work.batch_size,)}
+        values = CLIP_ADAPTER.values(given)
+        found = search(CLIP_ADAPTER, values, [arrays], engine, KeepsNothing(), halving=halving)
         # As `fit` does, which does not keep what was fitted for every setting.
         return [replace(evaluation, arrays=None) for evaluation in found]
 
