@@ -56,14 +56,50 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The checked configuration in a folder.
 
     Raises ValueError where it is missing, no JSON, or says what it may not; also where something
-    in the folder is neither a file nor a folder.
+    in the folder is neither a file nor a folder, and where the model would be larger than the
+    files are: a page of JSON must not take all memory.
     """
     if not folder.is_dir():
         raise ValueError(f"the folder is not found: {folder}")
+    total = 0
     for entry in folder.iterdir():
-        if stat.S_IFMT(entry.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+        status = entry.stat()
+        if stat.S_IFMT(status.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
             raise ValueError(f"{entry.name} is neither a file nor a folder")
-    return check_config(folder / CONFIG_FILE)
+        total += status.st_size
+    config = check_config(folder / CONFIG_FILE)
+    if (least := _least_numbers(config["model_cfg"])) > total:
+        raise ValueError(
+            f"{CONFIG_FILE} describes a model of more than {least:.1e} numbers, and the files "
+            f"beside it have {total:.1e} bytes"
+        )
+    return config
+
+
+def _least_numbers(model: Mapping[str, Any]) -> float:
+    """A bound from below on what open_clip allocates for its own kinds of towers: four square
+    matrices a layer and the two of its perceptron, embeddings, the mask, and the projection."""
+    total = 0.0
+    for name, of_open_clip in (("vision_cfg", CLIPVisionCfg()), ("text_cfg", CLIPTextCfg())):
+        tower = vars(of_open_clip) | model[name]
+        if tower.get("timm_model_name") or tower.get("hf_model_name"):
+            continue
+
+        def number(key: str, stated: Mapping[str, Any] = tower) -> float:
+            return abs(stated[key]) if _is_number(stated.get(key)) else 0
+
+        layers = tower["layers"]
+        blocks = sum(layers) if isinstance(layers, list) else number("layers")
+        width, length = number("width"), number("context_length")
+        total += blocks * width**2 * (4 + 2 * number("mlp_ratio"))
+        total += (number("vocab_size") + length) * width + length**2
+        patches = [side / max(1, number("patch_size")) for side in _pair(tower.get("image_size"))
+                   if _is_number(side)]  # fmt: skip
+        if not isinstance(layers, list) and patches:
+            total += patches[0] * patches[-1] * width
+        if _is_number(model.get("embed_dim")):
+            total += abs(model["embed_dim"]) * width
+    return total
 
 
 def check_config(path: Path) -> dict[str, Any]:

@@ -116,6 +116,7 @@ def load_adapter(run: Path) -> SavedAdapter:
 
 
 def _read_document(path: Path) -> dict[str, Any]:
+    files.is_there(path)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -202,6 +203,7 @@ _TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
 
 
 def _read_tensors(path: Path, stated_sha256: object) -> dict[str, npt.NDArray[Any]]:
+    files.is_there(path)
     try:
         content = path.read_bytes()
     except OSError as error:

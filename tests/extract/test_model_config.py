@@ -257,3 +257,22 @@ def test_loaders_log_again_afterwards(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
     transformers.logging.get_logger("transformers").error("something")
     assert transformers.logging.get_verbosity() < 50
+
+
+@pytest.mark.parametrize(
+    ("tower", "name", "value"),
+    [
+        ("vision_cfg", "width", 2**23),
+        ("vision_cfg", "image_size", 8192),
+        ("text_cfg", "context_length", 2**20),
+        ("text_cfg", "layers", 1024),
+        ("vision_cfg", "mlp_ratio", 2**20),
+    ],
+)
+def test_a_configuration_larger_than_the_weights_takes_no_memory(
+    tower: str, name: str, value: int, tmp_path: Path
+) -> None:
+    model = CONFIG | {tower: {**CONFIG[tower], name: value, "patch_size": 1}}
+    if tower == "text_cfg":
+        model[tower].pop("patch_size")
+    refused(make_folder(tmp_path / "model", model), "describes a model of more than")

@@ -139,6 +139,11 @@ def run(work: Sequence[tuple[str, int]], jobs: int, limit: float, base: Path) ->
         for door, seed in take():
             answer = worker.ask(door, seed)
             with lock:
+                if "broken" in answer:
+                    print(f"{door} {seed}: {answer['broken']}")
+                    tally.faults[door, "broken door"] += 1
+                    list(waiting)  # nothing is left to do
+                    break
                 tally.note(door, seed, answer)
         worker.close()
 

@@ -89,7 +89,7 @@ def tell(name: str, kills: int, rng: random.Random, folder: Path) -> int:
     ends = killed = 0
     while True:
         last, anew = killed >= kills, not (out / "run.json").exists()
-        status, took = run(config(out), None if last else rng.uniform(0, 1.1 * seconds))
+        status, took = run(config(out), None if last else rng.uniform(0, 1.5 * seconds))
         assert status in (0, -signal.SIGKILL), f"{name} ended with {status}"
         killed += status == -signal.SIGKILL
         if status == 0:
