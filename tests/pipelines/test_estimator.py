@@ -1,5 +1,6 @@
 """ClipAdapterClassifier keeps scikit-learn's contract and trains what the engine trains."""
 
+import inspect
 import pickle
 from collections.abc import Mapping
 from typing import Any
@@ -167,6 +168,13 @@ def test_a_method_that_needs_more_than_features_says_so(
     needed = next(iter(METHODS[name].needs))
     with pytest.raises(ValueError, match=f"{name} needs more than features: {needed}"):
         FewShotClassifier(name, digits.text_features).fit(X, y)
+
+
+def test_the_signature_names_the_hyper_parameters() -> None:
+    table = METHODS["clip-adapter"].hyper
+    named = inspect.signature(ClipAdapterClassifier).parameters
+    assert {n: named[n].default for n in table} == {n: h.default for n, h in table.items()}
+    assert list(named)[:2] == ["text_features", "classes"] and "method" not in named
 
 
 def test_a_grid_search_may_choose_the_method(digits: Any, X: np.ndarray, y: np.ndarray) -> None:
