@@ -79,7 +79,7 @@ class AdaptedClip(nn.Module):
         Raises UserError for another one, where adapter or backbone cannot be had, and where the
         weights are not the ones of the fit.
         """
-        adapter = load_adapter(Path(run))
+        adapter = load_adapter(run)
         return cls(find_backbone(adapter.info, backbone, pretrained), adapter).to(device)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:

@@ -77,7 +77,7 @@ def _sizes(method: Method, arrays: Mapping[str, npt.NDArray[Any]], head: Head) -
     for name, array in sorted(arrays.items()):
         if name not in method.shapes:
             raise ValueError(f"{name!r:.80} is no array of {method.name}")
-        if array.dtype != np.float32 or not np.isfinite(array).all():
+        if array.dtype != np.float32 or not array.size or not np.isfinite(array).all():
             raise ValueError(f"{name} holds something else than finite float32 numbers")
         letters = method.shapes[name].split()
         fits = len(letters) == array.ndim and all(

@@ -93,12 +93,13 @@ def document_sha256(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def load_adapter(run: Path) -> SavedAdapter:
+def load_adapter(run: str | Path) -> SavedAdapter:
     """Read an adapter from its folder (or the path of one of its two files).
 
     Whatever it returns can be used: types, ranges, names, shapes and values are checked against
     each other. Raises UserError for files that are missing, foreign, newer, damaged or changed.
     """
+    run = Path(run)
     if run.name in (INFO_FILE, ARRAYS_FILE):
         run = run.parent
     document = _read_document(run / INFO_FILE)

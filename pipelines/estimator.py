@@ -1,8 +1,9 @@
 """Any method as a scikit-learn classifier on arrays of image features."""
 
+import inspect
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from clip_adapter.adapters.method import Head, Method, Task
 from clip_adapter.adapters.methods import find_method
 from clip_adapter.adapters.scoring import make_classify
 from clip_adapter.adapters.search import fit
+
+Estimator = TypeVar("Estimator", bound=type[Any])
 
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):
@@ -192,6 +195,20 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return features
 
 
+def _with_named_parameters(estimator: Estimator) -> Estimator:
+    """Name the hyper-parameters of the class's method in its signature, which is what scikit-learn
+    and editors read."""
+    signature = inspect.signature(estimator.__init__)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=hyper.default)
+        for name, hyper in find_method(estimator.method).hyper.items()
+    ]
+    estimator.__init__.__signature__ = signature.replace(parameters=[*own, *named])
+    return estimator
+
+
+@_with_named_parameters
 class ClipAdapterClassifier(FewShotClassifier):
     """CLIP-Adapter (arXiv 2110.04544): FewShotClassifier with that method."""
 
@@ -214,7 +231,7 @@ class ClipAdapterClassifier(FewShotClassifier):
             logit_scale=logit_scale,
             logit_bias=logit_bias,
             random_state=random_state,
-            **hyper,
+            **self._method().defaults() | hyper,
         )
 
 

@@ -121,14 +121,13 @@ def class_means(cache: Path, support: list[str]) -> np.ndarray:
 @pytest.mark.usefixtures("registered")
 def test_a_closed_form_runs_through_everything(place: Path, select: str) -> None:
     cache = write_cache(place / "tiny.h5", DATA)
-    config = FitConfig(
-        cache, place / "run", "nearest-mean", (), shots=4, seeds=(1, 2), select=select
-    )
+    run = place / "run"
+    config = FitConfig(cache, run, "nearest-mean", (), shots=4, seeds=(1, 2), select=select)
     result = fit(config)
     assert [row.tried for row in result.results] == [4, 4]
     with pytest.raises(KeyboardInterrupt):
         stopped = FitConfig(**{**vars(config), "out": place / "stopped"})
-        fit(stopped, Interrupting(6))
+        fit(stopped, Interrupting(3))
     fit(FitConfig(resume=place / "stopped"))
     same_adapters(run, place / "stopped")
 
@@ -204,7 +203,7 @@ def test_a_trained_method_is_halved_interrupted_and_saved(place: Path) -> None:
     weights = one / np.linalg.norm(one, axis=1, keepdims=True)
     check_head(FittedHead(adapter), test[0], 20.0 * rows @ weights.T + 0.5)
     with pytest.raises(UserError, match="moved-weights cannot classify new classes"):
-        fit(FitConfig(cache, place / "new", "moved-weights", (), train_classes="base"))
+        fit(FitConfig(cache, place / "new", "moved-weights", (), shots=4, train_classes="base"))
 
 
 @pytest.mark.usefixtures("registered")

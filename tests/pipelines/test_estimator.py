@@ -1,10 +1,10 @@
 """ClipAdapterClassifier keeps scikit-learn's contract and trains what the engine trains."""
 
+import inspect
 import pickle
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import softmax
@@ -15,9 +15,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_estimator
 
-from clip_adapter.adapters.classifier import cosine_logits
+from clip_adapter.adapters.methods import METHODS
 from clip_adapter.pipelines.adapter_file import SavedAdapter
-from clip_adapter.pipelines.estimator import ClipAdapterClassifier
+from clip_adapter.pipelines.estimator import ClipAdapterClassifier, FewShotClassifier
 
 # What scikit-learn skips by itself where its optional companions are not there.
 SKIPPED_BY_SCIKIT_LEARN = {
@@ -27,8 +27,9 @@ SKIPPED_BY_SCIKIT_LEARN = {
 
 
 def test_scikit_learns_estimator_checks() -> None:
-    """All of them, none excepted; without text features, as the checks make up their classes."""
-    results = check_estimator(ClipAdapterClassifier(), on_skip=None, on_fail=None)
+    """All of them, none excepted; without text features, as the checks make up their classes, and
+    with a bottleneck that their data of two columns have room for."""
+    results = check_estimator(ClipAdapterClassifier(reduction=1), on_skip=None, on_fail=None)
     failed = {r["check_name"]: r["exception"] for r in results if r["status"] == "failed"}
     assert failed == {}
     skipped = {r["check_name"] for r in results if r["status"] == "skipped"}
@@ -60,10 +61,12 @@ def quick(digits: Any, **changes: Any) -> ClipAdapterClassifier:
 
 def test_alpha_zero_is_zero_shot_exactly(digits: Any, X: np.ndarray, y: np.ndarray) -> None:
     model = quick(digits, alpha=0.0, logit_scale=20.0, logit_bias=3.0).fit(X, y)
-    logits = cosine_logits(jnp.asarray(digits.features), jnp.asarray(digits.weights), 20.0, 3.0)
-    expected = softmax(np.asarray(logits, np.float64), axis=1)
-    np.testing.assert_allclose(model.predict_proba(digits.features), expected, atol=1e-6)
-    assert np.array_equal(model.predict(digits.features), np.asarray(logits).argmax(axis=1))
+    rows = digits.features / np.linalg.norm(digits.features, axis=1, keepdims=True)
+    logits = 20.0 * rows.astype(np.float64) @ digits.weights.T + 3.0
+    np.testing.assert_allclose(
+        model.predict_proba(digits.features), softmax(logits, axis=1), atol=1e-5
+    )
+    assert np.array_equal(model.predict(digits.features), logits.argmax(axis=1))
 
 
 def test_fitting_beats_zero_shot_on_images_not_seen(
@@ -138,6 +141,59 @@ def test_pipeline_grid_search_clone_and_pickle(digits: Any, X: np.ndarray, y: np
     assert np.array_equal(again.predict_proba(X), model.predict_proba(X))
 
 
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if set(m.needs) <= {"text"}])
+def test_every_method_trains_what_its_saved_adapter_holds(
+    digits: Any, X: np.ndarray, y: np.ndarray, saved_adapters: Mapping[str, SavedAdapter], name: str
+) -> None:
+    adapter = saved_adapters[name]
+    info = adapter.info
+    model = FewShotClassifier(
+        name,
+        digits.text_features,
+        logit_scale=info.logit_scale,
+        logit_bias=info.logit_bias,
+        random_state=1,
+        **info.setting,
+    ).fit(X, y)
+    assert model.setting_ == info.setting
+    assert model.arrays_.keys() == adapter.arrays.keys()
+    assert all(np.array_equal(model.arrays_[k], array) for k, array in adapter.arrays.items())
+    assert model.score(X, y) > 0.6
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if set(m.needs) - {"text"}])
+def test_a_method_that_needs_more_than_features_says_so(
+    digits: Any, X: np.ndarray, y: np.ndarray, name: str
+) -> None:
+    needed = next(iter(METHODS[name].needs))
+    with pytest.raises(ValueError, match=f"{name} needs more than features: {needed}"):
+        FewShotClassifier(name, digits.text_features).fit(X, y)
+
+
+def test_the_signature_names_the_hyper_parameters() -> None:
+    table = METHODS["clip-adapter"].hyper
+    named = inspect.signature(ClipAdapterClassifier).parameters
+    assert {n: named[n].default for n in table} == {n: h.default for n, h in table.items()}
+    assert list(named)[:2] == ["text_features", "classes"] and "method" not in named
+
+
+def test_a_grid_search_may_choose_the_method(digits: Any, X: np.ndarray, y: np.ndarray) -> None:
+    """Another method starts from its own defaults, also after scikit-learn has cloned them all."""
+    model = clone(FewShotClassifier("tip-adapter", digits.text_features, alpha=3.0))
+    model.set_params(method="taskres", epochs=5)
+    assert model.get_params()["alpha"] == METHODS["taskres"].hyper["alpha"].default
+    model.set_params(method="taskres", alpha=1.0)
+    assert model.get_params()["alpha"] == 1.0 and model.get_params()["epochs"] == 5
+    grid = [{"method": ["zero-shot"]}, {"method": ["tip-adapter"], "alpha": [1.0, 5.0]}]
+    start = FewShotClassifier("taskres", digits.text_features, epochs=5)
+    search = GridSearchCV(start, grid, cv=StratifiedKFold(2), error_score="raise").fit(X, y)
+    assert len(search.cv_results_["params"]) == 3
+    with pytest.raises(ValueError, match="no method 'tip'; the methods are"):
+        FewShotClassifier("tip").fit(X, y)
+    with pytest.raises(ValueError, match="Invalid parameter 'sharpness'"):
+        start.set_params(sharpness=1.0)
+
+
 def test_random_state_decides(digits: Any, X: np.ndarray, y: np.ndarray) -> None:
     one, same, other = (quick(digits, random_state=s).fit(X, y) for s in (1, 1, 2))
     assert np.array_equal(one.predict_proba(X), same.predict_proba(X))
@@ -154,7 +210,8 @@ def test_random_state_decides(digits: Any, X: np.ndarray, y: np.ndarray) -> None
         ({"reduction": 0}, "reduction is 0"),
         ({"epochs": 0}, "epochs is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
-        ({"optimizer": "adam"}, "optimizer is 'adam'"),
+        ({"optimizer": "lbfgs"}, "optimizer is 'lbfgs'"),
+        ({"rate": 0.1}, "clip-adapter has no rate"),
         ({"text_features": np.ones((10, 64))}, r"text_features has the shape \(10, 64\)"),
         ({"text_features": np.ones((9, 128))}, "10 classes and 128 features"),
         ({"text_features": np.full((10, 128), np.nan)}, "NaN"),
