@@ -27,6 +27,7 @@ QUALITY = 80
 LONGEST_ID = 60
 ReadImage = Callable[[str], "Image"]
 # Sources whose images lie on this machine; others might be downloaded, which no report should do.
+EMBEDDED = "digits"
 LOCAL = ("folder:", "coop:", "csv:")
 
 
@@ -75,21 +76,28 @@ def originals(cache: FeatureCache) -> ReadImage | None:
     if not isinstance(spec, str):
         return None
     from clip_adapter.extract.datasets.catalogue import load_catalogue
-    from clip_adapter.extract.datasets.registry import DIGITS, open_dataset
+    from clip_adapter.extract.datasets.registry import open_dataset
     from clip_adapter.extract.datasets.source import SourceOptions
 
-    roots = {
-        name: Path(value) if isinstance(value := arguments.get(name), str) else None
-        for name in ("data_root", "image_root")
-    }
+    def folder(name: str) -> Path | None:
+        return Path(value) if isinstance(value := arguments.get(name), str) else None
+
+    def share(name: str) -> float | None:
+        return value if isinstance(value := arguments.get(name), float) else None
+
     entry = load_catalogue().get(spec)
-    root = roots["data_root"]
+    root = folder("data_root")
     in_root = entry is not None and root is not None and (root / entry.coop_dir).is_dir()
-    if not (spec == DIGITS or spec.startswith(LOCAL) or in_root):
+    if not (spec == EMBEDDED or spec.startswith(LOCAL) or in_root):
         return None
-    fractions = {n: v for n in ("val", "test") if isinstance(v := arguments.get(n), float)}
     seed = arguments.get("split_seed")
-    options = SourceOptions(**roots, **fractions, seed=seed if isinstance(seed, int) else 0)
+    options = SourceOptions(
+        data_root=root,
+        image_root=folder("image_root"),
+        val=share("val"),
+        test=share("test"),
+        seed=seed if isinstance(seed, int) else 0,
+    )
     try:
         split = open_dataset(spec, options).splits["test"]
     except (UserError, OSError, KeyError, ValueError):

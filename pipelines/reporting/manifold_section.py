@@ -166,9 +166,20 @@ def _drawn(
             color = COLORS[number % len(COLORS)]
             marker = MARKERS[number // len(COLORS) % len(MARKERS)]
             # As one raster image: thousands of marks would weigh more than the rest of the page.
-            axes.scatter(*own.T, 9, color=color, marker=marker, alpha=0.75, lw=0, rasterized=True)
+            axes.scatter(
+                own[:, 0],
+                own[:, 1],
+                9,
+                color=color,
+                marker=marker,
+                alpha=0.75,
+                lw=0,
+                rasterized=True,
+            )
+            x, y = np.median(own, axis=0)
             axes.text(
-                *np.median(own, axis=0),
+                float(x),
+                float(y),
                 label(pair.class_names[c]),
                 color=INK,
                 fontsize=8,

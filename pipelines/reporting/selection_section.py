@@ -105,13 +105,13 @@ def _curve(
             continue
         # What the value amounts to was run by itself, and judged on the same images.
         for shots, own in by_shots.items():
-            rows = [r for r in same.results(shots) if r.seed in {f.seed for f in fits}]
-            found = {r.seed: r.val_accuracy for r in rows if r.val_accuracy is not None}
+            results = [r for r in same.results(shots) if r.seed in {f.seed for f in fits}]
+            found = {r.seed: r.val_accuracy for r in results if r.val_accuracy is not None}
             if found:
                 own[value] = found
     values = ordered({value for own in by_shots.values() for value in own})
     chosen = {shots: _chosen(entry, shots, (axis,)) for shots in by_shots}
-    rows = []
+    rows: list[list[str]] = []
     with drawing() as (figure, axes):
         for number, (shots, own) in enumerate(by_shots.items()):
             there = [value for value in values if own.get(value)]
@@ -196,11 +196,11 @@ def _surface(
                 color = INK if np.isnan(value) else "#ffffff" if value <= middle else "#000000"
                 axes.text(column, row, words, ha="center", va="center", color=color, fontsize=7)
         for (x, y), times in chosen.items():
-            place = [_index(across, x), _index(upwards, y)]
-            if None not in place:
-                ring = {"mfc": "none", "ms": 8 + 2 * times}
-                axes.plot(*place, "o", mec="#000000", mew=3, **ring)
-                axes.plot(*place, "o", mec="#ffffff", mew=1.4, **ring)
+            column, line = _index(across, x), _index(upwards, y)
+            if column is not None and line is not None:
+                for color, width in (("#000000", 3.0), ("#ffffff", 1.4)):
+                    size = 8 + 2 * times
+                    axes.plot(column, line, "o", mec=color, mew=width, mfc="none", ms=size)
         for ticks, values, put in (
             (_thinned(len(across)), across, axes.set_xticks),
             (_thinned(len(upwards)), upwards, axes.set_yticks),
