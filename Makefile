@@ -1,5 +1,6 @@
 # make demo: environment, install, extract, fit and a result table.   make test: all that CI runs.
 # make fuzz: 10,000 damaged, hostile and odd inputs.
+# make docs: the documentation as a site, in site/.
 # make lock: a new environment with the newest versions that pyproject.toml admits, written down.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +14,7 @@ CONSTRAINTS := --constraint constraints.txt
 LOCKED := etils huggingface_hub jaxlib ml_dtypes orbax-checkpoint protobuf pyarrow \
   tensorflow-metadata tensorstore tokenizers
 
-.PHONY: demo test fuzz dev lock clean
+.PHONY: demo test fuzz docs dev lock clean
 
 # One run for each fixed α, and one that chooses α on validation data, beside the baselines.
 demo: .venv/installed
@@ -31,6 +32,9 @@ test: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_readme.py tests
+
+docs: dev
+	$(BIN)/mkdocs build --strict --quiet
 
 fuzz: dev
 	$(BIN)/python -m tests.fuzz.driver

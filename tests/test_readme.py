@@ -1,4 +1,4 @@
-"""Every command and every Python example of the README, run in its order in one folder."""
+"""Every command and every Python example of README.md and docs/, run in order in one folder."""
 
 import os
 import re
@@ -9,44 +9,95 @@ from pathlib import Path
 
 import pytest
 
-from clip_adapter.extract.config import ExtractConfig
-from clip_adapter.pipelines.command_line import parse
-from clip_adapter.pipelines.fit import FitConfig
+ROOT = Path(__file__).parents[1]
+# The README comes first: the others go on with what its commands leave.
+PAGES = ("README.md", "docs/practitioner.md", "docs/researcher.md", "docs/extract.md")
+PAGES += ("docs/cluster.md",)
+BLOCK = re.compile(
+    r"^```(console network|console long|console|python)\n(.*?)^```", re.MULTILINE | re.DOTALL
+)
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCK = re.compile(r"^```(console network|console|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-BLOCKS = BLOCK.findall(README.read_text(encoding="utf-8"))
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    return BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
+
+
 NETWORK = [
     line[2:]
-    for kind, text in BLOCKS
+    for page in PAGES
+    for kind, text in blocks(page)
     if kind == "console network"
     for line in text.splitlines()
     if line.startswith("$ ")
 ]
 
 
-def test_commands_and_examples_run_and_print_what_the_readme_shows(tmp_path: Path) -> None:
+def test_commands_and_examples_run_and_print_what_is_shown(tmp_path: Path) -> None:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    for kind, text in BLOCKS:
-        if kind == "python":
-            run([sys.executable, "-c", text], tmp_path, environment)
-        elif kind == "console":
-            for command, shown in transcripts(text):
-                printed = run(shlex.split(command), tmp_path, environment)
-                assert words(shown) in ("", words(printed)), command
+    for page in PAGES:
+        for kind, text in blocks(page):
+            if kind == "python":
+                run([sys.executable, "-c", text], tmp_path, environment)
+            elif kind == "console long":
+                for command, _ in transcripts(text):
+                    run(shlex.split(shortened(command)), tmp_path, environment)
+            elif kind == "console":
+                for command, shown in transcripts(text):
+                    printed = run(shlex.split(command), tmp_path, environment)
+                    assert words(shown) in ("", words(printed)), f"{page}: {command}"
 
 
 @pytest.mark.parametrize("command", NETWORK)
 def test_commands_that_need_a_network_parse(command: str) -> None:
     program, *arguments = shlex.split(command)
-    config = {"extract": ExtractConfig, "fit": FitConfig}[program]
-    assert isinstance(parse(config, program, arguments), config)
+    if program == "torchrun":
+        program, *arguments = arguments[arguments.index("--no-python") + 1 :]
+    if program == "clip-adapter":
+        program, *arguments = arguments
+    assert PARSERS[program](arguments) is not None
+
+
+def _extract(arguments: list[str]) -> object:
+    from clip_adapter.extract.config import ExtractConfig
+    from clip_adapter.pipelines.command_line import parse
+
+    return parse(ExtractConfig, "extract", arguments)
+
+
+def _fit(arguments: list[str]) -> object:
+    from clip_adapter.pipelines.fitting.flags import parse
+
+    return parse(arguments)
+
+
+def _predict(arguments: list[str]) -> object:
+    from clip_adapter.pipelines.command_line import parse
+    from clip_adapter.pipelines.predict import PredictConfig
+
+    return parse(PredictConfig, "clip-adapter predict", arguments)
+
+
+def _reproduce(arguments: list[str]) -> object:
+    from clip_adapter.pipelines.command_line import parse
+    from clip_adapter.pipelines.reproduce import ReproduceConfig
+
+    return parse(ReproduceConfig, "clip-adapter reproduce", arguments)
+
+
+PARSERS = {"extract": _extract, "fit": _fit, "predict": _predict, "reproduce": _reproduce}
 
 
 def run(command: list[str], folder: Path, environment: dict[str, str]) -> str:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout
+
+
+def shortened(command: str) -> str:
+    """The command for one shot and one seed, in place of those that take minutes."""
+    for option in ("shots", "seeds"):
+        command = re.sub(rf"--{option} [0-9 ]+", f"--{option} 1 ", command)
+    return command
 
 
 def transcripts(text: str) -> list[tuple[str, str]]:
