@@ -84,7 +84,8 @@ class Method:
     logits(xp, arrays, setting, features, head) → (N, C): the formula, in the array library `xp`
         (numpy, jax.numpy or torch), for the arrays that were fitted.
     shapes: of the arrays that are saved, in letters, such as `"S D"`; C and D are those of the
-        classifier weights, "" is a number.
+        classifier weights, "" is a number; of a method that needs the projection, F is the width
+        of the features before it.
     fit(xp, task, setting) → arrays: the closed form; of a trained method, where training starts.
     trained: names in them that the optimiser moves; the others are constants of the task.
     network: `"module:Class"` instead, a Flax module (setting, task, rngs=…) that makes them;

@@ -61,13 +61,16 @@ def check_usable(
 
 
 def feature_width(method: Method, arrays: Mapping[str, npt.NDArray[Any]], head: Head) -> int:
-    """How wide the features are that the formula takes: F where the method's shapes name it, as
-    those do that work on what comes before the backbone's projection, else D.
+    """How wide the features are that the formula takes: of a method that works on what comes before
+    the backbone's projection F of its shapes, else D.
 
     Raises ValueError, in a sentence, where an array has not the shape that the method states.
     """
     sizes = _sizes(method, arrays, head)
-    return sizes.get("F", sizes["D"])
+    width = sizes.get("F", 0) if "projection" in method.needs else sizes["D"]
+    if not width:
+        raise ValueError("it takes features of no width")
+    return width
 
 
 def _sizes(method: Method, arrays: Mapping[str, npt.NDArray[Any]], head: Head) -> dict[str, int]:
@@ -77,7 +80,7 @@ def _sizes(method: Method, arrays: Mapping[str, npt.NDArray[Any]], head: Head) -
     for name, array in sorted(arrays.items()):
         if name not in method.shapes:
             raise ValueError(f"{name!r:.80} is no array of {method.name}")
-        if array.dtype != np.float32 or not array.size or not np.isfinite(array).all():
+        if array.dtype != np.float32 or not np.isfinite(array).all():
             raise ValueError(f"{name} holds something else than finite float32 numbers")
         letters = method.shapes[name].split()
         fits = len(letters) == array.ndim and all(
