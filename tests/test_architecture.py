@@ -168,9 +168,9 @@ NAMED = {
 # The project itself, its distribution and the format of its adapters are called so too.
 NOT_A_METHOD = {"clip-adapter"}
 PROJECT_NAME_IN = {
-    f"{PACKAGE}.pipelines.{name}"
-    for name in ("commands", "command_line", "adapter_file", "jax_setup", "inspect_file")
-} | {f"{PACKAGE}.pipelines.fitting.{name}" for name in ("plan", "run", "run_folder")}
+    *(f"{PACKAGE}.pipelines.{name}" for name in ("commands", "command_line", "adapter_file")),
+    *(f"{PACKAGE}.pipelines.{name}" for name in ("jax_setup", "fitting.plan", "fitting.run")),
+}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if room(name) != "adapters"])

@@ -39,7 +39,8 @@ def write_plot(folder: RunFolder, plan: Plan) -> None:
 
 def plotted(planned: PlannedMethod) -> tuple[str, str] | None:
     """The hyper-parameters to show across and upwards: the first numbers of which several values
-    were tried, with the learning rate upwards where there is one; None where there is nothing."""
+    were tried, with the learning rate upwards where there is one, and "" where there is only one
+    number; None where there is nothing."""
     several = [name for name, values in planned.values.items() if len(_numbers(values)) > 1]
     readable = [name for name in several if len(_numbers(planned.values[name])) <= MOST_VALUES]
     if not readable:
@@ -63,7 +64,7 @@ def _panels(results: Path, method: str, axes: tuple[str, str]) -> dict[str, dict
             if row["method"] != method:
                 continue
             try:
-                across, upwards = (float(row.get(name) or "nan") for name in axes)
+                across, upwards = (float(row.get(name) or "nan") if name else 0.0 for name in axes)
             except ValueError:
                 continue  # a word, such as `learned`, has no place on an axis
             if np.isnan(across):
@@ -104,7 +105,8 @@ def _drawn(
             color = "white" if accuracy <= (low + high) / 2 else "black"
             plot.text(column, row, words, ha="center", va="center", color=color)
         plot.set_xticks(range(len(across)), [f"{value:g}" for value in across])
-        plot.set_yticks(range(len(upwards)), [f"{value:g}" for value in upwards])
+        shown = upwards if axes[1] else []
+        plot.set_yticks(range(len(shown)), [f"{value:g}" for value in shown])
         plot.set_title(f"{shots} shot{'s' * (shots != '1')}")
         plot.set_xlabel(axes[0].replace("_", " "))
     plots[0].set_ylabel(axes[1].replace("_", " "))

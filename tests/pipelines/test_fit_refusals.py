@@ -51,7 +51,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--alpha 1.5", "alpha is 1.5, not `learned` or `hypernet` or a number in [0, 1]"),
+        ("--alpha 1.5", "alpha is 1.5, not a number in [0, 1] or `learned` or `hypernet`"),
         ("--alpha 0.2 -0.1", "alpha is -0.1, not"),
         ("--alpha nan", "alpha is nan, not"),
         ("--branch text --beta 2", "beta is 2.0, not"),

@@ -71,6 +71,7 @@ print("MiB:", peak())
 """
 )
 CLASSES, ROWS, DIM, BLOCK = 50, 300_000, 1024, 1000
+UTF8 = h5py.string_dtype("utf-8", 16)
 
 
 def large_cache(path: Path) -> Path:
@@ -79,7 +80,7 @@ def large_cache(path: Path) -> Path:
     rng = np.random.default_rng(0)
     labels = np.arange(BLOCK, dtype=np.int32) % CLASSES
     rows = rng.normal(size=(1, BLOCK, DIM)).astype(np.float32)
-    text = rng.normal(size=(CLASSES, 1, DIM)).astype(np.float32)
+    text = rng.normal(size=(CLASSES, 2, DIM)).astype(np.float32)
     write_cache(path, TinyData({"train": (rows, labels), "val": (rows, labels)}, text))
     with h5py.File(path, "r+", libver=("v110", "v110")) as file:
         document = json.loads(file["metadata"][...].tobytes())
@@ -96,7 +97,7 @@ def large_cache(path: Path) -> Path:
             )
             for start in range(0, count, BLOCK):
                 features[:, start : start + BLOCK] = rows
-            ids = np.array([f"{split}/{row}".encode() for row in range(count)])
+            ids = np.array([f"{split}/{row}".encode() for row in range(count)], UTF8)
             put(file, f"{where}/labels", np.resize(labels, count))
             put(file, f"{where}/ids", ids)
             for name in ("labels", "ids"):

@@ -1,5 +1,6 @@
 """The picture of a grid, read back from what is drawn."""
 
+import csv
 from pathlib import Path
 
 import matplotlib.figure
@@ -81,6 +82,18 @@ def test_where_everything_diverged_nothing_is_drawn(tmp_path: Path):
 )
 def test_which_hyper_parameters_are_shown(hyper: dict, axes: tuple[str, str] | None):
     assert plotted(plan(**hyper).fitted[0]) == axes
+
+
+def test_a_method_of_one_number_has_one_row(tmp_path: Path, drawn: list[matplotlib.figure.Figure]):
+    cache = write_cache(tmp_path / "features.h5", tiny_data())
+    probe = {"method": "linear-probe", "hyper": {"C": (0.1, 1.0, 10.0)}, "shots": 4}
+    run = fit(FitConfig(cache=cache, out=tmp_path / "run", baselines=(), **probe)).run
+    (axis,) = drawn[0].axes
+    rows = csv.DictReader((run / "results.csv").open())
+    shown = [f"{100 * float(row['val_accuracy']):.1f}" for row in rows]
+    assert [text.get_text() for text in axis.texts] == shown and len(shown) == 3
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0.1", "1", "10"]
+    assert list(axis.get_yticklabels()) == []
 
 
 def test_a_panel_for_each_number_of_shots(tmp_path: Path, drawn: list[matplotlib.figure.Figure]):
