@@ -1,9 +1,11 @@
 """Counts, sizes, lists and names in words, safe to print."""
 
+import re
 from collections.abc import Sequence
 
 NAMES_SHOWN = 3
 LONGEST_NAME = 160
+LONGEST_WORD = 300
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
@@ -45,3 +47,11 @@ def printable(text: str) -> str:
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
+
+
+def readable(sentence: str) -> str:
+    """`sentence` printable, and each word that nobody would read, such as a path of thousands of
+    characters, without its middle."""
+    half = LONGEST_NAME // 2
+    too_long = rf"\S{{{LONGEST_WORD + 1},}}"
+    return re.sub(too_long, lambda m: f"{m[0][:half]}…{m[0][-half:]}", printable(sentence))

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import NoReturn, TypeVar
 
 from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.words import printable
+from clip_adapter.cache.words import readable
 from clip_adapter.pipelines.interruption import EXIT_INTERRUPTED, noticed
 
 Config = TypeVar("Config")
@@ -82,7 +82,7 @@ def _exit(code: int, sentence: str | None = None) -> NoReturn:
     """Say the sentence on standard error and exit, also where nothing can be written any more."""
     with suppress(OSError):
         if sentence:
-            print(printable(sentence), file=sys.stderr)
+            print(readable(sentence), file=sys.stderr)
     for stream in _streams():
         try:
             stream.flush()

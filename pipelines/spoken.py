@@ -4,7 +4,7 @@ import sys
 from contextlib import AbstractContextManager
 
 from clip_adapter.cache.listener import Advance, Listener
-from clip_adapter.cache.words import printable
+from clip_adapter.cache.words import printable, readable
 from clip_adapter.pipelines.progress import progress
 
 
@@ -21,10 +21,10 @@ class Spoken(Listener):
         print("\n".join(map(printable, text.split("\n"))))
 
     def note(self, sentence: str) -> None:
-        print(printable(f"{self._program}: {sentence}"), file=sys.stderr)
+        print(readable(f"{self._program}: {sentence}"), file=sys.stderr)
 
     def warn(self, sentence: str) -> None:
-        print(printable(f"warning: {sentence}"), file=sys.stderr)
+        print(readable(f"warning: {sentence}"), file=sys.stderr)
 
     def progress(self, what: str, total: int, done: int = 0) -> AbstractContextManager[Advance]:
         return progress(what, total, done)

@@ -2,7 +2,15 @@
 
 import pytest
 
-from clip_adapter.cache.words import counted, printable, quoted, shortened, size, some
+from clip_adapter.cache.words import (
+    counted,
+    printable,
+    quoted,
+    readable,
+    shortened,
+    size,
+    some,
+)
 
 
 @pytest.mark.parametrize(
@@ -48,3 +56,10 @@ def test_what_comes_from_outside_is_cut_and_quoted() -> None:
 
 def test_no_name_commands_a_terminal() -> None:
     assert printable("two\nlines \x1b[2J \udcff 字 ±") == r"two\nlines \x1b[2J \udcff 字 ±"
+
+
+def test_a_word_that_nobody_would_read_loses_its_middle() -> None:
+    sentence = readable(f"Cannot read {'a' * 5000}/{'b' * 200}.png: File name\ntoo long.")
+    assert sentence == f"Cannot read {'a' * 80}…{'b' * 75}.png: File name\\ntoo long."
+    usual = f"Cannot read {'a' * 200}/{'b' * 98}: no."
+    assert readable(usual) == usual

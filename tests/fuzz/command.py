@@ -5,7 +5,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from io import TextIOWrapper
@@ -15,6 +15,8 @@ from clip_adapter.pipelines.commands import COMMANDS
 
 LONGEST = 500
 MOST_LINES = 60
+# Where standard output may lead, and its encoding.
+OUTPUTS = {"a file": "utf-8", "ascii": "ascii", "/dev/full": "utf-8", "a closed pipe": "utf-8"}
 
 
 @dataclass(frozen=True)
@@ -36,27 +38,27 @@ class Said:
         found = [f"control character: {line!r:.200}" for line in _odd(self.out + self.err)]
         lines = self.err.splitlines()
         found += [f"long: {line:.200}" for line in lines if len(line) > LONGEST]
-        if self.code == 2 and (len(lines) > MOST_LINES or not last.endswith((".", "…"))):
+        if self.code == 2 and (len(lines) > MOST_LINES or ": " not in last):
             found.append(f"no sentence: {self.err!r:.300}")
         if "not enough memory" in last:
             found.append(f"memory: {last:.200}")
         return found
 
 
-def run_command(name: str, arguments: Sequence[str]) -> Said:
+def run_command(name: str, arguments: Sequence[str], output: str = "a file") -> Said:
     """One of `clip-adapter`'s commands, in this process."""
 
     def call() -> NoReturn:
         import_module(f"clip_adapter.pipelines.{COMMANDS[name][0]}").main(list(arguments))
         raise AssertionError(f"{name} returned")
 
-    return run(call)
+    return run(call, output)
 
 
-def run(call: Callable[[], object]) -> Said:
+def run(call: Callable[[], object], output: str = "a file") -> Said:
     """Something that ends by SystemExit, or returns (0)."""
     code: int | None = 0
-    with _caught() as caught:
+    with _caught(output) as caught:
         try:
             call()
         except SystemExit as ended:
@@ -68,7 +70,7 @@ def run(call: Callable[[], object]) -> Said:
 
 
 @contextmanager
-def _caught() -> Iterator[list[str]]:
+def _caught(output: str) -> Iterator[list[str]]:
     """Both streams, by descriptor, as a terminal or a file would get them."""
     texts: list[str] = []
     streams = sys.stdout, sys.stderr
@@ -78,20 +80,31 @@ def _caught() -> Iterator[list[str]]:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
-        sys.stdout = TextIOWrapper(os.fdopen(os.dup(1), "wb"), encoding="utf-8")
+        if output == "/dev/full":
+            _lead(1, os.open(output, os.O_WRONLY))
+        elif output == "a closed pipe":
+            source, sink = os.pipe()
+            os.close(source)
+            _lead(1, sink)
+        sys.stdout = TextIOWrapper(os.fdopen(os.dup(1), "wb"), encoding=OUTPUTS[output])
         sys.stderr = TextIOWrapper(os.fdopen(os.dup(2), "wb"), encoding="utf-8", write_through=True)
         try:
             yield texts
         finally:
             for stream in (sys.stdout, sys.stderr):
-                stream.close()
+                with suppress(OSError):  # nowhere to write to
+                    stream.close()
             sys.stdout, sys.stderr = streams
             for number, descriptor in enumerate(kept, start=1):
-                os.dup2(descriptor, number)
-                os.close(descriptor)
+                _lead(number, descriptor)
             for file in (out, err):
                 file.seek(0)
                 texts.append(file.read().decode(errors="backslashreplace"))
+
+
+def _lead(number: int, descriptor: int) -> None:
+    os.dup2(descriptor, number)
+    os.close(descriptor)
 
 
 def _odd(text: str) -> list[str]:
@@ -102,5 +115,5 @@ def _origin(err: str) -> str:
     """The exception, and where it was raised."""
     lines = err.strip().splitlines()
     places = [line.strip() for line in lines if line.startswith("  File ")]
-    ours = [place for place in places if "clip_adapter" in place or "/wt/" in place] or places
+    ours = [place for place in places if "clip_adapter" in place] or places
     return f"{lines[-1] if lines else '?':.300} [{'; '.join(ours[-2:]):.400}]"

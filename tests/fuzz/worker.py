@@ -34,6 +34,8 @@ def main() -> None:
     faulthandler.enable(os.fdopen(os.dup(2), "w"))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    kept = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    os.environ |= {"XDG_CACHE_HOME": kept, "HOME": str(base / "home")}  # nothing of the user's
     os.environ |= {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
     socket.socket.connect = _no_network  # type: ignore[method-assign, assignment]
     socket.getaddrinfo = _no_network
@@ -49,7 +51,9 @@ def main() -> None:
 def answer(base: Path, name: str, seed: int) -> dict[str, Any]:
     door = import_module(f"tests.fuzz.doors.{name}")
     prepared = prepare(base, name)
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    around = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    folder = around / "in"
+    folder.mkdir()
     os.chdir(folder)
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begun = time.monotonic()
@@ -57,7 +61,7 @@ def answer(base: Path, name: str, seed: int) -> dict[str, Any]:
         attempt: Attempt = door.attempt(random.Random(f"{name} {seed}"), prepared, folder)
     finally:
         os.chdir(base)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(around, ignore_errors=True)
     seconds = time.monotonic() - begun
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - largest
     if growth > GROWTH:
