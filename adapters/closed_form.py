@@ -8,7 +8,8 @@ not change out of the loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Var
+from threadpoolctl import threadpool_limits
 
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Arrays, Method, Setting, Task
@@ -40,7 +42,7 @@ def grid_scores(
     points = int(np.prod([len(axes[name]) for name in beside], dtype=int))
     fits = points * _point_bytes(method, static, list(axes), beside, task) <= SIDE_BY_SIDE_BYTES
     program = _grid_program(method, tuple(static.items()), tuple(axes), fits)
-    with jax.default_matmul_precision("float32"):
+    with _arithmetic():
         return jax.device_get(program(values, task))
 
 
@@ -48,9 +50,19 @@ def fit(method: Method, setting: Setting, task: Task) -> Arrays:
     """The closed form's arrays for one setting."""
     static, numbers = method.split(setting)
     program = _fit_program(method, tuple(static.items()))
-    with jax.default_matmul_precision("float32"):
+    with _arithmetic():
         arrays = program({name: np.float32(value) for name, value in numbers.items()}, task)
-        return method.finish(arrays, setting, task) if method.finish else arrays
+        finished = method.finish(arrays, setting, task) if method.finish else arrays
+        return jax.block_until_ready(finished)
+
+
+@contextmanager
+def _arithmetic() -> Iterator[None]:
+    """Full float32; and LAPACK in one thread: on two cores that others use as well, an
+    eigendecomposition of 1,600 rows took 1.0 s instead of 10, and 0.3 CPU seconds instead of 2.7.
+    """
+    with jax.default_matmul_precision("float32"), threadpool_limits(1, "blas"):
+        yield
 
 
 def _point_bytes(
