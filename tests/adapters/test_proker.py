@@ -86,7 +86,7 @@ def test_one_eigendecomposition_serves_all_ridges():
     (line,) = (line for line in text.splitlines() if "= eigh[" in line)
     assert "f32[15,15]" in line
     scores = closed_form.grid_scores(PROKER, {}, axes, task)
-    assert scores.shape == (2, 100, 2)
+    assert scores.score.shape == (2, 100, 2)
 
 
 @pytest.mark.parametrize(
