@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.words import printable, shortened
+from clip_adapter.pipelines.fitting.predictions import Predictions
 from clip_adapter.pipelines.reporting.class_section import Pair
 from clip_adapter.pipelines.reporting.section import Gallery, Section, Thumbnail
 
@@ -78,18 +79,26 @@ def originals(cache: FeatureCache) -> ReadImage | None:
     from clip_adapter.extract.datasets.registry import DIGITS, open_dataset
     from clip_adapter.extract.datasets.source import SourceOptions
 
-    roots = {
-        name: Path(value) if isinstance(value := arguments.get(name), str) else None
+    root, image_root = (
+        Path(value) if isinstance(value := arguments.get(name), str) else None
         for name in ("data_root", "image_root")
-    }
+    )
+    val, test = (
+        value if isinstance(value := arguments.get(name), float) else None
+        for name in ("val", "test")
+    )
+    seed = arguments.get("split_seed")
     entry = load_catalogue().get(spec)
-    root = roots["data_root"]
     in_root = entry is not None and root is not None and (root / entry.coop_dir).is_dir()
     if not (spec == DIGITS or spec.startswith(LOCAL) or in_root):
         return None
-    fractions = {n: v for n in ("val", "test") if isinstance(v := arguments.get(n), float)}
-    seed = arguments.get("split_seed")
-    options = SourceOptions(**roots, **fractions, seed=seed if isinstance(seed, int) else 0)
+    options = SourceOptions(
+        data_root=root,
+        image_root=image_root,
+        val=val,
+        test=test,
+        seed=seed if isinstance(seed, int) else 0,
+    )
     try:
         split = open_dataset(spec, options).splits["test"]
     except (UserError, OSError, KeyError, ValueError):
@@ -113,8 +122,8 @@ def _thumbnail(pair: Pair, cache: FeatureCache, row: int, read: ReadImage | None
     return Thumbnail(shown, f"{true}; {'; '.join(guesses)}", words)
 
 
-def _guesses(pair: Pair, some: object, row: int) -> list[str]:
-    names = (printable(pair.class_names[int(p.predicted[row])]) for p in some)  # type: ignore[attr-defined]
+def _guesses(pair: Pair, some: Sequence[Predictions], row: int) -> list[str]:
+    names = (printable(pair.class_names[int(p.predicted[row])]) for p in some)
     return list(dict.fromkeys(names))
 
 
