@@ -17,9 +17,11 @@ BESIDE = 0.07  # how far the marks of neighbouring series stand apart, in steps 
 
 def accuracy_section(table: Accuracies, known: Published | None) -> Section:
     """The table of accuracies, drawn, with published figures where there are some."""
+    columns = [c for c in table.columns if any(c.spread(n) for n in table.shots)]
+    if not columns:
+        return Section("Accuracy against shots", ["There is no test accuracy to draw."])
     shown = {name: own for name, own in (known.accuracies if known else {}).items()}
     shots = in_order({*table.shots, *(n for own in shown.values() for n in own)})
-    columns = [c for c in table.columns if any(c.spread(n) for n in table.shots)]
     first = [c for c in columns if c.measure in KINDS["all"]]
     with drawing((4.2, 3.4)) as (figure, axes):
         colors: dict[str, str] = {}

@@ -40,7 +40,7 @@ DPI = 200
 LONGEST_LABEL = 28
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
-STYLE: dict[Any, Any] = {
+STYLE: dict[str, Any] = {
     "axes.edgecolor": MUTED,
     "axes.facecolor": "none",
     "axes.grid": True,
@@ -100,7 +100,7 @@ def drawing(size: tuple[float, float] = PANEL) -> Iterator[tuple[Figure, Axes]]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         axes.set_axisbelow(True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -166,20 +167,12 @@ def _drawn(
             color = COLORS[number % len(COLORS)]
             marker = MARKERS[number // len(COLORS) % len(MARKERS)]
             # As one raster image: thousands of marks would weigh more than the rest of the page.
-            axes.scatter(
-                own[:, 0],
-                own[:, 1],
-                9,
-                color=color,
-                marker=marker,
-                alpha=0.75,
-                lw=0,
-                rasterized=True,
-            )
+            look: dict[str, Any] = {"marker": marker, "alpha": 0.75, "linewidths": 0}
+            axes.scatter(own[:, 0], own[:, 1], 9, color=color, rasterized=True, **look)
             x, y = np.median(own, axis=0)
             axes.text(
-                float(x),
-                float(y),
+                x,
+                y,
                 label(pair.class_names[c]),
                 color=INK,
                 fontsize=8,

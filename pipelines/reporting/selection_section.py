@@ -37,28 +37,28 @@ def selection_section(entries: Sequence[Entry]) -> Section | None:
     for number, entry in enumerate(entry for entry in entries if entry.asked):
         fits = read_fits(entry)
         axes = _varied(entry, fits)
-        if not axes:
+        if not axes or all(fit.accuracy is None for fit in fits):
             continue
         pictures.append(_curve(f"selection-{number}", entry, entries, fits, axes[0]))
         if len(axes) > 1:
             for shots in in_order({fit.shots for fit in fits})[-MOST_PANELS:]:
-                pictures.append(
-                    _surface(f"selection-{number}-{shots}", entry, fits, axes[:2], shots)
-                )
+                if any(fit.accuracy is not None for fit in fits if fit.shots == shots):
+                    name = f"selection-{number}-{shots}"
+                    pictures.append(_surface(name, entry, fits, axes[:2], shots))
     if not pictures:
         return None
     text = [
         "Validation accuracy of everything that was tried; the best one is chosen, task by task. "
         "No test image is counted here. A point is the best over all other hyper-parameters."
     ]
-    if any(run.plan.search == "halving" for e in entries for run in [e.first]):
+    if any(entry.first.plan.search == "halving" for entry in entries):
         text.append("Settings that successive halving stopped count as far as they were trained.")
     return Section("What validation chose", text, pictures)
 
 
 def _varied(entry: Entry, fits: Sequence[Fit]) -> list[str]:
-    """The hyper-parameters that took several values, in the method's order: numbers of which words
-    are values too, then numbers, then words."""
+    """The hyper-parameters that took several values, in the method's order: first those some
+    values of which have a meaning, then numbers, then words."""
     hyper = entry.method.hyper
     seen = {name: {fit.values[name] for fit in fits if name in fit.values} for name in hyper}
     varied = [name for name, values in seen.items() if len(values) > 1]
@@ -105,13 +105,13 @@ def _curve(
             continue
         # What the value amounts to was run by itself, and judged on the same images.
         for shots, own in by_shots.items():
-            results = [r for r in same.results(shots) if r.seed in {f.seed for f in fits}]
-            found = {r.seed: r.val_accuracy for r in results if r.val_accuracy is not None}
+            alike = [r for r in same.results(shots) if r.seed in {f.seed for f in fits}]
+            found = {r.seed: r.val_accuracy for r in alike if r.val_accuracy is not None}
             if found:
                 own[value] = found
     values = ordered({value for own in by_shots.values() for value in own})
     chosen = {shots: _chosen(entry, shots, (axis,)) for shots in by_shots}
-    rows: list[list[str]] = []
+    rows = []
     with drawing() as (figure, axes):
         for number, (shots, own) in enumerate(by_shots.items()):
             there = [value for value in values if own.get(value)]
@@ -165,6 +165,7 @@ def _surface(
     name: str, entry: Entry, fits: Sequence[Fit], pair: Sequence[str], shots: Shots
 ) -> Picture:
     """Validation accuracy over two hyper-parameters."""
+    cells: dict[tuple[str, ...], dict[int, float]]
     cells = best_by([fit for fit in fits if fit.shots == shots], pair)
     across, upwards = (ordered({key[place] for key in cells}) for place in (0, 1))
     if len(upwards) > len(across):
@@ -191,16 +192,15 @@ def _surface(
         bar.outline.set_visible(False)
         if grid.size <= MOST_CELLS:
             middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
-            for (row, column), value in np.ndenumerate(grid):
+            for (y, x), value in np.ndenumerate(grid):
                 words = "–" if np.isnan(value) else f"{value:.1f}"
                 color = INK if np.isnan(value) else "#ffffff" if value <= middle else "#000000"
-                axes.text(column, row, words, ha="center", va="center", color=color, fontsize=7)
-        for (x, y), times in chosen.items():
-            column, line = _index(across, x), _index(upwards, y)
-            if column is not None and line is not None:
-                for color, width in (("#000000", 3.0), ("#ffffff", 1.4)):
-                    size = 8 + 2 * times
-                    axes.plot(column, line, "o", mec=color, mew=width, mfc="none", ms=size)
+                axes.text(x, y, words, ha="center", va="center", color=color, fontsize=7)
+        for (across_value, upwards_value), times in chosen.items():
+            column, row = _index(across, across_value), _index(upwards, upwards_value)
+            if column is not None and row is not None:
+                for edge, width in (("#000000", 3.0), ("#ffffff", 1.4)):
+                    axes.plot(column, row, "o", mfc="none", ms=8 + 2 * times, mec=edge, mew=width)
         for ticks, values, put in (
             (_thinned(len(across)), across, axes.set_xticks),
             (_thinned(len(upwards)), upwards, axes.set_yticks),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-import subprocess
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -78,6 +79,14 @@ class Browser:
         while not any(e["method"] == "Page.loadEventFired" for e in self._events):
             self._events.append(self._next())
 
+    def close(self) -> None:
+        """End the browser, and wait until it has closed its pipe."""
+        self._session = None
+        with suppress(OSError, AssertionError):
+            self.call("Browser.close")
+            while self._next():
+                pass
+
     def evaluate(self, expression: str) -> Any:
         """The value of an expression of JavaScript in the page."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
@@ -90,36 +99,35 @@ def browser(program: str, profile: Path) -> Iterator[Browser]:
     """A browser with a fresh profile; it ends with the context."""
     read_to, to = os.pipe()
     back, write_back = os.pipe()
-
-    def third_and_fourth() -> None:
-        # Chromium reads descriptor 3 and writes descriptor 4, whatever numbers these pipes have.
-        one, other = os.dup(read_to), os.dup(write_back)
-        os.dup2(one, 3)
-        os.dup2(other, 4)
-
+    # Chromium reads descriptor 3 and writes descriptor 4, which the pipes may have themselves.
+    ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (read_to, write_back)]
+    os.close(read_to)
+    os.close(write_back)
     arguments = [
         *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
         *("--remote-debugging-pipe", "--no-first-run", "--disable-background-networking"),
         f"--user-data-dir={profile}",
     ]
-    process = subprocess.Popen(
+    process = os.posix_spawn(
+        program,
         [program, *arguments],
-        close_fds=False,
-        preexec_fn=third_and_fourth,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        os.environ,
+        file_actions=[
+            (os.POSIX_SPAWN_DUP2, ends[0], 3),
+            (os.POSIX_SPAWN_DUP2, ends[1], 4),
+            (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
+        ],
     )
-    os.close(read_to)
-    os.close(write_back)
+    for end in ends:
+        os.close(end)
     try:
         found = Browser(to, back)
         yield found
-        with suppress(OSError, AssertionError):
-            found._session = None
-            found.call("Browser.close")
-        process.wait(20)
+        found.close()
     finally:
-        process.kill()
-        process.wait()
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
         os.close(to)
         os.close(back)

@@ -14,6 +14,7 @@ from clip_adapter.pipelines.fitting.plan import make_plan
 from clip_adapter.pipelines.fitting.predictions import Predictions
 from clip_adapter.pipelines.reporting.class_section import Pair, changed_most
 from clip_adapter.pipelines.reporting.command_line_of import command_line
+from clip_adapter.pipelines.reporting.fits import Fit, best_by, ordered
 from clip_adapter.pipelines.reporting.image_section import changed_sides, originals, small_jpeg
 from clip_adapter.pipelines.reporting.manifold_section import embedded, neighbour_agreement
 from clip_adapter.pipelines.reporting.published import published
@@ -80,6 +81,24 @@ def test_confusions_are_scikit_learns():
     labels, predicted = RNG.integers(0, 5, 200), RNG.integers(0, 5, 200)
     expected = confusion_matrix(labels, predicted, labels=range(6))
     np.testing.assert_array_equal(confusion(labels, predicted, 6), expected)
+
+
+def test_an_axis_has_numbers_by_size_and_words_behind_them():
+    assert ordered({"learned", "10", "0.8", "1e-05", "hypernet"}) == [
+        *("1e-05", "0.8", "10", "hypernet", "learned"),
+    ]
+
+
+def test_a_point_is_the_best_over_everything_else():
+    """By seed; a value at which all diverged is there and empty."""
+    fits = [
+        Fit(4, 1, {"alpha": "0.2", "rate": "1"}, 0.5),
+        Fit(4, 1, {"alpha": "0.2", "rate": "2"}, 0.75),
+        Fit(4, 2, {"alpha": "0.2", "rate": "1"}, 0.25),
+        Fit(4, 2, {"alpha": "0.8", "rate": "1"}, None),
+        Fit(4, 2, {"rate": "1"}, 1.0),
+    ]
+    assert best_by(fits, ["alpha"]) == {("0.2",): {1: 0.75, 2: 0.25}, ("0.8",): {}}
 
 
 def predictions(labels: list[int], predicted: list[int], sure: list[float]) -> Predictions:
