@@ -4,13 +4,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.files import is_there
 from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.schema import FORMAT_VERSION
-from clip_adapter.cache.staging import StagingFolder
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.shards import (
     Launch,
@@ -20,6 +19,9 @@ from clip_adapter.extract.shards import (
     part_path,
     wait_for_all,
 )
+
+if TYPE_CHECKING:
+    from clip_adapter.cache.staging import StagingFolder
 
 
 def extract(config: ExtractConfig, listener: Listener | None = None) -> Path:
@@ -90,13 +92,14 @@ def _own(config: ExtractConfig, shard: Shard) -> dict[str, Any]:
 
 
 @contextmanager
-def _staging_folder(config: ExtractConfig, own: Mapping[str, Any]) -> Iterator[StagingFolder]:
+def _staging_folder(config: ExtractConfig, own: Mapping[str, Any]) -> "Iterator[StagingFolder]":
     """The place beside --out, taken before anything is loaded.
 
     own: see StagingFolder.
     Raises UserError where nothing can be written there, by this run at least. An interruption is
     given to say that nothing is lost (--force, though, would start again).
     """
+    from clip_adapter.cache.staging import StagingFolder
     from clip_adapter.extract.update import UPDATABLE
 
     arguments = config.identity()

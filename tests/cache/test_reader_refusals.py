@@ -219,7 +219,7 @@ REFUSALS: dict[str, tuple[Change, str]] = {
     },
     "backbone a number": (stated("backbone", 3), "backbone is 3, not a JSON object"),
     "dataset a list": (stated("dataset", [1]), r"dataset is \[1\], not a JSON object"),
-    "preprocess text": (stated("preprocess", ESCAPES), r"preprocess is '\\x1b\[2J\\nevilx+\.\.\."),
+    "preprocess text": (stated("preprocess", ESCAPES), r"preprocess is '\\x1b\[2J\\nevilx+…,"),
     "arguments a list": (stated("arguments", []), "arguments is .., not a JSON object"),
     "name of escapes": (stated("backbone.name", [ESCAPES]), "backbone.name is .*, not a string"),
     "weights": (stated("backbone.weights_sha256", "x"), "weights_sha256 is 'x', not a SHA-256"),
@@ -233,7 +233,7 @@ REFUSALS: dict[str, tuple[Change, str]] = {
     "scale negative": (stated("logit_scale", -1.5), "logit_scale is -1.5, not a positive"),
     "scale too large": (stated("logit_scale", 1e39), "logit_scale is 1e.39, not a positive"),
     "scale too small": (stated("logit_scale", 1e-50), "logit_scale is 1e-50, not a positive"),
-    "bias too large": (stated("logit_bias", 10**50), r"logit_bias is 10+\.\.\.0+, not a finite"),
+    "bias too large": (stated("logit_bias", 10**50), "logit_bias is 10+, not a finite"),
     "content hash": (stated("content_sha256", "abc"), "content_sha256 is 'abc', not a SHA-256"),
     "lone surrogate": (stated("writer", "\ud800"), "its metadata is not a JSON object"),
     "no hash of labels": (
