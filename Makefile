@@ -6,25 +6,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 ROOMS := adapters cache extract extract/datasets extract/glyph_clip pipelines pipelines/fitting pipelines/reporting
 DEMO := runs/demo
-TASKS := --cache $(DEMO)/features.h5 --shots 1 2 4 8 16 --seeds 1 2 3
-ALPHAS := 0 0.2 0.4 0.6 0.8
-
-CONSTRAINTS := --constraint constraints.txt
-# Packages beside our own whose new versions have broken ours, or may.
-LOCKED := etils huggingface_hub jaxlib ml_dtypes orbax-checkpoint protobuf pyarrow \
-  tensorflow-metadata tensorstore tokenizers
 
 .PHONY: demo test fuzz docs dev lock clean
 
-# One run for each fixed α, and one that chooses α on validation data, beside the baselines.
+# Two methods beside the baselines; the last line names the report.
 demo: .venv/installed
-	rm -rf $(DEMO)/alpha-*
+	rm -rf $(DEMO)/methods
 	$(BIN)/extract --out $(DEMO)/features.h5
-	$(BIN)/fit $(TASKS) --out $(DEMO)/alpha-selected
-	for alpha in $(ALPHAS); do \
-	  $(BIN)/fit $(TASKS) --alpha $$alpha --baselines --out $(DEMO)/alpha-$$alpha > /dev/null || exit; \
-	done
-	$(BIN)/clip-adapter report $(DEMO)/alpha-selected $(ALPHAS:%=$(DEMO)/alpha-%)
+	$(BIN)/fit --cache $(DEMO)/features.h5 --method clip-adapter tip-adapter \
+	  --shots 1 2 4 8 16 --seeds 1 2 3 --out $(DEMO)/methods
+	$(BIN)/clip-adapter report $(DEMO)/methods
 
 # The README's commands take longest, so they are begun first.
 test: dev
