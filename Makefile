@@ -1,4 +1,4 @@
-# make demo: environment, install, extract, fit and a result table.   make test: all that CI runs.
+# make demo: environment, install, extract, fit and a report.   make test: all that CI runs.
 # make fuzz: 10,000 damaged, hostile and odd inputs.
 # make docs: the documentation as a site, in site/.
 # make lock: a new environment with the newest versions that pyproject.toml admits, written down.
@@ -6,6 +6,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 ROOMS := adapters cache extract extract/datasets extract/glyph_clip pipelines pipelines/fitting pipelines/reporting
 DEMO := runs/demo
+
+CONSTRAINTS := --constraint constraints.txt
+# Packages beside our own whose new versions have broken ours, or may.
+LOCKED := etils huggingface_hub jaxlib ml_dtypes orbax-checkpoint protobuf pyarrow \
+  tensorflow-metadata tensorstore tokenizers
 
 .PHONY: demo test fuzz docs dev lock clean
 
