@@ -69,8 +69,8 @@ class Tally:
 class Worker:
     """A child that is started again when it has died or been killed."""
 
-    def __init__(self, base: Path, limit: float) -> None:
-        self._base, self._limit = base, limit
+    def __init__(self, base: Path, limit: float, first: float = FIRST_INPUT) -> None:
+        self._base, self._limit, self._first = base, limit, first
         self._child: subprocess.Popen[bytes] | None = None
         self._known: set[str] = set()
         self._stderr = base / f"stderr-{id(self)}"
@@ -87,7 +87,7 @@ class Worker:
         assert child.stdin and child.stdout
         child.stdin.write(f"{door} {seed}\n".encode())
         child.stdin.flush()
-        limit = self._limit + (0 if door in self._known else FIRST_INPUT)
+        limit = self._limit + (0 if door in self._known else self._first)
         ready, _, _ = select.select([child.stdout], [], [], limit)
         line = child.stdout.readline() if ready else b""
         if line:
