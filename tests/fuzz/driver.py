@@ -43,6 +43,7 @@ SHARES = {
 }
 FIRST_INPUT = 180.0  # seconds more for a door's first input, which loads and prepares
 SHOWN = 40
+TOLD_EVERY = 500
 
 
 @dataclass
@@ -57,6 +58,8 @@ class Tally:
     def note(self, door: str, seed: int, answer: dict[str, Any]) -> None:
         self.inputs[door] += 1
         self.seconds[door] += answer["seconds"]
+        if not self.inputs.total() % TOLD_EVERY:
+            print(f"{self.inputs.total()} inputs, at {door} {seed}", flush=True)
         for fault in answer["faults"]:
             self.faults[door, fault.partition(":")[0]] += 1
             if self.shown[fault[:80]] < 3 and self.shown.total() < SHOWN:
