@@ -43,6 +43,7 @@ SHARES = {
 }
 FIRST_INPUT = 180.0  # seconds more for a door's first input, which loads and prepares
 SHOWN = 40
+TOLD_EVERY = 500
 
 
 @dataclass
@@ -57,6 +58,8 @@ class Tally:
     def note(self, door: str, seed: int, answer: dict[str, Any]) -> None:
         self.inputs[door] += 1
         self.seconds[door] += answer["seconds"]
+        if not self.inputs.total() % TOLD_EVERY:
+            print(f"{self.inputs.total()} inputs, at {door} {seed}", flush=True)
         for fault in answer["faults"]:
             self.faults[door, fault.partition(":")[0]] += 1
             if self.shown[fault[:80]] < 3 and self.shown.total() < SHOWN:
@@ -69,8 +72,8 @@ class Tally:
 class Worker:
     """A child that is started again when it has died or been killed."""
 
-    def __init__(self, base: Path, limit: float) -> None:
-        self._base, self._limit = base, limit
+    def __init__(self, base: Path, limit: float, first: float = FIRST_INPUT) -> None:
+        self._base, self._limit, self._first = base, limit, first
         self._child: subprocess.Popen[bytes] | None = None
         self._known: set[str] = set()
         self._stderr = base / f"stderr-{id(self)}"
@@ -87,7 +90,7 @@ class Worker:
         assert child.stdin and child.stdout
         child.stdin.write(f"{door} {seed}\n".encode())
         child.stdin.flush()
-        limit = self._limit + (0 if door in self._known else FIRST_INPUT)
+        limit = self._limit + (0 if door in self._known else self._first)
         ready, _, _ = select.select([child.stdout], [], [], limit)
         line = child.stdout.readline() if ready else b""
         if line:

@@ -65,7 +65,7 @@ def attempt(rng: random.Random, prepared: Path, folder: Path) -> Attempt:
     run = folder / "run"
     shutil.copytree(original, run)
     if rng.random() < 0.3:
-        _state(run, {**_stated(run), "format_version": 1})
+        _age(run)
     wanted = _content(load_adapter(run))
     if rng.random() < 0.5:
         found = Attempt(damage(rng, run / rng.choice((INFO_FILE, ARRAYS_FILE))))
@@ -109,6 +109,18 @@ def _state(run: Path, document: dict[str, Any]) -> None:
     (run / INFO_FILE).write_text(json.dumps(document))
 
 
+def _replace_arrays(run: Path, content: bytes, **stated: Any) -> None:
+    (run / ARRAYS_FILE).write_bytes(content)
+    _state(run, _stated(run) | stated | {"safetensors_sha256": hashlib.sha256(content).hexdigest()})
+
+
+def _age(run: Path) -> None:
+    """As version 1 had it, which put nothing before the names of what was fitted."""
+    arrays = load((run / ARRAYS_FILE).read_bytes())
+    old = save({name.removeprefix("fitted/"): array for name, array in arrays.items()})
+    _replace_arrays(run, old, format_version=1)
+
+
 def _forge_info(rng: random.Random, run: Path) -> str:
     if rng.random() < 0.1:
         text = rng.choice(NESTED)
@@ -145,6 +157,5 @@ def _forge_arrays(rng: random.Random, run: Path) -> str:
         text = rng.choice(('{"x":{"dtype":"F8_E5M2","shape":[1],"data_offsets":[0,1]}}', *NESTED))
         header = text.encode("utf-8", "surrogatepass")
         content = len(header).to_bytes(8, "little") + header + b"\0"
-    (run / ARRAYS_FILE).write_bytes(content)
-    _state(run, _stated(run) | {"safetensors_sha256": hashlib.sha256(content).hexdigest()})
+    _replace_arrays(run, content)
     return f"{name}: {how}"
