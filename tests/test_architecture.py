@@ -164,12 +164,16 @@ def test_the_name_is_no_module_of_the_standard_library(module: str):
 NAMED = {
     f"{PACKAGE}.pipelines.fitting.config": {"clip-adapter", "zero-shot", "linear-probe"},
     f"{PACKAGE}.pipelines.estimator": {"clip-adapter"},
+    f"{PACKAGE}.extract.datasets.registry": {"coop"},  # whose folder layout it is, too
 }
 # The project itself, its distribution and the format of its adapters are called so too.
 NOT_A_METHOD = {"clip-adapter"}
 PROJECT_NAME_IN = {
     *(f"{PACKAGE}.pipelines.{name}" for name in ("commands", "command_line", "adapter_file")),
-    *(f"{PACKAGE}.pipelines.{name}" for name in ("jax_setup", "fitting.plan", "fitting.run")),
+    *(
+        f"{PACKAGE}.pipelines.{name}"
+        for name in ("jax_setup", "fitting.plan", "fitting.provenance")
+    ),
 }
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from clip_adapter.pipelines.reporting.class_section import Pair
 from clip_adapter.pipelines.reporting.figures import MUTED, SERIES, Numbers, drawing, picture
 from clip_adapter.pipelines.reporting.section import Section
-from clip_adapter.pipelines.reporting.statistics import BINS, reliability
+from clip_adapter.pipelines.reporting.significance import BINS, reliability
 
 
 def calibration_section(pair: Pair) -> Section:

@@ -19,7 +19,7 @@ from clip_adapter.pipelines.reporting.figures import (
     picture,
 )
 from clip_adapter.pipelines.reporting.section import Section, percent, points
-from clip_adapter.pipelines.reporting.statistics import confusion
+from clip_adapter.pipelines.reporting.significance import confusion
 
 MOST_CLASSES = 20
 MOST_CONFUSIONS = 10

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from clip_adapter.pipelines.fitting.tables import value_words
 from clip_adapter.pipelines.reporting.figures import Numbers
 from clip_adapter.pipelines.reporting.section import percent, points
-from clip_adapter.pipelines.reporting.statistics import DRAWS, Interval
+from clip_adapter.pipelines.reporting.significance import DRAWS, Interval
 from clip_adapter.pipelines.reporting.verdict import Comparison, Verdict
 
 

@@ -145,7 +145,8 @@ def _curve(
         axes.set_xlabel(_words(entry.method, axis))
         axes.set_ylabel("validation accuracy (%)")
         axes.set_title(entry.label)
-        axes.legend(fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
         return picture(
             name,
             f"{entry.label}: validation accuracy against {_words(entry.method, axis)}, mean over "

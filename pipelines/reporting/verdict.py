@@ -12,7 +12,7 @@ from clip_adapter.adapters.zero_shot import ZERO_SHOT
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.predictions import Predictions, read_predictions
 from clip_adapter.pipelines.reporting.entries import Entry, in_order
-from clip_adapter.pipelines.reporting.statistics import Interval, bootstrap, over_seeds
+from clip_adapter.pipelines.reporting.significance import Interval, bootstrap, over_seeds
 
 
 @dataclass(frozen=True)

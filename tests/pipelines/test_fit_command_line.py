@@ -63,7 +63,8 @@ def test_help_and_refusals_load_no_array_library(line: str):
     code = 0 if "help" in line or "version" in line else 2
     assert done.stdout.splitlines()[-1] == f"exit {code}", done.stderr
     if "help" in line:
-        for flag in ("--alpha", "--lr", "--weight-decay", "--epochs", "--shots", "--select"):
+        alpha = "--clip-adapter.alpha" if "all" in line else "--alpha"
+        for flag in (alpha, "--lr", "--weight-decay", "--epochs", "--shots", "--select"):
             assert flag in done.stdout
 
 

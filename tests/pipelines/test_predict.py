@@ -258,7 +258,7 @@ def test_a_pipe_and_a_device_among_the_images_are_skipped(
     printed = capsys.readouterr()
     assert len(json.loads(printed.out)) == 11
     assert printed.err.splitlines() == [
-        *(f"{path} skipped: it is a pipe or a device" for path in found),
+        *(f"{path} skipped: it is a named pipe, not a file" for path in found),
         "clip-adapter predict: 2 of 13 images cannot be read",
     ]
 

@@ -18,7 +18,7 @@ from clip_adapter.pipelines.reporting.fits import Fit, best_by, ordered
 from clip_adapter.pipelines.reporting.image_section import changed_sides, originals, small_jpeg
 from clip_adapter.pipelines.reporting.manifold_section import embedded, neighbour_agreement
 from clip_adapter.pipelines.reporting.published import published
-from clip_adapter.pipelines.reporting.statistics import (
+from clip_adapter.pipelines.reporting.significance import (
     bootstrap,
     confusion,
     over_seeds,
