@@ -55,7 +55,8 @@ def accuracy_section(table: Accuracies, known: Published | None) -> Section:
         axes.set_xticks(range(len(shots)), [str(n) for n in shots])
         axes.set_xlabel("labelled images per class")
         axes.set_ylabel("test accuracy (%)")
-        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         drawn = picture(
             "accuracy",
             f"{table.title}, against the number of shots. Marks of one number of shots stand "
