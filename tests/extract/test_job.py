@@ -465,7 +465,7 @@ def test_training_draws_views_only_when_asked(whole: Path, digits_cache: Path) -
     from clip_adapter.pipelines.fitting.data import open_data
     from clip_adapter.pipelines.fitting.tasks import TaskRows
 
-    method = find_method("task-res")
+    method = find_method("taskres")
     rows = TaskRows(2, 1, np.array([9, 2, 5]), np.arange(0))
     with FeatureCache(whole) as cache:
         every = cache.images("train").features
