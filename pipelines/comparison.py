@@ -1,7 +1,7 @@
 """Methods over several data sets: averages, ranks and pairwise differences, as tables and a figure.
 
-All of it is over the data sets that every method was run on, each of which counts alike, as in the
-averages of the literature.
+Each data set counts alike, as in the averages of the literature. A method that has no number on one
+of them has no average and no rank; two methods are compared where both have one.
 """
 
 from __future__ import annotations
@@ -46,13 +46,17 @@ class Comparison:
         return rankdata(-self.accuracy, axis=1, nan_policy="omit").mean(axis=0)
 
     def difference(self, one: int, other: int) -> tuple[float, float, int, int]:
-        """Of two methods over all data sets and shots: mean difference in accuracy, its standard
-        error over data sets (NaN of a single one), wins and losses of the first."""
+        """Of two methods over the data sets and shots of which both have a number: mean difference
+        in accuracy (NaN where there are none), its standard error over data sets (NaN of a single
+        one), wins and losses of the first."""
         differences = self.accuracy[:, one] - self.accuracy[:, other]
-        by_dataset = np.nanmean(differences, axis=1)
-        count = len(by_dataset)
-        error = by_dataset.std(ddof=1) / np.sqrt(count) if count > 1 else np.nan
+        differences = differences[~np.isnan(differences).all(axis=1)]
         wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
+        count = len(differences)
+        if not count:
+            return np.nan, np.nan, 0, 0
+        by_dataset = np.nanmean(differences, axis=1)
+        error = by_dataset.std(ddof=1) / np.sqrt(count) if count > 1 else np.nan
         return float(by_dataset.mean()), float(error), wins, losses
 
 
@@ -157,6 +161,8 @@ def _difference(found: Comparison, one: int, other: int) -> str:
     if one == other:
         return ""
     mean, error, wins, losses = found.difference(one, other)
+    if np.isnan(mean):
+        return "–"
     spread = "" if np.isnan(error) else f" ± {100 * error:.2f}"
     return f"{100 * mean:+.2f}{spread} ({wins} : {losses})"
 

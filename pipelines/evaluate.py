@@ -17,6 +17,7 @@ from clip_adapter.cache.cores import available_cores, limit_openmp
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.words import counted, printable
+from clip_adapter.pipelines.adapted_features import make_adapt, write_features
 from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter, load_adapter
 from clip_adapter.pipelines.argument_types import Positional
 from clip_adapter.pipelines.class_match import Classes, match_classes
@@ -51,6 +52,8 @@ class EvaluateConfig:
         only_present: Choose between the classes that have images.
         confusion: CSV file for the confusion matrix: a row per class, a column per prediction.
         predictions: CSV file for what is predicted for each image.
+        features: NPZ file for the image features after the adapter, with ids, labels and class
+            names; for the methods that move image features.
         method: MODULE:NAME of the adapter's method, where that is one of your own.
         backbone: Backbone for images of a folder, as `predict` takes it.
         pretrained: Where its weights lie, as `predict` takes it.
@@ -67,6 +70,7 @@ class EvaluateConfig:
     only_present: bool = False
     confusion: Path | None = None
     predictions: Path | None = None
+    features: Path | None = None
     method: str | None = None
     backbone: str | None = None
     pretrained: str | None = None
@@ -85,7 +89,8 @@ def evaluate(config: EvaluateConfig, listener: Listener | None = None) -> Scores
     if min(config.batch_size, config.workers) < 1:
         raise UserError("--batch-size and --workers must be at least 1.")
     for path in (config.confusion, config.predictions):
-        _check_place(path)
+        _check_place(path, ".csv")
+    _check_place(config.features, ".npz")
     know_method(config.method)
     adapter = load_adapter(config.adapter)
     with _images(config, adapter) as images:
@@ -125,6 +130,9 @@ def _score(
     else:
         candidates = np.arange(len(adapter.weights))
     classify, zero_shot = _classifiers(adapter)
+    adapt = make_adapt(adapter) if config.features else None
+    ids: list[str] = []
+    adapted: list[npt.NDArray[np.float32]] = []
     found: list[tuple[npt.NDArray[np.int64], ...]] = []
     scored = 0
     with ExitStack() as stack:
@@ -139,6 +147,9 @@ def _score(
                 before = zero_shot(block.encoded[kept])[:, candidates].argmax(axis=1)
                 best = logits.argmax(axis=1)
                 found.append((targets[rows], candidates[best], candidates[before]))
+                if adapt:
+                    ids += images.ids(rows)
+                    adapted.append(adapt(block.features[kept]))
                 if rows_written:
                     top = logits[np.arange(len(best)), best]
                     share = 1 / np.exp(logits - top[:, None]).sum(axis=1)
@@ -157,6 +168,9 @@ def _score(
         candidates.astype(np.int32),
         skipped=len(targets) - scored,
     )
+    if config.features:
+        moved = np.concatenate(adapted)
+        write_features(config.features, ids, labels, moved, adapter.info.class_names)
     if config.confusion:
         files.write_text(config.confusion, scores.confusion_csv())
     return scores
@@ -178,11 +192,12 @@ def _classifiers(adapter: SavedAdapter) -> tuple[Logits, Logits]:
     return adapted, lambda features: cosine_logits(np, features, head)
 
 
-def _check_place(path: Path | None) -> None:
+def _check_place(path: Path | None, suffix: str) -> None:
     if path is None:
         return
-    if path.suffix != ".csv":
-        raise UserError(f"{path} is written as CSV; give it a name that ends in .csv.")
+    if path.suffix != suffix:
+        kind = suffix[1:].upper()
+        raise UserError(f"{path} is written as {kind}; give it a name that ends in {suffix}.")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"{path} cannot be written: there is no such folder, or it is one itself.")
 

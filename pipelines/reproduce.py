@@ -198,13 +198,14 @@ def _row(
     number = "–" if ours != ours else f"{ours:.2f}" + ("" if std != std else f" ± {std:.2f}")
     figures = published_of(dataset)
     wanted = figures.accuracies.get(method, {}).get(shots) if figures else None  # type: ignore[call-overload]
-    if wanted is None or ours != ours:
-        return f"| {dataset} | {method} | {shots} | – | {number} | – | – |"
-    difference = ours - wanted
-    agrees = "yes" if abs(difference) <= config.tolerance else "no"
-    published = f"{wanted:.2f}"
-    cells = [dataset, method, shots, published, number, f"{difference:+.2f}", agrees]
-    return f"| {' | '.join(map(str, cells))} |"
+    published, compared = "–", ["–", "–"]
+    if wanted is not None:
+        published = f"{wanted:.2f}"
+        if ours == ours:
+            difference = round(ours - wanted, 2)  # of what is shown, whatever lies behind it
+            agrees = "yes" if abs(difference) <= config.tolerance else "no"
+            compared = [f"{difference:+.2f}", agrees]
+    return f"| {' | '.join(map(str, [dataset, method, shots, published, number, *compared]))} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,6 +19,10 @@ Fit the same methods on every cache, each in a run folder of its own under --out
 over all data sets. The same command goes on where an interrupted one stopped. All other options are
 those of `fit`, but for --cache and --resume; `fit --help` lists them.
 """
+
+# A run that was begun goes on only where it was asked for the same, also by what is left out: data
+# sets are compared by numbers of one kind.
+EVERYTHING = frozenset(option.name for option in fields(FitConfig))
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Study:
 def study(config: StudyConfig, listener: Listener | None = None) -> Study:
     """Fit on every cache and write the comparison (study.md, study.csv, study.png) to the folder.
 
-    A data set that cannot be fitted is named and leaves the others whole.
+    A data set that cannot be fitted, or not to the end, is named and leaves the others whole.
     Raises UserError for bad arguments, and where no data set can be fitted.
     """
     from clip_adapter.pipelines.fit import fit
@@ -71,13 +75,18 @@ def study(config: StudyConfig, listener: Listener | None = None) -> Study:
             cache=cache,
             out=None if begun else folder,
             resume=folder if begun else None,
+            stated=EVERYTHING,
         )
         try:
             result = fit(own, listener)
         except UserError as error:
             failed[name] = str(error)
+        except KeyboardInterrupt:
+            message = "what is finished is kept, and the same command goes on from there"
+            raise KeyboardInterrupt(message) from None
         else:
-            runs[name] = folder
+            if len(result.results) == len(result.tasks) * len(result.plan.methods):
+                runs[name] = folder
             if result.problem:
                 failed[name] = result.problem
         if name in failed:

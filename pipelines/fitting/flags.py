@@ -105,7 +105,7 @@ def _add(parser: Parser, flags: Flags) -> None:
         group.add_argument(
             f"--{flag}",
             dest=_destination(flag),
-            nargs=1 if hyper.single else "*",
+            nargs="*",  # several of what holds for all settings are for --ablate
             default=argparse.SUPPRESS,
             help=_help(name, owners).replace("%", "%%"),
             **_reader(hyper),

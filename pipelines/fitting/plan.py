@@ -26,6 +26,7 @@ from clip_adapter.pipelines.fitting.config import (
     Shots,
     own_values,
 )
+from clip_adapter.pipelines.fitting.factors import check_effect, of_flag, shown_values
 
 if TYPE_CHECKING:
     from clip_adapter.adapters.engine import Placement
@@ -106,7 +107,8 @@ class Plan:
         return plan
 
     def completed(self, config: FitConfig) -> FitConfig:
-        """What was given in `config`, and what this plan says of all else."""
+        """What was given in `config`, and what this plan says of all else; of hyper-parameters too,
+        unless `config` states all that are to count."""
         mine: Json = {
             "method": tuple(planned.name for planned in self.fitted),
             "baselines": tuple(planned.name for planned in self.methods if planned.baseline),
@@ -115,12 +117,17 @@ class Plan:
         methods = config.method if "method" in config.given else mine["method"]
         missing = {name: value for name, value in mine.items() if name not in config.given}
         hyper = {
-            f"{planned.method.name}.{name}": values
+            f"{planned.method.name}.{name}": self._given(planned, name, values)
             for planned in self.fitted
             for name, values in planned.values.items()
-            if planned.name in methods and name not in config.hyper
+            if planned.name in methods and name not in config.hyper and "hyper" not in config.stated
         }
         return replace(config, **missing, hyper=hyper | dict(config.hyper))
+
+    def _given(self, planned: PlannedMethod, name: str, values: Sequence[Value]) -> Sequence[Value]:
+        """What was given to get these values, and the ablation's where only that takes several."""
+        alone = self.select == "none" or planned.method.hyper[name].single
+        return planned.ablation.get(name, values) if alone else values
 
     def differing(self, other: Plan) -> list[str]:
         """In what the two differ; the content of the cache counts, not where it lies."""
@@ -130,7 +137,7 @@ class Plan:
         if "methods" in names:
             mine = {planned.name: planned.values for planned in self.methods}
             others = {planned.name: planned.values for planned in other.methods}
-            if [*mine] == [*others]:
+            if [*mine] == [*others] and mine != others:
                 names.remove("methods")
                 names += sorted(
                     {n for m in mine for n in mine[m] if mine[m][n] != others[m].get(n)}
@@ -169,7 +176,7 @@ def make_plan(config: FitConfig, cache_sha256: str, available: Iterable[str] = (
         augment=config.augment,
         train_classes=config.train_classes,
         search=config.search,
-        ablate=tuple(map(_of_flag, config.ablate)),
+        ablate=tuple(map(of_flag, config.ablate)),
         refit=config.refit,
         placement=config.placement,
     )
@@ -192,11 +199,12 @@ def _with_values(config: FitConfig, name: str, method: Method, baseline: bool) -
         if not some:
             raise UserError(f"--{_dashed(method.hyper[key].flag or key)} needs at least one value.")
     ablation = {}
-    for factor in () if baseline else map(_of_flag, config.ablate):
+    for factor in () if baseline else map(of_flag, config.ablate):
         if factor in method.hyper:
-            ablation[factor] = _shown(method, factor, given.get(factor, ()))
-            if method.hyper[factor].single:
-                given.pop(factor, None)
+            ablation[factor] = shown_values(method, factor, given.get(factor, ()))
+            alone = method.hyper[factor].single or config.select == "none"
+            if alone and len(given.get(factor, ())) > 1:
+                del given[factor]  # nothing is to choose between what is only shown
     try:
         values = method.values(given, config.preset, one=config.select == "none")
     except ValueError as error:
@@ -205,29 +213,9 @@ def _with_values(config: FitConfig, name: str, method: Method, baseline: bool) -
         raise UserError(
             f"--select none cannot choose between several settings of {name}; give one of each."
         )
+    for factor in ablation:
+        check_effect(method, factor, values)
     return PlannedMethod(name, values, baseline, ablation)
-
-
-def _shown(method: Method, factor: str, given: Sequence[Value]) -> tuple[Value, ...]:
-    """The values of a factor that an ablation shows: those given, else those of the table."""
-    hyper = method.hyper[factor]
-    values = given if len(given) > 1 else hyper.ablated or hyper.tried
-    if len(values) < 2:
-        flag = _dashed(hyper.flag or factor)
-        raise UserError(f"--ablate {factor} needs several values; name them with --{flag}.")
-    try:
-        return tuple(hyper.checked(factor, value) for value in values)
-    except ValueError as error:
-        raise UserError(f"{method.name}: {error}.") from None
-
-
-def _of_flag(flag: str) -> str:
-    """The hyper-parameter of a flag, such as learning_rate of `lr`."""
-    for method in METHODS.values():
-        for name, hyper in method.hyper.items():
-            if flag in (name, hyper.flag, _dashed(name)):
-                return name
-    return flag
 
 
 def _check_owners(config: FitConfig, methods: Sequence[Method]) -> None:

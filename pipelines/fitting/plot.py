@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_adapter.adapters.hyper import Value
+from clip_adapter.pipelines.fitting.factors import in_grid
 from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
 from clip_adapter.pipelines.fitting.run_folder import RunFolder
 
@@ -30,7 +31,7 @@ def write_plot(folder: RunFolder, plan: Plan) -> None:
     for planned in plan.fitted:
         axes = plotted(planned)
         if axes:
-            panels = _panels(folder.path / "results.csv", planned.method.name, axes)
+            panels = _panels(folder.path / "results.csv", planned, axes)
             content = _drawn(panels, axes, planned, halving=plan.search == "halving")
             if content:
                 folder.write(PLOT, content)
@@ -56,12 +57,16 @@ def _numbers(values: Sequence[Value]) -> list[float]:
     return [float(v) for v in values if not isinstance(v, str | bool)]
 
 
-def _panels(results: Path, method: str, axes: tuple[str, str]) -> dict[str, dict[Cell, float]]:
+def _panels(
+    results: Path, planned: PlannedMethod, axes: tuple[str, str]
+) -> dict[str, dict[Cell, float]]:
     """Shots → (across, upwards) → mean over seeds of the best accuracy, in %."""
     best: dict[tuple[str, Cell], dict[str, float]] = defaultdict(dict)
     with results.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if row["method"] != method:
+            if row["method"] != planned.method.name:
+                continue
+            if not in_grid(planned.values, planned.ablation, row):
                 continue
             try:
                 across, upwards = (float(row.get(name) or "nan") if name else 0.0 for name in axes)

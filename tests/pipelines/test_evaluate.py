@@ -300,3 +300,39 @@ def test_a_folder_needs_the_adapters_backbone(tmp_path: Path, place: Path, digit
         evaluate(EvaluateConfig(tmp_path / "images", adapter))
     with pytest.raises(UserError, match="other weights of tiny-clip"):
         evaluate(EvaluateConfig(tmp_path / "images", adapter, backbone="glyph-clip"))
+
+
+def test_features_are_those_that_the_logits_compare_with_the_classes(
+    place: Path, tmp_path: Path
+) -> None:
+    """Their cosines with the classifier give the predictions; and by the paper's formula."""
+    adapter = load_adapter(adapter_of(place, "clip-adapter"))
+    path = tmp_path / "features.npz"
+    cache = write_renamed(tmp_path / "sister.h5", ["class 3", "class 1"], [3, 1])
+    scores = evaluate(EvaluateConfig(cache, adapter_of(place, "clip-adapter"), features=path))
+    with np.load(path, allow_pickle=False) as found:
+        ids, labels, features = found["ids"], found["labels"], found["features"]
+        assert found["class_names"].tolist() == CLASSES
+    stored, own = DATA.splits["test"]
+    rows = np.flatnonzero(np.isin(own, [1, 3]))
+    assert ids.tolist() == [f"={row}.png" for row in rows]
+    assert np.array_equal(labels, own[rows])
+    assert features.dtype == np.float32
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    assert np.array_equal((unit @ adapter.weights.T).argmax(axis=1), scores.predicted)
+    inputs = stored[0, rows].astype(np.float64)
+    names = [f"image/bottleneck/{name}/kernel" for name in ("down", "up")]
+    down, up = (adapter.arrays[name].astype(np.float64) for name in names)
+    ratio = adapter.info.setting["alpha"]
+    bottleneck = np.maximum(np.maximum(inputs @ down, 0) @ up, 0)
+    assert np.allclose(features, ratio * bottleneck + (1 - ratio) * inputs, atol=1e-5)
+
+
+def test_features_of_a_method_that_moves_none(place: Path, tmp_path: Path) -> None:
+    path = tmp_path / "features.npz"
+    data, adapter = place / "features.h5", adapter_of(place, "tip-adapter")
+    with pytest.raises(UserError, match=r"tip-adapter moves no image features.* clip-adapter"):
+        evaluate(EvaluateConfig(data, adapter, features=path))
+    with pytest.raises(UserError, match=r"written as NPZ; give it a name that ends in \.npz"):
+        evaluate(EvaluateConfig(data, adapter, features=tmp_path / "features.csv"))
+    assert list(tmp_path.iterdir()) == []
