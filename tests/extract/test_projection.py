@@ -78,7 +78,7 @@ def test_the_encoder_gives_both(dtype: torch.dtype) -> None:
             logit_bias=0.0,
             dtype=dtype,
         )  # fmt: skip
-        return Encoder(found, torch.device("cpu"), with_projection=with_projection)
+        return Encoder(found, torch.device("cpu"), 4, with_projection=with_projection)
 
     pixels = torch.randint(0, 256, (2, 5, 16, 16, 3), dtype=torch.uint8)
     both = encoder(True)

@@ -147,7 +147,7 @@ def test_weights_of_classes_with_different_numbers_of_sentences(
             *(f"description {i}" for i in (1, 2, 3, 4)),
         ]
     assert text.shape == (10, 5, 128)
-    weights = np.asarray(classifier_weights(text))
+    weights = np.asarray(classifier_weights(np, text))
     for c, name in enumerate(sorted(NAMES)):
         own = [f"a photo of the digit {name}.", *sentences[name]]
         assert stored[c].tolist() == own + [""] * (5 - len(own))

@@ -253,12 +253,12 @@ def test_a_pipe_and_a_device_among_the_images_are_skipped(
 ) -> None:
     (image_folder / "00.png").unlink()
     os.mkfifo(image_folder / "00.png")
-    found = [image_folder / "00.png", Path("/dev/zero")]
+    found = {image_folder / "00.png": "a named pipe", Path("/dev/zero"): "a device"}
     assert exit_code("--adapter", run, image_folder, "/dev/zero", "--format", "json") == 1
     printed = capsys.readouterr()
     assert len(json.loads(printed.out)) == 11
     assert printed.err.splitlines() == [
-        *(f"{path} skipped: it is a named pipe, not a file" for path in found),
+        *(f"{path} skipped: it is {kind}, not a file" for path, kind in found.items()),
         "clip-adapter predict: 2 of 13 images cannot be read",
     ]
 
