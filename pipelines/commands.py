@@ -12,7 +12,7 @@ COMMANDS = {
     "merge": ("merge", "join the parts that extract --shard wrote"),
     "fit": ("fit", "fit an adapter on cached features"),
     "predict": ("predict", "classify image files with a fitted adapter"),
-    "report": ("report", "compare finished runs in a table, and on a page with figures"),
+    "report": ("report", "print the results of several runs side by side"),
     "inspect": ("inspect_file", "say what is in a cache or an adapter"),
 }
 ROOM = "clip_adapter.pipelines"
