@@ -180,15 +180,21 @@ def value_words(row: TaskResult, name: str) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def margin(row: MethodSummary, kind: str) -> float | None:
+    """The standard deviation over seeds; of a single seed, which has none, the standard error
+    √(p (1 − p) / n) of an accuracy p on n test images."""
+    spread = getattr(row, kind)
+    if spread is None or spread.std is not None or kind != "test_accuracy" or not row.test_images:
+        return spread.std if spread else None
+    return math.sqrt(spread.mean * (1 - spread.mean) / row.test_images)
+
+
 def accuracy(row: MethodSummary, kind: str) -> str:
-    """Mean and standard deviation over seeds, in %; of a single seed, which has no deviation, the
-    standard error √(p (1 − p) / n) of an accuracy p on n test images."""
+    """Mean and `margin`, in %."""
     spread = getattr(row, kind)
     if spread is None:
         return "–"
-    error = spread.std
-    if error is None and kind == "test_accuracy" and row.test_images:
-        error = math.sqrt(spread.mean * (1 - spread.mean) / row.test_images)
+    error = margin(row, kind)
     words = "" if error is None else f" ± {100 * error:.2f}"
     lost = f" ({row.diverged} of {row.seeds} seeds diverged)" if row.diverged else ""
     return f"{100 * spread.mean:.2f}{words}{lost}"

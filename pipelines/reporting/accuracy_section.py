@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clip_adapter.pipelines.fitting.tables import KINDS
+from clip_adapter.pipelines.fitting.tables import KINDS, margin
 from clip_adapter.pipelines.reporting.accuracies import Accuracies
 from clip_adapter.pipelines.reporting.entries import in_order
 from clip_adapter.pipelines.reporting.figures import Numbers, drawing, label, picture, series
@@ -24,33 +24,35 @@ def accuracy_section(table: Accuracies, known: Published | None) -> Section:
     shots = in_order({*table.shots, *(n for own in shown.values() for n in own)})
     first = [c for c in columns if c.measure in KINDS["all"]]
     with drawing((4.2, 3.4)) as (figure, axes):
-        colors: dict[str, str] = {}
+        looks: dict[str, dict[str, str]] = {}
         for number, column in enumerate(first):
             there = [n for n in table.shots if column.spread(n)]
             spreads = [spread for n in there if (spread := column.spread(n))]
             look = series(number)
-            colors.setdefault(column.label.split(" ")[0], look["color"])
+            looks.setdefault(column.label.split(" ")[0], look)
             shift = BESIDE * (number - (len(first) - 1) / 2) / max(1, len(first) / 4)
             axes.errorbar(
                 [shots.index(n) + shift for n in there],
                 [100 * spread.mean for spread in spreads],
-                [100 * (spread.std or 0) for spread in spreads],
+                [100 * (margin(column.cells[n], column.measure) or 0) for n in there],
                 label=label(column.heading),
                 capsize=2,
                 markersize=4.5,
                 elinewidth=1,
                 **look,  # type: ignore[arg-type]
             )
-        for number, (name, own) in enumerate(shown.items()):
+        for name, own in shown.items():
+            # As the runs' own series of that method; one that was not run looks like none of them.
+            look = looks.setdefault(name, series(max(len(looks), len(first))))
             axes.plot(
                 [shots.index(n) for n in own],
                 list(own.values()),
                 label=f"{name}, published",
                 linestyle="none",
-                marker=series(number)["marker"],
+                marker=look["marker"],
                 markerfacecolor="none",
                 markersize=8,
-                color=colors.get(name, series(len(first) + number)["color"]),
+                color=look["color"],
             )
         axes.set_xticks(range(len(shots)), [str(n) for n in shots])
         axes.set_xlabel("labelled images per class")

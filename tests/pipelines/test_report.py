@@ -42,7 +42,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     few = {"alpha": (1.0, 2.0), "beta": (1.0, 5.0)}
     fit(FitConfig(out=folder / "other", hyper=few, **stated | other))
     foreign = write_cache(folder / "foreign.h5", DATA.shuffled_labels("test"))
-    fit(FitConfig(cache=foreign, out=folder / "foreign", method="zero-shot", baselines=()))
+    plain = {"method": "zero-shot", "baselines": (), "shots": 2}
+    fit(FitConfig(cache=foreign, out=folder / "foreign", **plain))
     return folder
 
 

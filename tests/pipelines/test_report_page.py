@@ -260,3 +260,17 @@ def test_the_browser_test_would_see_what_it_looks_for(tmp_path: Path):
         assert len(shown.complaints) == 2
         assert shown.evaluate("document.documentElement.scrollWidth") > 360
         assert len(shown.evaluate(WIDER)) == 1
+
+
+def test_published_figures_stand_beside_ours(run: Path, tmp_path: Path):
+    """On a data set and a backbone that they are of, with where they come from."""
+    shutil.copytree(run, tmp_path / "run")
+    about = json.loads((run / "provenance.json").read_text())
+    about["backbone"] |= {"name": "RN50", "pretrained": "openai"}
+    about["dataset"]["name"] = "dtd"
+    (tmp_path / "run" / "provenance.json").write_text(json.dumps(about))
+    report(ReportConfig((tmp_path / "run",)))
+    text = Page(tmp_path / "run" / "report.html").text
+    assert "clip-adapter 45.80 51.48 56.86 61.00 65.96 the residual ratio was searched" in text
+    assert "exp.log" in text and "clip-adapter, published" in text
+    assert "published" not in Page(run / "report.html").text
