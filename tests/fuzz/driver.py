@@ -41,7 +41,7 @@ SHARES = {
     "checkpoints": 400,
     "arguments": 500,
 }
-FIRST_INPUT = 180.0  # seconds more for a door's first input, which loads and prepares
+FIRST_INPUT = 600.0  # seconds more for a door's first input, which loads and prepares
 SHOWN = 40
 TOLD_EVERY = 500
 
