@@ -38,6 +38,7 @@ class ReproduceConfig:
         shots: Labelled images per class.
         seeds: Seeds of the few-shot draws and of training.
         epochs: Passes over the support set, for a quick trial; by default each method's own.
+        context: CoOp's context vectors, for a text tower that reads few tokens; by default 16.
         tolerance: Points within which two accuracies are taken to agree.
         device: PyTorch device that encodes; auto takes a GPU where there is one.
     """
@@ -49,6 +50,7 @@ class ReproduceConfig:
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
     seeds: tuple[int, ...] = (1, 2, 3)
     epochs: int | None = None
+    context: int | None = None
     tolerance: float = 1.0
     device: str = "auto"
 
@@ -131,13 +133,14 @@ def _fitted(
     from clip_adapter.pipelines.fitting.config import FitConfig
     from clip_adapter.pipelines.study import StudyConfig, study
 
+    given = {"epochs": config.epochs, "coop.context_length": config.context}
     asked = FitConfig(
         method=methods_of_the_paper(),
         baselines=(),
         shots=config.shots,
         seeds=config.seeds,
         preset=preset,  # type: ignore[arg-type]
-        hyper={} if config.epochs is None else {"epochs": config.epochs},
+        hyper={name: value for name, value in given.items() if value is not None},
     )
     found = study(StudyConfig(tuple(caches), config.out / preset, asked), listener)
     failed |= {f"{name} ({preset})": sentence for name, sentence in found.failed.items()}

@@ -74,15 +74,18 @@ def open_coop(path: str, options: SourceOptions) -> ImageDataset:
 
 
 def coop_instructions(entry: CatalogueEntry, root: Path | None) -> str:
-    """What to put where, for a data set that can be had in CoOp's layout only."""
-    files = entry.coop_split_file or ", ".join(
-        [*entry.coop_lists.values(), str(entry.coop_classes_file)]
-    )
+    """What to put where, for a data set in CoOp's layout."""
     place = root or Path("DATA_ROOT")
-    return (
-        f"put its images into {place / entry.coop_dir / entry.coop_images} and {files} into "
-        f"{place / entry.coop_dir} ({ARTICLE}), and give --data-root {place}"
+    folder = place / entry.coop_dir
+    files = entry.coop_split_file or ", ".join(
+        [*entry.coop_lists.values(), *filter(None, [entry.coop_classes_file])]
     )
+    if files:
+        what = f"images into {folder / entry.coop_images} and {files} into {folder}"
+    else:  # whose folders are the labels
+        below = " and ".join(str(folder / images) for images in entry.coop_folders.values())
+        what = f"images into {below}, a folder for each class"
+    return f"put its {what} ({ARTICLE}), and give --data-root {place}"
 
 
 def _recognised(folder: Path) -> CatalogueEntry:

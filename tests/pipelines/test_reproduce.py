@@ -38,8 +38,8 @@ def write_images(root: Path, entry: CatalogueEntry) -> None:
 
 
 def words(root: Path, out: Path) -> list[str]:
-    line = f"--data-root {root} --backbone glyph-clip --shots 1 --seeds 1 --epochs 2 --device cpu"
-    return [*line.split(), "--out", str(out)]
+    options = "--backbone glyph-clip --shots 1 --seeds 1 --epochs 2 --context 4 --device cpu"
+    return ["--data-root", str(root), *options.split(), "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,9 @@ def test_what_is_missing_is_named_with_what_to_put_where(root: Path, out: Path) 
             continue
         entry = load_catalogue()[name]
         assert len(said) == 1
-        assert str(root / entry.coop_dir / entry.coop_images) in said[0]
+        for images in entry.coop_folders.values() or [entry.coop_images]:
+            assert str(root / entry.coop_dir / images) in said[0]
+        assert "None" not in said[0]
         if entry.coop_split_file:
             assert entry.coop_split_file in said[0]
 
