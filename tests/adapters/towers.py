@@ -8,7 +8,8 @@ import numpy.typing as npt
 import open_clip
 import torch
 
-from clip_adapter.extract.backbone import BPE_FILE, GLYPH_CLIP_FOLDER, Backbone, load_backbone
+from clip_adapter.extract.backbone import BPE_FILE, Backbone, load_backbone
+from clip_adapter.extract.recipe import GLYPH_CLIP_FOLDER
 
 NAMES = ("three", "zig-zagged (dog)", "one_two", "potholed", "a b c")
 TEXT = {"context_length": 24, "vocab_size": 4514, "width": 32, "heads": 4, "layers": 2}

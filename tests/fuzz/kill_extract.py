@@ -78,8 +78,8 @@ def run(config: ExtractConfig, batches: int | None = None, delay: float = 0.0) -
 def _staged(out: Path) -> int:
     """Lines of journals, one per batch of images or classes."""
     lines = 0
-    for journal in out.with_name(f"{out.name}.partial").rglob("*.journal"):
-        with suppress(OSError):
+    with suppress(OSError):  # whoever is done removes them
+        for journal in out.with_name(f"{out.name}.partial").rglob("*.journal"):
             lines += journal.read_bytes().count(b"\n")
     return lines
 
