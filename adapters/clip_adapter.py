@@ -137,8 +137,8 @@ def _ratio(name: str, branch: str, tried: tuple[float, ...]) -> dict[str, Hyper]
     where = {"branch": (branch, "both")}
     return {
         name: Hyper(
-            # Where nothing chooses: over three sets of tasks 0.4 was the best or the second best of
-            # 0.2, 0.4, 0.6 and 0.8. The paper takes 0.6 on fine-grained data, 0.2 on generic data.
+            # Where nothing chooses: between the paper's 0.6 on fine-grained data and 0.2 on generic
+            # data. docs/protocol.md measures the constants.
             0.4,
             f"Residual ratio of the {branch} adapter; `learned` trains one, `hypernet` predicts "
             f"one for each {'image' if branch == 'image' else 'class'}.",
