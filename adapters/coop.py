@@ -31,10 +31,11 @@ def logits(
 
 def finish(arrays: Arrays, setting: Setting, task: Task) -> Arrays:
     """The context and what the tower makes of it."""
-    from clip_adapter.adapters.coop_network import class_weights
+    from clip_adapter.adapters.coop_network import compiled_weights
 
     context = arrays[BY_CLASS if setting["class_specific"] else GENERIC]
-    return {**arrays, "weights": class_weights(context, setting, task.extra["tower"])}
+    weights = compiled_weights(context, setting["position"], task.extra["tower"])
+    return {**arrays, "weights": weights}
 
 
 def for_classes(arrays: Arrays, setting: Setting, task: Task, head: Head) -> Arrays | None:

@@ -7,6 +7,7 @@ behind the class name, read by the frozen text tower.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -144,6 +145,12 @@ def class_weights(context: jax.Array, setting: Mapping[str, Any], tower: Tower) 
     if context.ndim == 3:
         inputs["context"] = context
     return in_chunks(weights, inputs, classes_at_once(shape, length))
+
+
+@partial(jax.jit, static_argnums=1)
+def compiled_weights(context: jax.Array, position: str, tower: Tower) -> jax.Array:
+    """`class_weights` outside of a program, compiled once for every shape."""
+    return class_weights(context, {"position": position}, tower)
 
 
 def _arranged(
