@@ -119,7 +119,7 @@ def test_what_is_printed_says_where_numbers_come_from(command: Command):
 
 
 def published(labels: np.ndarray, shots: int, rng: random.Random) -> list[int]:
-    """CoOp's draw, as DESIGN states it."""
+    """CoOp's draw, written out again."""
     groups: dict[int, list[int]] = {}
     for row, label in enumerate(labels.tolist()):
         groups.setdefault(label, []).append(row)
