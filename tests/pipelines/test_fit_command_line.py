@@ -113,7 +113,6 @@ def test_an_option_that_several_methods_have():
         ("--seeds 1.5", "'1.5' is no whole number"),
         ("--branch both --drop-last yes", "'yes' is neither true nor false"),
         ("--branch side", "invalid choice: 'side'"),
-        ("--branch image text", "Unknown argument text"),
     ],
 )
 def test_lines_that_mean_nothing(line: str, words: str):
