@@ -22,12 +22,11 @@ demo: .venv/installed
 	  --shots 1 2 4 8 16 --seeds 1 2 3 --out $(DEMO)/methods
 	$(BIN)/clip-adapter report $(DEMO)/methods
 
-# The README's commands take longest, so they are begun first.
 test: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_readme.py tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 docs: dev
 	$(BIN)/mkdocs build --strict --quiet

@@ -15,22 +15,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from clip_adapter.adapters.method import Method, Setting, Task
+from clip_adapter.adapters.program import Grid, Leaves, Program, program_of
 from clip_adapter.adapters.recipe import steps_and_batch
-from clip_adapter.adapters.training import RunState, advance, initial_state
+from clip_adapter.adapters.training import RunState
 
 Placement = Literal["auto", "sequential", "vectorised"]
-Leaves = list[npt.NDArray[Any]]
-"""A RunState on the host, as its leaves in tree order."""
 Progress = Callable[[float], None]
 """Called with the settings trained since the last call, in fractions."""
 
@@ -41,8 +37,6 @@ LARGEST_CHUNK = 256
 MEMORY_SHARE = 0.2
 # Threads that train on a CPU: more would multiply the memory of the validation logits.
 MOST_AT_ONCE = 4
-# Between two calls of a program a run can be interrupted, and says how far it is.
-SECONDS_PER_CALL = 0.25
 
 
 class Cancelled(Exception):
@@ -69,34 +63,14 @@ class Chunk:
         return [(r if alone else r.copy()).reshape(r.shape[1:]) for r in rows]
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Settings that share a program: what selects it, and the numbers of each of them."""
-
-    method: Method
-    static: Setting
-    task: Task
-    numbers: Sequence[Setting]
-
-    def abstract_numbers(self, *shape: int) -> dict[str, jax.ShapeDtypeStruct]:
-        return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in self.numbers[0]}
-
-    def abstract_state(self) -> RunState:
-        """The shapes of one setting's state."""
-        return jax.eval_shape(self._initial, self.abstract_numbers())
-
-    def _initial(self, numbers: Setting) -> RunState:
-        return initial_state(self.method, self.task, {**self.static, **numbers})
-
-
 class Engine:
-    """Compiles programs and keeps them; `compilations` counts them.
+    """Runs settings; `compilations` counts the programs that had to be compiled for it.
 
     placement: `auto` takes `sequential` on a CPU, where one setting's parameters and moments fit
         the cache and many do not, and `vectorised` elsewhere, where one setting does not fill the
         device.
     progress: told how much was trained, from any thread.
-    cores: of the machine that may be used; by default those that this process may run on.
+    cores: how many may be used; by default those that this process may run on.
     """
 
     def __init__(
@@ -105,14 +79,12 @@ class Engine:
         progress: Progress | None = None,
         cores: int | None = None,
     ) -> None:
-        self.placement = placement
         self.progress: Progress = progress or (lambda settings: None)
         self.mesh = Mesh(np.array(jax.devices()), ("settings",))
         self.compilations = 0
-        self._programs: dict[Any, Program] = {}
         on_cpu = jax.default_backend() == "cpu"
-        if placement == "auto":
-            self.placement = "sequential" if on_cpu else "vectorised"
+        best: Placement = "sequential" if on_cpu else "vectorised"
+        self.placement = best if placement == "auto" else placement
         # A second chunk on a CPU keeps the cores busy where the first one is in a serial part: per
         # setting, 4.0 → 3.5 ms a step at batch 256 and 1.2 → 0.86 ms at batch 32 (D 1024, 2 cores).
         alone = not on_cpu or self.mesh.size > 1
@@ -216,77 +188,11 @@ class Engine:
         return devices * -(-settings // (devices * chunks))
 
     def _program(self, grid: Grid, size: int) -> Program:
-        leaves, structure = jax.tree.flatten(grid.task)
-        shapes = tuple((np.shape(leaf), str(leaf.dtype)) for leaf in leaves)
-        names = tuple(grid.numbers[0])
-        key = (grid.method, tuple(grid.static.items()), names, shapes, structure, size)
-        if key not in self._programs:
-            # Compiling takes seconds, in which the main thread could not be interrupted.
-            compiling = self._pool.submit(Program, grid, size, self.placement, self.mesh)
-            self._programs[key] = compiling.result()
-            self.compilations += 1
-        return self._programs[key]
-
-
-class Program:
-    """The compiled training of `size` settings that differ in numbers only."""
-
-    def __init__(self, grid: Grid, size: int, placement: Placement, mesh: Mesh) -> None:
-        self._size = size
-        self._blank = grid.abstract_state()
-        self._epochs_per_call = 1
-
-        def chunk(
-            task: Task, stacked: Any, states: RunState, first: int, stop: int, judged: int
-        ) -> RunState:
-            def one(numbers: Setting, state: RunState) -> RunState:
-                return advance(grid.method, grid.static, task, numbers, state, first, stop, judged)
-
-            if placement == "sequential":
-                return jax.lax.map(lambda pair: one(*pair), (stacked, states))
-            return jax.vmap(one)(stacked, states)
-
-        sharded = jax.shard_map(
-            chunk,
-            mesh=mesh,
-            in_specs=(P(), P("settings"), P("settings"), P(), P(), P()),
-            out_specs=P("settings"),
-            check_vma=False,
-        )
-        states = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), self._blank
-        )
-        epochs = [jax.ShapeDtypeStruct((), jnp.int32)] * 3
-        jitted = jax.jit(sharded, donate_argnums=2)
-        with jax.default_matmul_precision("tensorfloat32"):
-            lowered = jitted.lower(grid.task, grid.abstract_numbers(size), states, *epochs)
-            self._compiled = lowered.compile()
-
-    def blank_states(self) -> RunState:
-        """States of the right shapes, for runs that start."""
-        return jax.tree.map(
-            lambda leaf: jnp.zeros((self._size, *leaf.shape), leaf.dtype), self._blank
-        )
-
-    def fits(self, leaves: Leaves) -> bool:
-        """Whether these can be the state of one setting."""
-        wanted = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(self._blank)]
-        return [(leaf.shape, leaf.dtype) for leaf in leaves] == wanted
-
-    def calls(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Epochs from … to of each call, so that one takes about SECONDS_PER_CALL."""
-        while first < stop:
-            called = time.perf_counter()
-            until = min(stop, first + self._epochs_per_call)
-            yield first, until
-            pace = (time.perf_counter() - called) / (until - first)
-            self._epochs_per_call = max(1, int(SECONDS_PER_CALL / max(pace, 1e-9)))
-            first = until
-
-    def __call__(
-        self, task: Task, stacked: Setting, state: RunState, first: int, stop: int, judged: int
-    ) -> RunState:
-        return jax.block_until_ready(self._compiled(task, stacked, state, first, stop, judged))
+        # Compiling takes seconds, in which the main thread could not be interrupted.
+        compiling = self._pool.submit(program_of, grid, size, self.placement, self.mesh)
+        program, is_new = compiling.result()
+        self.compilations += is_new
+        return program
 
 
 def _bytes_of(grid: Grid) -> int:

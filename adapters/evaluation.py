@@ -12,7 +12,7 @@ import numpy.typing as npt
 from clip_adapter.adapters.method import Arrays, Score, Setting
 
 if TYPE_CHECKING:
-    from clip_adapter.adapters.engine import Leaves
+    from clip_adapter.adapters.program import Leaves
 
 
 Judged = tuple[float, float, npt.NDArray[np.bool_]]

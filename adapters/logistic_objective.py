@@ -39,16 +39,17 @@ class State(NamedTuple):
 class LogisticObjective:
     """f on one data set, and its Hessian at the point evaluated last.
 
-    rows: (N, R) float64, centred. labels: (N,) integers; each of 0 … C − 1 occurs.
+    rows: (N, R + 1) float64, centred, but for the last column, which holds ones.
+    labels: (N,) integers; each of 0 … C − 1 occurs.
     Value, gradient and bound are in float64, the Hessian in float32.
     """
 
     def __init__(self, rows: Doubles, labels: npt.NDArray[np.intp]) -> None:
         self._counts = np.bincount(labels).astype(np.float64)
         classes = len(self._counts)
-        self._rows = np.column_stack([rows, np.ones(len(rows))])
-        self._rows32 = self._rows.astype(np.float32)
-        self._class_sums = np.stack([rows[labels == k].sum(axis=0) for k in range(classes)], 1)
+        self._rows, self._rows32 = rows, rows.astype(np.float32)
+        sums = [rows[labels == k, :-1].sum(axis=0) for k in range(classes)]
+        self._class_sums = np.stack(sums, axis=1)
         self._probabilities = np.empty((len(labels), classes), np.float32)
         step = max(1, BLOCK // classes)
         blocks = [slice(at, at + step) for at in range(0, len(labels), step)]

@@ -55,3 +55,8 @@ def readable(sentence: str) -> str:
     half = LONGEST_NAME // 2
     too_long = rf"\S{{{LONGEST_WORD + 1},}}"
     return re.sub(too_long, lambda m: f"{m[0][:half]}…{m[0][-half:]}", printable(sentence))
+
+
+def dashed(name: str) -> str:
+    """The flag of a field, such as learning-rate."""
+    return name.replace("_", "-")

@@ -22,6 +22,7 @@ from clip_adapter.adapters.method import Head, Method, Task
 from clip_adapter.adapters.methods import find_method
 from clip_adapter.adapters.scoring import make_classify
 from clip_adapter.adapters.search import fit
+from clip_adapter.cache.cores import available_cores
 
 Estimator = TypeVar("Estimator", bound=type[Any])
 
@@ -249,4 +250,4 @@ def _class_means(
 @cache
 def _engine() -> Engine:
     """One for the process, so that a grid search compiles a program once per shape."""
-    return Engine()
+    return Engine(cores=available_cores())

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
+from math import nan
 from pathlib import Path
 from typing import NoReturn
 
 from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.listener import Listener
+from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.reporting.published import (
     methods_of_the_paper,
     published_backbone,
@@ -93,8 +96,10 @@ def reproduce(config: ReproduceConfig, listener: Listener | None = None) -> Repr
     if not caches:
         raise UserError("No data set could be extracted; see the sentences above.")
     runs = {preset: _fitted(config, preset, caches, failed, listener) for preset in PRESETS}
+    if not any(runs.values()):
+        raise UserError("No data set could be fitted; see the sentences above.")
     page = config.out / PAGE
-    files.write_text(page, _page(config, runs, missing, failed))
+    files.write_text(page, _page(config, there, runs, missing, failed))
     return Reproduction(page, missing, failed)
 
 
@@ -129,7 +134,7 @@ def _fitted(
     caches: Sequence[Path],
     failed: dict[str, str],
     listener: Listener,
-) -> dict[str, Path]:
+) -> dict[str, list[Path]]:
     from clip_adapter.pipelines.fitting.config import FitConfig
     from clip_adapter.pipelines.study import StudyConfig, study
 
@@ -142,19 +147,22 @@ def _fitted(
         preset=preset,  # type: ignore[arg-type]
         hyper={name: value for name, value in given.items() if value is not None},
     )
-    found = study(StudyConfig(tuple(caches), config.out / preset, asked), listener)
+    try:
+        found = study(StudyConfig(tuple(caches), config.out / preset, asked), listener)
+    except UserError as error:
+        failed[f"all ({preset})"] = str(error)
+        return {}
     failed |= {f"{name} ({preset})": sentence for name, sentence in found.failed.items()}
     return found.runs
 
 
 def _page(
     config: ReproduceConfig,
-    runs: dict[str, dict[str, Path]],
+    datasets: Sequence[str],
+    runs: dict[str, dict[str, list[Path]]],
     missing: dict[str, str],
     failed: dict[str, str],
 ) -> str:
-    from clip_adapter.pipelines.comparison import read_comparison
-
     weights = "" if config.pretrained is None else f" with {Path(config.pretrained).name}"
     lines = [
         "# Published and reproduced test accuracies",
@@ -173,12 +181,10 @@ def _page(
     if config.backbone != published_backbone():
         lines += ["", f"The published numbers are {published_backbone()}'s: no agreement is meant."]
     for preset in PRESETS:
-        found = read_comparison(runs[preset])
+        ours = _accuracies(runs[preset])
         lines += ["", f"## --preset {preset}", "", _HEAD, _RULE]
-        for place in _places(found.accuracy.shape):
-            dataset, method, shots = place
-            names = (found.datasets[dataset], found.methods[method], found.shots[shots])
-            lines.append(_row(config, *names, 100 * found.accuracy[place], 100 * found.std[place]))
+        for place in product(datasets, methods_of_the_paper(), config.shots):
+            lines.append(_row(config, *place, *ours.get(place, (nan, nan))))
         lines += ["", f"Averages, ranks and differences: {preset}/study.md, {preset}/study.png"]
     for title, sentences in (("Not there", missing), ("Failed", failed)):
         if sentences:
@@ -191,16 +197,24 @@ _HEAD = "| data set | method | shots | published | ours | difference | within th
 _RULE = "| --- | --- | --- | --- | --- | --- | --- |"
 
 
-def _places(shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    return [(d, m, s) for d in range(shape[0]) for m in range(shape[1]) for s in range(shape[2])]
+def _accuracies(runs: dict[str, list[Path]]) -> dict[tuple[str, str, Shots], tuple[float, float]]:
+    """Mean and deviation in %, by data set, method and shots."""
+    from clip_adapter.pipelines.comparison import read_comparisons
+
+    if not runs:
+        return {}
+    (found,) = read_comparisons(runs)
+    places = list(product(found.datasets, found.methods, found.shots))
+    means, stds = 100 * found.accuracy.ravel(), 100 * found.std.ravel()
+    return dict(zip(places, zip(means, stds, strict=True), strict=True))
 
 
 def _row(
-    config: ReproduceConfig, dataset: str, method: str, shots: object, ours: float, std: float
+    config: ReproduceConfig, dataset: str, method: str, shots: int, ours: float, std: float
 ) -> str:
     number = "–" if ours != ours else f"{ours:.2f}" + ("" if std != std else f" ± {std:.2f}")
     figures = published_of(dataset)
-    wanted = figures.accuracies.get(method, {}).get(shots) if figures else None  # type: ignore[call-overload]
+    wanted = figures.accuracies.get(method, {}).get(shots) if figures else None
     published, compared = "–", ["–", "–"]
     if wanted is not None:
         published = f"{wanted:.2f}"

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NoReturn
 
+from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.words import some
 from clip_adapter.pipelines.fitting.config import FitConfig
+from clip_adapter.pipelines.fitting.run_folder import PLAN, read_plan
 
 OPTIONS = """
 clip-adapter study --caches CACHE [CACHE …] --out FOLDER [options of fit]
+clip-adapter study --runs RUN [RUN …] --out FOLDER
 
 Fit the same methods on every cache, each in a run folder of its own under --out, and compare them
 over all data sets. The same command goes on where an interrupted one stopped. All other options are
 those of `fit`, but for --cache and --resume; `fit --help` lists them.
+
+--runs pools finished runs, such as those of jobs on a cluster: run folders of `fit`, or folders of
+studies. What is fitted here, too, is pooled with them; runs on one cache are one data set.
 """
 
 # A run that was begun goes on only where it was asked for the same, also by what is left out: data
@@ -28,23 +34,24 @@ EVERYTHING = frozenset(option.name for option in fields(FitConfig))
 @dataclass(frozen=True)
 class StudyConfig:
     """caches: feature caches, one for each data set; out: the folder of the study; fit: what to do
-    on each of them."""
+    on each of them; runs: finished runs, or folders of them, that count as well."""
 
     caches: tuple[Path, ...]
     out: Path
     fit: FitConfig
+    runs: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
 class Study:
     """What a study found.
 
-    folder: where it lies. runs: the run folder of each data set that was fitted, by name.
-    failed: a sentence for each of the others, by name.
+    folder: where it lies. runs: the run folders of each data set, by name. failed: a sentence for
+    each data set that could not be fitted, or not to the end.
     """
 
     folder: Path
-    runs: dict[str, Path]
+    runs: dict[str, list[Path]]
     failed: dict[str, str]
 
 
@@ -52,24 +59,68 @@ def study(config: StudyConfig, listener: Listener | None = None) -> Study:
     """Fit on every cache and write the comparison (study.md, study.csv, study.png) to the folder.
 
     A data set that cannot be fitted, or not to the end, is named and leaves the others whole.
-    Raises UserError for bad arguments, and where no data set can be fitted.
+    Raises UserError for bad arguments, and where there is no run to compare.
     """
-    from clip_adapter.pipelines.fit import fit
-
     listener = listener or Listener()
     names = [cache.stem for cache in config.caches]
-    if not names:
+    if not names and not config.runs:
         raise UserError("--caches needs at least one cache.")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
             f"--caches names several files {some(twice)}; a data set is called by its file's name."
         )
+    finished = [read for folder in config.runs for read in _finished(folder)]
+    fitted, failed = _fitted(config, listener)
+    runs = _by_dataset(fitted, finished)
+    if not runs:
+        raise UserError("No data set could be fitted; see the sentences above.")
+    from clip_adapter.pipelines.comparison_page import write_comparison
+
+    write_comparison(config.out, runs)
+    return Study(config.out, runs, failed)
+
+
+def _finished(folder: Path) -> list[Path]:
+    """This run, or the runs of this study."""
+    if files.is_there(folder / PLAN):
+        return [folder]
+    runs = sorted(path.parent for path in folder.glob(f"*/{PLAN}"))
+    if not runs:
+        raise UserError(f"{folder} holds no run of `fit`, nor a study (there is no {PLAN}).")
+    return runs
+
+
+def _by_dataset(fitted: Mapping[str, Path], finished: Sequence[Path]) -> dict[str, list[Path]]:
+    """Runs on one cache together, by the name of the first one's cache."""
+    runs: dict[str, list[Path]] = {}
+    caches: dict[str, str] = {}
+    named = [*fitted.items(), *((None, path) for path in finished)]
+    for given, path in named:
+        plan = read_plan(path)
+        name = caches.get(plan.cache_sha256) or given or Path(plan.cache).stem
+        if name in runs and caches.get(plan.cache_sha256) != name:
+            raise UserError(
+                f"{runs[name][0]} and {path} were made on different caches of one name; a data set "
+                "is called by its file's name."
+            )
+        caches[plan.cache_sha256] = name
+        own = runs.setdefault(name, [])
+        if path.resolve() not in {other.resolve() for other in own}:
+            own.append(path)
+    return runs
+
+
+def _fitted(config: StudyConfig, listener: Listener) -> tuple[dict[str, Path], dict[str, str]]:
+    """The run of each cache that was fitted, and a sentence for each other, by name."""
+    from clip_adapter.pipelines.fit import fit
+
     runs: dict[str, Path] = {}
     failed: dict[str, str] = {}
-    for name, cache in zip(names, config.caches, strict=True):
-        listener.note(f"{name} ({len(runs) + len(failed) + 1} of {len(names)})")
+    for cache in config.caches:
+        name = cache.stem
+        listener.note(f"{name} ({len(runs) + len(failed) + 1} of {len(config.caches)})")
         folder = config.out / name
-        begun = (folder / "run.json").exists()
+        begun = (folder / PLAN).exists()
         own = replace(
             config.fit,
             cache=cache,
@@ -91,12 +142,7 @@ def study(config: StudyConfig, listener: Listener | None = None) -> Study:
                 failed[name] = result.problem
         if name in failed:
             listener.warn(f"{name}: {failed[name]}")
-    if not runs:
-        raise UserError("No data set could be fitted; see the sentences above.")
-    from clip_adapter.pipelines.comparison import write_comparison
-
-    write_comparison(config.out, runs)
-    return Study(config.out, runs, failed)
+    return runs, failed
 
 
 def parse(arguments: Sequence[str] | None = None) -> StudyConfig:
@@ -112,6 +158,7 @@ def parse(arguments: Sequence[str] | None = None) -> StudyConfig:
 
     parser = Parser(prog="clip-adapter study", add_help=False, allow_abbrev=False)
     parser.add_argument("--caches", nargs="*", type=Path, default=[])
+    parser.add_argument("--runs", nargs="*", type=Path, default=[])
     parser.add_argument("--out", type=Path, default=Path("study"))
     parser.add_argument("--help", "-h", action="store_true", default=argparse.SUPPRESS)
     given, others = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
@@ -119,10 +166,12 @@ def parse(arguments: Sequence[str] | None = None) -> StudyConfig:
         print(OPTIONS.strip())
         raise SystemExit(0)
     config = flags.parse(others)
+    if others and not given.caches:
+        raise UserError("--caches needs at least one cache.")
     for name in ("cache", "resume"):
         if getattr(config, name) is not None:
             raise UserError(f"--{name} is for `fit`; a study takes --caches and --out.")
-    return StudyConfig(tuple(given.caches), given.out, config)
+    return StudyConfig(tuple(given.caches), given.out, config, tuple(given.runs))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -15,7 +15,7 @@ from clip_adapter.adapters.hyper import Value
 from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.one_task import TaskRunner
-from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
+from clip_adapter.pipelines.fitting.plan import METHOD, Plan, PlannedMethod
 from clip_adapter.pipelines.fitting.predictions import predict_test
 from clip_adapter.pipelines.fitting.results import TaskResult
 from clip_adapter.pipelines.fitting.run_folder import RunFolder
@@ -26,7 +26,8 @@ FILE = "ablation.jsonl"
 
 @dataclass(frozen=True)
 class AblationRow:
-    """How a method did on a task with one hyper-parameter held at a value."""
+    """How a method did on a task with one hyper-parameter held at a value; or, of the factor
+    `method`, how the method of that name did."""
 
     factor: str
     value: Value
@@ -37,15 +38,16 @@ class AblationRow:
         return self.factor, str(self.value), *self.result.key
 
 
-def ablated(plan: Plan) -> list[tuple[str, PlannedMethod]]:
-    """(factor, method with that factor held at one value) for everything to run."""
-    return [
-        (factor, replace(planned, values={**planned.values, factor: (value,)}))
+def ablated(plan: Plan) -> list[tuple[str, Value, PlannedMethod]]:
+    """(factor, value, method with that factor held at it) for every row of a task."""
+    hyper = [
+        (factor, value, replace(planned, values={**planned.values, factor: (value,)}))
         for factor in plan.ablate
         for planned in plan.fitted
         if factor in planned.method.hyper
         for value in planned.ablation[factor]
     ]
+    return hyper + [(METHOD, planned.method.name, planned) for planned in plan.compared]
 
 
 def run_ablations(
@@ -61,14 +63,16 @@ def run_ablations(
     """
     rows = read_ablations(folder.path)
     finished = {row.key for row in rows}
-    for factor, planned in ablated(runner.plan):
-        value = planned.values[factor][0]
+    own = {result.key: result for result in folder.results()}
+    for factor, value, planned in ablated(runner.plan):
         for task in runner.data.tasks:
-            key = (factor, str(value), planned.method.name, task.shots, task.seed)
-            if key in finished:
+            task_key = (planned.method.name, task.shots, task.seed)
+            if (factor, str(value), *task_key) in finished:
                 continue
             expect = begin(f"{planned.method.name}, {factor} {value}, {task.shots} shots")
-            rows.append(AblationRow(factor, value, _result(runner, planned, task, folder, expect)))
+            known = own.get(task_key) if factor == METHOD else None
+            result = known or _result(runner, planned, task, folder, expect)
+            rows.append(AblationRow(factor, value, result))
             lines = [json.dumps(asdict(row)) + "\n" for row in rows]
             folder.write(FILE, "".join(lines).encode())
             end()

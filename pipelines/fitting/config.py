@@ -42,7 +42,8 @@ class FitConfig:
         search: How far to train settings; `halving` gives each a tenth of the epochs and lets the
             best third go on, twice.
         ablate: Hyper-parameters to show the test accuracy of at every value, everything else
-            selected on validation: an analysis, which chooses nothing.
+            selected on validation, or `method` for the methods named or else all: an analysis,
+            which chooses nothing.
         refit: Fit the chosen setting once more on every labelled image of the cache, and keep that
             adapter; the accuracies shown are those of before.
         placement: How settings share a device: one after another, as auto does on a CPU, or side by

@@ -8,6 +8,7 @@ from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.methods import METHODS
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.words import dashed
 
 Values = Mapping[str, Sequence[Value]]
 
@@ -16,7 +17,7 @@ def of_flag(flag: str) -> str:
     """The hyper-parameter of a flag, such as learning_rate of `lr`."""
     for method in METHODS.values():
         for name, hyper in method.hyper.items():
-            if flag in (name, hyper.flag, _dashed(name)):
+            if flag in (name, hyper.flag, dashed(name)):
                 return name
     return flag
 
@@ -29,7 +30,7 @@ def shown_values(method: Method, factor: str, given: Sequence[Value]) -> tuple[V
     hyper = method.hyper[factor]
     values = given if len(given) > 1 else hyper.ablated or hyper.tried
     if len(values) < 2:
-        flag = _dashed(hyper.flag or factor)
+        flag = dashed(hyper.flag or factor)
         raise UserError(f"--ablate {factor} needs several values; name them with --{flag}.")
     try:
         checked = tuple(hyper.checked(factor, value) for value in values)
@@ -45,8 +46,7 @@ def check_effect(method: Method, factor: str, values: Values) -> None:
     hyper = method.hyper[factor]
     if not any(factor in setting for setting in method.settings(values)):
         reasons = " or ".join(
-            f"--{_dashed(other)} {' or '.join(map(str, some))}"
-            for other, some in hyper.when.items()
+            f"--{dashed(other)} {' or '.join(map(str, some))}" for other, some in hyper.when.items()
         )
         raise UserError(f"--ablate {factor} has no effect without {reasons}.")
 
@@ -57,7 +57,3 @@ def in_grid(values: Values, ablation: Values, row: Mapping[str, str]) -> bool:
     return all(
         not row.get(factor) or row[factor] in map(str, values[factor]) for factor in ablation
     )
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")

@@ -21,7 +21,7 @@ def check_feasible(plan: Plan, data: Data, rows: TaskRows) -> None:
     base_to_new = plan.train_classes == "base"
     if base_to_new:
         _check_halves(plan, data)
-    for planned in plan.methods:
+    for planned in plan.everything:
         method = planned.method
         if missing := set(method.needs) - available(data.cache):
             flags = " ".join(sorted(PROVIDED_BY[need] for need in missing))

@@ -12,6 +12,7 @@ from clip_adapter.adapters.hyper import Hyper
 from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.methods import METHODS
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.words import dashed
 from clip_adapter.pipelines.argument_types import READERS, number_or
 from clip_adapter.pipelines.command_line import Parser, config_from, parser_for
 from clip_adapter.pipelines.fitting.config import FitConfig
@@ -54,7 +55,7 @@ def flags_of(methods: Sequence[Method]) -> Flags:
             owners.setdefault(name, []).append(method)
     flags: Flags = {}
     for name, those in owners.items():
-        flag = _dashed(those[0].hyper[name].flag or name)
+        flag = dashed(those[0].hyper[name].flag or name)
         if all(_means_the_same(m.hyper[name], those[0].hyper[name]) for m in those):
             flags[flag] = name, those
         if len(those) > 1:
@@ -90,7 +91,7 @@ def _check_flags(words: Sequence[str], methods: Sequence[Method], flags: Flags) 
         owners = [
             method.name
             for method in METHODS.values()
-            if any(flag == _dashed(hyper.flag or n) for n, hyper in method.hyper.items())
+            if any(flag == dashed(hyper.flag or n) for n, hyper in method.hyper.items())
         ]
         if owners:
             names = " and ".join(method.name for method in methods)
@@ -177,7 +178,3 @@ def _means_the_same(one: Hyper, other: Hyper) -> bool:
 
 def _destination(flag: str) -> str:
     return f"hyper {flag}"
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")

@@ -1,5 +1,6 @@
 """Options that were given and change nothing."""
 
+from clip_adapter.cache.words import dashed
 from clip_adapter.pipelines.fitting.config import FitConfig, own_values
 from clip_adapter.pipelines.fitting.plan import Plan
 
@@ -14,10 +15,10 @@ def without_effect(config: FitConfig, plan: Plan) -> list[str]:
             if all(name not in setting for setting in settings):
                 flag = method.hyper[name].flag or name
                 reasons = " or ".join(
-                    f"--{_dashed(other)} {' or '.join(map(str, values))}"
+                    f"--{dashed(other)} {' or '.join(map(str, values))}"
                     for other, values in method.hyper[name].when.items()
                 )
-                idle.append(f"--{_dashed(flag)} has no effect without {reasons}.")
+                idle.append(f"--{dashed(flag)} has no effect without {reasons}.")
     trained = any(planned.method.is_trained for planned in plan.methods)
     if plan.search == "halving" and (plan.select == "none" or not trained):
         why = "with --select none" if trained else "where no method is trained step by step"
@@ -29,7 +30,3 @@ def without_effect(config: FitConfig, plan: Plan) -> list[str]:
     ):
         idle.append(f"--preset {plan.preset} has no effect on these methods.")
     return list(dict.fromkeys(idle))
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")

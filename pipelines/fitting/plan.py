@@ -9,30 +9,29 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Method
-from clip_adapter.adapters.methods import METHODS, find_method
+from clip_adapter.adapters.methods import find_method
 from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.words import shortened
+from clip_adapter.cache.words import dashed, shortened
 from clip_adapter.pipelines.fitting.config import (
-    DEFAULT_CACHE,
     FitConfig,
     Selection,
     Shots,
-    own_values,
 )
-from clip_adapter.pipelines.fitting.factors import check_effect, of_flag, shown_values
 
 if TYPE_CHECKING:
     from clip_adapter.adapters.engine import Placement
 
+VERSION = version("clip-adapter")
 LARGEST_SEED = 2**31 - 1  # JAX takes an int32
 OWN_SHA256 = "sha256"
+METHOD = "method"  # a factor of an ablation that is no hyper-parameter
 Json = dict[str, Any]
 
 
@@ -56,12 +55,16 @@ class PlannedMethod:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides a run's numbers; the fields that FitConfig has too mean the same here."""
+    """All that decides a run's numbers; the fields that FitConfig has too mean the same here.
+
+    compared: the methods that `--ablate method` shows, some of which may be among the others.
+    """
 
     clip_adapter: str
     cache: str
     cache_sha256: str
     methods: tuple[PlannedMethod, ...]
+    compared: tuple[PlannedMethod, ...]
     shots: tuple[Shots, ...]
     seeds: tuple[int, ...]
     select: Selection
@@ -79,6 +82,11 @@ class Plan:
         """The methods that were asked for, without the baselines."""
         return [planned for planned in self.methods if not planned.baseline]
 
+    @property
+    def everything(self) -> list[PlannedMethod]:
+        """Each method of which something is fitted, once."""
+        return list({planned.name: planned for planned in (*self.compared, *self.methods)}.values())
+
     def document(self) -> Json:
         """As JSON, with a SHA-256 over the rest."""
         document = json.loads(json.dumps(asdict(self)))
@@ -92,16 +100,16 @@ class Plan:
         """
         if not isinstance(document, dict) or "clip_adapter" not in document:
             raise ValueError("it holds no plan of this program")
-        if (found := document["clip_adapter"]) != version("clip-adapter"):
+        if (found := document["clip_adapter"]) != VERSION:
             raise ValueError(f"it was made by clip-adapter {shortened(str(found), 40)}")
         content = {name: value for name, value in document.items() if name != OWN_SHA256}
         if document.get(OWN_SHA256) != _sha256(content):
             raise ValueError("it was changed (its SHA-256 does not match)")
         try:
-            methods = tuple(_planned(entry) for entry in content["methods"])
             several = {name: tuple(content[name]) for name in ("shots", "seeds", "ablate")}
-            plan = cls(**content | several | {"methods": methods})
-            _check_protocol(plan)
+            several |= {n: tuple(map(_planned, content[n])) for n in ("methods", "compared")}
+            plan = cls(**content | several)
+            check_protocol(plan)
         except (KeyError, TypeError, AttributeError, UserError) as error:
             raise ValueError(f"its plan is damaged ({shortened(str(error), 200)})") from error
         return plan
@@ -145,45 +153,6 @@ class Plan:
         return names
 
 
-def make_plan(config: FitConfig, cache_sha256: str, available: Iterable[str] = ()) -> Plan:
-    """Resolve what was asked for.
-
-    available: what the cache has of the things that methods may need; `--method all` takes the
-        methods that it can serve.
-    Raises UserError, in a sentence, for what cannot be meant.
-    """
-    names = [*config.method]
-    if "all" in names:
-        if len(names) > 1:
-            raise UserError("--method all takes every method; name no other beside it.")
-        names = [n for n, m in METHODS.items() if set(m.needs) <= set(available)]
-    fitted = [named(name) for name in names]
-    others = [named(name) for name in config.baselines if name not in names]
-    _check_owners(config, fitted)
-    beside = [name for name in config.baselines if name not in names]
-    planned = [_with_values(config, n, m, True) for n, m in zip(beside, others, strict=True)]
-    planned += [_with_values(config, n, m, False) for n, m in zip(names, fitted, strict=True)]
-    plan = Plan(
-        clip_adapter=version("clip-adapter"),
-        cache=str(config.cache or DEFAULT_CACHE),
-        cache_sha256=cache_sha256,
-        methods=tuple(planned),
-        shots=config.shots,
-        seeds=config.seeds,
-        select=config.select,
-        preset=config.preset,
-        repeat=config.repeat,
-        augment=config.augment,
-        train_classes=config.train_classes,
-        search=config.search,
-        ablate=tuple(map(of_flag, config.ablate)),
-        refit=config.refit,
-        placement=config.placement,
-    )
-    _check_protocol(plan)
-    return plan
-
-
 def named(name: str) -> Method:
     """The method of a name; raises UserError where there is none."""
     try:
@@ -193,42 +162,7 @@ def named(name: str) -> Method:
         raise UserError(f"{reason[:1].upper()}{reason[1:]}.") from None
 
 
-def _with_values(config: FitConfig, name: str, method: Method, baseline: bool) -> PlannedMethod:
-    given = {} if baseline else own_values(config, method)
-    for key, some in given.items():
-        if not some:
-            raise UserError(f"--{_dashed(method.hyper[key].flag or key)} needs at least one value.")
-    ablation = {}
-    for factor in () if baseline else map(of_flag, config.ablate):
-        if factor in method.hyper:
-            ablation[factor] = shown_values(method, factor, given.get(factor, ()))
-            alone = method.hyper[factor].single or config.select == "none"
-            if alone and len(given.get(factor, ())) > 1:
-                del given[factor]  # nothing is to choose between what is only shown
-    try:
-        values = method.values(given, config.preset, one=config.select == "none")
-    except ValueError as error:
-        raise UserError(f"{name}: {error}.") from None
-    if config.select == "none" and len(method.settings(values)) > 1:
-        raise UserError(
-            f"--select none cannot choose between several settings of {name}; give one of each."
-        )
-    for factor in ablation:
-        check_effect(method, factor, values)
-    return PlannedMethod(name, values, baseline, ablation)
-
-
-def _check_owners(config: FitConfig, methods: Sequence[Method]) -> None:
-    """Every value that was given belongs to one of the methods."""
-    for key in config.hyper:
-        owner, _, name = key.rpartition(".")
-        if not any(name in m.hyper and owner in ("", m.name) for m in methods):
-            others = [n for n, m in METHODS.items() if name in m.hyper]
-            whose = f"it belongs to {', '.join(others)}" if others else "no method has that"
-            raise UserError(f"{', '.join(config.method)} has no {shortened(name)}; {whose}.")
-
-
-def _check_protocol(plan: Plan) -> None:
+def check_protocol(plan: Plan) -> None:
     """Raises UserError where tasks cannot be drawn as asked for."""
     if not plan.fitted:
         raise UserError("--method needs at least one value.")
@@ -239,6 +173,8 @@ def _check_protocol(plan: Plan) -> None:
         if len(set(values)) < len(values):
             raise UserError(f"--{name} names a value twice.")
     for factor in plan.ablate:
+        if factor == METHOD:
+            continue
         if not any(factor in planned.method.hyper for planned in plan.fitted):
             raise UserError(f"--ablate {shortened(factor)}: none of these methods has that.")
     names = [planned.method.name for planned in plan.methods]
@@ -254,7 +190,7 @@ def _check_protocol(plan: Plan) -> None:
         raise UserError(f"--seeds must be whole numbers between 0 and {LARGEST_SEED}.")
     for name, words in _WORDS.items():
         if getattr(plan, name) not in words:
-            raise UserError(f"--{_dashed(name)} must be one of {', '.join(words)}.")
+            raise UserError(f"--{dashed(name)} must be one of {', '.join(words)}.")
 
 
 _WORDS = {
@@ -284,7 +220,3 @@ def _planned(entry: Mapping[str, Any]) -> PlannedMethod:
 
 def _sha256(document: Json) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")

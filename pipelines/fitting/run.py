@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clip_adapter.adapters.engine import Engine
+from clip_adapter.cache.cores import available_cores
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.reader import FeatureCache
@@ -24,7 +25,8 @@ from clip_adapter.pipelines.fitting.feasible import check_feasible
 from clip_adapter.pipelines.fitting.idle import without_effect
 from clip_adapter.pipelines.fitting.keep import keep_one
 from clip_adapter.pipelines.fitting.one_task import TaskRunner
-from clip_adapter.pipelines.fitting.plan import Plan, make_plan
+from clip_adapter.pipelines.fitting.plan import Plan
+from clip_adapter.pipelines.fitting.planning import make_plan
 from clip_adapter.pipelines.fitting.plot import write_plot
 from clip_adapter.pipelines.fitting.provenance import PROVENANCE, Provenance
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
@@ -133,7 +135,7 @@ def _execute(
     about = provenance.lines()
     folder.write_json(PROVENANCE, provenance.document())
     folder.write_json("tasks.json", [_task_document(data, rows) for rows in tasks])
-    engine = Engine(plan.placement)
+    engine = Engine(plan.placement, cores=available_cores())
     said: set[str] = set()
 
     def tell(sentence: str) -> None:

@@ -41,8 +41,9 @@ OUTCOME_COLUMNS = (
     *("epochs_run", "best_epoch", "val_accuracy", "val_nll"),
     *("status", "seconds", "right"),
 )
+PLAN = "run.json"
 # Files of a run's first moments, before its plan is there: they hold nothing.
-BEFORE_THE_PLAN = {"run.json.new"}
+BEFORE_THE_PLAN = {f"{PLAN}.new"}
 
 
 class RunFolder:
@@ -54,7 +55,7 @@ class RunFolder:
 
     def __init__(self, path: Path, plan: Plan, *, resume: bool) -> None:
         self.path = path
-        names = {name: None for planned in plan.methods for name in planned.method.hyper}
+        names = {name: None for planned in plan.everything for name in planned.method.hyper}
         self.setting_columns = tuple(names)
         self._columns = (*TASK_COLUMNS, *self.setting_columns, *OUTCOME_COLUMNS)
         self._known: dict[tuple[str, ...], Row] = {}
@@ -74,7 +75,7 @@ class RunFolder:
             else:
                 _check_empty(path)
                 # The plan comes first: from now on the run can go on.
-                files.write_text(path / "run.json", json.dumps(plan.document(), indent=1))
+                files.write_text(path / PLAN, json.dumps(plan.document(), indent=1))
             self._results = (path / "results.csv").open("a", newline="")
             undo.callback(self._results.close)
             self._writer = csv.DictWriter(self._results, self._columns, lineterminator="\n")
@@ -211,10 +212,10 @@ def read_plan(path: Path) -> Plan:
 
     Raises UserError where there is none, or one of another version.
     """
-    plan = path / "run.json"
+    plan = path / PLAN
     try:
         if not plan.is_file():
-            raise UserError(f"{path} holds no run of `fit` (there is no run.json).")
+            raise UserError(f"{path} holds no run of `fit` (there is no {PLAN}).")
         return Plan.of_document(json.loads(plan.read_text(encoding="utf-8")))
     except UserError:
         raise
@@ -235,7 +236,7 @@ def _lock(path: Path) -> int:
 
 
 def _check_empty(path: Path) -> None:
-    if (path / "run.json").exists():
+    if (path / PLAN).exists():
         raise UserError(f"{path} already holds a run; choose another --out, or --resume it.")
     if any(entry.name not in BEFORE_THE_PLAN for entry in path.iterdir()):
         raise UserError(f"{path} is not empty; choose another --out.")

@@ -150,12 +150,12 @@ def _ablation_table(plan: Plan, factor: str, ablations: Sequence[AblationRow]) -
     table = Table(title=title, box=SIMPLE_HEAD)
     table.add_column(factor)
     for shots in plan.shots:
-        table.add_column(f"{shots} shots", justify="right")
+        table.add_column(f"{shots} shot{'s' * (shots != 1)}", justify="right")
     several = len({row.result.method for row in rows}) > 1
     for method, value in dict.fromkeys((row.result.method, row.value) for row in rows):
         own = [row.result for row in rows if (row.result.method, row.value) == (method, value)]
         cells = {row.shots: accuracy(row, "test_accuracy") for row in summarise(own)}
-        name = f"{method} {value}" if several else str(value)
+        name = f"{method} {value}" if several and value != method else str(value)
         table.add_row(name, *(cells.get(shots, "–") for shots in plan.shots))
     return table
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_adapter.adapters.method import Method
+from clip_adapter.cache.words import dashed
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.plan import PlannedMethod
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
@@ -126,7 +127,7 @@ def _difference(run: Run, planned: PlannedMethod, others: Sequence[tuple[Run, An
 
 def _flag(method: Method, name: str) -> str:
     flag = method.hyper[name].flag if name in method.hyper else ""
-    return (flag or name).replace("_", "-")
+    return dashed(flag or name)
 
 
 def _words(value: Any) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.fitting.config import Shots
+from clip_adapter.pipelines.fitting.factors import in_grid
 from clip_adapter.pipelines.reporting.entries import Entry
 
 
@@ -35,7 +36,8 @@ def read_fits(entry: Entry) -> list[Fit]:
         try:
             with path.open(newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if row["method"] == entry.method.name]
-            fits = [_fit(row, entry) for row in rows]
+            values, shown = entry.planned.values, entry.planned.ablation
+            fits = [_fit(row, entry) for row in rows if in_grid(values, shown, row)]
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
             raise UserError(f"{path} cannot be read; fit --resume {run.path}.") from error
         found += [fit for fit in fits if (fit.shots, fit.seed) in own]

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clip_adapter.adapters.engine import Engine, Leaves, Placement
+from clip_adapter.adapters.engine import Engine, Placement
 from clip_adapter.adapters.method import Setting, Task
+from clip_adapter.adapters.program import Leaves
 from tests.adapters.tasks import (
     CLIP_ADAPTER,
     EACH_EPOCH,

@@ -241,7 +241,8 @@ def inner() -> tuple[LogisticObjective, Data, np.ndarray]:
     features, labels = clusters(20, 4, 3, 1.0)
     rows = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
     rng = np.random.default_rng(1)
-    return LogisticObjective(rows, labels), (rows, labels), rng.normal(size=(5, 3))
+    biased = np.column_stack([rows, np.ones(len(rows))])
+    return LogisticObjective(biased, labels), (rows, labels), rng.normal(size=(5, 3))
 
 
 def test_value_gradient_and_hessian(inner: tuple[LogisticObjective, Data, np.ndarray]):

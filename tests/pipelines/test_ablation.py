@@ -134,6 +134,31 @@ def test_with_nothing_that_chooses(cache: Path, tmp_path: Path) -> None:
     }
 
 
+def test_the_factor_method_shows_every_method_that_the_cache_can_serve(
+    cache: Path, tmp_path: Path
+) -> None:
+    plain = fit(short(cache, tmp_path / "plain", alpha=(0.2, 0.6), **QUICK))
+    given = {"ablate": "method", "alpha": (0.2, 0.6), **QUICK}
+    result = fit(short(cache, tmp_path / "run", **given))
+    servable = [name for name, method in METHODS.items() if set(method.needs) <= {"text"}]
+    assert sorted(shown(result.ablations)) == sorted(servable)
+    assert result.results == plain.results and result.kept == plain.kept
+    assert load_adapter(result.run).info.method == "clip-adapter"
+    found = shown(result.ablations)
+    assert found["clip-adapter"] == plain.results[0].test_accuracy, "with the values given"
+    for other in ("gda", "taskres"):
+        asked = FitConfig(cache=cache, out=tmp_path / other, method=other, baselines=(), shots=2)
+        assert found[other] == fit(asked).results[0].test_accuracy, "with its own defaults"
+
+
+def test_the_factor_method_of_several_methods_shows_those(cache: Path, tmp_path: Path) -> None:
+    names = ("tip-adapter", "gda")
+    asked = FitConfig(cache=cache, out=tmp_path / "run", method=names, shots=2, ablate="method")
+    result = fit(asked)
+    own = {row.method: row.test_accuracy for row in result.results}
+    assert shown(result.ablations) == {name: own[name] for name in names}
+
+
 class Killed(BaseException):
     pass
 

@@ -55,6 +55,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("--alpha 0.2 -0.1", "alpha is -0.1, not"),
         ("--alpha nan", "alpha is nan, not"),
         ("--branch text --beta 2", "beta is 2.0, not"),
+        ("--branch image text", "branch takes one value, which holds for all settings."),
         ("--alpha learned --alpha-init 7", "alpha_init is 7.0, not a number in [0, 1]"),
         ("--beta-init inf", "beta_init is inf, not"),
         ("--lr 0", "learning_rate is 0.0, not a number > 0"),

@@ -8,7 +8,8 @@ import pytest
 
 from clip_adapter.pipelines.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
-from clip_adapter.pipelines.fitting.plan import Plan, make_plan
+from clip_adapter.pipelines.fitting.plan import Plan
+from clip_adapter.pipelines.fitting.planning import make_plan
 from clip_adapter.pipelines.fitting.plot import PLOT, plotted, write_plot
 from clip_adapter.pipelines.fitting.run_folder import RunFolder
 from tests.pipelines.tiny_cache import short, tiny_data, write_cache

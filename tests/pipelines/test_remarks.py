@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from clip_adapter.pipelines.fitting.config import FitConfig
-from clip_adapter.pipelines.fitting.plan import make_plan
+from clip_adapter.pipelines.fitting.planning import make_plan
 from clip_adapter.pipelines.fitting.predictions import Predictions, predictions_path
 from clip_adapter.pipelines.fitting.remarks import remarks
 from clip_adapter.pipelines.fitting.results import TaskResult, summarise

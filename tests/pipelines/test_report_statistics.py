@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from clip_adapter.pipelines.fitting.flags import parse
-from clip_adapter.pipelines.fitting.plan import make_plan
+from clip_adapter.pipelines.fitting.planning import make_plan
 from clip_adapter.pipelines.fitting.predictions import Predictions
 from clip_adapter.pipelines.reporting.class_section import Pair, changed_most
 from clip_adapter.pipelines.reporting.command_line_of import command_line

@@ -1,5 +1,6 @@
 """`clip-adapter reproduce`: raw data in CoOp's layout to a page beside the published numbers."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -146,10 +147,19 @@ def test_a_data_set_that_cannot_be_read_leaves_the_others(root: Path, out: Path)
     (failed,) = page[page.index("## Failed") :].splitlines()[2:]
     assert failed.startswith("- eurosat: ") and "split_zhou_EuroSAT.json" in failed
     rows = table(page, "paper")
-    assert {row[0] for row in rows} == {"oxford_pets"}
-    assert {row[6] for row in rows if row[3] != "–"} == {"yes"}
+    whole, lost = ([r for r in rows if r[0] == name] for name in HERE)
+    assert {row[6] for row in whole if row[3] != "–"} == {"yes"}
     own = [row[:6] for row in table((out / "reproduction.md").read_text(), "paper")]
-    assert [row[:6] for row in rows] == [row for row in own if row[0] == "oxford_pets"]
+    assert [row[:6] for row in whole] == [row for row in own if row[0] == "oxford_pets"]
+    # Its published numbers stand there without ours.
+    assert [row[:4] for row in lost] == [row[:4] for row in own if row[0] == "eurosat"]
+    assert {tuple(row[4:]) for row in lost} == {("–", "–", "–")}
+
+
+def test_where_nothing_can_be_fitted(root: Path, out: Path) -> None:
+    config = ReproduceConfig(root, "glyph-clip", out=out, shots=(1,), seeds=(1,), device="cpu")
+    with pytest.raises(UserError, match="No data set could be fitted"):
+        reproduce(dataclasses.replace(config, epochs=3, context=4))  # begun with 2 epochs
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,7 @@ def test_another_version_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatc
     """Its defaults and its training may be others."""
     run = fit(short(folder / "features.h5", folder / "run", alpha=0.5, epochs=1)).run
     before = files(run)
-    monkeypatch.setattr("clip_adapter.pipelines.fitting.plan.version", lambda name: "99.0")
+    monkeypatch.setattr("clip_adapter.pipelines.fitting.plan.VERSION", "99.0")
     with pytest.raises(UserError, match=r"it was made by clip-adapter 0\.[0-9.]+; start a new run"):
         fit(FitConfig(resume=run))
     assert files(run) == before

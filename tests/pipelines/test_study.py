@@ -1,6 +1,7 @@
 """`clip-adapter study`: several caches as one experiment, and what it says of them."""
 
 import csv
+import dataclasses
 import itertools
 import re
 import signal
@@ -14,7 +15,8 @@ import pytest
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.listener import Listener
-from clip_adapter.pipelines.comparison import Comparison, read_comparison, write_comparison
+from clip_adapter.pipelines.comparison import Comparison, read_comparisons
+from clip_adapter.pipelines.comparison_page import write_comparison
 from clip_adapter.pipelines.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.study import StudyConfig, main, parse, study
@@ -141,13 +143,15 @@ def test_a_method_without_a_number_on_a_data_set() -> None:
     """It has no average; the others have theirs, and pairs are compared where both have one."""
     nan = np.nan
     accuracy = np.array([[[0.5], [0.6]], [[0.7], [nan]], [[0.3], [0.8]]])
-    found = Comparison(("a", "b", "c"), ("one", "two"), (1,), accuracy, accuracy)
+    found = Comparison("test_accuracy", ("a", "b", "c"), ("one", "two"), (1,), accuracy, accuracy)
     assert np.array_equal(found.average, [[0.5], [nan]], equal_nan=True)
     mean, error, wins, losses = found.difference(1, 0)
     assert mean == pytest.approx(0.3)
     assert error == pytest.approx(0.2)
     assert (wins, losses) == (2, 0)
-    lost = Comparison(("a",), ("one", "two"), (1,), np.array([[[0.5], [nan]]]), accuracy)
+    lost = Comparison(
+        "test_accuracy", ("a",), ("one", "two"), (1,), np.array([[[0.5], [nan]]]), accuracy
+    )
     assert np.isnan(lost.difference(0, 1)[0])
 
 
@@ -258,6 +262,8 @@ def test_another_command_does_not_go_on(caches: Path, whole: Path) -> None:
         ("--caches a.h5 --cache b.h5", "--cache is for `fit`; a study takes --caches and --out."),
         ("--caches a.h5 --resume run", "--resume is for `fit`"),
         ("--caches a.h5 --shot 1", "--shot"),
+        ("--runs nowhere", "nowhere holds no run of `fit`, nor a study (there is no run.json)."),
+        ("--runs nowhere --shots 1", "--caches needs at least one cache."),
     ],
 )
 def test_bad_arguments_are_a_sentence(
@@ -284,7 +290,7 @@ def test_nothing_is_half_written(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A picture that cannot be written whole leaves the earlier one."""
-    runs = {name: whole / name for name in NAMES}
+    runs = {name: [whole / name] for name in NAMES}
     write_comparison(tmp_path, runs)
     before = (tmp_path / "study.png").read_bytes()
     replace = Path.replace
@@ -296,7 +302,67 @@ def test_nothing_is_half_written(
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="No space"):
-        write_comparison(tmp_path, {"apples": whole / "apples"})
+    with pytest.raises(UserError, match="No space"):
+        write_comparison(tmp_path, {"apples": [whole / "apples"]})
     assert (tmp_path / "study.png").read_bytes() == before
-    assert read_comparison(runs).datasets == list(NAMES)
+    (found,) = read_comparisons(runs)
+    assert found.datasets == list(NAMES)
+
+
+def test_jobs_of_a_cluster_pool(caches: Path, whole: Path, tmp_path: Path) -> None:
+    """A run folder for each seed and data set, and a study of the third data set."""
+    asked = parse(words(caches, tmp_path)).fit
+    jobs = []
+    for seed, name in itertools.product((1, 2), NAMES[:2]):
+        job = dataclasses.replace(
+            asked, cache=caches / f"{name}.h5", seeds=(seed,), out=tmp_path / f"{name}-{seed}"
+        )
+        jobs.append(fit(job).run)
+    with pytest.raises(SystemExit):
+        main(words(caches, tmp_path / "third", NAMES[2:]))
+    out = tmp_path / "pooled"
+    with pytest.raises(SystemExit) as ended:
+        main(["--runs", *map(str, jobs), str(tmp_path / "third"), "--out", str(out)])
+    assert ended.value.code == 0
+    for name in ("study.csv", "study.md", "study.png"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    # With other arguments it is another method, not another seed.
+    other = dataclasses.replace(
+        asked, cache=caches / "apples.h5", out=tmp_path / "other", repeat=True, shots=(1,)
+    )
+    jobs.append(fit(other).run)
+    found = study(StudyConfig((), tmp_path / "both", FitConfig(), tuple(jobs)))
+    methods = {row["method"] for row in rows(found.folder)}
+    assert {"clip-adapter repeat true", "clip-adapter repeat false"} <= methods
+
+
+def test_base_to_new(caches: Path, tmp_path: Path) -> None:
+    line = [*words(caches, tmp_path / "out", NAMES[:2]), "--train-classes", "base"]
+    at = line.index("--method")
+    line[at : at + 3] = ["--method", "clip-adapter"]
+    del line[line.index("--tip-adapter.alpha") : line.index("--train-classes")]
+    line[line.index("--clip-adapter.alpha")] = "--alpha"
+    with pytest.raises(SystemExit) as ended:
+        main(line)
+    assert ended.value.code == 0
+    for row in rows(tmp_path / "out"):
+        (own,) = (
+            line
+            for line in summary(tmp_path / "out" / row["dataset"])
+            if (line["method"], line["shots"]) == (row["method"], row["shots"])
+        )
+        for measure in ("test_accuracy", "new_accuracy", "harmonic_mean"):
+            assert own[f"{measure}_mean"] and row[f"{measure}_mean"] == own[f"{measure}_mean"]
+    titles = [title for title, _ in tables(tmp_path / "out")]
+    assert [title.split(" (%)")[0] for title in titles[::5]] == [
+        *("Base accuracy", "New accuracy", "Harmonic mean")
+    ]
+    # Beside runs on all classes it would be another measure.
+    runs = (tmp_path / "out" / "apples", tmp_path / "all")
+    fit(
+        dataclasses.replace(
+            parse(words(caches, tmp_path)).fit, cache=caches / "apples.h5", out=runs[1]
+        )
+    )
+    with pytest.raises(UserError, match="are not comparable"):
+        study(StudyConfig((), tmp_path / "mixed", FitConfig(), runs))

@@ -1,0 +1,155 @@
+"""What `study` leaves in its folder: the comparison as tables, numbers and a figure."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from io import BytesIO, StringIO
+from pathlib import Path
+
+import numpy as np
+
+from clip_adapter.cache import files
+from clip_adapter.pipelines.comparison import Comparison, read_comparisons
+from clip_adapter.pipelines.fitting.config import Shots
+from clip_adapter.pipelines.fitting.run_folder import writing
+
+AVERAGE = "average"
+TITLES = {
+    "all": ("test accuracy",),
+    "base": ("base accuracy", "new accuracy", "harmonic mean"),
+}
+
+
+def write_comparison(folder: Path, runs: Mapping[str, Sequence[Path]]) -> None:
+    """Write study.csv (every number), study.md (the tables) and study.png (the figure, of the last
+    table's accuracies).
+
+    runs: of each data set, by its name, as `read_comparisons` takes them.
+    """
+    found = read_comparisons(runs)
+    titles = TITLES["all" if len(found) == 1 else "base"]
+    tables = [_markdown(one, title) for one, title in zip(found, titles, strict=True)]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(folder / "study.csv", _csv(found))
+        files.write_text(folder / "study.md", "\n".join(tables))
+        files.write_bytes(folder / "study.png", _figure(found[-1], titles[-1]))
+
+
+def _csv(found: Sequence[Comparison]) -> str:
+    text = StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [f"{one.measure}_{part}" for one in found for part in ("mean", "std")]
+    writer.writerow(["dataset", "method", "shots", *columns])
+    first = found[0]
+    for place in np.ndindex(first.accuracy.shape):
+        dataset, method, shots = place
+        names = [first.datasets[dataset], first.methods[method], first.shots[shots]]
+        cells = [cell for one in found for cell in (one.accuracy[place], one.std[place])]
+        writer.writerow([*names, *("" if np.isnan(cell) else float(cell) for cell in cells)])
+    return text.getvalue()
+
+
+def _markdown(found: Comparison, title: str) -> str:
+    count = len(found.datasets)
+    of = "" if title == "test accuracy" else f" ({title})"
+    sets = f"{count} data set{'s' * (count != 1)}"
+    blocks = [
+        _table(
+            f"{title[:1].upper()}{title[1:]} (%), average over {sets}: {', '.join(found.datasets)}",
+            ["method", *map(_shots, found.shots)],
+            [
+                [name, *map(_percent, row)]
+                for name, row in zip(found.methods, found.average, strict=True)
+            ],
+        ),
+        _table(
+            f"Mean rank{of} over data sets (1 is the best)",
+            ["method", *map(_shots, found.shots)],
+            [
+                [name, *(f"{rank:.2f}" for rank in row)]
+                for name, row in zip(found.methods, found.ranks, strict=True)
+            ],
+        ),
+        _table(
+            f"Difference{of} in points, row minus column, mean ± standard error over data sets "
+            "(wins : losses over data sets and shots)",
+            ["", *found.methods],
+            [
+                [name, *(_difference(found, one, other) for other in range(len(found.methods)))]
+                for one, name in enumerate(found.methods)
+            ],
+        ),
+    ]
+    for index, dataset in enumerate(found.datasets):
+        rows = [
+            [name, *(_spread(*cell) for cell in zip(*both, strict=True))]
+            for name, *both in zip(
+                found.methods, found.accuracy[index], found.std[index], strict=True
+            )
+        ]
+        heads = ["method", *map(_shots, found.shots)]
+        words = f"{dataset}{of}, mean ± standard deviation over seeds"
+        blocks.append(_table(words, heads, rows))
+    return "\n".join(blocks)
+
+
+def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [title, "", _line(heads), _line(["---"] * len(heads)), *map(_line, rows), ""]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '¦') for cell in cells)} |"
+
+
+def _shots(shots: Shots) -> str:
+    return f"{shots} shot{'s' * (shots != 1)}"
+
+
+def _percent(value: float) -> str:
+    return "–" if np.isnan(value) else f"{100 * value:.2f}"
+
+
+def _spread(value: float, std: float) -> str:
+    return _percent(value) + ("" if np.isnan(std) else f" ± {100 * std:.2f}")
+
+
+def _difference(found: Comparison, one: int, other: int) -> str:
+    if one == other:
+        return ""
+    mean, error, wins, losses = found.difference(one, other)
+    if np.isnan(mean):
+        return "–"
+    spread = "" if np.isnan(error) else f" ± {100 * error:.2f}"
+    return f"{100 * mean:+.2f}{spread} ({wins} : {losses})"
+
+
+def _figure(found: Comparison, title: str) -> bytes:
+    """Accuracy against shots: the average first, then a panel for each data set."""
+    from matplotlib.figure import Figure
+
+    panels = [found.average, *found.accuracy]
+    names = [f"{AVERAGE} of {len(found.datasets)}", *found.datasets]
+    across = min(4, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(3.2 * across, 2.8 * down + 0.6), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).ravel()
+    places = range(len(found.shots))
+    for axis, name, panel in zip(axes, names, panels, strict=False):
+        for method, row in zip(found.methods, panel, strict=True):
+            axis.plot(places, 100 * row, marker="o", markersize=3, label=method)
+        axis.set_title(name, size=9)
+        axis.set_xticks(places, [str(shots) for shots in found.shots])
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    axes[0].set_ylabel(f"{title} (%)")
+    axes[0].set_xlabel("shots")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize=8
+    )
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    return picture.getvalue()
