@@ -17,6 +17,7 @@ from clip_adapter.pipelines.fitting.run_folder import RunFolder
 
 PLOT = "validation.png"
 MOST_VALUES = 30  # more make no readable axis
+MOST_NUMBERS, MOST_TICKS = 60, 8  # readable on a panel
 Cell = tuple[float, float]
 
 
@@ -104,14 +105,16 @@ def _drawn(
         across = sorted({cell[0] for cell in cells})
         upwards = sorted({cell[1] for cell in cells})
         table = [[cells.get((x, y), np.nan) for x in across] for y in upwards]
-        plot.imshow(table, origin="lower", aspect="auto", vmin=low, vmax=high)
-        for (row, column), accuracy in np.ndenumerate(table):
+        image = plot.imshow(table, origin="lower", aspect="auto", vmin=low, vmax=high)
+        numbered = len(across) * len(upwards) <= MOST_NUMBERS
+        if not numbered:
+            figure.colorbar(image)
+        for (row, column), accuracy in np.ndenumerate(table) if numbered else ():
             words = "–" if np.isnan(accuracy) else f"{accuracy:.1f}"
             color = "white" if accuracy <= (low + high) / 2 else "black"
             plot.text(column, row, words, ha="center", va="center", color=color)
-        plot.set_xticks(range(len(across)), [f"{value:g}" for value in across])
-        shown = upwards if axes[1] else []
-        plot.set_yticks(range(len(shown)), [f"{value:g}" for value in shown])
+        plot.set_xticks(*_ticks(across))
+        plot.set_yticks(*_ticks(upwards if axes[1] else []))
         plot.set_title(f"{shots} shot{'s' * (shots != '1')}")
         plot.set_xlabel(axes[0].replace("_", " "))
     plots[0].set_ylabel(axes[1].replace("_", " "))
@@ -121,3 +124,9 @@ def _drawn(
     picture = BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     return picture.getvalue()
+
+
+def _ticks(values: Sequence[float]) -> tuple[list[int], list[str]]:
+    """Places and words, as many as are readable."""
+    places = range(0, len(values), max(1, -(-len(values) // MOST_TICKS)))
+    return list(places), [f"{values[place]:g}" for place in places]

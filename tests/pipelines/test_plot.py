@@ -104,3 +104,17 @@ def test_a_panel_for_each_number_of_shots(tmp_path: Path, drawn: list[matplotlib
     assert [axis.get_title() for axis in drawn[0].axes] == ["2 shots", "4 shots"]
     assert all(len(axis.texts) == 4 for axis in drawn[0].axes)
     assert (run / PLOT).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_fine_grid_has_colours_and_few_ticks(
+    tmp_path: Path, drawn: list[matplotlib.figure.Figure]
+):
+    rates = [0.001 * (1 + step) for step in range(29)]
+    values = [(alpha, rate) for alpha in (0.2, 0.4, 0.6) for rate in rates]
+    rows = [f"clip-adapter,4,1,{alpha},{rate},0.5,ok" for alpha, rate in values]
+    plotted_rows(tmp_path, rows, alpha=(0.2, 0.4, 0.6), learning_rate=tuple(rates))
+    axis, bar = drawn[0].axes
+    assert len(axis.texts) == 0 and len(bar.get_yticks()) > 1
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0.2", "0.4", "0.6"]
+    upwards = [label.get_text() for label in axis.get_yticklabels()]
+    assert upwards == [f"{rate:g}" for rate in rates[::4]]
