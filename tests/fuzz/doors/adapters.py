@@ -145,9 +145,8 @@ def _forge_arrays(rng: random.Random, run: Path) -> str:
     elif how == "type":
         arrays[name] = array.astype(rng.choice((np.float64, np.float16, np.int64, np.bool_)))
     elif how == "shape":
-        shapes = (array[None], array[..., None], array.T, array.reshape(-1))
-    if array.ndim:
-        shapes += (array[:0], array[:1])
+        some = () if array.ndim == 0 else (array[:0], array[:1])
+        shapes = (array[None], array[..., None], array.T, array.reshape(-1), *some)
         arrays[name] = np.ascontiguousarray(rng.choice(shapes))
     elif how == "scale":
         arrays[name] = array * np.float32(rng.choice((0, -1, 1e20, 1e38, 1e-30)))
