@@ -149,7 +149,7 @@ def _forge_arrays(rng: random.Random, run: Path) -> str:
         shapes = (array[None], array[..., None], array.T, array.reshape(-1), *some)
         arrays[name] = np.ascontiguousarray(rng.choice(shapes))
     elif how == "scale":
-        arrays[name] = array * np.float32(rng.choice((0, -1, 1e20, 1e38, 1e-30)))
+        arrays[name] = np.asarray(array * np.float32(rng.choice((0, -1, 1e20, 1e38, 1e-30))))
     elif how == "value":
         arrays[name] = array.copy()
         arrays[name][(0,) * array.ndim] = rng.choice((np.nan, np.inf, 3e38, -1e30))
