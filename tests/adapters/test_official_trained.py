@@ -8,6 +8,8 @@ import pytest
 
 from clip_adapter.adapters.engine import Engine
 from clip_adapter.adapters.methods import METHODS
+from clip_adapter.adapters.search import search
+from tests.adapters.closed_tasks import NoJournal
 from tests.adapters.official_targets import SEEDS, Splits, official
 from tests.adapters.tasks import needed, setting_of
 
@@ -47,3 +49,20 @@ def test_lp_plus_plus_lies_within_the_spread_over_seeds(shots: int, splits: Spli
     found = accuracies(splits, "lp++", shots, engine)
     wanted = np.array(OFFICIAL["lp++"][str(shots)])
     assert abs(found.mean() - wanted.mean()) <= wanted.std(ddof=1)
+
+
+@pytest.mark.parametrize("shots", [1, 16])
+def test_tip_adapter_f_lies_within_the_spread_over_seeds(
+    shots: int, splits: Splits, engine: Engine
+):
+    """The official code takes the best epoch, and the first of equally good points of its search;
+    this takes the last epoch, and of equally good points the likeliest."""
+    method = METHODS["tip-adapter-f"]
+    found = []
+    for seed in SEEDS:
+        task = splits.task(shots, seed)
+        tried = search(method, method.values({}), [task], engine, NoJournal())
+        best = max(tried, key=lambda evaluation: evaluation.score)
+        found.append(splits.accuracy(method, best.setting, task, engine))
+    wanted = np.array(OFFICIAL["tip-adapter-f"][str(shots)])
+    assert abs(np.mean(found) - wanted.mean()) <= wanted.std(ddof=1)
