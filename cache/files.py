@@ -80,3 +80,17 @@ def is_there(path: Path) -> bool:
     if kind not in (None, FOLDER):
         raise UserError(f"{path} is {kind}; name a file.")
     return True
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file that somebody else may have made.
+
+    Raises OSError where there is none, and UserError as `is_there` does.
+    """
+    is_there(path)
+    return path.read_bytes()
+
+
+def read_text(path: Path) -> str:
+    """The content as UTF-8; see `read_bytes`. Raises ValueError where it is none."""
+    return read_bytes(path).decode("utf-8")

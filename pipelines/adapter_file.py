@@ -117,9 +117,8 @@ def load_adapter(run: str | Path) -> SavedAdapter:
 
 
 def _read_document(path: Path) -> dict[str, Any]:
-    files.is_there(path)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(files.read_text(path))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"There is no adapter at {path.parent} (no {INFO_FILE}).") from None
     except OSError as error:
@@ -204,9 +203,8 @@ _TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
 
 
 def _read_tensors(path: Path, stated_sha256: object) -> dict[str, npt.NDArray[Any]]:
-    files.is_there(path)
     try:
-        content = path.read_bytes()
+        content = files.read_bytes(path)
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror or error}); fit the adapter again."

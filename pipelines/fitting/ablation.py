@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from clip_adapter.adapters.hyper import Value
+from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.one_task import TaskRunner
@@ -100,7 +101,7 @@ def read_ablations(run: Path) -> list[AblationRow]:
     """
     path = run / FILE
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = files.read_text(path).splitlines()
         documents = [json.loads(line) for line in lines]
         return [
             AblationRow(d["factor"], d["value"], TaskResult.of_document(d["result"]))

@@ -13,6 +13,7 @@ from safetensors.numpy import load, save
 
 from clip_adapter.adapters.method import Arrays, Method, Setting
 from clip_adapter.adapters.scoring import make_classify
+from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.fitting.data import Data
 
@@ -82,7 +83,7 @@ def read_predictions(run: Path, method: str, shots: Any, seed: int) -> Predictio
     """
     path = run / predictions_path(method, shots, seed)
     try:
-        tensors = load(path.read_bytes())
+        tensors = load(files.read_bytes(path))
         found = Predictions(tensors["labels"], tensors["predicted"], tensors["confidence"])
         if found.labels.ndim != 1 or not (
             found.labels.shape == found.predicted.shape == found.confidence.shape

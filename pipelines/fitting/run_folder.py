@@ -201,7 +201,7 @@ def read_selected(path: Path) -> list[TaskResult]:
     if not files.is_there(selected):
         return []
     try:
-        lines = selected.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = files.read_text(selected).splitlines(keepends=True)
         return [TaskResult.of_document(json.loads(ln)) for ln in lines if ln.endswith("\n")]
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise UserError(f"{selected} cannot be read; fit it again.") from error

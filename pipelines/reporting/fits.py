@@ -6,7 +6,9 @@ import csv
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 
+from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.factors import in_grid
@@ -34,8 +36,8 @@ def read_fits(entry: Entry) -> list[Fit]:
         own = {task for task, one in entry.found.items() if one.run is run}
         path = run.path / "results.csv"
         try:
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if row["method"] == entry.method.name]
+            table = csv.DictReader(StringIO(files.read_text(path), newline=""))
+            rows = [row for row in table if row["method"] == entry.method.name]
             values, shown = entry.planned.values, entry.planned.ablation
             fits = [_fit(row, entry) for row in rows if in_grid(values, shown, row)]
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:

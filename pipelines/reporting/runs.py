@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.words import counted
 from clip_adapter.pipelines.fitting.plan import Plan
@@ -74,7 +75,7 @@ def _load(path: Path) -> Run:
             f"to go; go on with: fit --resume {path}"
         )
     try:
-        document = json.loads((path / PROVENANCE).read_text(encoding="utf-8"))
+        document = json.loads(files.read_text(path / PROVENANCE))
         provenance = Provenance.of_document(document)
         versions = {str(name): str(number) for name, number in document["versions"].items()}
     except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:

@@ -3,7 +3,9 @@
 import os
 import random
 import shutil
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from clip_adapter.pipelines.fitting.predictions import read_predictions
 from clip_adapter.pipelines.fitting.run_folder import RunFolder
 from clip_adapter.pipelines.fitting.states import StateFolder
 from clip_adapter.pipelines.fitting.tables import print_run
+from clip_adapter.pipelines.report import ReportConfig, report
 from tests.pipelines.run_files import assert_same_end, files
 from tests.pipelines.tiny_cache import short, tiny_data, write_cache
 
@@ -308,3 +311,27 @@ def test_files_of_others_in_the_folder_stay(whole: Path, tmp_path: Path):
     for name in ("notes.txt", "halving"):
         (run / name).unlink()
     assert files(run).keys() == files(whole).keys()
+
+
+@pytest.mark.parametrize("pattern", [*TOP, "predictions/**/*.safetensors", "adapters/**/*.json"])
+def test_a_pipe_is_not_waited_for(
+    cache: Path, tmp_path: Path, pattern: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fit(short(cache, tmp_path / "run", alpha=0.5, epochs=1, baselines="zero-shot")).run
+    for path in run.glob(pattern):
+        path.unlink()
+        os.mkfifo(path)
+
+    def late(*_: object) -> None:
+        raise AssertionError("it waits for ever")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    try:
+        with suppress(UserError):
+            resume(run)
+        with suppress(UserError):
+            report(ReportConfig((run,), html="none"))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
