@@ -10,11 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from clip_adapter.cache import files
+from clip_adapter.cache.words import printable
 from clip_adapter.pipelines.comparison import Comparison, read_comparisons
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.run_folder import writing
+from clip_adapter.pipelines.reporting.figures import label, series
 
 AVERAGE = "average"
+PANEL = (3.2, 2.8)  # inches
+LEGEND_MARK, LEGEND_LETTER = 0.7, 0.07  # inches that an entry of the legend takes
 TITLES = {
     "all": ("test accuracy",),
     "base": ("base accuracy", "new accuracy", "harmonic mean"),
@@ -68,7 +72,7 @@ def _markdown(found: Comparison, title: str) -> str:
             f"Mean rank{of} over data sets (1 is the best)",
             ["method", *map(_shots, found.shots)],
             [
-                [name, *(f"{rank:.2f}" for rank in row)]
+                [name, *("–" if np.isnan(rank) else f"{rank:.2f}" for rank in row)]
                 for name, row in zip(found.methods, found.ranks, strict=True)
             ],
         ),
@@ -128,28 +132,37 @@ def _difference(found: Comparison, one: int, other: int) -> str:
 
 def _figure(found: Comparison, title: str) -> bytes:
     """Accuracy against shots: the average first, then a panel for each data set."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     panels = [found.average, *found.accuracy]
-    names = [f"{AVERAGE} of {len(found.datasets)}", *found.datasets]
+    names = [f"{AVERAGE} of {len(found.datasets)}", *map(label, found.datasets)]
     across = min(4, len(panels))
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(3.2 * across, 2.8 * down + 0.6), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False).ravel()
+    width = PANEL[0] * across
+    longest = max(map(len, found.methods))
+    beside = int(width / (LEGEND_MARK + LEGEND_LETTER * longest))
     places = range(len(found.shots))
-    for axis, name, panel in zip(axes, names, panels, strict=False):
-        for method, row in zip(found.methods, panel, strict=True):
-            axis.plot(places, 100 * row, marker="o", markersize=3, label=method)
-        axis.set_title(name, size=9)
-        axis.set_xticks(places, [str(shots) for shots in found.shots])
-    for axis in axes[len(panels) :]:
-        axis.remove()
-    axes[0].set_ylabel(f"{title} (%)")
-    axes[0].set_xlabel("shots")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize=8
-    )
-    picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
+    # A data set called `$x$` is no mathematics.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        figure = Figure(figsize=(width, PANEL[1] * down + 0.6), layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False).ravel()
+        for axis, name, panel in zip(axes, names, panels, strict=False):
+            for number, row in enumerate(panel):
+                axis.plot(places, 100 * row, markersize=3, **series(number))
+            axis.set_title(name, size=9)
+            axis.set_xticks(places, [str(shots) for shots in found.shots])
+        for axis in axes[len(panels) :]:
+            axis.remove()
+        axes[0].set_ylabel(f"{title} (%)")
+        axes[0].set_xlabel("shots")
+        figure.legend(
+            axes[0].lines,
+            list(map(printable, found.methods)),
+            loc="outside lower center",
+            ncols=max(1, min(5, beside, len(found.methods))),
+            fontsize=8,
+        )
+        picture = BytesIO()
+        figure.savefig(picture, format="png", dpi=120)
     return picture.getvalue()

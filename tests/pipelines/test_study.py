@@ -8,17 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections import Counter
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.listener import Listener
 from clip_adapter.pipelines.comparison import Comparison, read_comparisons
-from clip_adapter.pipelines.comparison_page import write_comparison
+from clip_adapter.pipelines.comparison_page import _figure, _markdown, write_comparison
 from clip_adapter.pipelines.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
+from clip_adapter.pipelines.reporting.figures import series
 from clip_adapter.pipelines.study import StudyConfig, main, parse, study
 from tests.pipelines.run_files import assert_same_end, summary
 from tests.pipelines.tiny_cache import tiny_data, write_cache
@@ -145,6 +150,9 @@ def test_a_method_without_a_number_on_a_data_set() -> None:
     accuracy = np.array([[[0.5], [0.6]], [[0.7], [nan]], [[0.3], [0.8]]])
     found = Comparison("test_accuracy", ("a", "b", "c"), ("one", "two"), (1,), accuracy, accuracy)
     assert np.array_equal(found.average, [[0.5], [nan]], equal_nan=True)
+    page = _markdown(found, "test accuracy")
+    assert page.count("| two | – |") == 3, "neither an average, nor a rank, nor a number on b"
+    assert "nan" not in page
     mean, error, wins, losses = found.difference(1, 0)
     assert mean == pytest.approx(0.3)
     assert error == pytest.approx(0.2)
@@ -153,6 +161,21 @@ def test_a_method_without_a_number_on_a_data_set() -> None:
         "test_accuracy", ("a",), ("one", "two"), (1,), np.array([[[0.5], [nan]]]), accuracy
     )
     assert np.isnan(lost.difference(0, 1)[0])
+
+
+def test_the_figure_takes_any_name_and_every_method_looks_another() -> None:
+    """Names are text, no mathematics; the legend of many long names leaves room for the axes."""
+    methods = [f"method-{number} with all its arguments" for number in range(15)]
+    accuracy = np.linspace(0, 1, 30).reshape(1, 15, 2)
+    found = Comparison("test_accuracy", ("$\\frac{$",), methods, (1, 4), accuracy, accuracy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as of a layout that leaves no room
+        content = _figure(found, "test accuracy")
+    pixels = np.array(Image.open(BytesIO(content)).convert("RGB")).reshape(-1, 3)
+    counts = Counter(map(tuple, pixels.tolist()))
+    for number in range(7):
+        colour = tuple(bytes.fromhex(series(number)["color"][1:]))
+        assert counts[colour] > 50
 
 
 def test_what_fails_is_named_and_leaves_the_others_whole(
