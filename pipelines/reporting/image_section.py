@@ -37,8 +37,14 @@ def image_section(pair: Pair, cache: FeatureCache) -> Section | None:
     if not len(helped) + len(hurt):
         return None
     read = originals(cache)
+    # Predictions are of the test images of the pair's classes, in the cache's order.
+    stored = np.flatnonzero(cache.labels("test") < len(pair.class_names))
+
+    def thumbnail(row: int) -> Thumbnail:
+        return _thumbnail(pair, row, cache.ids("test", [stored[row]])[0], read)
+
     galleries = [
-        Gallery(title, [_thumbnail(pair, cache, row, read) for row in rows.tolist()])
+        Gallery(title, list(map(thumbnail, rows.tolist())))
         for title, rows in (
             (f"Helped: {pair.before_name} wrong, {pair.after_name} right in every seed", helped),
             (f"Hurt: {pair.before_name} right, {pair.after_name} wrong in every seed", hurt),
@@ -106,8 +112,7 @@ def originals(cache: FeatureCache) -> ReadImage | None:
     return lambda name: split.read(row_of[name])
 
 
-def _thumbnail(pair: Pair, cache: FeatureCache, row: int, read: ReadImage | None) -> Thumbnail:
-    name = cache.ids("test", [row])[0]
+def _thumbnail(pair: Pair, row: int, name: str, read: ReadImage | None) -> Thumbnail:
     true = printable(pair.class_names[int(pair.after[0].labels[row])])
     guesses = [
         f"{who}: {', '.join(_guesses(pair, some, row))}"

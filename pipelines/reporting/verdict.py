@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isclose
 from statistics import fmean
 
 import numpy as np
 
 from clip_adapter.adapters.zero_shot import ZERO_SHOT
+from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.fitting.config import Shots
-from clip_adapter.pipelines.fitting.predictions import Predictions, read_predictions
-from clip_adapter.pipelines.reporting.entries import Entry, in_order
+from clip_adapter.pipelines.fitting.predictions import (
+    Predictions,
+    predictions_path,
+    read_predictions,
+)
+from clip_adapter.pipelines.reporting.entries import Entry, Found, in_order
 from clip_adapter.pipelines.reporting.significance import Interval, bootstrap, over_seeds
 
 
@@ -113,9 +119,30 @@ def compare(entry: Entry, other: Entry, shots: Shots) -> Comparison | None:
 
 
 def predictions(entry: Entry, shots: Shots) -> dict[int, Predictions]:
-    """Seed → what was predicted for each test image, where there is a test accuracy."""
+    """Seed → what was predicted for each test image, where there is a test accuracy.
+
+    Raises UserError where predictions cannot be read, or are not those that the accuracy counts.
+    """
     return {
-        seed: read_predictions(found.run.path, entry.method.name, shots, seed)
+        seed: _counted(found, entry.method.name)
         for (number, seed), found in entry.found.items()
         if number == shots and found.result.test_accuracy is not None
     }
+
+
+def _counted(found: Found, method: str) -> Predictions:
+    row, folder = found.result, found.run.path
+    own = read_predictions(folder, method, row.shots, row.seed)
+    classes = len(found.run.class_names)
+    both = np.concatenate([own.labels, own.predicted])
+    sound = (
+        len(own.labels) == row.test_images > 0
+        and both.dtype.kind == "i"
+        and bool(np.all((both >= 0) & (both < classes)))
+        and bool(np.all((own.confidence >= 0) & (own.confidence <= 1)))
+        and isclose(own.accuracy, row.test_accuracy or 0.0, abs_tol=1e-6)
+    )
+    if not sound:
+        path = folder / predictions_path(method, row.shots, row.seed)
+        raise UserError(f"{path} is not what selected.jsonl counts; fit it again.")
+    return own

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.fit import fit
@@ -274,3 +275,40 @@ def test_published_figures_stand_beside_ours(run: Path, tmp_path: Path):
     assert "clip-adapter 45.80 51.48 56.86 61.00 65.96 the residual ratio was searched" in text
     assert "exp.log" in text and "clip-adapter, published" in text
     assert "published" not in Page(run / "report.html").text
+
+
+def test_images_of_base_classes_are_those_that_were_predicted(tmp_path: Path):
+    """Under base-to-new the predictions are of some rows of the test split, not of its first."""
+    data = tiny_data()
+    cache = write_cache(tmp_path / "features.h5", data)
+    given = {"method": ("clip-adapter",), "baselines": ("zero-shot",), "hyper": {"alpha": (0.8,)}}
+    config = FitConfig(cache=cache, out=tmp_path / "run", shots=(2,), train_classes="base", **given)
+    fit(config)
+    report(ReportConfig((tmp_path / "run",)))
+    text = Page(tmp_path / "run" / "report.html").text
+    labels = data.splits["test"][1]
+    found = re.findall(r"(class \d) zero-shot: class \d clip-adapter: class \d test/(\d+)", text)
+    assert found
+    for name, row in found:
+        assert name == f"class {labels[int(row)]}"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": lambda x: x + 50},
+        {"predicted": lambda x: x - 50},
+        {"predicted": lambda x: x[::-1].copy()},
+        {"labels": lambda x: x.astype(np.float32)},
+        {"confidence": lambda x: x * np.nan},
+        dict.fromkeys(("labels", "predicted", "confidence"), lambda x: x[:0]),
+        dict.fromkeys(("labels", "predicted", "confidence"), lambda x: x[:-1]),
+    ],
+)
+def test_predictions_that_are_not_those_of_the_accuracy(run: Path, tmp_path: Path, change):
+    shutil.copytree(run, tmp_path / "run")
+    path = next((tmp_path / "run" / "predictions" / "taskres").glob("shots-4-*"))
+    arrays = load_file(path)
+    save_file(arrays | {name: edit(arrays[name]) for name, edit in change.items()}, path)
+    with pytest.raises(UserError, match=f"{path} is not what selected.jsonl counts"):
+        judge(pool(load_runs([tmp_path / "run"])))
