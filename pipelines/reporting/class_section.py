@@ -131,9 +131,14 @@ def _confusions(
     order = np.argsort(-off, axis=None, kind="stable")[:MOST_CONFUSIONS]
     cells = [divmod(int(index), len(names)) for index in order]
     rows = [
-        [names[true], names[taken], f"{before[true, taken]:.1f}", f"{after[true, taken]:.1f}"]
+        [
+            label(names[true]),
+            label(names[taken]),
+            f"{before[true, taken]:.1f}",
+            f"{after[true, taken]:.1f}",
+        ]
         for true, taken in cells
         if off[true, taken] > 0
     ]
     caption = f"confusions that {words}: test images, mean over seeds"
-    return Numbers(["class", "taken for", "before", "after"], rows, caption)
+    return Numbers(["class", "taken for", "before", "after"], rows, caption, names=2)

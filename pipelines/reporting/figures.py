@@ -70,11 +70,12 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Numbers:
-    """A table beside a figure; the first column names the rows."""
+    """A table beside a figure; the first columns, as many as `names` says, name the rows."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    names: int = 1
 
 
 @dataclass(frozen=True)
