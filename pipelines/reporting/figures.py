@@ -131,11 +131,14 @@ def label(text: str) -> str:
 
 
 def series(number: int) -> dict[str, str]:
-    """Colour, marker and line of a series: no two of the first 28 look alike, in grey neither."""
+    """Colour, marker and line of a series: no two of the first 28 look alike, in grey neither, nor
+    by their marks alone."""
+    turn, place = divmod(number, len(SERIES))
+    mark = (place + turn) % len(MARKERS)
     return {
-        "color": SERIES[number % len(SERIES)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": LINES[(number + number // len(SERIES)) % len(LINES)],
+        "color": SERIES[place],
+        "marker": MARKERS[mark],
+        "linestyle": LINES[(mark + turn) % len(LINES)],
     }
 
 

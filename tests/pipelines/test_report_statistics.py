@@ -14,6 +14,7 @@ from clip_adapter.pipelines.fitting.planning import make_plan
 from clip_adapter.pipelines.fitting.predictions import Predictions
 from clip_adapter.pipelines.reporting.class_section import Pair, changed_most
 from clip_adapter.pipelines.reporting.command_line_of import command_line
+from clip_adapter.pipelines.reporting.figures import series
 from clip_adapter.pipelines.reporting.fits import Fit, best_by, ordered
 from clip_adapter.pipelines.reporting.image_section import changed_sides, originals, small_jpeg
 from clip_adapter.pipelines.reporting.manifold_section import embedded, neighbour_agreement
@@ -87,6 +88,12 @@ def test_an_axis_has_numbers_by_size_and_words_behind_them():
     assert ordered({"learned", "10", "0.8", "1e-05", "hypernet"}) == [
         *("1e-05", "0.8", "10", "hypernet", "learned"),
     ]
+
+
+def test_no_two_series_look_alike():
+    looks = [series(number) for number in range(28)]
+    for told_by in (("color", "marker"), ("marker", "linestyle")):
+        assert len({tuple(look[part] for part in told_by) for look in looks}) == 28
 
 
 def test_a_point_is_the_best_over_everything_else():
