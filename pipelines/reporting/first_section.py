@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from clip_adapter.adapters.zero_shot import ZERO_SHOT
+from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.tables import value_words
+from clip_adapter.pipelines.reporting.entries import Entry
 from clip_adapter.pipelines.reporting.figures import Numbers
 from clip_adapter.pipelines.reporting.section import percent, points
 from clip_adapter.pipelines.reporting.significance import DRAWS, Interval
@@ -39,17 +42,19 @@ def first_screen(verdict: Verdict | None) -> First:
     row = entry.summary[shots]
     accuracy = row.test_accuracy
     assert accuracy is not None
-    at = f"{shots} shots" if shots != 1 else "1 shot"
+    at = _at(shots)
     over = f", mean over {row.seeds} seeds" if row.seeds > 1 else ""
     sentence = (
         f"{entry.label} at {at} is right on {percent(accuracy.mean)} % of "
-        f"{row.test_images:,} test images{over}."
+        f"{row.test_images:,} test images{_of(entry)}{over}."
     )
     spread = "" if accuracy.std is None else f"± {100 * accuracy.std:.2f} over {row.seeds} seeds"
     facts = [Fact(f"{percent(accuracy.mean)} %", entry.label, spread or "one seed")]
     zero, best = verdict.zero_shot, verdict.next_best
     how_sure = []
     answer = "Zero-shot CLIP was not run, so whether adapting helped is not known."
+    if entry.method is ZERO_SHOT:
+        answer = "Nothing was adapted: this is zero-shot CLIP."
     if zero:
         answer = {1: "Yes, adapting helped.", -1: "No, adapting hurt.", 0: "Not beyond noise."}[
             zero.sign
@@ -66,6 +71,10 @@ def first_screen(verdict: Verdict | None) -> First:
         how_sure.append(_sure(best))
         sentence += _rival(best)
     chosen = f"{entry.label} is what validation prefers among the methods that were asked for"
+    if all(result.val_accuracy is None for result in entry.results(shots)):
+        chosen = (
+            f"{entry.label} is the first of the methods that were asked for, without validation"
+        )
     beside = f"; {best.other.label} is the best of the others on the test images" if best else ""
     how_sure.append(f"{chosen}, and no test image chose it{beside}.")
     return First(answer, sentence, facts, how_sure, _settings(verdict))
@@ -76,9 +85,17 @@ def _rival(best: Comparison) -> str:
     words = {
         1: f"The next best, {name} ({theirs} %), is behind it beyond noise.",
         -1: f"A method that was run beside it, {name} ({theirs} %), did better beyond noise.",
-        0: f"The next best, {name} ({theirs} %), is within noise of it.",
+        0: f"The best of the others, {name} ({theirs} %), is within noise of it.",
     }
     return " " + words[best.sign]
+
+
+def _at(shots: Shots) -> str:
+    return {1: "1 shot", "all": "all training images"}.get(shots, f"{shots} shots")
+
+
+def _of(entry: Entry) -> str:
+    return "" if entry.train_classes == "all" else " of the base classes, the ones it was fitted on"
 
 
 def _noise(comparison: Comparison) -> str:
@@ -128,5 +145,5 @@ def _settings(verdict: Verdict) -> Numbers | None:
             ]
             for row in rows
         ],
-        f"chosen settings of {entry.label} at {verdict.shots} shots",
+        f"chosen settings of {entry.label} at {_at(verdict.shots)}",
     )

@@ -312,3 +312,32 @@ def test_predictions_that_are_not_those_of_the_accuracy(run: Path, tmp_path: Pat
     save_file(arrays | {name: edit(arrays[name]) for name, edit in change.items()}, path)
     with pytest.raises(UserError, match=f"{path} is not what selected.jsonl counts"):
         judge(pool(load_runs([tmp_path / "run"])))
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (
+            {"method": ("zero-shot",), "baselines": ()},
+            "Nothing was adapted: this is zero-shot CLIP.",
+        ),
+        (
+            {"select": "none"},
+            "clip-adapter is the first of the methods that were asked for, without",
+        ),
+        (
+            {"train_classes": "base"},
+            "30 test images of the base classes, the ones it was fitted on.",
+        ),
+        ({"shots": ("all",)}, "clip-adapter at all training images is right on"),
+        ({"shots": (1,)}, "chosen settings of clip-adapter at 1 shot "),
+    ],
+)
+def test_the_first_screen_says_what_kind_of_run_it_was(tmp_path: Path, options, wanted: str):
+    cache = write_cache(tmp_path / "features.h5", tiny_data())
+    grid = {"alpha": (0.2, 0.8) if options.get("select") != "none" else (0.2,)}
+    usual = {"method": ("clip-adapter",), "baselines": ("zero-shot",), "shots": (2,)}
+    hyper = {} if "zero-shot" in options.get("method", ()) else {"hyper": grid}
+    fit(FitConfig(cache=cache, out=tmp_path / "run", **usual | hyper | options))
+    report(ReportConfig((tmp_path / "run",)))
+    assert wanted in Page(tmp_path / "run" / "report.html").text
