@@ -10,6 +10,7 @@ from typing import Literal, NoReturn
 
 from clip_adapter.pipelines.argument_types import Positional
 from clip_adapter.pipelines.command import run_command
+from clip_adapter.pipelines.named_method import know_method
 from clip_adapter.pipelines.spoken import Spoken
 
 
@@ -25,12 +26,14 @@ class ReportConfig:
         html: Where the page goes, with its figures beside it in figures/, or none; by default
             report.html in the first run's folder.
         cache: The cache of the runs, where it lies elsewhere now.
+        method: MODULE:NAME of each method of the runs that is one of your own.
     """
 
     runs: Positional[tuple[Path, ...]]
     format: Literal["text", "md", "tex", "csv"] = "text"
     html: Path | Literal["none"] | None = None
     cache: Path | None = None
+    method: tuple[str, ...] = ()
 
 
 def report(config: ReportConfig) -> None:
@@ -50,6 +53,8 @@ def report(config: ReportConfig) -> None:
     from clip_adapter.pipelines.reporting.formats import FORMATS
     from clip_adapter.pipelines.reporting.runs import load_runs
 
+    for name in config.method:
+        know_method(name)
     runs = load_runs(config.runs)
     entries = pool(runs)
     table = accuracies(runs, entries)

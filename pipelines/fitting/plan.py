@@ -35,6 +35,10 @@ METHOD = "method"  # a factor of an ablation that is no hyper-parameter
 Json = dict[str, Any]
 
 
+class MethodElsewhere(UserError):
+    """A sound plan, whose method stands in a module that only the user may have imported."""
+
+
 @dataclass(frozen=True)
 class PlannedMethod:
     """A method and the values to try of each of its hyper-parameters.
@@ -96,7 +100,8 @@ class Plan:
     def of_document(cls, document: Any) -> Plan:
         """The plan that `document` made this of.
 
-        Raises ValueError, in a sentence, for anything else.
+        Raises ValueError, in a sentence, for anything else, and MethodElsewhere for the plan of a
+        method whose module nobody has named.
         """
         if not isinstance(document, dict) or "clip_adapter" not in document:
             raise ValueError("it holds no plan of this program")
@@ -110,6 +115,8 @@ class Plan:
             several |= {n: tuple(map(_planned, content[n])) for n in ("methods", "compared")}
             plan = cls(**content | several)
             check_protocol(plan)
+        except MethodElsewhere:
+            raise
         except (KeyError, TypeError, AttributeError, UserError) as error:
             raise ValueError(f"its plan is damaged ({shortened(str(error), 200)})") from error
         return plan
@@ -205,7 +212,10 @@ _WORDS = {
 def _planned(entry: Mapping[str, Any]) -> PlannedMethod:
     module = entry["name"].rpartition(":")[0]
     if module and module not in sys.modules:  # a file decides on no code that runs
-        raise UserError(f"its method lies elsewhere; name it too: --method {entry['name']}")
+        raise MethodElsewhere(
+            f"The run's method {shortened(entry['name'])} is none of this program's own, and a run "
+            f"file imports nothing; name it too: --method {shortened(entry['name'])}"
+        )
     method = named(entry["name"])
     try:
         values = method.values({name: tuple(some) for name, some in entry["values"].items()})

@@ -187,8 +187,29 @@ def test_a_method_of_ones_own(cache: Path, tmp_path: Path):
     alone = run("--resume", "run")
     assert alone.returncode == 2
     assert "--method theirs:WEIGHTED" in alone.stderr and alone.stderr.count("\n") == 1
+    assert "damaged" not in alone.stderr
     again = run("--resume", "run", *mine)
     assert (again.returncode, again.stdout) == (0, done.stdout)
+
+
+def test_a_report_of_a_method_of_ones_own(cache: Path, tmp_path: Path):
+    """Refused with the option that helps, and printed with it."""
+    source = Path(toy_methods.__file__).read_text().replace('"weighted"', '"their-own"')
+    (tmp_path / "theirs.py").write_text(source)
+
+    def run(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        words = [str(Path(FIT).with_name(command)), *map(str, arguments)]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+
+    mine = ["--method", "theirs:WEIGHTED"]
+    done = run("fit", "--cache", cache, "--out", "run", "--shots", 2, *mine)
+    assert done.returncode == 0, done.stderr
+    alone = run("clip-adapter", "report", "run", "--html", "none")
+    assert alone.returncode == 2
+    assert "--method theirs:WEIGHTED" in alone.stderr and "damaged" not in alone.stderr
+    told = run("clip-adapter", "report", "run", "--html", "none", *mine)
+    assert told.returncode == 0, told.stderr
+    assert "their-own" in told.stdout
 
 
 def test_a_run_file_imports_nothing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
