@@ -117,6 +117,14 @@ def class_means(cache: Path, support: list[str]) -> np.ndarray:
     return means / np.linalg.norm(means, axis=1, keepdims=True)
 
 
+@pytest.mark.usefixtures("registered")
+def test_means_of_some_classes_say_nothing_of_others(place: Path) -> None:
+    """Half of four classes are as many as the other half: only the record tells them apart."""
+    cache = write_cache(place / "tiny.h5", DATA)
+    with pytest.raises(UserError, match="nearest-mean cannot classify new classes"):
+        fit(FitConfig(cache, place / "new", "nearest-mean", (), shots=4, train_classes="base"))
+
+
 @pytest.mark.parametrize("select", ["few-shot-val", "cv"])
 @pytest.mark.usefixtures("registered")
 def test_a_closed_form_runs_through_everything(place: Path, select: str) -> None:
@@ -260,7 +268,8 @@ def test_the_page_runs_as_it_stands(place: Path, capsys: pytest.CaptureFixture[s
             logits = scope["exported"].module()(torch.from_numpy(features))
             assert torch.equal(logits, scope["head"](torch.from_numpy(features)))
             ran.append("python")
-    assert ran == ["extract", "fit", "fit", "inspect", "evaluate", "predict", "python", "fit"]
+    told = ["inspect", "evaluate", "predict", "report"]
+    assert ran == ["extract", "fit", "fit", *told, "python", "fit"]
     printed = capsys.readouterr().out
     assert "adapter of nearest-mean, 1280 fitted numbers" in printed
     row = next(line for line in printed.splitlines() if line.startswith("photo.png"))
