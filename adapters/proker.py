@@ -4,8 +4,9 @@
     logits(x) = x·Wᵀ + k(x, S) A
 
 in cosines: x, the support rows S (all views beside each other) and W are unit vectors, Y is
-one-hot. Neither the logit scale nor its bias takes part, as in the official code. The logits
-estimate 0 and 1: their softmax is nearly even, and says nothing about confidence.
+one-hot. As in the official code, neither the logit scale nor its bias takes part, and A is λ times
+the ridge solution (K_SS + λ I)⁻¹ (Y − S Wᵀ): a small λ fits closely and changes little. The
+logits' softmax is nearly even, and says nothing about confidence.
 
 One eigendecomposition of K_SS serves every λ. Where the support set is too large for that the
 kernel is approximated by orthogonal random Fourier features (Yu et al., arXiv 1610.09072).
