@@ -1,6 +1,7 @@
 """Prompts: templates filled with class names, and sentences of a class's own."""
 
 import reprlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def resolve_templates(values: Sequence[str]) -> tuple[str, ...]:
         else:
             templates.append(value)
     check_templates(templates)
-    repeated = sorted({template for template in templates if templates.count(template) > 1})
+    repeated = sorted(template for template, times in Counter(templates).items() if times > 1)
     if repeated:
         raise UserError(f"The template {reprlib.repr(repeated[0])} is given twice; name it once.")
     return tuple(templates)

@@ -52,6 +52,15 @@ def test_files_that_are_no_templates(tmp_path: Path, content: str, words: str) -
         resolve_templates([str(tmp_path / "t.txt")])
 
 
+def test_a_long_file_of_templates_is_held_against_itself_once(tmp_path: Path) -> None:
+    lines = [f"picture {number} of a {{}}" for number in range(100_000)]  # in pairs: half an hour
+    (tmp_path / "t.txt").write_text("\n".join(lines))
+    assert len(resolve_templates([str(tmp_path / "t.txt")])) == 100_000
+    (tmp_path / "t.txt").write_text("\n".join([*lines, lines[7]]))
+    with pytest.raises(UserError, match=r"'picture 7 of a {}' is given twice"):
+        resolve_templates([str(tmp_path / "t.txt")])
+
+
 def described(folder: Path, content: object) -> Path:
     path = folder / "descriptions.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
