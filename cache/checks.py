@@ -22,14 +22,17 @@ def check_strings(strings: Iterable[str]) -> None:
 
 
 def check_features(features: np.ndarray, names: Sequence[str]) -> None:
-    """(B, …, D): each a finite direction. Raises UserError with the name of the first other."""
+    """(B, …, D): each a finite direction of a usual size. Raises UserError with the name of the
+    first other."""
     if features.dtype not in (np.float32, np.float16):
         raise ValueError(f"features are {features.dtype}, not float32 or float16")
-    directed = np.not_equal(features, 0).any(axis=2).all(axis=1)
-    usable = np.isfinite(features).all(axis=(1, 2)) & directed
+    largest = np.abs(features).max(axis=2).astype(np.float64)  # NaN where one is NaN
+    usual = (largest >= schema.SMALLEST_FEATURE) & (largest <= schema.LARGEST_FEATURE)
+    usable = usual.all(axis=1)
     if not usable.all():
         bad = int(usable.argmin())
-        what = "zero" if np.isfinite(features[bad]).all() else "not finite numbers"
+        what = "far smaller or larger than CLIP's" if largest[bad].all() else "zero"
+        what = what if np.isfinite(largest[bad]).all() else "not finite numbers"
         raise UserError(
             f"The features of {quoted(names[bad])} are {what}; the weights are damaged or overflow "
             "in this precision."

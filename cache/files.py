@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.words import size
 
+LARGEST = 2**28  # bytes that are read into memory: of results.csv a million rows
 FOLDER = "a folder"
 KINDS = {
     stat.S_IFDIR: FOLDER,
@@ -82,15 +84,18 @@ def is_there(path: Path) -> bool:
     return True
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
     """The content of a file that somebody else may have made.
 
-    Raises OSError where there is none, and UserError as `is_there` does.
+    Raises OSError where there is none, and UserError as `is_there` does, and for more than
+    `largest` bytes.
     """
     is_there(path)
+    if (found := path.stat().st_size) > largest:
+        raise UserError(f"{path} is too large, {size(found)}; at most {size(largest)} are read.")
     return path.read_bytes()
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, largest: int = LARGEST) -> str:
     """The content as UTF-8; see `read_bytes`. Raises ValueError where it is none."""
-    return read_bytes(path).decode("utf-8")
+    return read_bytes(path, largest).decode("utf-8")

@@ -12,6 +12,10 @@ TEXT = "text"
 METADATA = "metadata"
 METADATA_SHA256 = "metadata_sha256"
 
+# Between which the largest number of a feature lies, by magnitude. CLIP's are about 0.1 to 100;
+# beyond these, squares and the sums of products leave float32.
+SMALLEST_FEATURE, LARGEST_FEATURE = 1e-6, 1e6
+
 CHUNK_BYTES = 1 << 20
 LARGEST_CHUNK_BYTES = 64 << 20
 CHUNKS_AT_LEAST = 1000  # that a dataset may have, whatever its size

@@ -199,6 +199,8 @@ class StoredFile:
                 raise Contradiction(f"{path} holds values that are not finite")
             if not largest.all():
                 raise Contradiction(f"{path} holds a feature of zeros, which has no direction")
+            if largest.min() < schema.SMALLEST_FEATURE or largest.max() > schema.LARGEST_FEATURE:
+                raise Contradiction(f"{path} holds a feature far smaller or larger than CLIP's")
             return values
 
     def row_step(self, path: str) -> int:

@@ -42,9 +42,10 @@ def _tower(parts: Sequence[Path], sha256: str) -> bytes:
     """The text tower of this hash that lies beside a part."""
     for path in sorted({tower_path(part) for part in parts}):
         if path.is_file():
-            content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() == sha256:
-                return content
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found == sha256:
+                return path.read_bytes()
     raise UserError(
         "The text tower that `extract` wrote beside the first part is not there any more; put it "
         "back and merge again with --force."

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load_file, save
 
 from clip_adapter.adapters.method import Head, Method
 from clip_adapter.adapters.methods import find_method
@@ -34,6 +34,7 @@ ARRAYS_FILE = "adapter.safetensors"
 # may be called `weights` as well; version 1, whose methods had no such array, had no prefix.
 WEIGHTS = "weights"
 FITTED = "fitted/"
+DOCUMENT_MAX = 1 << 25  # bytes: the names of 21,000 classes take 1 << 19
 ARRAYS_SHA256 = "safetensors_sha256"
 OWN_SHA256 = "sha256"
 
@@ -118,7 +119,7 @@ def load_adapter(run: str | Path) -> SavedAdapter:
 
 def _read_document(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(files.read_text(path))
+        document = json.loads(files.read_text(path, DOCUMENT_MAX))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"There is no adapter at {path.parent} (no {INFO_FILE}).") from None
     except OSError as error:
@@ -175,6 +176,10 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) <= 3.4e38  # type: ignore[arg-type]
 
 
+def _is_positive(value: object) -> bool:
+    return _is_number(value) and float(np.float32(value)) > 0  # type: ignore[arg-type]
+
+
 def _is_string(value: object) -> bool:
     return isinstance(value, str)
 
@@ -192,7 +197,7 @@ _TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
     "setting": ("an object", _is_object),
     "class_names": ("a list of strings", _are_strings),
     "templates": ("a list of strings", _are_strings),
-    "logit_scale": ("a number", _is_number),
+    "logit_scale": ("a positive number", _is_positive),
     "logit_bias": ("a number", _is_number),
     "backbone": ("an object", _is_object),
     "preprocess": ("an object", _is_object),
@@ -203,20 +208,22 @@ _TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
 
 
 def _read_tensors(path: Path, stated_sha256: object) -> dict[str, npt.NDArray[Any]]:
+    files.is_there(path)
     try:
-        content = files.read_bytes(path)
+        with path.open("rb") as file:  # not into memory: nobody has said yet how large it may be
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror or error}); fit the adapter again."
         ) from error
-    if hashlib.sha256(content).hexdigest() != stated_sha256:
+    if found != stated_sha256:
         raise UserError(
             f"{path} is not the file that {INFO_FILE} was written for: it is damaged or was "
             "changed; fit the adapter again."
         )
     try:
-        return load(content)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        return load_file(path)
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a safetensors file of numbers that NumPy has.") from error
 
 

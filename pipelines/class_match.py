@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.files import is_there
+from clip_adapter.cache.files import is_there, read_text
 from clip_adapter.cache.words import counted, some
 from clip_adapter.pipelines.adapter_file import AdapterInfo
 from clip_adapter.pipelines.labelled import Labelled
@@ -52,7 +52,7 @@ def match_classes(images: Labelled, info: AdapterInfo, mapping: Path | None) -> 
 
 def _read_mapping(path: Path) -> Mapping[str, str | None]:
     try:
-        document: Any = json.loads(path.read_text(encoding="utf-8")) if is_there(path) else None
+        document: Any = json.loads(read_text(path)) if is_there(path) else None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON.") from error
     fits = isinstance(document, dict) and all(

@@ -23,6 +23,7 @@ from clip_adapter.adapters.methods import find_method
 from clip_adapter.adapters.scoring import make_classify
 from clip_adapter.adapters.search import fit
 from clip_adapter.cache.cores import available_cores
+from clip_adapter.cache.schema import LARGEST_FEATURE, SMALLEST_FEATURE
 
 Estimator = TypeVar("Estimator", bound=type[Any])
 
@@ -104,6 +105,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """Fit on image features X (S, D) with labels y (S,) of any type that can be sorted."""
         method = self._method()
         features, labels = validate_data(self, X, y, dtype=np.float32)
+        _check_size(features)
         check_classification_targets(labels)
         self.classes_, order = self._known_classes(labels)
         targets = np.searchsorted(self.classes_, labels)
@@ -183,6 +185,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def _text(self, dim: int) -> npt.NDArray[np.float32]:
         """The text features (C, P, D), in the order in which they were given."""
         features = check_array(self.text_features, dtype=np.float32, allow_nd=True)
+        _check_size(features)
         given = features.shape
         if features.ndim == 2:
             features = features[:, None]
@@ -233,6 +236,16 @@ class ClipAdapterClassifier(FewShotClassifier):
             logit_bias=logit_bias,
             random_state=random_state,
             **self._method().defaults() | hyper,
+        )
+
+
+def _check_size(features: npt.NDArray[np.float32]) -> None:
+    """Raises ValueError where products of (…, D) features would leave float32."""
+    largest = np.abs(features).max(axis=-1)
+    if largest.max() > LARGEST_FEATURE or (0 < largest[largest < SMALLEST_FEATURE]).any():
+        raise ValueError(
+            f"A feature's largest number must lie between {SMALLEST_FEATURE:g} and "
+            f"{LARGEST_FEATURE:g}; scale them."
         )
 
 

@@ -89,7 +89,7 @@ class RunFolder:
         path = self.path / "results.csv"
         if not files.is_there(path):
             return []
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = files.read_bytes(path).decode("utf-8", errors="replace")
         try:
             rows = list(csv.DictReader(StringIO(text[: text.rfind("\n") + 1])))
         except csv.Error:
@@ -216,7 +216,7 @@ def read_plan(path: Path) -> Plan:
     try:
         if not plan.is_file():
             raise UserError(f"{path} holds no run of `fit` (there is no {PLAN}).")
-        return Plan.of_document(json.loads(plan.read_text(encoding="utf-8")))
+        return Plan.of_document(json.loads(files.read_text(plan)))
     except UserError:
         raise
     except (OSError, RecursionError) as error:

@@ -327,6 +327,14 @@ REFUSALS: dict[str, tuple[Change, str]] = {
         set_value("images/train/features", (0, 3), 0),
         "images/train/features holds a feature of zeros",
     ),
+    "tiny": (
+        set_value("images/train/features", (0, 3), 1e-7),
+        "images/train/features holds a feature far smaller or larger than CLIP's",
+    ),
+    "huge": (
+        set_value("text/features", (0, 1, 1), 2e6),
+        "text/features holds a feature far smaller or larger than CLIP's",
+    ),
     "label too large": (
         set_value("images/train/labels", 5, 3),
         "images/train/labels holds labels outside the 3 classes",

@@ -45,7 +45,8 @@ def caches(draw: st.DrawFn) -> dict:
 
     def some(*shape: int) -> np.ndarray:
         found = draw(arrays.arrays(dtype, shape, elements=values))
-        found[~found.any(axis=-1)] = 1  # a feature of zeros has no direction
+        found = np.clip(found, -1e6, 1e6).astype(dtype)
+        found[np.abs(found).max(axis=-1) < 1e-6] = 1  # a feature has a direction, and a usual size
         return found
 
     def several(count: int) -> list[str]:
@@ -130,6 +131,15 @@ def test_features_of_zeros_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="features of 'y' are zero"):
             writer.append_images("train", values, [0, 0, 0], ["x", "y", "z"])
         assert writer.consumed("train") == 0
+
+
+@pytest.mark.parametrize("size", [1e-20, 9e-7, 2e6, 1e18])
+def test_features_of_another_size_are_refused(tmp_path: Path, size: float) -> None:
+    values = np.ones((3, 1, 2), np.float32)
+    values[1] *= size
+    with CacheWriter(tmp_path / "features.h5", {}) as writer:
+        with pytest.raises(UserError, match="features of 'y' are far smaller or larger"):
+            writer.append_images("train", values, [0, 0, 0], ["x", "y", "z"])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,20 @@ def test_a_flipped_byte_in_the_arrays_is_noticed(run: Path, position: int) -> No
         load_adapter(run)
 
 
+def test_what_is_too_large_is_refused_without_being_in_memory(run: Path) -> None:
+    os.truncate(run / "adapter.safetensors", 1 << 28)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="damaged or was changed"):
+            load_adapter(run)
+        os.truncate(run / "adapter.json", 1 << 28)
+        with pytest.raises(UserError, match="is too large, 256.0 MiB; at most 32.0 MiB are read"):
+            load_adapter(run)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    finally:
+        tracemalloc.stop()
+
+
 def test_an_edited_json_is_noticed(run: Path) -> None:
     text = (run / "adapter.json").read_text()
     (run / "adapter.json").write_text(text.replace('"zero"', '"nought"'))
@@ -153,8 +169,11 @@ def test_an_edited_json_is_noticed(run: Path) -> None:
         (lambda d: d.update(class_names=[1] * 10), "class_names is .*, not a list of strings"),
         (lambda d: d.update(class_names=["zero"]), "classifier weights of its classes"),
         (lambda d: d.update(templates=[]), "templates is"),
-        (lambda d: d.update(logit_scale="100"), "logit_scale is '100', not a number"),
-        (lambda d: d.update(logit_scale=10**400), "logit_scale is 1000.*, not a number"),
+        (lambda d: d.update(logit_scale="100"), "logit_scale is '100', not a positive number"),
+        (lambda d: d.update(logit_scale=0), "logit_scale is 0, not a positive number"),
+        (lambda d: d.update(logit_scale=-17.8), "logit_scale is -17.8, not a positive number"),
+        (lambda d: d.update(logit_scale=1e-60), "logit_scale is 1e-60, not a positive number"),
+        (lambda d: d.update(logit_scale=10**400), "logit_scale is 1000.*, not a positive number"),
         (lambda d: d.update(logit_scale=float("nan")), "logit_scale is nan"),
         (lambda d: d.update(logit_bias=float("inf")), "logit_bias is inf"),
         (lambda d: d.update(backbone="RN50"), "backbone is 'RN50', not an object"),
@@ -267,7 +286,7 @@ def test_arrays_that_contradict_the_setting_are_refused(
 def test_a_number_type_that_numpy_lacks_is_refused(run: Path) -> None:
     header = json.dumps({"weights": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}})
     replace_arrays(run, len(header).to_bytes(8, "little") + header.encode() + b"\0\0")
-    with pytest.raises(UserError, match="not a safetensors file of numbers that NumPy has"):
+    with pytest.raises(UserError, match=r"numbers that NumPy has|weights of its classes"):
         load_adapter(run)
 
 
