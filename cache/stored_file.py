@@ -199,7 +199,8 @@ class StoredFile:
                 raise Contradiction(f"{path} holds values that are not finite")
             if not largest.all():
                 raise Contradiction(f"{path} holds a feature of zeros, which has no direction")
-            if largest.min() < schema.SMALLEST_FEATURE or largest.max() > schema.LARGEST_FEATURE:
+            usual = (largest >= schema.SMALLEST_FEATURE) & (largest <= schema.LARGEST_FEATURE)
+            if not usual.all():
                 raise Contradiction(f"{path} holds a feature far smaller or larger than CLIP's")
             return values
 

@@ -122,6 +122,8 @@ def _read_document(path: Path) -> dict[str, Any]:
         document = json.loads(files.read_text(path, DOCUMENT_MAX))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"There is no adapter at {path.parent} (no {INFO_FILE}).") from None
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:

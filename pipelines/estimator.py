@@ -242,7 +242,7 @@ class ClipAdapterClassifier(FewShotClassifier):
 def _check_size(features: npt.NDArray[np.float32]) -> None:
     """Raises ValueError where products of (…, D) features would leave float32."""
     largest = np.abs(features).max(axis=-1)
-    if largest.max() > LARGEST_FEATURE or (0 < largest[largest < SMALLEST_FEATURE]).any():
+    if largest.max() > LARGEST_FEATURE or (largest[largest < SMALLEST_FEATURE] > 0).any():
         raise ValueError(
             f"A feature's largest number must lie between {SMALLEST_FEATURE:g} and "
             f"{LARGEST_FEATURE:g}; scale them."

@@ -138,7 +138,9 @@ def test_what_is_too_large_is_refused_without_being_in_memory(run: Path) -> None
         with pytest.raises(UserError, match="damaged or was changed"):
             load_adapter(run)
         os.truncate(run / "adapter.json", 1 << 28)
-        with pytest.raises(UserError, match="is too large, 256.0 MiB; at most 32.0 MiB are read"):
+        with pytest.raises(
+            UserError, match=r"is too large, 256\.0 MiB; at most 32\.0 MiB are read"
+        ):
             load_adapter(run)
         assert tracemalloc.get_traced_memory()[1] < 1 << 25
     finally:
