@@ -82,6 +82,5 @@ ZS_LP = Method(
     trained=("weights",),
     needs=("text",),
     uses_views=True,
-    unseen_classes=False,
 )
 CLAP = replace(ZS_LP, name="clap", fit=held_prototypes, loss=held_loss)

@@ -202,6 +202,7 @@ CLIP_ADAPTER = Method(
     adapt=adapt,
     describe=describe,
     uses_views=True,
+    unseen_classes=True,
     # The official implementation (gaopengcuhk/CLIP-Adapter with CoOp's rn50.yaml): SGD, one
     # constant warm-up epoch, a ratio of 0.2, the last epoch.
     presets={

@@ -90,5 +90,4 @@ COOP = Method(
     needs=("tower",),
     uses_views=True,
     for_classes=for_classes,
-    unseen_classes=False,
 )

@@ -78,5 +78,4 @@ CROSS_MODAL = Method(
     loss=half_and_half,
     needs=("text",),
     uses_views=True,
-    unseen_classes=False,
 )

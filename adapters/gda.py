@@ -107,5 +107,4 @@ GDA = Method(
     fit=fit,
     for_classes=for_classes,
     uses_views=True,
-    unseen_classes=False,
 )

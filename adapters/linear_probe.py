@@ -109,5 +109,4 @@ LINEAR_PROBE = Method(
     solver=solver,
     propose=coarse_to_fine,
     note=note,
-    unseen_classes=False,
 )

@@ -96,5 +96,4 @@ LP_PLUS_PLUS = Method(
     fit=fit,
     trained=("weights", "alpha", "bias"),
     optimizer=optimizer,
-    unseen_classes=False,
 )

@@ -77,7 +77,8 @@ def _nothing(xp: Any, task: Task, setting: Setting) -> Arrays:
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """One way to fit a classifier. A new one is a file with a record and a line in methods.py.
+    """One way to fit a classifier. A new one is a record, which a line in methods.py or
+    `MODULE:NAME` makes known.
 
     name: as on the command line. reference: where it is published. hyper: its hyper-parameters.
 
@@ -136,7 +137,7 @@ class Method:
     note: Callable[[Task], str] | None = None
     needs: tuple[str, ...] = ()
     uses_views: bool = False
-    unseen_classes: bool = True
+    unseen_classes: bool = False
     presets: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
 
     @property

@@ -60,7 +60,10 @@ def find_method(name: str) -> Method:
     for entry in entry_points(group=GROUP, name=name):
         return _known(entry.load(), name)
     known = sorted({*METHODS, *(entry.name for entry in entry_points(group=GROUP))})
-    raise LookupError(f"there is no method {name!r:.80}; the methods are {', '.join(known)}")
+    raise LookupError(
+        f"there is no method {name!r:.80}; the methods are {', '.join(known)}, and MODULE:NAME of "
+        "your own"
+    )
 
 
 def _imported(name: str) -> Method:

@@ -69,4 +69,5 @@ PRO_LIP = Method(
     loss=held_loss,
     needs=("projection",),
     uses_views=True,
+    unseen_classes=True,
 )

@@ -166,5 +166,4 @@ PROKER = Method(
     finish=finish,
     note=note,
     uses_views=True,
-    unseen_classes=False,
 )

@@ -96,4 +96,5 @@ RLA = Method(
     adapt=adapt,
     loss=held_loss,
     uses_views=True,
+    unseen_classes=True,
 )

@@ -56,5 +56,4 @@ TASK_RES = Method(
     trained=("residual",),
     needs=("text",),
     uses_views=True,
-    unseen_classes=False,
 )

@@ -55,7 +55,6 @@ TIP_ADAPTER = Method(
     shapes={"keys": "S D", "values": "S C"},
     fit=fit,
     uses_views=True,
-    unseen_classes=False,
 )
 
 # The official code keeps the epoch that does best on the test set; here it is the last one.

@@ -18,4 +18,10 @@ def logits(
     return cosine_logits(xp, features, head)
 
 
-ZERO_SHOT = Method(name="zero-shot", reference="arXiv 2103.00020", hyper={}, logits=logits)
+ZERO_SHOT = Method(
+    name="zero-shot",
+    reference="arXiv 2103.00020",
+    hyper={},
+    logits=logits,
+    unseen_classes=True,
+)

@@ -92,6 +92,15 @@ class ExtractConfig:
     update: bool = False
     force: bool = False
 
+    def __post_init__(self) -> None:
+        """Take what a person types: strings for paths, one template."""
+        for name in ("out", "descriptions", "data_dir", "data_root", "image_root"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, Path(value).expanduser())
+        if isinstance(self.templates, str):
+            object.__setattr__(self, "templates", (self.templates,))
+
     def check(self) -> None:
         """Raises UserError for numbers out of range and arguments that exclude each other."""
         if self.batch_size < 1 or self.workers < 1:

@@ -50,7 +50,7 @@ def resolve_templates(values: Sequence[str]) -> tuple[str, ...]:
             from clip_adapter.extract.datasets.catalogue import load_catalogue
 
             templates += load_catalogue()["imagenet"].templates_ensemble
-        elif "{}" not in value and _is_there(value):
+        elif value and "{}" not in value and _is_there(value):
             templates += _lines(user_path(value))
         else:
             templates.append(value)

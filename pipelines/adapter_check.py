@@ -55,8 +55,9 @@ def check_usable(
         raise ValueError(f"{', '.join(idle)} takes no part in the logits")
     if logits.shape != (ROWS, len(head.weights)) or alone.shape != (1, len(head.weights)):
         raise ValueError(f"the logits of {ROWS} images come out as {logits.shape}")
-    close = np.allclose(logits[1], alone[0], rtol=1e-3, atol=1e-3 * float(np.abs(alone).max()))
-    if not (np.isfinite(logits).all() and close):
+    finite = np.isfinite(logits).all() and np.isfinite(alone).all()
+    scale = 1e-3 * float(np.abs(alone).max())
+    if not (finite and np.allclose(logits[1], alone[0], rtol=1e-3, atol=scale)):
         raise ValueError("the logits of an image are not finite, or depend on the other images")
 
 

@@ -62,12 +62,14 @@ def read_comparisons(runs: Mapping[str, Sequence[Path]]) -> list[Comparison]:
     """Of the finished runs on each data set, by its name: the test accuracy; of runs that were
     fitted on the first half of the classes that of both halves, and their harmonic mean.
 
-    Runs on one data set are pooled. A method that they had with other arguments counts as another,
-    named by what differs.
+    Runs on one data set are pooled. A method that runs had with other arguments counts as another,
+    named by what differs, also between data sets.
     Raises UserError for a run that is not finished, for several caches of one data set, and for
     runs on all classes beside such on half of them.
     """
-    pooled = {name: pool(load_runs(paths)) for name, paths in runs.items()}
+    loaded = {name: load_runs(paths) for name, paths in runs.items()}
+    every = [run for own in loaded.values() for run in own]
+    pooled = {name: pool(own, every) for name, own in loaded.items()}
     kinds = {entry.train_classes for entries in pooled.values() for entry in entries}
     if len(kinds) > 1:
         raise UserError("Runs fitted on all classes and on half of them are not comparable.")

@@ -64,7 +64,7 @@ def study(config: StudyConfig, listener: Listener | None = None) -> Study:
     listener = listener or Listener()
     names = [cache.stem for cache in config.caches]
     if not names and not config.runs:
-        raise UserError("--caches needs at least one cache.")
+        raise UserError("A study needs --caches to fit on, or --runs that are finished.")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
             f"--caches names several files {some(twice)}; a data set is called by its file's name."
@@ -166,7 +166,7 @@ def parse(arguments: Sequence[str] | None = None) -> StudyConfig:
         print(OPTIONS.strip())
         raise SystemExit(0)
     config = flags.parse(others)
-    if others and not given.caches:
+    if config.stated - {"method"} and not given.caches:
         raise UserError("--caches needs at least one cache.")
     for name in ("cache", "resume"):
         if getattr(config, name) is not None:

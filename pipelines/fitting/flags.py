@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str] | None = None) -> FitConfig:
 
 def flags_of(methods: Sequence[Method]) -> Flags:
     """`--alpha` where one method has that or it means the same to all, and `--tip-adapter.alpha`
-    for each of several."""
+    for each."""
     owners: dict[str, list[Method]] = {}
     for method in methods:
         for name in method.hyper:
@@ -58,9 +58,8 @@ def flags_of(methods: Sequence[Method]) -> Flags:
         flag = dashed(those[0].hyper[name].flag or name)
         if all(_means_the_same(m.hyper[name], those[0].hyper[name]) for m in those):
             flags[flag] = name, those
-        if len(those) > 1:
-            for method in those:
-                flags[f"{method.name}.{flag}"] = name, [method]
+        for method in those:
+            flags[f"{method.name}.{flag}"] = name, [method]
     return flags
 
 
@@ -101,6 +100,7 @@ def _check_flags(words: Sequence[str], methods: Sequence[Method], flags: Flags) 
 def _add(parser: Parser, flags: Flags) -> None:
     for flag, (name, owners) in flags.items():
         alone = len(owners) == 1
+        again = "." in flag and flags.get(flag.partition(".")[2], ("", []))[1] == owners
         group = _group(parser, owners[0].name if alone else "methods that are trained")
         hyper = owners[0].hyper[name]
         group.add_argument(
@@ -108,7 +108,7 @@ def _add(parser: Parser, flags: Flags) -> None:
             dest=_destination(flag),
             nargs="*",  # several of what holds for all settings are for --ablate
             default=argparse.SUPPRESS,
-            help=_help(name, owners).replace("%", "%%"),
+            help=argparse.SUPPRESS if again else _help(name, owners).replace("%", "%%"),
             **_reader(hyper),
         )
 

@@ -129,7 +129,10 @@ class Plan:
             "baselines": tuple(planned.name for planned in self.methods if planned.baseline),
         }
         mine |= {f.name: getattr(self, f.name) for f in fields(self) if hasattr(config, f.name)}
-        methods = config.method if "method" in config.given else mine["method"]
+        own = mine["method"]
+        if all(":" in name and name in own for name in config.method):
+            config = replace(config, method=own)  # named to make them known, in any order
+        methods = config.method if "method" in config.given else own
         missing = {name: value for name, value in mine.items() if name not in config.given}
         hyper = {
             f"{planned.method.name}.{name}": self._given(planned, name, values)

@@ -86,9 +86,10 @@ def in_order(shots: set[Shots]) -> list[Shots]:
     return sorted(shots, key=lambda number: (number == "all", number))
 
 
-def pool(runs: Sequence[Run]) -> list[Entry]:
+def pool(runs: Sequence[Run], beside: Sequence[Run] = ()) -> list[Entry]:
     """The entries of runs on one cache, in their order.
 
+    beside: runs on other caches, from which the labels have to tell them as well.
     Tasks of several runs make one entry where all that decides a method's numbers is alike. Where
     two runs have different numbers for one task all the same, each keeps an entry of its own.
     """
@@ -100,6 +101,7 @@ def pool(runs: Sequence[Run]) -> list[Entry]:
     entries = []
     for (name, _), members in pooled.items():
         others = [own[0] for (method, _), own in pooled.items() if method == name]
+        others += [(r, p) for r in beside for p in r.plan.methods if p.method.name == name]
         label = name + _difference(*members[0], others)
         entries += _entries(label, members)
     return entries

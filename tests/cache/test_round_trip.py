@@ -45,7 +45,7 @@ def caches(draw: st.DrawFn) -> dict:
 
     def some(*shape: int) -> np.ndarray:
         found = draw(arrays.arrays(dtype, shape, elements=values))
-        found[np.abs(found) > 1e6] = 1e4
+        found[np.abs(found.astype(np.float64)) > 1e6] = 1e4
         found[np.abs(found).max(axis=-1) < 1e-6] = 1  # a feature has a direction, and a usual size
         return found
 

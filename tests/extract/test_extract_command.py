@@ -205,3 +205,11 @@ def test_help_imports_nothing_heavy(tmp_path: Path, code: str) -> None:
     imported, printed = modules_after(code, cwd=tmp_path)
     assert printed.startswith("usage: ")
     assert not imported & {"torch", "jax", "flax", "optax", "numpy", "h5py", "open_clip", "sklearn"}
+
+
+def test_the_config_takes_what_a_person_types() -> None:
+    typed = ExtractConfig(out="~/api.h5", data_root="data", templates="a photo of a {}.")  # type: ignore[arg-type]
+    meant = ExtractConfig(
+        out=Path.home() / "api.h5", data_root=Path("data"), templates=("a photo of a {}.",)
+    )
+    assert typed == meant

@@ -64,6 +64,7 @@ def test_help_and_refusals_load_no_array_library(line: str):
     assert done.stdout.splitlines()[-1] == f"exit {code}", done.stderr
     if "help" in line:
         alpha = "--clip-adapter.alpha" if "all" in line else "--alpha"
+        assert ("--clip-adapter.lr" in done.stdout) == ("all" in line)
         for flag in (alpha, "--lr", "--weight-decay", "--epochs", "--shots", "--select"):
             assert flag in done.stdout
 
@@ -89,6 +90,9 @@ def test_an_option_that_several_methods_have():
     assert "--clip-adapter.alpha or --weighted.alpha" in said
     config = parse([*both.split(), "--weighted.alpha", "9", "--clip-adapter.alpha", "0.5"])
     assert config.hyper == {"weighted.alpha": (9.0,), "clip-adapter.alpha": (0.5,)}
+    # One of them alone may have it, too, which `--help` need not say.
+    one = parse(["--weighted.alpha", "9", "--method", "weighted"])
+    assert one.hyper == {"weighted.alpha": (9.0,)}
     # One of them alone means what it says.
     assert parse(["--method", "weighted", "--alpha", "9"]).hyper == {"alpha": (9.0,)}
     said = refusal(f"{both} --clip-adapter.alpha 9 --weighted.alpha much")
@@ -170,30 +174,8 @@ def test_all_methods_that_the_cache_can_serve(cache: Path, tmp_path: Path, capsy
 
 
 def test_a_method_of_ones_own(cache: Path, tmp_path: Path):
-    """By MODULE:NAME, from the folder one stands in; and the run goes on only if it is named."""
-    source = Path(toy_methods.__file__).read_text().replace('"weighted"', '"their-own"')
-    (tmp_path / "theirs.py").write_text(source)
-
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [FIT, *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True
-        )
-
-    mine = ["--method", "theirs:WEIGHTED"]
-    done = run("--cache", cache, "--out", "run", "--shots", 2, *mine, "--alpha", 1, 2)
-    assert done.returncode == 0, done.stderr
-    assert [row["method"] for row in selected(tmp_path / "run")][-1] == "their-own"
-    assert "chosen settings of their-own" in done.stdout
-    alone = run("--resume", "run")
-    assert alone.returncode == 2
-    assert "--method theirs:WEIGHTED" in alone.stderr and alone.stderr.count("\n") == 1
-    assert "damaged" not in alone.stderr
-    again = run("--resume", "run", *mine)
-    assert (again.returncode, again.stdout) == (0, done.stdout)
-
-
-def test_a_report_of_a_method_of_ones_own(cache: Path, tmp_path: Path):
-    """Refused with the option that helps, and printed with it."""
+    """By MODULE:NAME, from the folder one stands in; and the run goes on, and is reported, only if
+    it is named, for which others need not be."""
     source = Path(toy_methods.__file__).read_text().replace('"weighted"', '"their-own"')
     (tmp_path / "theirs.py").write_text(source)
 
@@ -202,14 +184,24 @@ def test_a_report_of_a_method_of_ones_own(cache: Path, tmp_path: Path):
         return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
 
     mine = ["--method", "theirs:WEIGHTED"]
-    done = run("fit", "--cache", cache, "--out", "run", "--shots", 2, *mine)
+    values = ["--their-own.alpha", 1, 2]
+    done = run("fit", "--cache", cache, "--out", "run", "--shots", 2, *mine, "gda", *values)
     assert done.returncode == 0, done.stderr
-    alone = run("clip-adapter", "report", "run", "--html", "none")
-    assert alone.returncode == 2
-    assert "--method theirs:WEIGHTED" in alone.stderr and "damaged" not in alone.stderr
-    told = run("clip-adapter", "report", "run", "--html", "none", *mine)
-    assert told.returncode == 0, told.stderr
-    assert "their-own" in told.stdout
+    assert [row["method"] for row in selected(tmp_path / "run")][-2:] == ["their-own", "gda"]
+    assert "chosen settings of their-own" in done.stdout
+    for command in (
+        ["fit", "--resume", "run"],
+        ["clip-adapter", "report", "run", "--html", "none"],
+    ):
+        alone = run(*command)
+        assert alone.returncode == 2
+        assert "--method theirs:WEIGHTED" in alone.stderr and alone.stderr.count("\n") == 1
+        assert "damaged" not in alone.stderr
+        named = run(*command, *mine)
+        assert named.returncode == 0, named.stderr
+        if command[0] == "fit":
+            assert named.stdout == done.stdout
+        assert "their-own" in named.stdout
 
 
 def test_a_run_file_imports_nothing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

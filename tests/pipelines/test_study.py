@@ -279,8 +279,8 @@ def test_another_command_does_not_go_on(caches: Path, whole: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("--caches", "--caches needs at least one cache."),
-        ("", "--caches needs at least one cache."),
+        ("--caches", "A study needs --caches to fit on, or --runs that are finished."),
+        ("", "A study needs --caches to fit on, or --runs that are finished."),
         ("--caches a.h5 sub/a.h5", "names several files 'a'; a data set is called by its file's"),
         ("--caches a.h5 --cache b.h5", "--cache is for `fit`; a study takes --caches and --out."),
         ("--caches a.h5 --resume run", "--resume is for `fit`"),
@@ -357,6 +357,27 @@ def test_jobs_of_a_cluster_pool(caches: Path, whole: Path, tmp_path: Path) -> No
     found = study(StudyConfig((), tmp_path / "both", FitConfig(), tuple(jobs)))
     methods = {row["method"] for row in rows(found.folder)}
     assert {"clip-adapter repeat true", "clip-adapter repeat false"} <= methods
+
+
+def test_methods_with_other_arguments_on_other_data_sets_are_not_averaged(
+    caches: Path, tmp_path: Path
+) -> None:
+    runs = [
+        fit(
+            FitConfig(
+                cache=caches / f"{name}.h5",
+                out=tmp_path / name,
+                baselines="zero-shot",  # type: ignore[arg-type]
+                shots=2,  # type: ignore[arg-type]
+                hyper={"alpha": alpha, "epochs": 2},
+            )
+        ).run
+        for name, alpha in (("apples", 0.2), ("boats", 0.6))
+    ]
+    found = study(StudyConfig((), tmp_path / "out", FitConfig(), tuple(runs)))
+    (comparison,) = read_comparisons(found.runs)
+    assert comparison.methods == ["zero-shot", "clip-adapter alpha 0.2", "clip-adapter alpha 0.6"]
+    assert np.isnan(comparison.average[1:]).all() and not np.isnan(comparison.average[0]).any()
 
 
 def test_base_to_new(caches: Path, tmp_path: Path) -> None:
