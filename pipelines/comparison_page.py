@@ -94,8 +94,9 @@ def _markdown(found: Comparison, title: str) -> str:
             )
         ]
         heads = ["method", *map(_shots, found.shots)]
-        words = f"{dataset}{of}, mean ± standard deviation over seeds"
-        blocks.append(_table(words, heads, rows))
+        spread = not np.isnan(found.std[index]).all()
+        over = "mean ± standard deviation over seeds" if spread else "one seed"
+        blocks.append(_table(f"{dataset}{of}, {over}", heads, rows))
     return "\n".join(blocks)
 
 
