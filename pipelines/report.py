@@ -40,7 +40,8 @@ def report(config: ReportConfig) -> None:
     """Print a table: a row for each number of shots, a column for each method of the runs.
 
     A column is named after its method and the arguments in which the runs differ; what several runs
-    have alike stands there once, over all their seeds.
+    have alike stands there once, over all their seeds. A table for each factor of `fit --ablate`
+    follows.
 
     Beside it one HTML page is written that needs nothing from outside.
 
@@ -48,6 +49,7 @@ def report(config: ReportConfig) -> None:
     """
     from rich.console import Console
 
+    from clip_adapter.pipelines.reporting.ablations import pooled_ablations
     from clip_adapter.pipelines.reporting.accuracies import accuracies
     from clip_adapter.pipelines.reporting.entries import pool
     from clip_adapter.pipelines.reporting.formats import FORMATS
@@ -58,14 +60,15 @@ def report(config: ReportConfig) -> None:
     runs = load_runs(config.runs)
     entries = pool(runs)
     table = accuracies(runs, entries)
-    print(FORMATS[config.format](table, Console().width), end="", flush=True)
+    ablations = pooled_ablations(runs)
+    print(FORMATS[config.format](table, ablations, Console().width), end="", flush=True)
     if config.html == "none":
         return
     from clip_adapter.pipelines.reporting.page import find_cache, write_page
 
     path = config.html or runs[0].path / "report.html"
     with find_cache(runs, config.cache) or nullcontext() as cache:
-        write_page(path, runs, entries, table, cache)
+        write_page(path, runs, entries, table, ablations, cache)
     Spoken("report").note(f"the page is {path}, its figures are beside it in figures/")
 
 

@@ -61,10 +61,10 @@ def accuracies(runs: Sequence[Run], entries: Sequence[Entry]) -> Accuracies:
     shots = in_order({shots for column in columns for shots in column.cells})
     counts = {len(seeds) for column in columns for seeds in column.seeds.values()}
     about = [*runs[0].provenance.lines(), *_seeds(entries), *_judged(entries)]
-    return Accuracies(f"test accuracy (%), {_over(counts)}", about, shots, columns)
+    return Accuracies(f"test accuracy (%), {over(counts)}", about, shots, columns)
 
 
-def _over(counts: set[int]) -> str:
+def over(counts: set[int]) -> str:
     """What the numbers behind ± are, of cells over so many seeds."""
     if counts <= {1}:
         return "± standard error of the test images, one seed"

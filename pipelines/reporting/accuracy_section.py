@@ -30,7 +30,7 @@ def accuracy_section(table: Accuracies, known: Published | None) -> Section:
             spreads = [spread for n in there if (spread := column.spread(n))]
             look = series(number)
             looks.setdefault(column.label.split(" ")[0], look)
-            shift = BESIDE * (number - (len(first) - 1) / 2) / max(1, len(first) / 4)
+            shift = beside(number, len(first))
             axes.errorbar(
                 [shots.index(n) + shift for n in there],
                 [100 * spread.mean for spread in spreads],
@@ -88,6 +88,11 @@ def accuracy_section(table: Accuracies, known: Published | None) -> Section:
             )
         )
     return Section("Accuracy against shots", text, [drawn], tables)
+
+
+def beside(number: int, count: int) -> float:
+    """How far from its place on the axis a series of so many stands."""
+    return BESIDE * (number - (count - 1) / 2) / max(1, count / 4)
 
 
 def _alt(columns: Sequence, shots: Sequence) -> str:

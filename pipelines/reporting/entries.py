@@ -86,6 +86,11 @@ def in_order(shots: set[Shots]) -> list[Shots]:
     return sorted(shots, key=lambda number: (number == "all", number))
 
 
+def shots_words(shots: Shots) -> str:
+    """`1 shot`, `4 shots`, `all shots`."""
+    return f"{shots} shot{'s' * (shots != 1)}"
+
+
 def pool(runs: Sequence[Run], beside: Sequence[Run] = ()) -> list[Entry]:
     """The entries of runs on one cache, in their order.
 
@@ -156,7 +161,7 @@ def _entries(label: str, members: Sequence[tuple[Run, PlannedMethod]]) -> list[E
                 found.update({task: own[task] for task in own if task not in found})
                 break
         else:
-            name = f"{label} ({_folder(run.path)})" if groups else label
+            name = f"{label} ({folder_name(run.path)})" if groups else label
             groups.append((name, [(run, planned)], own))
     return [
         Entry(name, group[0][1], any(not planned.baseline for _, planned in group), found)
@@ -170,5 +175,5 @@ def _same(one: TaskResult, other: TaskResult) -> bool:
     )
 
 
-def _folder(path: Path) -> str:
+def folder_name(path: Path) -> str:
     return path.name or path.resolve().name

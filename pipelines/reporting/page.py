@@ -12,6 +12,8 @@ from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.words import printable
 from clip_adapter.pipelines.adapter_file import load_adapter
 from clip_adapter.pipelines.fitting.run_folder import adapter_folder, writing
+from clip_adapter.pipelines.reporting.ablation_section import ablation_sections
+from clip_adapter.pipelines.reporting.ablations import Ablation
 from clip_adapter.pipelines.reporting.accuracies import Accuracies
 from clip_adapter.pipelines.reporting.accuracy_section import accuracy_section
 from clip_adapter.pipelines.reporting.calibration_section import calibration_section
@@ -36,6 +38,7 @@ def write_page(
     runs: Sequence[Run],
     entries: Sequence[Entry],
     table: Accuracies,
+    ablations: Sequence[Ablation],
     cache: FeatureCache | None,
 ) -> None:
     """Write the page to `path` and its figures beside it, into `figures/`.
@@ -45,7 +48,7 @@ def write_page(
     Raises UserError for parts of a run that cannot be read, and where nothing can be written.
     """
     verdict = judge(entries)
-    sections = _sections(runs, entries, table, verdict, cache)
+    sections = _sections(runs, entries, table, ablations, verdict, cache)
     page = _rendered(
         title=_title(runs[0]),
         first=first_screen(verdict),
@@ -72,11 +75,13 @@ def _sections(
     runs: Sequence[Run],
     entries: Sequence[Entry],
     table: Accuracies,
+    ablations: Sequence[Ablation],
     verdict: Verdict | None,
     cache: FeatureCache | None,
 ) -> list[Section]:
     found: list[Section | None] = [accuracy_section(table, published(runs[0].provenance))]
     found.append(selection_section(entries))
+    found += ablation_sections(ablations)
     pair = _pair(verdict)
     if verdict and pair:
         if cache is None:

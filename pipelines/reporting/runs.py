@@ -10,6 +10,7 @@ from pathlib import Path
 from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.words import counted
+from clip_adapter.pipelines.fitting.ablation import FILE, AblationRow, ablated, read_ablations
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.fitting.provenance import PROVENANCE, Provenance
 from clip_adapter.pipelines.fitting.results import TaskResult
@@ -20,7 +21,8 @@ from clip_adapter.pipelines.fitting.run_folder import read_plan, read_selected
 class Run:
     """A run that has ended.
 
-    versions: of the program and of the libraries that computed it.
+    versions: of the program and of the libraries that computed it. ablations: the rows of
+        `--ablate`.
     """
 
     path: Path
@@ -28,6 +30,7 @@ class Run:
     provenance: Provenance
     versions: dict[str, str]
     results: Sequence[TaskResult]
+    ablations: Sequence[AblationRow] = ()
 
     @property
     def class_names(self) -> list[str]:
@@ -82,4 +85,22 @@ def _load(path: Path) -> Run:
         raise UserError(f"{path / PROVENANCE} cannot be read; fit it again.") from error
     if provenance.cache_sha256 != plan.cache_sha256:
         raise UserError(f"{path / PROVENANCE} is of another cache than run.json; fit it again.")
-    return Run(path, plan, provenance, versions, results)
+    return Run(path, plan, provenance, versions, results, _ablations(path, plan))
+
+
+def _ablations(path: Path, plan: Plan) -> list[AblationRow]:
+    rows = read_ablations(path)
+    wanted = {
+        (factor, str(value), planned.method.name, shots, seed)
+        for factor, value, planned in ablated(plan)
+        for shots in plan.shots
+        for seed in plan.seeds
+    }
+    if len({row.key for row in rows} & wanted) < len(rows):
+        raise UserError(f"{path / FILE} is damaged: rows twice, or of no value of the plan.")
+    if missing := len(wanted) - len(rows):
+        raise UserError(
+            f"{path} holds a run whose ablation has not finished: {counted(missing, 'row')} of "
+            f"{len(wanted)} to go; go on with: fit --resume {path}"
+        )
+    return rows
