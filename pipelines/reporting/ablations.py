@@ -11,7 +11,13 @@ from clip_adapter.pipelines.fitting.plan import METHOD
 from clip_adapter.pipelines.fitting.results import MethodSummary, summarise
 from clip_adapter.pipelines.fitting.tables import KINDS, accuracy
 from clip_adapter.pipelines.reporting.accuracies import over
-from clip_adapter.pipelines.reporting.entries import decisive, folder_name, in_order, shots_words
+from clip_adapter.pipelines.reporting.entries import (
+    decisive,
+    folder_name,
+    in_order,
+    shots_words,
+    unused,
+)
 from clip_adapter.pipelines.reporting.figures import Numbers
 from clip_adapter.pipelines.reporting.runs import Run
 
@@ -88,8 +94,10 @@ def pooled_ablations(runs: Sequence[Run]) -> list[Ablation]:
     found = []
     for factor in dict.fromkeys(factor for run in runs for factor in run.plan.ablate):
         groups = _groups([run for run in runs if factor in run.plan.ablate], factor)
+        taken: set[str] = set()
         for members in groups:
-            folder = folder_name(members[0].path) if len(groups) > 1 else ""
+            name = unused(folder_name(members[0].path), taken)
+            folder = name if len(groups) > 1 else ""
             rows = {row.key: row for run in members for row in _rows(run, factor)}
             found.append(Ablation(factor, folder, members[0], _series(rows.values())))
     return found

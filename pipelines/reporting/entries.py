@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,16 @@ def pool(runs: Sequence[Run], beside: Sequence[Run] = ()) -> list[Entry]:
         others += [(r, p) for r in beside for p in r.plan.methods if p.method.name == name]
         label = name + _difference(*members[0], others)
         entries += _entries(label, members)
-    return entries
+    taken: set[str] = set()
+    return [replace(entry, label=unused(entry.label, taken)) for entry in entries]
+
+
+def unused(name: str, taken: set[str]) -> str:
+    """The name, with a number where it is taken; then it is taken too."""
+    numbered = (f"{name} #{number}" for number in count(2))
+    free = next(one for one in chain([name], numbered) if one not in taken)
+    taken.add(free)
+    return free
 
 
 def decisive(run: Run, planned: PlannedMethod) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.report import ReportConfig, report
+from clip_adapter.pipelines.reporting.entries import pool
+from clip_adapter.pipelines.reporting.runs import load_runs
 from tests.pipelines.tiny_cache import tiny_data, write_cache
 
 DATA = tiny_data()
@@ -287,3 +289,12 @@ def test_a_run_in_which_every_setting_diverged(runs: Path, tmp_path: Path, print
     assert cells == {"2": ["–"]}
     report(ReportConfig((tmp_path / "lost",)))
     assert "There is no test accuracy." in (tmp_path / "lost" / "report.html").read_text()
+
+
+def test_three_contradicting_runs_of_one_folder_name_are_told_apart(runs: Path, tmp_path: Path):
+    copies = [changed(runs / "low", tmp_path / str(n) / "run", n / 16) for n in (1, 2, 3)]
+    labels = [
+        entry.label for entry in pool(load_runs(copies)) if entry.method.name == "clip-adapter"
+    ]
+    assert len(labels) == len(set(labels)) == 3
+    assert labels[-1] == "clip-adapter (run) #2"
