@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
 import numpy as np
@@ -49,7 +49,10 @@ def selection_section(entries: Sequence[Entry]) -> Section | None:
         return None
     text = [
         "Validation accuracy of everything that was tried; the best one is chosen, task by task. "
-        "No test image is counted here. A point is the best over all other hyper-parameters."
+        "No test image is counted here. A point is the best over all other hyper-parameters. "
+        "Values stand evenly spaced. Curves leave out values that only some seeds tried, or that "
+        "diverged in some: a mean over other seeds at each value would draw the seeds' "
+        "differences. A choice that is left out so has no ring."
     ]
     if any(entry.first.plan.search == "halving" for entry in entries):
         text.append("Settings that successive halving stopped count as far as they were trained.")
@@ -94,7 +97,9 @@ def _curve(
     by_shots = {
         shots: {
             key[0]: seeds
-            for key, seeds in best_by([f for f in fits if f.shots == shots], [axis]).items()
+            for key, seeds in of_every_seed(
+                best_by([f for f in fits if f.shots == shots], [axis])
+            ).items()
         }
         for shots in in_order({fit.shots for fit in fits})
     }
@@ -160,6 +165,14 @@ def _curve(
                 )
             ),
         )
+
+
+def of_every_seed(
+    best: Mapping[tuple[str, ...], dict[int, float]],
+) -> dict[tuple[str, ...], dict[int, float]]:
+    """Those values that have an accuracy of every seed that any of them has one of."""
+    seeds = {seed for own in best.values() for seed in own}
+    return {key: own for key, own in best.items() if own.keys() == seeds}
 
 
 def _surface(

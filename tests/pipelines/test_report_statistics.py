@@ -19,6 +19,7 @@ from clip_adapter.pipelines.reporting.fits import Fit, best_by, ordered
 from clip_adapter.pipelines.reporting.image_section import changed_sides, originals, small_jpeg
 from clip_adapter.pipelines.reporting.manifold_section import embedded, neighbour_agreement
 from clip_adapter.pipelines.reporting.published import published
+from clip_adapter.pipelines.reporting.selection_section import of_every_seed
 from clip_adapter.pipelines.reporting.significance import (
     bootstrap,
     confusion,
@@ -222,3 +223,22 @@ def test_originals_come_from_where_the_cache_was_extracted(tmp_path):
         found("../outside.png")
     uri = small_jpeg(found("test/b/2.png"))
     assert uri.startswith("data:image/jpeg;base64,") and len(uri) < 4000
+
+
+def test_a_curve_has_only_values_that_every_seed_tried():
+    """A search that goes its own way for each seed leaves one seed alone at many values."""
+    fits = [
+        Fit(4, seed, {"c": value}, accuracy)
+        for value, own in {
+            "1": {1: 0.5, 2: 0.9},
+            "3": {1: 0.6},
+            "4": {2: 0.95},
+            "9": {1: 0.7, 2: None},
+            "10": {1: 0.4, 2: 0.8},
+        }.items()
+        for seed, accuracy in own.items()
+    ]
+    kept = of_every_seed(best_by(fits, ["c"]))
+    assert kept == {("1",): {1: 0.5, 2: 0.9}, ("10",): {1: 0.4, 2: 0.8}}
+    alone = of_every_seed(best_by([fit for fit in fits if fit.seed == 1], ["c"]))
+    assert len(alone) == 4, "of a single seed everything"
