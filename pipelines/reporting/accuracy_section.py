@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clip_adapter.pipelines.fitting.tables import KINDS, margin
+from clip_adapter.pipelines.fitting.tables import margin
 from clip_adapter.pipelines.reporting.accuracies import Accuracies
 from clip_adapter.pipelines.reporting.entries import in_order
 from clip_adapter.pipelines.reporting.figures import Numbers, drawing, label, picture, series
@@ -20,9 +20,12 @@ def accuracy_section(table: Accuracies, known: Published | None) -> Section:
     columns = [c for c in table.columns if any(c.spread(n) for n in table.shots)]
     if not columns:
         return Section("Accuracy against shots", ["There is no test accuracy to draw."])
+    if all(column.kind for column in columns):
+        known = None  # published figures are of all classes
     shown = {name: own for name, own in (known.accuracies if known else {}).items()}
     shots = in_order({*table.shots, *(n for own in shown.values() for n in own)})
-    first = [c for c in columns if c.measure in KINDS["all"]]
+    first = [c for c in columns if c.kind != "H"]
+    of = " or ".join(dict.fromkeys(c.kind or "all" for c in first))
     with drawing((4.2, 3.4)) as (figure, axes):
         looks: dict[str, dict[str, str]] = {}
         for number, column in enumerate(first):
@@ -56,7 +59,7 @@ def accuracy_section(table: Accuracies, known: Published | None) -> Section:
             )
         axes.set_xticks(range(len(shots)), [str(n) for n in shots])
         axes.set_xlabel("labelled images per class")
-        axes.set_ylabel("test accuracy (%)")
+        axes.set_ylabel("test accuracy (%)" if of == "all" else f"accuracy on {of} classes (%)")
         if axes.get_legend_handles_labels()[0]:
             figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         drawn = picture(

@@ -341,3 +341,14 @@ def test_the_first_screen_says_what_kind_of_run_it_was(tmp_path: Path, options, 
     fit(FitConfig(cache=cache, out=tmp_path / "run", **usual | hyper | options))
     report(ReportConfig((tmp_path / "run",)))
     assert wanted in Page(tmp_path / "run" / "report.html").text
+
+
+def test_new_classes_are_drawn_beside_base_classes(tmp_path: Path):
+    cache = write_cache(tmp_path / "features.h5", tiny_data())
+    given = {"method": "clip-adapter", "baselines": (), "shots": (1, 2), "train_classes": "base"}
+    fit(FitConfig(cache=cache, out=tmp_path / "run", hyper={"epochs": 2, "alpha": 0.2}, **given))
+    report(ReportConfig((tmp_path / "run",), html=tmp_path / "page.html"))
+    drawn = (tmp_path / "figures" / "accuracy.svg").read_text()
+    for words in ("clip-adapter base", "clip-adapter new", "accuracy on base or new classes (%)"):
+        assert drawn.count(f">{words}<") == 1
+    assert ">test accuracy (%)<" not in drawn
