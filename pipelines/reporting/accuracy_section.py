@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from clip_adapter.pipelines.fitting.tables import margin
 from clip_adapter.pipelines.reporting.accuracies import Accuracies
-from clip_adapter.pipelines.reporting.entries import in_order
+from clip_adapter.pipelines.reporting.entries import in_order, shots_words
 from clip_adapter.pipelines.reporting.figures import Numbers, drawing, label, picture, series
 from clip_adapter.pipelines.reporting.formats import cell
 from clip_adapter.pipelines.reporting.published import Published
@@ -69,7 +69,7 @@ def accuracy_section(table: Accuracies, known: Published | None) -> Section:
             _alt(first, table.shots),
             figure,
             Numbers(
-                ["method", *(f"{n} shots" if n != 1 else "1 shot" for n in table.shots)],
+                ["method", *map(shots_words, table.shots)],
                 [[c.heading, *(cell(c, n) for n in table.shots)] for c in columns],
                 table.title,
             ),
@@ -104,6 +104,9 @@ def _alt(columns: Sequence, shots: Sequence) -> str:
         there = [n for n in shots if column.spread(n)]
         if not there:
             continue
-        ends = [f"{100 * column.spread(n).mean:.1f} % at {n} shots" for n in (there[0], there[-1])]
+        ends = [
+            f"{100 * column.spread(n).mean:.1f} % at {shots_words(n)}"
+            for n in (there[0], there[-1])
+        ]
         told.append(f"{column.heading} {' and '.join(dict.fromkeys(ends))}")
     return f"Line chart of test accuracy against shots per class: {'; '.join(told)}."

@@ -43,7 +43,8 @@ def calibration_section(pair: Pair) -> Section:
                 picture(
                     f"reliability-{when}",
                     f"Reliability {when} adapting ({name}): above the dotted line it is right more "
-                    f"often than it says, below less often. A disc's area is its share of images.",
+                    f"often than it says, below less often. "
+                    "A larger disc stands for more images, but not in proportion.",
                     f"Reliability diagram of {name}: expected calibration error "
                     f"{100 * found.error:.1f} % in {BINS} bins.",
                     figure,

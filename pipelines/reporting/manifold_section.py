@@ -30,6 +30,7 @@ from clip_adapter.pipelines.reporting.figures import (
 from clip_adapter.pipelines.reporting.section import Section, percent
 
 MOST_IMAGES = 1500
+MOST_LABELS = 12  # that leave the marks to be seen
 NEIGHBOURS = 10
 SEED = 0
 COLORS = SERIES[:-1]  # marks are one raster image, in which black is lost in the dark theme
@@ -161,35 +162,44 @@ def _drawn(
     agreement: float,
 ) -> Picture:
     places = embedded(rows)
-    with drawing((3.9, 3.9)) as (figure, axes):
-        for number, c in enumerate(np.unique(space.labels).tolist()):
+    classes = np.unique(space.labels).tolist()
+    listed = len(classes) > MOST_LABELS
+    with drawing((3.9, 5.2 if listed else 3.9)) as (figure, axes):
+        for number, c in enumerate(classes):
             own = places[space.labels == c]
             color = COLORS[number % len(COLORS)]
             marker = MARKERS[number // len(COLORS) % len(MARKERS)]
             # As one raster image: thousands of marks would weigh more than the rest of the page.
             look: dict[str, Any] = {"marker": marker, "alpha": 0.75, "linewidths": 0}
-            axes.scatter(own[:, 0], own[:, 1], 9, color=color, rasterized=True, **look)
+            name_of = label(pair.class_names[c])
+            axes.scatter(
+                own[:, 0], own[:, 1], 9, color=color, rasterized=True, label=name_of, **look
+            )
+            if listed:
+                continue
             x, y = np.median(own, axis=0)
             axes.text(
                 x,
                 y,
-                label(pair.class_names[c]),
+                name_of,
                 color=INK,
-                fontsize=8,
+                fontsize=7,
                 ha="center",
                 va="center",
-                bbox={"facecolor": GROUND, "alpha": 0.8, "pad": 1.2, "edgecolor": "none"},
+                bbox={"facecolor": GROUND, "alpha": 0.55, "pad": 0.6, "edgecolor": "none"},
             )
         axes.grid(False)
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set_visible(False)
         axes.set_title(name)
+        if listed:
+            figure.legend(loc="outside lower center", ncols=2, fontsize=7, markerscale=1.5)
+        where = "the legend names classes" if listed else "labels stand at their class's median"
         figure.set_dpi(DPI)
         return picture(
             f"features-{when}",
-            f"{space.what.capitalize()} {when} adapting ({name}); labels stand at the median of "
-            f"their class.",
+            f"{space.what.capitalize()} {when} adapting ({name}); {where}.",
             f"Scatter plot of test images {when} adapting; the nearest neighbours agree with the "
             f"class of {percent(agreement, 1)} % of them.",
             figure,

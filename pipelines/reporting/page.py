@@ -18,7 +18,7 @@ from clip_adapter.pipelines.reporting.accuracies import Accuracies
 from clip_adapter.pipelines.reporting.accuracy_section import accuracy_section
 from clip_adapter.pipelines.reporting.calibration_section import calibration_section
 from clip_adapter.pipelines.reporting.class_section import Pair, class_section
-from clip_adapter.pipelines.reporting.entries import Entry
+from clip_adapter.pipelines.reporting.entries import Entry, shots_words
 from clip_adapter.pipelines.reporting.first_section import first_screen
 from clip_adapter.pipelines.reporting.image_section import image_section
 from clip_adapter.pipelines.reporting.manifold_section import manifold_section, space_of
@@ -125,7 +125,7 @@ def _manifold(verdict: Verdict, pair: Pair, cache: FeatureCache) -> Section | No
         if not folder.is_dir():  # a baseline of that run
             continue
         adapter = load_adapter(folder)
-        name = f"{entry.label}, {shots} shots, seed {seed}"
+        name = f"{entry.label}, {shots_words(shots)}, seed {seed}"
         return manifold_section(space_of(cache, entry, adapter, pair), pair, name)
     return None
 

@@ -11,7 +11,7 @@ import numpy as np
 from clip_adapter.adapters.hyper import Hyper
 from clip_adapter.adapters.method import Method
 from clip_adapter.pipelines.fitting.config import Shots
-from clip_adapter.pipelines.reporting.entries import Entry, in_order
+from clip_adapter.pipelines.reporting.entries import Entry, in_order, shots_words
 from clip_adapter.pipelines.reporting.figures import (
     INK,
     Numbers,
@@ -246,7 +246,7 @@ def _chosen(entry: Entry, shots: Shots, names: Sequence[str]) -> Counter[tuple[s
 
 def _chosen_words(chosen: dict[Shots, Counter[tuple[str, ...]]]) -> str:
     return "; ".join(
-        f"at {shots} shots {', '.join(' and '.join(values) for values in counts)}"
+        f"at {shots_words(shots)} {', '.join(' and '.join(values) for values in counts)}"
         for shots, counts in chosen.items()
     )
 

@@ -352,3 +352,17 @@ def test_new_classes_are_drawn_beside_base_classes(tmp_path: Path):
     for words in ("clip-adapter base", "clip-adapter new", "accuracy on base or new classes (%)"):
         assert drawn.count(f">{words}<") == 1
     assert ">test accuracy (%)<" not in drawn
+
+
+@pytest.mark.parametrize("classes", [4, 14])
+def test_many_classes_are_named_in_a_legend(tmp_path: Path, classes: int):
+    cache = write_cache(tmp_path / "features.h5", tiny_data(train=(3,) * classes, test=4))
+    given = {"method": "clip-adapter", "baselines": ("zero-shot",), "shots": 1}
+    fit(FitConfig(cache=cache, out=tmp_path / "run", hyper={"epochs": 2, "alpha": 0.2}, **given))
+    report(ReportConfig((tmp_path / "run",), html=tmp_path / "page.html"))
+    drawn = ElementTree.parse(tmp_path / "figures" / "features-after.svg").getroot()
+    ids = [e.get("id", "") for e in drawn.iter()]
+    assert any(name.startswith("legend") for name in ids) == (classes > 12)
+    page = (tmp_path / "page.html").read_text()
+    assert "1 shots" not in page and "clip-adapter, 1 shot, seed 1" in page
+    assert 'id="features-after-image' in page, "what the dark theme's rule brightens"
