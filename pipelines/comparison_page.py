@@ -12,8 +12,8 @@ import numpy as np
 from clip_adapter.cache import files
 from clip_adapter.cache.words import printable
 from clip_adapter.pipelines.comparison import Comparison, read_comparisons
-from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.run_folder import writing
+from clip_adapter.pipelines.reporting.entries import shots_words
 from clip_adapter.pipelines.reporting.figures import label, series
 
 AVERAGE = "average"
@@ -62,7 +62,7 @@ def _markdown(found: Comparison, title: str) -> str:
     blocks = [
         _table(
             f"{title[:1].upper()}{title[1:]} (%), average over {sets}: {', '.join(found.datasets)}",
-            ["method", *map(_shots, found.shots)],
+            ["method", *map(shots_words, found.shots)],
             [
                 [name, *map(_percent, row)]
                 for name, row in zip(found.methods, found.average, strict=True)
@@ -70,7 +70,7 @@ def _markdown(found: Comparison, title: str) -> str:
         ),
         _table(
             f"Mean rank{of} over data sets (1 is the best)",
-            ["method", *map(_shots, found.shots)],
+            ["method", *map(shots_words, found.shots)],
             [
                 [name, *("–" if np.isnan(rank) else f"{rank:.2f}" for rank in row)]
                 for name, row in zip(found.methods, found.ranks, strict=True)
@@ -93,7 +93,7 @@ def _markdown(found: Comparison, title: str) -> str:
                 found.methods, found.accuracy[index], found.std[index], strict=True
             )
         ]
-        heads = ["method", *map(_shots, found.shots)]
+        heads = ["method", *map(shots_words, found.shots)]
         spread = not np.isnan(found.std[index]).all()
         over = "mean ± standard deviation over seeds" if spread else "one seed"
         blocks.append(_table(f"{dataset}{of}, {over}", heads, rows))
@@ -107,10 +107,6 @@ def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> s
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '¦') for cell in cells)} |"
-
-
-def _shots(shots: Shots) -> str:
-    return f"{shots} shot{'s' * (shots != 1)}"
 
 
 def _percent(value: float) -> str:

@@ -135,14 +135,14 @@ class Plan:
         methods = config.method if "method" in config.given else own
         missing = {name: value for name, value in mine.items() if name not in config.given}
         hyper = {
-            f"{planned.method.name}.{name}": self._given(planned, name, values)
+            f"{planned.method.name}.{name}": self.given(planned, name, values)
             for planned in self.fitted
             for name, values in planned.values.items()
             if planned.name in methods and name not in config.hyper and "hyper" not in config.stated
         }
         return replace(config, **missing, hyper=hyper | dict(config.hyper))
 
-    def _given(self, planned: PlannedMethod, name: str, values: Sequence[Value]) -> Sequence[Value]:
+    def given(self, planned: PlannedMethod, name: str, values: Sequence[Value]) -> Sequence[Value]:
         """What was given to get these values, and the ablation's where only that takes several."""
         alone = self.select == "none" or planned.method.hyper[name].single
         return planned.ablation.get(name, values) if alone else values

@@ -23,7 +23,9 @@ def command_line(plan: Plan) -> str:
     for name in ("select", "preset", "train_classes", "search", "placement"):
         if getattr(plan, name) != getattr(FitConfig, name):
             words += [f"--{name.replace('_', '-')}", getattr(plan, name)]
-    words += [f"--{name}" for name in ("repeat", "augment") if getattr(plan, name)]
+    words += [f"--{name}" for name in ("repeat", "augment", "refit") if getattr(plan, name)]
+    if plan.ablate:
+        words += ["--ablate", *plan.ablate]
     for flag, values in _hyper(plan).items():
         words += [f"--{flag}", *map(_written, values)]
     return shlex.join(words)
@@ -37,6 +39,7 @@ def _hyper(plan: Plan) -> dict[str, tuple[Value, ...]]:
         method = planned.method
         usual = method.values({}, plan.preset, one=plan.select == "none")
         for name, values in planned.values.items():
+            values = plan.given(planned, name, values)
             if tuple(values) != usual[name]:
                 own = [f for f, (n, owners) in flags.items() if n == name and owners == [method]]
                 given[own[0]] = tuple(values)

@@ -190,6 +190,9 @@ def test_published_figures_are_those_of_the_log():
         "--method taskres --select none --lr 0.01 --drop-last false --epochs 7",
         "--preset paper --baselines --augment --repeat --shots all --alpha 0.2 hypernet",
         "--method tip-adapter clip-adapter --select cv --train-classes base --search halving",
+        "--ablate alpha branch --alpha 0.2 0.4 --branch text both --refit",
+        "--ablate learning_rate method --lr 0.1 0.2 --select none",
+        "--ablate alpha reduction",
     ],
 )
 def test_the_command_makes_the_plan_again(line: str):
