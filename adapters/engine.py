@@ -21,8 +21,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from clip_adapter.adapters.evaluation import Leaves
 from clip_adapter.adapters.method import Method, Setting, Task
-from clip_adapter.adapters.program import Grid, Leaves, Program, program_of
+from clip_adapter.adapters.program import Grid, Program, program_of
 from clip_adapter.adapters.recipe import steps_and_batch
 from clip_adapter.adapters.training import RunState
 

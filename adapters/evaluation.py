@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.adapters.method import Arrays, Score, Setting
 
-if TYPE_CHECKING:
-    from clip_adapter.adapters.program import Leaves
-
-
+Leaves = list[npt.NDArray[Any]]
+"""A training.RunState on the host, as its leaves in tree order."""
 Judged = tuple[float, float, npt.NDArray[np.bool_]]
 """(accuracy, mean negative log-likelihood, which validation images are right: (M,))."""
 

@@ -16,14 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 from jax.sharding import Mesh, PartitionSpec
 
+from clip_adapter.adapters.evaluation import Leaves
 from clip_adapter.adapters.method import Method, Setting, Task
 from clip_adapter.adapters.training import RunState, advance, initial_state
-
-Leaves = list[npt.NDArray[Any]]
-"""A RunState on the host, as its leaves in tree order."""
 
 # Between two calls of a program a run can be interrupted, and says how far it is.
 SECONDS_PER_CALL = 0.25

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from clip_adapter.adapters import closed_form, recipe, training
 from clip_adapter.adapters.engine import Chunk, Engine
-from clip_adapter.adapters.evaluation import Evaluation, Journal, Judged
+from clip_adapter.adapters.evaluation import Evaluation, Journal, Judged, Leaves
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import (
     Arrays,
@@ -26,7 +26,6 @@ from clip_adapter.adapters.method import (
     Task,
     same_program,
 )
-from clip_adapter.adapters.program import Leaves
 from clip_adapter.adapters.scoring import make_classify, pooled, score
 from clip_adapter.adapters.shared_runs import SharedRuns, as_trained, of_the_run, with_trained
 from clip_adapter.adapters.successive_halving import (

@@ -15,7 +15,7 @@ from clip_adapter.adapters.evaluation import Evaluation, Journal, Judged
 from clip_adapter.adapters.method import Arrays, Method, Setting, Task
 
 if TYPE_CHECKING:
-    from clip_adapter.adapters.program import Leaves
+    from clip_adapter.adapters.evaluation import Leaves
 
 
 def of_the_run(method: Method, setting: Setting) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from clip_adapter.adapters.evaluation import Evaluation, Journal
+from clip_adapter.adapters.evaluation import Evaluation, Journal, Leaves
 from clip_adapter.adapters.method import Setting, Task
-from clip_adapter.adapters.program import Leaves
 
 ETA = 3
 FIRST_SHARE = 0.1

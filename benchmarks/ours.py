@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.adapters.evaluation import Evaluation
+from clip_adapter.adapters.evaluation import Evaluation, Leaves
 from clip_adapter.adapters.method import Head, Setting, Task
-from clip_adapter.adapters.program import Leaves
 
 
 class KeepsNothing:

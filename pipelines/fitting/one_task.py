@@ -29,6 +29,7 @@ from clip_adapter.pipelines.fitting.predictions import (
 from clip_adapter.pipelines.fitting.provenance import Provenance
 from clip_adapter.pipelines.fitting.results import Spread, TaskResult, harmonic_mean
 from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder, writing
+from clip_adapter.pipelines.fitting.task_record import TaskRecord
 from clip_adapter.pipelines.fitting.tasks import TaskRows, folds
 
 NOT_CROSS_VALIDATED = "a class has one image, cv impossible: defaults taken"
@@ -103,7 +104,7 @@ class TaskRunner:
             self.tell(sentence)
         expect(work(method, planned.values, len(parts), halving=asked.halving))
         if parts:
-            record = folder.record(method, rows, sum(map(len, judged)))
+            record = TaskRecord(folder, method, rows, sum(map(len, judged)))
             return choose(asked, task, self.engine, record)
         note = NOT_CROSS_VALIDATED if rule == "cv" else ""
         return take_defaults(asked, task, self.engine, note)

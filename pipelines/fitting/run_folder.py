@@ -24,9 +24,9 @@ from itertools import count, product
 from pathlib import Path
 from typing import Any
 
-from clip_adapter.adapters.method import Method
 from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
+from clip_adapter.pipelines.fitting.fit_rows import TASK_COLUMNS, Row, is_sound
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.fitting.results import (
     MEASURES,
@@ -34,8 +34,6 @@ from clip_adapter.pipelines.fitting.results import (
     TaskKey,
     TaskResult,
 )
-from clip_adapter.pipelines.fitting.task_record import TASK_COLUMNS, Row, TaskRecord, is_sound
-from clip_adapter.pipelines.fitting.tasks import TaskRows
 
 OUTCOME_COLUMNS = (
     *("epochs_run", "best_epoch", "val_accuracy", "val_nll"),
@@ -116,13 +114,6 @@ class RunFolder:
         rows = [json.dumps(asdict(row)) + "\n" for row in self.results()]
         with writing(self.path):
             files.write_text(self.path / "selected.jsonl", "".join(rows))
-
-    def record(self, method: Method, rows: TaskRows, judged: int) -> TaskRecord:
-        """The part of the record that belongs to a method on a task.
-
-        judged: how many validation images there are, over all folds.
-        """
-        return TaskRecord(self, method, rows, judged)
 
     def known(self, row: Row) -> Row | None:
         """What was noted of a fit."""

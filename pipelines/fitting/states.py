@@ -10,7 +10,7 @@ from zlib import crc32
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from clip_adapter.adapters.program import Leaves
+from clip_adapter.adapters.evaluation import Leaves
 from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
 

@@ -12,10 +12,9 @@ import numpy as np
 
 from clip_adapter.adapters import training
 from clip_adapter.adapters.coop_network import Tower, prepare
-from clip_adapter.adapters.evaluation import Evaluation
+from clip_adapter.adapters.evaluation import Evaluation, Leaves
 from clip_adapter.adapters.method import Head, Method, Setting, Task
 from clip_adapter.adapters.methods import METHODS
-from clip_adapter.adapters.program import Leaves
 from clip_adapter.cache.text_tower import TextTowerConfig, array_shapes
 
 CLASSES, DIM, PROMPTS = 4, 16, 3

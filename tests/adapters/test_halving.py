@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.evaluation import Evaluation
-from clip_adapter.adapters.program import Leaves
+from clip_adapter.adapters.evaluation import Evaluation, Leaves
 from clip_adapter.adapters.search import rungs_of, search
 from clip_adapter.adapters.successive_halving import (
     Rung,
