@@ -1,4 +1,5 @@
-"""Time the search of each closed form: python benchmarks/methods.py --help
+"""Time the search of each closed form, and one fit of each trained method: python
+benchmarks/methods.py --help
 
 Both sides run in one process, alternating, on the same arrays and the same grid: 16 shots in 1,024
 dimensions, validated on 4 images a class. A first round, which compiles, is left out, and printed
@@ -21,6 +22,7 @@ from idle import machine, require_idle
 from synthetic import LOGIT_SCALE, SyntheticTask, synthetic_task
 from threadpoolctl import threadpool_limits
 from torch_closed_forms import Grid, Rows, gda_with, proker_with, tip_hoisted, tip_in_loops
+from torch_methods import TRAINED, Support
 
 from clip_adapter.adapters.engine import Engine
 from clip_adapter.adapters.evaluation import Evaluation
@@ -33,6 +35,8 @@ DIM, SHOTS, VALIDATION_SHOTS = 1024, 16, 4
 TENTH = 10
 
 Search = Callable[[Rows, Grid], float]
+Sides = dict[tuple[str, int], tuple[Callable[[], float], int]]
+"""(name, threads) → what to time, and what its time is multiplied by."""
 OPPONENTS: Mapping[str, Mapping[str, Search]] = {
     "tip-adapter": {
         "PyTorch, as in the official code": tip_in_loops,
@@ -49,6 +53,7 @@ OPPONENTS: Mapping[str, Mapping[str, Search]] = {
         "PyTorch, hoisted": partial(proker_with, solve="torch eigh"),
     },
 }
+NAMES = [*OPPONENTS, *TRAINED]
 CUT = {
     ("tip-adapter", "PyTorch, as in the official code"),
     ("proker", "PyTorch, as in the official code"),
@@ -58,7 +63,7 @@ CUT = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("methods", nargs="*", choices=[*OPPONENTS, []], help="by default all")
+    parser.add_argument("methods", nargs="*", choices=[*NAMES, []], help="by default all")
     parser.add_argument("--classes", nargs="*", type=int, default=[37, 100])
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each comparison")
     arguments = parser.parse_args()
@@ -67,8 +72,9 @@ def main() -> None:
     print(machine(), f"| JAX on {jax.devices()[0].device_kind}")
     for classes in arguments.classes:
         task = synthetic_task(DIM, classes, SHOTS, VALIDATION_SHOTS)
-        for name in arguments.methods or OPPONENTS:
-            compare(METHODS[name], task, arguments.rounds)
+        for name in arguments.methods or NAMES:
+            one = compare if name in OPPONENTS else compare_trained
+            one(METHODS[name], task, arguments.rounds)
     require_idle()
 
 
@@ -82,7 +88,7 @@ class NoJournal:
 
 
 def compare(method: Method, data: SyntheticTask, rounds: int) -> None:
-    """Alternate the sides, and print medians, spreads and ratios, of wall and of CPU time."""
+    """The whole search over the method's grid."""
     values = method.values({})
     rows = Rows.of(
         data.features,
@@ -99,7 +105,7 @@ def compare(method: Method, data: SyntheticTask, rounds: int) -> None:
         return max(evaluation.accuracy for evaluation in found)
 
     cores = len(os.sched_getaffinity(0))
-    sides: dict[tuple[str, int], tuple[Callable[[], float], int]] = {("ours", 0): (ours, 1)}
+    sides: Sides = {("ours", 0): (ours, 1)}
     for name, opponent in OPPONENTS[method.name].items():
         cut = TENTH if (method.name, name) in CUT else 1
         outer, *others = values
@@ -108,6 +114,37 @@ def compare(method: Method, data: SyntheticTask, rounds: int) -> None:
             sides[name, threads] = (partial(limited, opponent, rows, grid, threads), cut)
     points = len(method.settings(values))
     print(f"\n{method.name}, {points} points, {len(data.weights)} classes, {SHOTS} shots")
+    alternate(sides, rounds)
+
+
+def compare_trained(method: Method, data: SyntheticTask, rounds: int) -> None:
+    """One fit with the method's defaults, as its official code trains it."""
+    values = method.values({}, one=True)
+    task, engine = task_of(data), Engine()
+    labels, judged = (torch.as_tensor(own).long() for own in (data.labels, data.validation_labels))
+    features, weights, validation = map(
+        torch.as_tensor, (data.features, data.weights, data.validation_features)
+    )
+    support = Support(features, labels, weights, weights[:, None], validation, judged, LOGIT_SCALE)
+
+    def ours() -> float:
+        (found,) = search(method, values, [task], engine, NoJournal())
+        return found.accuracy
+
+    def theirs(threads: int) -> float:
+        with threadpool_limits(threads):
+            torch.set_num_threads(threads)
+            return TRAINED[method.name](support)
+
+    sides: Sides = {("ours", 0): (ours, 1)}
+    for threads in {1, len(os.sched_getaffinity(0))}:
+        sides["PyTorch, as in the official code", threads] = (partial(theirs, threads), 1)
+    print(f"\n{method.name}, one fit, {len(data.weights)} classes, {SHOTS} shots")
+    alternate(sides, rounds)
+
+
+def alternate(sides: Sides, rounds: int) -> None:
+    """Run the sides in turn; print medians, spreads and ratios, of wall and of CPU time."""
     started = time.perf_counter()
     accuracies = {side: run() for side, (run, _) in sides.items() if side == ("ours", 0)}
     print(f"  the first search, which compiles, took {time.perf_counter() - started:.2f} s")
@@ -147,7 +184,12 @@ def task_of(data: SyntheticTask) -> Task:
         labels=jnp.asarray(data.labels),
         validation_features=jnp.asarray(data.validation_features),
         validation_labels=jnp.asarray(data.validation_labels),
-        head=Head(jnp.asarray(data.weights), jnp.float32(LOGIT_SCALE), jnp.float32(0)),
+        head=Head(
+            jnp.asarray(data.weights),
+            jnp.float32(LOGIT_SCALE),
+            jnp.float32(0),
+            jnp.asarray(data.weights[:, None]),
+        ),
         seed=jnp.int32(0),
     )
 
