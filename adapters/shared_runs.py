@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from clip_adapter.adapters.evaluation import Evaluation, Journal, Judged
+from clip_adapter.adapters.evaluation import Evaluation, Journal, Judged, Leaves
 from clip_adapter.adapters.method import Arrays, Method, Setting, Task
-
-if TYPE_CHECKING:
-    from clip_adapter.adapters.evaluation import Leaves
 
 
 def of_the_run(method: Method, setting: Setting) -> dict[str, Any]:

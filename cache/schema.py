@@ -12,8 +12,8 @@ TEXT = "text"
 METADATA = "metadata"
 METADATA_SHA256 = "metadata_sha256"
 
-# Between which the largest number of a feature lies, by magnitude. CLIP's are about 0.1 to 100;
-# beyond these, squares and the sums of products leave float32.
+# Between which the largest number of a feature lies, by magnitude: far from where squares and sums
+# of products leave float32, and from the smallest norm that normalising divides by.
 SMALLEST_FEATURE, LARGEST_FEATURE = 1e-6, 1e6
 
 CHUNK_BYTES = 1 << 20

@@ -12,8 +12,8 @@ import numpy as np
 from clip_adapter.cache import files
 from clip_adapter.cache.words import printable
 from clip_adapter.pipelines.comparison import Comparison, read_comparisons
+from clip_adapter.pipelines.fitting.config import shots_words
 from clip_adapter.pipelines.fitting.run_folder import writing
-from clip_adapter.pipelines.reporting.entries import shots_words
 from clip_adapter.pipelines.reporting.figures import label, series
 
 AVERAGE = "average"

@@ -116,3 +116,8 @@ def own_values(config: FitConfig, method: Method) -> dict[str, tuple[Value, ...]
         if key.startswith(prefix)
     }
     return common | own
+
+
+def shots_words(shots: Shots) -> str:
+    """`1 shot`, `4 shots`, `all shots`."""
+    return f"{shots} shot{'s' * (shots != 1)}"

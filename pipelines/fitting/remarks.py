@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_adapter.cache.words import quoted
-from clip_adapter.pipelines.fitting.config import Shots
+from clip_adapter.pipelines.fitting.config import shots_words
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.fitting.predictions import Predictions, read_predictions
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult
@@ -39,7 +39,7 @@ def remarks(
         kept = [read_predictions(run, *r.key) for r in tested if r.shots == shots]
         if not found:
             found.append(_majority(kept[0], class_names))
-        found.append(f"{name} at {_at(shots)} does worst on {_worst(kept, class_names)}")
+        found.append(f"{name} at {shots_words(shots)} does worst on {_worst(kept, class_names)}")
     return found + _beaten(plan, summary)
 
 
@@ -71,7 +71,7 @@ def _beaten(plan: Plan, summary: Sequence[MethodSummary]) -> list[str]:
     for baseline in (p.method.name for p in plan.methods if p.baseline):
         for asked in (p.method.name for p in plan.fitted):
             gaps = [
-                f"{_at(shots)} ({100 * means[baseline, shots]:.2f} % against "
+                f"{shots_words(shots)} ({100 * means[baseline, shots]:.2f} % against "
                 f"{100 * means[asked, shots]:.2f} %)"
                 for shots in plan.shots
                 if means.get((baseline, shots), 0.0) > means.get((asked, shots), 1.0)
@@ -79,10 +79,6 @@ def _beaten(plan: Plan, summary: Sequence[MethodSummary]) -> list[str]:
             if gaps:
                 found.append(f"the baseline {baseline} did better than {asked} at {_list(gaps)}")
     return found
-
-
-def _at(shots: Shots) -> str:
-    return f"{shots} shot{'s' * (shots != 1)}"
 
 
 def _list(words: Sequence[str]) -> str:

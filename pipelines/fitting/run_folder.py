@@ -85,9 +85,10 @@ class RunFolder:
         """The complete rows of results.csv; a last line that was cut off is removed, and so are
         lines that this program has not written."""
         path = self.path / "results.csv"
-        if not files.is_there(path):
+        try:
+            text = files.read_bytes(path).decode("utf-8", errors="replace")
+        except FileNotFoundError:
             return []
-        text = files.read_bytes(path).decode("utf-8", errors="replace")
         try:
             rows = list(csv.DictReader(StringIO(text[: text.rfind("\n") + 1])))
         except csv.Error:
@@ -189,11 +190,13 @@ def read_selected(path: Path) -> list[TaskResult]:
     Raises UserError where they cannot be read.
     """
     selected = path / "selected.jsonl"
-    if not files.is_there(selected):
-        return []
     try:
         lines = files.read_text(selected).splitlines(keepends=True)
         return [TaskResult.of_document(json.loads(ln)) for ln in lines if ln.endswith("\n")]
+    except FileNotFoundError:
+        return []
+    except UserError:
+        raise
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise UserError(f"{selected} cannot be read; fit it again.") from error
 

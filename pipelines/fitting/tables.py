@@ -12,7 +12,7 @@ from rich.table import Table
 
 from clip_adapter.cache.few_shot import VALIDATION_SHOTS
 from clip_adapter.cache.words import counted, printable, some
-from clip_adapter.pipelines.fitting.config import Selection, Shots
+from clip_adapter.pipelines.fitting.config import Selection, Shots, shots_words
 from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
 from clip_adapter.pipelines.fitting.remarks import remarks
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
@@ -150,7 +150,7 @@ def _ablation_table(plan: Plan, factor: str, ablations: Sequence[AblationRow]) -
     table = Table(title=title, box=SIMPLE_HEAD)
     table.add_column(factor)
     for shots in plan.shots:
-        table.add_column(f"{shots} shot{'s' * (shots != 1)}", justify="right")
+        table.add_column(shots_words(shots), justify="right")
     several = len({row.result.method for row in rows}) > 1
     for method, value in dict.fromkeys((row.result.method, row.value) for row in rows):
         own = [row.result for row in rows if (row.result.method, row.value) == (method, value)]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clip_adapter.pipelines.fitting.config import Shots
+from clip_adapter.pipelines.fitting.config import Shots, shots_words
 from clip_adapter.pipelines.fitting.plan import METHOD
 from clip_adapter.pipelines.fitting.results import Spread
 from clip_adapter.pipelines.fitting.tables import margin
 from clip_adapter.pipelines.reporting.ablations import MEASURE, Ablation, Series, number_of
 from clip_adapter.pipelines.reporting.accuracy_section import beside
-from clip_adapter.pipelines.reporting.entries import shots_words
 from clip_adapter.pipelines.reporting.figures import Picture, drawing, label, picture, series
 from clip_adapter.pipelines.reporting.section import Section
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from clip_adapter.pipelines.fitting.ablation import AblationRow, ablated
-from clip_adapter.pipelines.fitting.config import Shots
+from clip_adapter.pipelines.fitting.config import Shots, shots_words
 from clip_adapter.pipelines.fitting.plan import METHOD
 from clip_adapter.pipelines.fitting.results import MethodSummary, summarise
 from clip_adapter.pipelines.fitting.tables import KINDS, accuracy
@@ -15,7 +15,6 @@ from clip_adapter.pipelines.reporting.entries import (
     decisive,
     folder_name,
     in_order,
-    shots_words,
     unused,
 )
 from clip_adapter.pipelines.reporting.figures import Numbers

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from clip_adapter.pipelines.fitting.config import shots_words
 from clip_adapter.pipelines.fitting.tables import margin
 from clip_adapter.pipelines.reporting.accuracies import Accuracies
-from clip_adapter.pipelines.reporting.entries import in_order, shots_words
+from clip_adapter.pipelines.reporting.entries import in_order
 from clip_adapter.pipelines.reporting.figures import Numbers, drawing, label, picture, series
 from clip_adapter.pipelines.reporting.formats import cell
 from clip_adapter.pipelines.reporting.published import Published

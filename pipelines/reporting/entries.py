@@ -87,11 +87,6 @@ def in_order(shots: set[Shots]) -> list[Shots]:
     return sorted(shots, key=lambda number: (number == "all", number))
 
 
-def shots_words(shots: Shots) -> str:
-    """`1 shot`, `4 shots`, `all shots`."""
-    return f"{shots} shot{'s' * (shots != 1)}"
-
-
 def pool(runs: Sequence[Run], beside: Sequence[Run] = ()) -> list[Entry]:
     """The entries of runs on one cache, in their order.
 

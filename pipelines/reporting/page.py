@@ -11,6 +11,7 @@ from clip_adapter.cache.files import write_bytes, write_text
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.words import printable
 from clip_adapter.pipelines.adapter_file import load_adapter
+from clip_adapter.pipelines.fitting.config import shots_words
 from clip_adapter.pipelines.fitting.run_folder import adapter_folder, writing
 from clip_adapter.pipelines.reporting.ablation_section import ablation_sections
 from clip_adapter.pipelines.reporting.ablations import Ablation
@@ -18,7 +19,7 @@ from clip_adapter.pipelines.reporting.accuracies import Accuracies
 from clip_adapter.pipelines.reporting.accuracy_section import accuracy_section
 from clip_adapter.pipelines.reporting.calibration_section import calibration_section
 from clip_adapter.pipelines.reporting.class_section import Pair, class_section
-from clip_adapter.pipelines.reporting.entries import Entry, shots_words
+from clip_adapter.pipelines.reporting.entries import Entry
 from clip_adapter.pipelines.reporting.first_section import first_screen
 from clip_adapter.pipelines.reporting.image_section import image_section
 from clip_adapter.pipelines.reporting.manifold_section import manifold_section, space_of

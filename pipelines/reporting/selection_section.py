@@ -10,8 +10,8 @@ import numpy as np
 
 from clip_adapter.adapters.hyper import Hyper
 from clip_adapter.adapters.method import Method
-from clip_adapter.pipelines.fitting.config import Shots
-from clip_adapter.pipelines.reporting.entries import Entry, in_order, shots_words
+from clip_adapter.pipelines.fitting.config import Shots, shots_words
+from clip_adapter.pipelines.reporting.entries import Entry, in_order
 from clip_adapter.pipelines.reporting.figures import (
     INK,
     Numbers,
@@ -126,7 +126,7 @@ def _curve(
             axes.plot(
                 [values.index(value) for value in there],
                 means,
-                label=f"{shots} shot{'s' * (shots != 1)}",
+                label=shots_words(shots),
                 color=look["color"],
                 linestyle=look["linestyle"],
                 marker="" if dense else look["marker"],
