@@ -1,13 +1,12 @@
 """Every command and every Python example of README.md and docs/, run in order in one folder."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 ROOT = Path(__file__).parents[1]
 # The README comes first: the others go on with what its commands leave.
@@ -33,17 +32,16 @@ NETWORK = [
 
 
 def test_commands_and_examples_run_and_print_what_is_shown(tmp_path: Path) -> None:
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for page in PAGES:
         for kind, text in blocks(page):
             if kind == "python":
-                run([sys.executable, "-c", text], tmp_path, environment)
+                run(["python", "-c", text], tmp_path)
             elif kind == "console long":
                 for command, _ in transcripts(text):
-                    run(shlex.split(shortened(command)), tmp_path, environment)
+                    run(shlex.split(shortened(command)), tmp_path)
             elif kind == "console":
                 for command, shown in transcripts(text):
-                    printed = run(shlex.split(command), tmp_path, environment)
+                    printed = run(shlex.split(command), tmp_path)
                     assert words(shown) in ("", words(printed)), f"{page}: {command}"
 
 
@@ -87,8 +85,8 @@ def _reproduce(arguments: list[str]) -> object:
 PARSERS = {"extract": _extract, "fit": _fit, "predict": _predict, "reproduce": _reproduce}
 
 
-def run(command: list[str], folder: Path, environment: dict[str, str]) -> str:
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+def run(command: list[str], folder: Path) -> str:
+    done = processes.run(command, folder)
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout
 
