@@ -127,6 +127,12 @@ def test_fit_reaches_no_torch(module: str):
     assert "torch" not in packages(reached(module, at_import=False))
 
 
+@pytest.mark.parametrize("module", [name for name in MODULES if ".reporting" in name])
+def test_a_report_waits_for_no_compiler(module: str):
+    """A table of finished runs is there at once."""
+    assert not packages(reached(module, at_import=True)) & {"jax", "flax", "optax", "torch"}
+
+
 def test_records_and_the_registry_load_no_array_library():
     """The command line reads them for --help."""
     for module in (f"{PACKAGE}.adapters.methods", f"{PACKAGE}.pipelines.fitting.flags"):

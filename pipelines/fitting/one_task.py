@@ -19,13 +19,10 @@ from clip_adapter.pipelines.fitting.choice import (
     choose,
     take_defaults,
 )
+from clip_adapter.pipelines.fitting.classify import predict_test
 from clip_adapter.pipelines.fitting.data import Data
 from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
-from clip_adapter.pipelines.fitting.predictions import (
-    Predictions,
-    predict_test,
-    predictions_path,
-)
+from clip_adapter.pipelines.fitting.predictions import Predictions, predictions_path
 from clip_adapter.pipelines.fitting.provenance import Provenance
 from clip_adapter.pipelines.fitting.results import Spread, TaskResult, harmonic_mean
 from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder, writing

@@ -13,12 +13,8 @@ from clip_adapter.cache.cores import available_cores
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.pipelines.fitting.ablation import (
-    AblationRow,
-    ablated,
-    read_ablations,
-    run_ablations,
-)
+from clip_adapter.pipelines.fitting.ablation import run_ablations
+from clip_adapter.pipelines.fitting.ablation_rows import AblationRow, ablated, read_ablations
 from clip_adapter.pipelines.fitting.config import DEFAULT_CACHE, FitConfig
 from clip_adapter.pipelines.fitting.data import Data, available, open_data
 from clip_adapter.pipelines.fitting.feasible import check_feasible

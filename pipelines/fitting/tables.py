@@ -18,7 +18,7 @@ from clip_adapter.pipelines.fitting.remarks import remarks
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
 
 if TYPE_CHECKING:
-    from clip_adapter.pipelines.fitting.ablation import AblationRow
+    from clip_adapter.pipelines.fitting.ablation_rows import AblationRow
     from clip_adapter.pipelines.fitting.run import FitResult
     from clip_adapter.pipelines.fitting.tasks import TaskRows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from clip_adapter.pipelines.fitting.ablation import AblationRow, ablated
+from clip_adapter.pipelines.fitting.ablation_rows import AblationRow, ablated
 from clip_adapter.pipelines.fitting.config import Shots, shots_words
 from clip_adapter.pipelines.fitting.plan import METHOD
 from clip_adapter.pipelines.fitting.results import MethodSummary, summarise

@@ -10,7 +10,7 @@ from pathlib import Path
 from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.words import counted
-from clip_adapter.pipelines.fitting.ablation import FILE, AblationRow, ablated, read_ablations
+from clip_adapter.pipelines.fitting.ablation_rows import FILE, AblationRow, ablated, read_ablations
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.fitting.provenance import PROVENANCE, Provenance
 from clip_adapter.pipelines.fitting.results import TaskResult

@@ -19,7 +19,7 @@ from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.adapter_file import SavedAdapter, load_adapter
 from clip_adapter.pipelines.fit import fit, main
 from clip_adapter.pipelines.fitting import one_task
-from clip_adapter.pipelines.fitting.ablation import FILE, AblationRow, read_ablations
+from clip_adapter.pipelines.fitting.ablation_rows import FILE, AblationRow, read_ablations
 from clip_adapter.pipelines.fitting.config import FitConfig
 from tests.pipelines.run_files import files
 from tests.pipelines.tiny_cache import TinyData, short, tiny_data, write_cache

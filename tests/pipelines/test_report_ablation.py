@@ -13,7 +13,7 @@ import pytest
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.fit import fit
-from clip_adapter.pipelines.fitting.ablation import FILE
+from clip_adapter.pipelines.fitting.ablation_rows import FILE
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.report import ReportConfig, report
 from clip_adapter.pipelines.reporting.ablation_section import ablation_sections
