@@ -266,11 +266,15 @@ def _evaluate(
     for arrays, fold in zip(fits, folds, strict=True):
         classify = make_classify(method, setting, arrays, fold.head)
         logits = jnp.asarray(classify(fold.validation_features))
-        scored.append(jax.device_get(score(logits, fold.validation_labels)))
+        scored.append(jax.device_get(_score(logits, fold.validation_labels)))
     accuracy, nll = pooled([fold.score for fold in scored], folds).tolist()
     right = np.concatenate([fold.right for fold in scored])
     kept = (lambda: fits[0]) if len(folds) == 1 else None
     return Evaluation(setting, 0, 0, accuracy, nll, time.perf_counter() - started, right, kept)
+
+
+# One program: its operations one by one are ten, each to be compiled.
+_score = jax.jit(score)
 
 
 def _on_host(task: Task) -> Task:

@@ -52,13 +52,14 @@ def remove_oldest(folder: Path, limit: int) -> None:
     refuse to store anything any more.
     """
     with suppress(OSError):  # not there, not ours to write, or another process removes them too
-        entries = [(entry, entry.stat()) for entry in folder.iterdir()]
+        with os.scandir(folder) as found:  # there may be thousands, at every start
+            entries = [(entry.path, entry.stat()) for entry in found]
         entries.sort(key=lambda item: max(item[1].st_atime, item[1].st_mtime))
         excess = sum(status.st_size for _, status in entries) - limit
-        for entry, status in entries:
+        for path, status in entries:
             if excess <= 0:
                 break
-            entry.unlink(missing_ok=True)
+            Path(path).unlink(missing_ok=True)
             excess -= status.st_size
 
 
