@@ -10,9 +10,10 @@ def without_effect(config: FitConfig, plan: Plan) -> list[str]:
     idle = []
     for planned in plan.fitted:
         method = planned.method
-        settings = method.settings(planned.values)
         for name in own_values(config, method):
-            if all(name not in setting for setting in settings):
+            if not method.hyper[name].when:
+                continue
+            if all(name not in setting for setting in method.settings(planned.values)):
                 flag = method.hyper[name].flag or name
                 reasons = " or ".join(
                     f"--{dashed(other)} {' or '.join(map(str, values))}"

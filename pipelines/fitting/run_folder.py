@@ -56,6 +56,7 @@ class RunFolder:
         names = {name: None for planned in plan.everything for name in planned.method.hyper}
         self.setting_columns = tuple(names)
         self._columns = (*TASK_COLUMNS, *self.setting_columns, *OUTCOME_COLUMNS)
+        self._key_columns = (*TASK_COLUMNS, *self.setting_columns, "epochs_run")
         self._known: dict[tuple[str, ...], Row] = {}
         self._found: dict[TaskKey, TaskResult] = {}
         with ExitStack() as undo, writing(path):
@@ -103,8 +104,7 @@ class RunFolder:
         return sound
 
     def _key(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        columns = (*TASK_COLUMNS, *self.setting_columns, "epochs_run")
-        return tuple(str(row.get(column, "")) for column in columns)
+        return tuple(str(row.get(column, "")) for column in self._key_columns)
 
     def results(self) -> list[TaskResult]:
         """What was selected so far, also where it could not be written."""
@@ -118,7 +118,7 @@ class RunFolder:
 
     def known(self, row: Row) -> Row | None:
         """What was noted of a fit."""
-        return self._known.get(self._key(row))
+        return self._known.get(self._key(row)) if self._known else None
 
     def add_fit(self, row: Row) -> None:
         """Append a fit to results.csv; it is with the operating system when this returns."""
