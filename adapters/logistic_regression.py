@@ -38,6 +38,7 @@ ROUNDING = 1e-14
 MAX_NEWTON_STEPS = 50
 MAX_PRODUCTS = 200  # with the Hessian, for one step
 LADDER = tuple(10.0**exponent for exponent in (-6, -4, -2, 0, 2, 4, 6))
+ROTATED_AT_ONCE = 1024  # rows
 # Below all other logits, for a class without images: its bias would be −∞ at the minimum.
 ABSENT = 40.0
 # What one value takes on average, found on features of CLIP's size along CLIP's sweep.
@@ -92,7 +93,10 @@ class LogisticRegressionPath:
     """
 
     def __init__(self, features: npt.ArrayLike, labels: npt.ArrayLike, classes: int) -> None:
-        rows = np.array(features, np.float64)
+        features = np.asarray(features)
+        padded = np.ones((features.shape[0], features.shape[1] + 1))
+        rows = padded[:, :-1]
+        rows[:] = features
         self._classes = classes
         self._present, own = np.unique(np.asarray(labels), return_inverse=True)
         self._scale = float(np.linalg.norm(rows, axis=1).mean()) or 1.0
@@ -101,8 +105,7 @@ class LogisticRegressionPath:
         rows /= self._scale
         self._threads = ThreadpoolController()
         with self._one_thread():
-            rotated, self._axes = _principal_axes(rows)
-        del rows  # 16 images of 1,000 classes take 131 MB
+            rotated, self._axes = _principal_axes(padded)
         self._objective = LogisticObjective(rotated, own)
         self._rungs: list[Minimum] = []
 
@@ -226,18 +229,26 @@ def _rungs_up_to(c: float) -> int:
     return min(bisect_left(LADDER, c) + 1, len(LADDER))
 
 
-def _principal_axes(centred: Doubles) -> tuple[Doubles, Doubles]:
+def _principal_axes(padded: Doubles) -> tuple[Doubles, Doubles]:
     """rows (N, R + 1) and orthonormal axes (D, R) such that centred = rows[:, :R] · axesᵀ, R the
-    rank; the last column holds ones, for the bias."""
+    rank; the last column holds ones, for the bias.
+
+    padded: (N, D + 1), the centred rows and one column more; where N > D, `rows` takes its place
+    (16 images of 1,000 classes are 131 MB).
+    """
+    centred = padded[:, :-1]
     count, dim = centred.shape
     wide = count <= dim
     squares, vectors = np.linalg.eigh(centred @ centred.T if wide else centred.T @ centred)
     kept = squares > squares[-1] * max(count, dim) * np.finfo(np.float64).eps
-    vectors = vectors[:, kept]
-    rows = np.ones((count, vectors.shape[1] + 1))
-    if not wide:
-        np.matmul(centred, vectors, out=rows[:, :-1])
-        return rows, vectors
-    lengths = np.sqrt(squares[kept])
-    np.multiply(vectors, lengths, out=rows[:, :-1])
-    return rows, centred.T @ (vectors / lengths)
+    vectors, rank = vectors[:, kept], int(kept.sum())
+    if wide:
+        lengths = np.sqrt(squares[kept])
+        rows = np.ones((count, rank + 1))
+        np.multiply(vectors, lengths, out=rows[:, :-1])
+        return rows, centred.T @ (vectors / lengths)
+    for first in range(0, count, ROTATED_AT_ONCE):
+        block = slice(first, first + ROTATED_AT_ONCE)
+        padded[block, :rank] = centred[block] @ vectors
+    padded[:, rank] = 1
+    return padded[:, : rank + 1], vectors
