@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-SLOW = ["torch", "open_clip", "sklearn.datasets", "jax", "flax.nnx", "optax", "scipy.stats"]
+SLOW = ["torch", "open_clip", "sklearn.datasets", "jax", "flax.nnx", "optax", "scipy.stats", "h5py"]
 SLOW += ["matplotlib.pyplot", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"]
 SCRIPTS = ("extract", "fit", "clip-adapter")
 

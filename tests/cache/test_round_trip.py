@@ -45,8 +45,9 @@ def caches(draw: st.DrawFn) -> dict:
 
     def some(*shape: int) -> np.ndarray:
         found = draw(arrays.arrays(dtype, shape, elements=values))
-        found[np.abs(found.astype(np.float64)) > 1e6] = 1e4
-        found[np.abs(found).max(axis=-1) < 1e-6] = 1  # a feature has a direction, and a usual size
+        exact = np.abs(found.astype(np.float64))  # 1e-6 is larger than what it is rounded to
+        found[exact > 1e6] = 1e4
+        found[exact.max(axis=-1) < 1e-6] = 1  # a feature has a direction, and a usual size
         return found
 
     def several(count: int) -> list[str]:

@@ -1,5 +1,6 @@
 """Files of format version 1 are read, and damaged ones hang or crash nothing."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 from clip_adapter.cache import version_1
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
+from tests import processes
 
 VERSION_1 = Path(__file__).parent / "data" / "version_1.h5"
 
@@ -64,8 +66,33 @@ def damaged(data: bytes) -> list[bytes]:
     return zeroed + flipped
 
 
+AS_MODULE = "import runpy; runpy.run_module('clip_adapter.cache.version_1', run_name='__main__')"
+
+
+@pytest.fixture
+def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that looks at a file first is the same, but finds its imports done."""
+
+    def run(
+        command: list[str], *, timeout: float, **_: object
+    ) -> subprocess.CompletedProcess[bytes]:
+        out = tmp_path / "answer"
+        child = processes.start(["python", "-c", AS_MODULE, command[-1]], tmp_path, out=out)
+        child.join(timeout)
+        ended = child.exitcode
+        child.kill()
+        child.join()
+        if ended is None:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, ended, out.read_bytes())
+
+    monkeypatch.setattr(version_1.subprocess, "run", run)
+
+
+@pytest.mark.usefixtures("forked")
 def test_damage_is_a_sentence_or_without_effect(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(version_1, "SECONDS", 2)
+    FeatureCache(old).close()  # where nothing is imported yet, this may take some seconds
+    monkeypatch.setattr(version_1, "SECONDS", 1)
     whole = numbers(old)
     refusals = 0
     for content in damaged(old.read_bytes()):
@@ -86,10 +113,15 @@ def test_the_damage_that_makes_libhdf5_loop_ends_in_time(
     content = old.read_bytes()
     start = content.index(b"GCOL") // 512 * 512 + 512
     old.write_bytes(content[:start] + bytes(512) + content[start + 512 :])
-    with pytest.raises(subprocess.TimeoutExpired):
-        read = f"import h5py; print(dict(h5py.File({str(old)!r}).attrs))"
-        subprocess.run([sys.executable, "-c", read], timeout=3, capture_output=True)
-    monkeypatch.setattr(version_1, "SECONDS", 3)
+    # Seconds of the processor, of which one is far more than the sound file takes.
+    read = "import h5py, resource, sys; resource.setrlimit(resource.RLIMIT_CPU, (1, 1)); "
+    read += "print(dict(h5py.File(sys.argv[1]).attrs))"
+    endings = [
+        subprocess.run([sys.executable, "-c", read, path], timeout=60, capture_output=True)
+        for path in (VERSION_1, old)
+    ]
+    assert [ending.returncode for ending in endings] == [0, -signal.SIGKILL]
+    monkeypatch.setattr(version_1, "SECONDS", 1)
     begun = time.monotonic()
     with pytest.raises(UserError, match="cannot be used: its structure is damaged"):
         FeatureCache(old)

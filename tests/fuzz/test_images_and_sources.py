@@ -1,8 +1,6 @@
 """A short run of what the mutations make: every image and every source is read or refused."""
 
 import random
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from clip_adapter.extract.datasets.source import SourceOptions
 from clip_adapter.extract.images import BadImage, open_image, read_rgb
 from clip_adapter.extract.preprocess import Preprocess
 from clip_adapter.extract.prompts import read_descriptions, resolve_templates
+from tests import processes
 from tests.fuzz import image_mutations, source_mutations
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +87,8 @@ def test_every_source_is_opened_or_refused_in_one_sentence(tmp_path: Path) -> No
 
 def test_killed_runs_end_as_undisturbed_ones_do() -> None:
     """In a process of its own, which forks before anything has started a thread."""
-    command = [sys.executable, "-m", "tests.fuzz.kill_extract", "--kills", "3", "--small"]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    program = "from tests.fuzz.kill_extract import main; main()"
+    command = ["python", "-c", program, "--kills", "3", "--small"]
+    finished = processes.run(command, ROOT)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("3 runs killed") == 2
