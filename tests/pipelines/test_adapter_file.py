@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import pickle
-import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from clip_adapter.pipelines.adapter_file import (
     load_adapter,
     save_adapter,
 )
+from tests import processes
 
 Edit = Callable[[dict[str, Any]], object]
 LogitsOf = Callable[[SavedAdapter, np.ndarray], np.ndarray]
@@ -76,7 +76,7 @@ def test_a_fresh_process_gives_bit_identical_logits(
     np.save(tmp_path / "features.npy", digits.features)
     for name, adapter in saved_adapters.items():
         save_adapter(tmp_path / name, adapter)
-    subprocess.run([sys.executable, "-c", RELOAD, tmp_path], check=True)
+    assert processes.run([sys.executable, "-c", RELOAD, tmp_path], tmp_path).returncode == 0
     for name, adapter in saved_adapters.items():
         again = np.load(tmp_path / name / "logits.npy")
         assert np.array_equal(again, flax_logits(adapter, digits.features)), name

@@ -2,11 +2,12 @@
 
 import csv
 import json
+import os
 import random
 import statistics
 from collections import Counter
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import CompletedProcess, run
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from clip_adapter.pipelines.adapter_file import load_adapter
 from clip_adapter.pipelines.fit import fit
 from clip_adapter.pipelines.fitting.predictions import read_predictions
 from tests.pipelines.run_files import files, results, selected, summary
-from tests.pipelines.tiny_cache import TinyData, run_fit, short, tiny_data, write_cache
+from tests.pipelines.tiny_cache import FIT, TinyData, run_fit, short, tiny_data, write_cache
 
 DATA = tiny_data()
 SETTINGS = [(alpha, rate) for alpha in ("0.3", "0.9") for rate in ("0.001", "0.01")]
@@ -208,10 +209,17 @@ def test_halving_has_a_row_per_setting_and_rung(cache: Path, tmp_path: Path):
 def test_compiled_programs_are_kept_for_the_next_process(cache: Path, tmp_path: Path):
     programs = tmp_path / "jax"
     before: set[str] = set()
-    for run, alpha in (("first", "0.3"), ("second", "0.9")):
-        arguments = ["--cache", cache, "--out", run, "--alpha", alpha, "--shots", "3"]
+    for name, alpha in (("first", "0.3"), ("second", "0.9")):
+        arguments = ["--cache", cache, "--out", name, "--alpha", alpha, "--shots", "3"]
         arguments += ["--epochs", "10", "--baselines"]
-        done = run_fit(tmp_path, *arguments, JAX_COMPILATION_CACHE_DIR=str(programs))
+        # In a fresh interpreter: JAX takes the folder from its environment where it is imported.
+        done = run(
+            [FIT, *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(programs)},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         after = {path.name for path in programs.iterdir() if not path.name.endswith("-atime")}
         assert after

@@ -14,9 +14,10 @@ from clip_adapter.pipelines.fit import fit, main
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.flags import parse
 from clip_adapter.pipelines.fitting.plan import Plan
+from tests import processes
 from tests.pipelines import toy_methods
 from tests.pipelines.run_files import results, selected
-from tests.pipelines.tiny_cache import FIT, short, tiny_data, write_cache
+from tests.pipelines.tiny_cache import short, tiny_data, write_cache
 
 TOYS = "tests.pipelines.toy_methods"
 DATA = tiny_data()
@@ -179,9 +180,8 @@ def test_a_method_of_ones_own(cache: Path, tmp_path: Path):
     source = Path(toy_methods.__file__).read_text().replace('"weighted"', '"their-own"')
     (tmp_path / "theirs.py").write_text(source)
 
-    def run(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        words = [str(Path(FIT).with_name(command)), *map(str, arguments)]
-        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    def run(*command: object) -> subprocess.CompletedProcess[str]:
+        return processes.run(command, tmp_path)
 
     mine = ["--method", "theirs:WEIGHTED"]
     values = ["--their-own.alpha", 1, 2]

@@ -16,6 +16,7 @@ from clip_adapter.cache.listener import Advance, Listener
 from clip_adapter.pipelines.adapter_file import load_adapter
 from clip_adapter.pipelines.fit import fit, main
 from clip_adapter.pipelines.fitting.config import FitConfig
+from tests import processes
 from tests.pipelines.run_files import assert_same_end, files
 from tests.pipelines.tiny_cache import FIT, short, tiny_data, write_cache
 
@@ -150,6 +151,8 @@ def test_a_disk_that_is_full_at_any_step(
 
 SMALL_FILES = """
 import resource, signal, sys
+import jax
+jax.config.update("jax_enable_compilation_cache", False)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
 from clip_adapter.pipelines.fit import main
@@ -160,15 +163,8 @@ main(sys.argv[2:])
 @pytest.mark.parametrize("limit", [300, 9_000])
 def test_files_that_must_not_grow(home: Path, tmp_path: Path, limit: int):
     """The operating system itself says no: writing the plan, or a picture after the last fit."""
-    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    line = [*LINE.split(), "--cache", str(home / "features.h5")]
-    done = subprocess.run(
-        [sys.executable, "-c", SMALL_FILES, str(limit), *line],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    line = [*LINE.split(), "--cache", home / "features.h5"]
+    done = processes.run([sys.executable, "-c", SMALL_FILES, limit, *line], tmp_path)
     assert done.returncode == 2, done.stderr
     sentences = [line for line in done.stderr.splitlines() if not line[5:6].isdigit()]
     assert sentences == ["fit: Cannot write to run: File too large."]
@@ -179,25 +175,21 @@ def test_files_that_must_not_grow(home: Path, tmp_path: Path, limit: int):
 def test_kills_in_the_first_moments(home: Path, tmp_path: Path):
     """By SIGKILL, from the start of the process to its first fits."""
     rng = random.Random(7)
-    line = [FIT, *LINE.split(), "--cache", str(home / "features.h5")]
+    line = ["fit", *LINE.split(), "--cache", home / "features.h5"]
     started = time.monotonic()
-    subprocess.run([*line, "--out", "timed"], cwd=tmp_path, capture_output=True, check=True)
+    assert processes.run([*line, "--out", "timed"], tmp_path).returncode == 0
     duration = time.monotonic() - started
     for number in range(3):
         run = tmp_path / f"run-{number}"
-        process = subprocess.Popen(
-            [*line, "--out", str(run)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = processes.start([*line, "--out", run], tmp_path)
         if number % 2:  # as soon as there is a folder, and a little later
-            while not run.exists() and process.poll() is None:
+            while not run.exists() and process.is_alive():
                 time.sleep(0.0005)
             time.sleep(rng.uniform(0, 0.02))
         else:
             time.sleep(rng.uniform(0.3, 1.0) * duration)
         process.kill()
-        process.wait()
+        process.join()
         goes_on_or_starts_again(home, run)
 
 
@@ -255,25 +247,30 @@ def test_ctrl_c_ends_a_long_fit_at_once(home: Path, tmp_path: Path, seconds: flo
     """While XLA compiles, and in the middle of a schedule of minutes. It took 0.1 s on busy cores;
     three seconds are allowed because other processes may have them."""
     line = "--alpha 0.2 0.8 --lr 0.01 --shots 4 --epochs 1000000 --baselines --out run"
-    process = subprocess.Popen(
-        [FIT, *line.split(), "--cache", str(home / "features.h5")],
-        cwd=tmp_path,
-        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    out, err = tmp_path / "out", tmp_path / "err"
+    process = processes.start(
+        ["fit", *line.split(), "--cache", home / "features.h5"],
+        tmp_path,
+        out=out,
+        err=err,
+        environment=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},  # no program is there yet
     )
-    while not (tmp_path / "run" / "tasks.json").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(seconds)
-    assert process.poll() is None
-    started = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    took = time.monotonic() - started
-    assert (process.returncode, output) == (130, "")
-    assert errors == ("fit: interrupted; what is finished is kept; go on with: fit --resume run\n")
+    try:
+        while not (tmp_path / "run" / "tasks.json").exists():
+            assert process.is_alive()
+            time.sleep(0.01)
+        time.sleep(seconds)
+        assert process.is_alive()
+        started = time.monotonic()
+        os.kill(process.pid or 0, signal.SIGINT)
+        process.join(60)
+        took = time.monotonic() - started
+    finally:
+        process.kill()
+    assert (process.exitcode, out.read_text()) == (130, "")
+    assert err.read_text() == (
+        "fit: interrupted; what is finished is kept; go on with: fit --resume run\n"
+    )
     assert took < 3, took
     assert not (tmp_path / "run" / "selected.jsonl").exists()
 

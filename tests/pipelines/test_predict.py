@@ -20,6 +20,7 @@ from scipy.special import softmax
 from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.adapter_file import SavedAdapter, save_adapter
 from clip_adapter.pipelines.predict import PredictConfig, main, predict, print_predictions
+from tests import processes
 
 LogitsOf = Callable[[SavedAdapter, np.ndarray], np.ndarray]
 
@@ -288,17 +289,16 @@ def test_a_spreadsheet_takes_no_name_for_a_formula(
     assert {top["class"] for top in row["top"]} == set(names)
 
 
-def test_a_full_device_is_a_sentence(run: Path, image_folder: Path) -> None:
-    script = Path(sys.executable).parent / "clip-adapter"
-    with Path("/dev/full").open("w") as full:
-        finished = subprocess.run(
-            [script, "predict", "--adapter", run, image_folder],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    assert finished.returncode == 2
-    assert finished.stderr == "clip-adapter predict: No space left on device.\n"
+def test_a_full_device_is_a_sentence(run: Path, image_folder: Path, tmp_path: Path) -> None:
+    finished = processes.start(
+        ["clip-adapter", "predict", "--adapter", run, image_folder],
+        tmp_path,
+        out=Path("/dev/full"),
+        err=tmp_path / "err",
+    )
+    finished.join(60)
+    assert finished.exitcode == 2
+    assert (tmp_path / "err").read_text() == "clip-adapter predict: No space left on device.\n"
 
 
 def test_the_backbone_can_be_named(

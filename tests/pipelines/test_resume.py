@@ -1,8 +1,8 @@
 """An interrupted run goes on where it stopped and ends as if nothing had happened."""
 
+import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,8 +18,9 @@ from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.run import FitResult
 from clip_adapter.pipelines.fitting.run_folder import RunFolder
 from clip_adapter.pipelines.fitting.tables import print_run
+from tests import processes
 from tests.pipelines.run_files import assert_same_end, choices, files, results
-from tests.pipelines.tiny_cache import FIT, short, tiny_data, write_cache
+from tests.pipelines.tiny_cache import short, tiny_data, write_cache
 
 DATA = tiny_data()
 # 9 settings on 2 tasks; under halving 9, 3 and 1 of them. Long enough to be killed on the way.
@@ -70,15 +71,14 @@ def rows(run: Path) -> int:
 
 def stopped(folder: Path, signal_number: int, after: int, *stated: str) -> tuple[int, str]:
     """Start `fit`, send it a signal when results.csv has so many lines: exit code, stderr."""
-    process = subprocess.Popen(
-        [FIT, *stated], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = processes.start(["fit", *stated], folder, err=folder / "errors")
     deadline = time.monotonic() + 100
-    while rows(folder / "run") < after and process.poll() is None and time.monotonic() < deadline:
+    while rows(folder / "run") < after and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.001)
-    process.send_signal(signal_number)
-    _, errors = process.communicate(timeout=60)
-    return process.returncode, errors
+    os.kill(process.pid or 0, signal_number)
+    process.join(60)
+    assert process.exitcode is not None
+    return process.exitcode, (folder / "errors").read_text()
 
 
 @pytest.mark.parametrize("search", ["full", "halving"])
@@ -318,17 +318,17 @@ def test_another_cache_is_refused(folder: Path, named: bool):
 
 def test_a_run_is_written_by_one_process_at_a_time(folder: Path, whole: Callable[[str], Path]):
     """What the first one wrote stays as it is, and the second one can go on when it has ended."""
-    process = subprocess.Popen([FIT, *arguments("full")], cwd=folder, stdout=subprocess.DEVNULL)
+    process = processes.start(["fit", *arguments("full")], folder)
     while rows(folder / "run") < 5:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.001)
-    process.send_signal(signal.SIGSTOP)
+    os.kill(process.pid or 0, signal.SIGSTOP)
     with pytest.raises(UserError, match="Another process is writing to"):
         fit(FitConfig(resume=folder / "run"))
     with pytest.raises(UserError, match="Another process is writing to"):
         fit(config(folder, "full"))
     process.kill()
-    process.wait()
+    process.join()
     fit(FitConfig(resume=folder / "run"))
     assert_same_end(folder / "run", whole("full"))
 

@@ -5,8 +5,6 @@ import dataclasses
 import itertools
 import re
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections import Counter
@@ -25,6 +23,7 @@ from clip_adapter.pipelines.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.reporting.figures import series
 from clip_adapter.pipelines.study import StudyConfig, main, parse, study
+from tests import processes
 from tests.pipelines.run_files import assert_same_end, summary
 from tests.pipelines.tiny_cache import tiny_data, write_cache
 
@@ -212,29 +211,19 @@ def test_where_nothing_can_be_fitted(caches: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "study.csv").exists()
 
 
-CHILD = """
-import sys
-from clip_adapter.pipelines.study import main
-main(sys.argv[1:])
-"""
-
-
 def test_a_killed_study_goes_on_and_ends_alike(caches: Path, whole: Path, tmp_path: Path) -> None:
     """By SIGKILL while the second data set is being fitted."""
     out = tmp_path / "out"
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, *words(caches, out)], stderr=subprocess.DEVNULL
-    )
+    child = processes.start(["clip-adapter", "study", *words(caches, out)], tmp_path)
     try:
         deadline = time.monotonic() + 100
         while not (out / "boats" / "selected.jsonl").exists():
-            assert child.poll() is None and time.monotonic() < deadline
+            assert child.is_alive() and time.monotonic() < deadline
             time.sleep(0.02)
-        child.send_signal(signal.SIGKILL)
-        assert child.wait(timeout=60) == -signal.SIGKILL
     finally:
         child.kill()
-        child.wait()
+        child.join()
+    assert child.exitcode == -signal.SIGKILL
     assert not (out / "study.csv").exists()
     finished = (out / "apples" / "results.csv").read_bytes()
     with pytest.raises(SystemExit) as ended:
