@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -22,6 +23,7 @@ from clip_adapter.adapters.methods import METHODS
 from clip_adapter.adapters.scoring import make_classify
 from clip_adapter.adapters.search import fit
 from clip_adapter.extract.backbone import Backbone, load_backbone
+from clip_adapter.pipelines import jax_setup
 from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter
 from clip_adapter.pipelines.jax_setup import set_up_jax
 
@@ -47,9 +49,39 @@ class Digits:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _kept_programs() -> None:
-    """Compiled programs are kept between runs of the tests, as the commands keep them."""
+def _kept_programs() -> Iterator[None]:
+    """Compiled programs are kept between runs of the tests, as the commands keep them.
+
+    Their folder is looked through once, not by each of the hundreds of commands of this process.
+    """
     set_up_jax()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax_setup, "remove_oldest", lambda folder, limit: None)
+        yield
+
+
+@cache
+def _thin_tables() -> dict[str, Method]:
+    """Made once: of another record everything would be compiled anew."""
+    found = {}
+    for name, method in METHODS.items():
+        thin = {
+            own: replace(hyper, tried=(axis[0], axis[len(axis) // 2], axis[-1]))
+            for own, hyper in method.hyper.items()
+            if len(axis := hyper.tried) > 3
+        }
+        found[name] = replace(method, hyper={**method.hyper, **thin})
+    return found
+
+
+@pytest.fixture
+def thin_grids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each long axis of a method's own grid the ends and the middle.
+
+    For tests that run every method: some closed forms try thousands of settings otherwise.
+    """
+    for name, method in _thin_tables().items():
+        monkeypatch.setitem(METHODS, name, method)
 
 
 @pytest.fixture(scope="session")

@@ -134,6 +134,7 @@ def test_with_nothing_that_chooses(cache: Path, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.usefixtures("thin_grids")
 def test_the_factor_method_shows_every_method_that_the_cache_can_serve(
     cache: Path, tmp_path: Path
 ) -> None:

@@ -163,6 +163,7 @@ def test_without_validation_the_first_method_is_kept(cache: Path, tmp_path: Path
     assert kept and kept.method == "worse"
 
 
+@pytest.mark.usefixtures("thin_grids")
 def test_all_methods_that_the_cache_can_serve(cache: Path, tmp_path: Path, capsys):
     arguments = ["--cache", cache, "--out", tmp_path / "run", "--method", "all", "--shots", 2]
     with pytest.raises(SystemExit) as ended:

@@ -13,21 +13,21 @@ from clip_adapter.adapters.methods import METHODS
 from clip_adapter.pipelines.fit import fit
 from clip_adapter.pipelines.fitting.run import FitResult
 from tests.pipelines.run_files import adapters, choices, files, results, selected
-from tests.pipelines.tiny_cache import TinyData, short, thinned, tiny_data, write_cache
+from tests.pipelines.tiny_cache import TinyData, short, tiny_data, write_cache
 from tests.pipelines.toy_methods import GROWING
 
+pytestmark = pytest.mark.usefixtures("thin_grids")
 DATA = tiny_data()
 RULES = ["few-shot-val", "full-val", "cv", "none"]
 SERVED = tuple(name for name, method in METHODS.items() if set(method.needs) <= {"text"})
 
 
 def fitted(folder: Path, name: str, data: TinyData, rule: str, **values: Any) -> FitResult:
-    """Every method that a plain cache can serve, with a grid of few points if something chooses."""
+    """Every method that a plain cache can serve; CLIP-Adapter with a grid if something chooses."""
     folder = folder / name
     folder.mkdir(parents=True)
     cache = write_cache(folder / "features.h5", data)
-    grid: dict[str, Any] = {} if rule == "none" else thinned(SERVED)
-    grid |= {"clip-adapter.alpha": 0.3 if rule == "none" else (0.3, 0.9)}
+    grid = {"clip-adapter.alpha": 0.3 if rule == "none" else (0.3, 0.9)}
     trained = {name: METHODS[name].hyper for name in SERVED if METHODS[name].is_trained}
     for method, table in trained.items():
         short_run = {"epochs": 10, "learning_rate": 0.01}

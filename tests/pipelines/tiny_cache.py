@@ -3,15 +3,13 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clip_adapter.adapters.hyper import Value
-from clip_adapter.adapters.methods import METHODS
 from clip_adapter.cache.writer import CacheWriter
 from clip_adapter.pipelines.fitting.config import FitConfig
 from tests import processes
@@ -112,20 +110,6 @@ def run_fit(
 ) -> subprocess.CompletedProcess[str]:
     """`fit` with these arguments as a process in `folder`."""
     return processes.run(["fit", *arguments], folder, os.environ | environment)
-
-
-def thinned(methods: Iterable[str]) -> dict[str, tuple[Value, ...]]:
-    """Of every long axis of these methods' own grids the ends and the middle, for FitConfig.hyper.
-
-    Some closed forms try thousands of settings otherwise.
-    """
-    axes = {
-        f"{method}.{name}": values
-        for method in methods
-        for name, values in METHODS[method].values({}).items()
-        if len(values) > 3
-    }
-    return {name: (axis[0], axis[len(axis) // 2], axis[-1]) for name, axis in axes.items()}
 
 
 def short(cache: Path, out: Path, **values: Any) -> FitConfig:
