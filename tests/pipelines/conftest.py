@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ from clip_adapter.adapters.search import fit
 from clip_adapter.extract.backbone import Backbone, load_backbone
 from clip_adapter.pipelines import jax_setup
 from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter
+from clip_adapter.pipelines.fitting import plot
+from clip_adapter.pipelines.fitting.plan import PlannedMethod
 from clip_adapter.pipelines.jax_setup import set_up_jax
 
 CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -82,6 +85,28 @@ def thin_grids(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     for name, method in _thin_tables().items():
         monkeypatch.setitem(METHODS, name, method)
+
+
+_PICTURES: dict[str, bytes | None] = {}
+
+
+@pytest.fixture
+def pictures_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was drawn of the same numbers is not drawn again.
+
+    For tests that end or go on with a run many times: drawing takes a third of a small run's time.
+    """
+    drawn = plot._drawn
+
+    def once(
+        panels: Any, axes: tuple[str, str], planned: PlannedMethod, *, halving: bool
+    ) -> bytes | None:
+        shown = repr((panels, axes, planned.method.name, halving))
+        if shown not in _PICTURES:
+            _PICTURES[shown] = drawn(panels, axes, planned, halving=halving)
+        return _PICTURES[shown]
+
+    monkeypatch.setattr(plot, "_drawn", once)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from clip_adapter.pipelines.report import ReportConfig, report
 from tests.pipelines.run_files import assert_same_end, files
 from tests.pipelines.tiny_cache import short, tiny_data, write_cache
 
+pytestmark = pytest.mark.usefixtures("pictures_drawn_once")
 DATA = tiny_data()
 GRID = {"alpha": (0.2, 0.5, 0.8), "learning_rate": (0.001, 0.003, 0.01)}
 TOP = ("run.json", "provenance.json", "tasks.json", "results.csv", "selected.jsonl", "summary.csv")

@@ -20,6 +20,7 @@ from tests import processes
 from tests.pipelines.run_files import assert_same_end, files
 from tests.pipelines.tiny_cache import FIT, short, tiny_data, write_cache
 
+pytestmark = pytest.mark.usefixtures("pictures_drawn_once")
 DATA = tiny_data()
 GRID = {"alpha": (0.2, 0.8), "learning_rate": (0.003, 0.01)}
 # Solved on the host: of the many runs below none waits for a compiler.

@@ -22,6 +22,7 @@ from tests import processes
 from tests.pipelines.run_files import assert_same_end, choices, files, results
 from tests.pipelines.tiny_cache import short, tiny_data, write_cache
 
+pytestmark = pytest.mark.usefixtures("pictures_drawn_once")
 DATA = tiny_data()
 # 9 settings on 2 tasks; under halving 9, 3 and 1 of them. Long enough to be killed on the way.
 ARGUMENTS = "--alpha 0.2 0.5 0.8 --lr 0.001 0.003 0.01 --shots 4 --seeds 1 2 --epochs 4000"
