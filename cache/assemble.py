@@ -16,7 +16,7 @@ from clip_adapter.cache.metadata import Metadata, encode
 from clip_adapter.cache.staging import StagedRows
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LISTS: dict[str, np.dtype] = {
+OPTIONAL_LISTS: dict[str, np.dtype] = {
     "skipped_labels": np.dtype(np.int32),
     **dict.fromkeys(("digests", "stamps", "contents", "skipped_stamps"), np.dtype(np.uint64)),
 }
@@ -100,7 +100,7 @@ def _write_split(group: h5py.Group, staged: StagedRows) -> None:
     _write_strings(group, "ids", lambda: staged.listed("ids"))
     if any(True for _ in staged.listed("skipped")):
         _write_strings(group, "skipped", lambda: staged.listed("skipped"))
-    for name, dtype in LISTS.items():
+    for name, dtype in OPTIONAL_LISTS.items():
         if count := sum(1 for _ in staged.listed(name)):
             _write_list(group, name, staged.listed(name), count, dtype)
 

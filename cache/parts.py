@@ -22,7 +22,7 @@ from clip_adapter.cache.writer import CacheWriter
 SHARED = ("backbone", "preprocess", "templates", "logit_scale", "logit_bias")
 OF_THE_MACHINE = ("device", "torch_version")
 # Lists that all parts of a cache have or none, of images and of those that were skipped.
-LISTS = {"N": ("digests", "stamps", "contents"), "S": ("skipped_labels", "skipped_stamps")}
+ALL_OR_NONE = {"N": ("digests", "stamps", "contents"), "S": ("skipped_labels", "skipped_stamps")}
 ROWS_AT_A_TIME = 1024
 MISSING_NAMED = 20
 # Keeps `extract` from going on with what a killed merge left.
@@ -191,7 +191,7 @@ def _check_split(parts: Sequence[PartFile], split: str) -> None:
                 f"{part.path} and {here[0].path} hold {split} images of different kinds; extract "
                 "all parts with the same arguments."
             )
-    for letter, names in LISTS.items():
+    for letter, names in ALL_OR_NONE.items():
         some = [part for part in here if part.lengths.get(f"{letter} {split}")]
         for name in names:
             if len({part.has_dataset(f"images/{split}/{name}") for part in some}) > 1:

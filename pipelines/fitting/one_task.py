@@ -87,7 +87,7 @@ class TaskRunner:
         divided = folds(rows, self.data.labels["train"]) if rule == "cv" else []
         parts = [self.data.task(method, rows, fold) for fold in divided]
         judged = [fold.validation for fold in divided]
-        if rule not in ("cv", "none"):
+        if rule in ("few-shot-val", "full-val"):
             parts, judged = [task], [rows.validation]
         asked = Search(
             method,

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,6 @@ from clip_adapter.adapters.methods import METHODS
 from clip_adapter.adapters.scoring import make_classify
 from clip_adapter.adapters.search import fit
 from clip_adapter.extract.backbone import Backbone, load_backbone
-from clip_adapter.pipelines import jax_setup
 from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter
 from clip_adapter.pipelines.fitting import plot
 from clip_adapter.pipelines.fitting.plan import PlannedMethod
@@ -52,15 +51,9 @@ class Digits:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _kept_programs() -> Iterator[None]:
-    """Compiled programs are kept between runs of the tests, as the commands keep them.
-
-    Their folder is looked through once, not by each of the hundreds of commands of this process.
-    """
+def _kept_programs() -> None:
+    """Compiled programs are kept between runs of the tests, as the commands keep them."""
     set_up_jax()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax_setup, "remove_oldest", lambda folder, limit: None)
-        yield
 
 
 @cache

@@ -65,6 +65,14 @@ def test_a_cell_is_the_mean_over_seeds_of_the_best(
     assert axis.get_title() == "4 shots"
 
 
+def test_the_same_numbers_give_the_same_picture(tmp_path: Path):
+    """So that a run that was interrupted ends with the files of one that was not."""
+    for name in ("one", "other"):
+        plotted_rows(tmp_path / name, ROWS, **GRID)
+    one, other = ((tmp_path / name / "run" / PLOT).read_bytes() for name in ("one", "other"))
+    assert one == other
+
+
 def test_where_everything_diverged_nothing_is_drawn(tmp_path: Path):
     plotted_rows(tmp_path, [row.replace(",ok", ",failed") for row in ROWS], **GRID)
     assert not (tmp_path / "run" / PLOT).exists()
