@@ -85,9 +85,11 @@ class Program:
 
     def blank_states(self) -> RunState:
         """States of the right shapes, for runs that start."""
-        return jax.tree.map(
-            lambda leaf: jnp.zeros((self._size, *leaf.shape), leaf.dtype), self._blank
+        zeros = jax.tree.map(
+            lambda leaf: np.zeros((self._size, *leaf.shape), leaf.dtype), self._blank
         )
+        # Made on the host they are no programs, one for each shape; the training overwrites them.
+        return jax.device_put(zeros, may_alias=False)
 
     def fits(self, leaves: Leaves) -> bool:
         """Whether these can be the state of one setting."""

@@ -147,7 +147,9 @@ def _epoch(
     order = jax.random.permutation(order_key, support)[: steps * size]
     rows = jnp.pad(order, (0, steps * size - len(order))).reshape(steps, size)
     counts = (jnp.arange(steps * size) < support).reshape(steps, size)
-    drawn = jax.random.randint(view_key, rows.shape, 0, views)
+    drawn = (
+        jax.random.randint(view_key, rows.shape, 0, views) if views > 1 else jnp.zeros_like(rows)
+    )
     optimizer = _optimizer(method, task, setting)
 
     def images(row: Int[Array, " B"], view: Int[Array, " B"]) -> tuple[Array, Array]:
