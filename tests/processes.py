@@ -1,9 +1,9 @@
 """Commands as processes of their own that find the slow imports done.
 
-Importing torch, open_clip, scikit-learn, JAX and Matplotlib takes ten times as long as most of what
-the tests have a command do. A server that has imported them, and done nothing else, is forked for
-each command (multiprocessing's "forkserver"). What has to show which modules a command loads, how
-it starts or how much memory it takes needs a fresh interpreter instead.
+Importing torch, open_clip, scikit-learn, JAX and Matplotlib is most of what a short command does. A
+server that has imported them, and done nothing else, is forked for each command (multiprocessing's
+"forkserver"). What has to show which modules a command loads, how it starts or how much memory all
+of it takes needs a fresh interpreter instead.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ def start(
 def run(
     command: Sequence[object], folder: Path, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """The command's exit code and what it printed; by the end of a test it has ended as well."""
+    """The command's exit code and what it printed."""
     with tempfile.TemporaryDirectory() as kept:
         out, err = Path(kept, "out"), Path(kept, "err")
         process = start(command, folder, out=out, err=err, environment=environment)
         try:
             process.join(300)
+            if process.exitcode is None:
+                pytest.fail(f"{command} took more than 300 s")
         finally:
             process.kill()
-        if process.exitcode is None:
-            pytest.fail(f"{command} took more than 300 s")
         texts = [path.read_text(encoding="utf-8") for path in (out, err)]
         return subprocess.CompletedProcess(list(command), process.exitcode, *texts)
 
