@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from clip_adapter.adapters.draws import kept_draws
 from clip_adapter.adapters.evaluation import Leaves
 from clip_adapter.adapters.method import Method, Setting, Task
 from clip_adapter.adapters.program import Grid, Program, program_of
@@ -116,18 +117,24 @@ class Engine:
         program = self._program(grid, size)
         last = int(static["epochs"]) if stop is None else stop
         cancelled = threading.Event()
+        drawn = kept_draws(task, static)
 
-        def advanced(indices: Sequence[int], state: RunState, start: int, end: int) -> RunState:
+        def advanced(
+            indices: Sequence[int], start: int, end: int, state: RunState | None = None
+        ) -> RunState:
+            """state: at epoch `start`; None for that of the first one."""
             # The last chunk is filled up with copies, so that one program serves all.
             filled = [indices[min(row, len(indices) - 1)] for row in range(size)]
             stacked = {
                 name: np.array([numbers[index][name] for index in filled], np.float32)
                 for name in numbers[0]
             }
-            for epoch, until in program.calls(start, end):
+            if state is None:
+                state = program.initial_states(task, stacked)
+            for drawing, epoch, until in program.calls(start, end):
                 if cancelled.is_set():
                     raise Cancelled
-                state = program(task, stacked, state, epoch, until, end)
+                state = program(task, drawn(drawing), stacked, state, epoch, until, end)
                 self.progress(len(indices) * (until - epoch) / int(static["epochs"]))
             return state
 
@@ -139,19 +146,18 @@ class Engine:
             if program.fits(leaves):
                 return leaves
             # It was lost or damaged since it was kept; what it held can be had again.
-            state = advanced([index], program.blank_states(), 0, first)
+            state = advanced([index], 0, first)
             return Chunk([index], state, 0.0).row(0)
 
         def train(start: int) -> Chunk:
             started = time.perf_counter()
             indices = list(range(start, min(start + size, len(numbers))))
-            state = program.blank_states()
+            state = None
             if first:
                 rows = [leaves_at_first(index) for index in indices]
                 rows += [rows[-1]] * (size - len(rows))
-                stacks = [np.stack(leaf) for leaf in zip(*rows, strict=True)]
-                state = jax.tree.unflatten(jax.tree.structure(state), stacks)
-            state = advanced(indices, state, first, last)
+                state = program.states(rows)
+            state = advanced(indices, first, last, state)
             return Chunk(indices, state, time.perf_counter() - started)
 
         try:

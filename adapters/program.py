@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from clip_adapter.adapters.draws import Draws, draws, epochs_per_drawing
 from clip_adapter.adapters.evaluation import Leaves
 from clip_adapter.adapters.method import Method, Setting, Task
 from clip_adapter.adapters.training import RunState, advance, initial_state
@@ -39,77 +41,101 @@ class Grid:
     def abstract_numbers(self, *shape: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in self.numbers[0]}
 
+    def initial_state(self, task: Task, numbers: Setting) -> RunState:
+        """That of one setting."""
+        return initial_state(self.method, task, {**self.static, **numbers})
+
     def abstract_state(self) -> RunState:
         """The shapes of one setting's state."""
-        return jax.eval_shape(self._initial, self.abstract_numbers())
-
-    def _initial(self, numbers: Setting) -> RunState:
-        return initial_state(self.method, self.task, {**self.static, **numbers})
+        return jax.eval_shape(self.initial_state, self.task, self.abstract_numbers())
 
 
 class Program:
-    """The compiled training of `size` settings that differ in numbers only."""
+    """The compiled training of `size` settings that differ in numbers only: start and epochs.
+
+    The start is a program of its own: to draw a network's parameters takes long to compile, and
+    depends on less than the epochs do.
+    """
 
     def __init__(self, grid: Grid, size: int, placement: str, mesh: Mesh) -> None:
-        self._size = size
-        self._blank = grid.abstract_state()
         self._epochs_per_call = 1
+        one_by_one = placement == "sequential"
+        self._epochs_per_drawing = epochs_per_drawing(grid.task.features.shape[1])
 
-        def chunk(
-            task: Task, stacked: Any, states: RunState, first: int, stop: int, judged: int
+        def each(one: Any, stacked: Any) -> Any:
+            return jax.lax.map(one, stacked) if one_by_one else jax.vmap(one)(stacked)
+
+        def start(task: Task, stacked: Any) -> RunState:
+            # The rows say how many there are, also where the settings have no numbers.
+            rows = jnp.arange(size // mesh.size)
+            return each(lambda pair: grid.initial_state(task, pair[0]), (stacked, rows))
+
+        def epochs(
+            task: Task, drawn: Draws, stacked: Any, states: Any, first: int, stop: int, judged: int
         ) -> RunState:
-            def one(numbers: Setting, state: RunState) -> RunState:
-                return advance(grid.method, grid.static, task, numbers, state, first, stop, judged)
+            def one(pair: tuple[Setting, RunState]) -> RunState:
+                return advance(grid.method, grid.static, task, drawn, *pair, first, stop, judged)
 
-            if placement == "sequential":
-                return jax.lax.map(lambda pair: one(*pair), (stacked, states))
-            return jax.vmap(one)(stacked, states)
+            return each(one, (stacked, states))
 
         alike, settings = PartitionSpec(), PartitionSpec("settings")
-        sharded = jax.shard_map(
-            chunk,
-            mesh=mesh,
-            in_specs=(alike, settings, settings, alike, alike, alike),
-            out_specs=settings,
-            check_vma=False,
-        )
-        states = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), self._blank
-        )
-        epochs = [jax.ShapeDtypeStruct((), jnp.int32)] * 3
-        jitted = jax.jit(sharded, donate_argnums=2)
-        with jax.default_matmul_precision("tensorfloat32"):
-            task, numbers = _abstract(grid.task), grid.abstract_numbers(size)
-            lowered = jitted.lower(task, numbers, states, *epochs)
-            self._compiled = lowered.compile()
+        spread = partial(jax.shard_map, mesh=mesh, out_specs=settings, check_vma=False)
+        starts = spread(start, in_specs=(alike, settings))
+        trains = spread(epochs, in_specs=(alike, alike, settings, settings, alike, alike, alike))
 
-    def blank_states(self) -> RunState:
-        """States of the right shapes, for runs that start."""
-        zeros = jax.tree.map(
-            lambda leaf: np.zeros((self._size, *leaf.shape), leaf.dtype), self._blank
-        )
-        # Made on the host they are no programs, one for each shape; the training overwrites them.
-        return jax.device_put(zeros, may_alias=False)
+        task, numbers = _abstract(grid.task), grid.abstract_numbers(size)
+        drawn = jax.eval_shape(lambda: draws(grid.task, grid.static, 0))
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        with jax.default_matmul_precision("tensorfloat32"):
+            lowered = jax.jit(starts).lower(task, numbers)
+            self._states = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lowered.out_info
+            )
+            self._start = lowered.compile()
+            self._epochs = (
+                jax.jit(trains, donate_argnums=3)
+                .lower(task, drawn, numbers, self._states, number, number, number)
+                .compile()
+            )
+
+    def initial_states(self, task: Task, stacked: Setting) -> RunState:
+        """States before the first epoch."""
+        return self._start(task, stacked)
+
+    def states(self, rows: Sequence[Leaves]) -> RunState:
+        """The states whose leaves these are."""
+        stacks = [np.stack(leaf) for leaf in zip(*rows, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(self._states), stacks)
 
     def fits(self, leaves: Leaves) -> bool:
         """Whether these can be the state of one setting."""
-        wanted = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(self._blank)]
+        wanted = [(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(self._states)]
         return [(leaf.shape, leaf.dtype) for leaf in leaves] == wanted
 
-    def calls(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Epochs from … to of each call, so that one takes about SECONDS_PER_CALL."""
+    def calls(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(drawing, epochs from … to) of each call, which takes about SECONDS_PER_CALL at most."""
         while first < stop:
             called = time.perf_counter()
-            until = min(stop, first + self._epochs_per_call)
-            yield first, until
+            drawing = first // self._epochs_per_drawing
+            end = (drawing + 1) * self._epochs_per_drawing
+            until = min(stop, end, first + self._epochs_per_call)
+            yield drawing, first, until
             pace = (time.perf_counter() - called) / (until - first)
             self._epochs_per_call = max(1, int(SECONDS_PER_CALL / max(pace, 1e-9)))
             first = until
 
     def __call__(
-        self, task: Task, stacked: Setting, state: RunState, first: int, stop: int, judged: int
+        self,
+        task: Task,
+        drawn: Draws,
+        stacked: Setting,
+        state: RunState,
+        first: int,
+        stop: int,
+        judged: int,
     ) -> RunState:
-        return jax.block_until_ready(self._compiled(task, stacked, state, first, stop, judged))
+        advanced = self._epochs(task, drawn, stacked, state, first, stop, judged)
+        return jax.block_until_ready(advanced)
 
 
 def program_of(grid: Grid, size: int, placement: str, mesh: Mesh) -> tuple[Program, bool]:

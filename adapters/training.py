@@ -17,6 +17,7 @@ from flax import nnx
 
 from clip_adapter.adapters import networks, recipe
 from clip_adapter.adapters.classifier import mean_cross_entropy
+from clip_adapter.adapters.draws import Draws, epoch_keys
 from clip_adapter.adapters.method import Arrays, Batch, Classify, Method, Setting, Task
 from clip_adapter.adapters.scoring import Scored, validation_score
 from clip_adapter.adapters.shared_runs import during_training
@@ -51,21 +52,22 @@ def advance(
     method: Method,
     static: Setting,
     task: Task,
+    draws: Draws,
     numbers: Setting,
     state: RunState,
     first: Epoch,
     stop: Epoch,
     judged: Epoch,
 ) -> RunState:
-    """Train from epoch `first` to `stop`; `first` 0 starts, and ignores `state`.
+    """Train from epoch `first` to `stop`.
 
+    draws: those of some epochs, with these among them (draws.py).
     judged: the epoch after which a run that keeps its last epoch is evaluated.
     """
     setting = {**static, **numbers}
-    state = jax.lax.cond(first == 0, lambda: initial_state(method, task, setting), lambda: state)
     # Not part of the state: what depends on no number is there once for all settings of a chunk.
     constants = _constants(method, task, setting)
-    epoch = partial(_epoch, method, task, setting, constants)
+    epoch = partial(_epoch, method, task, draws, setting, constants)
     state = jax.lax.fori_loop(first, stop, epoch, state)
     if setting["epoch"] == "best":
         return state
@@ -134,6 +136,7 @@ def _optimizer(method: Method, task: Task, setting: Setting) -> optax.GradientTr
 def _epoch(
     method: Method,
     task: Task,
+    draws: Draws,
     setting: Setting,
     constants: Arrays,
     epoch: Int[Array, ""],
@@ -141,15 +144,10 @@ def _epoch(
 ) -> RunState:
     views, support, _ = task.features.shape
     steps, size = recipe.steps_and_batch(support, setting)
-    key = jax.random.fold_in(jax.random.key(task.seed), epoch + 1)
-    order_key, view_key = jax.random.split(key)
     # Every image once (unless drop_last); the last batch is filled up with rows of weight zero.
-    order = jax.random.permutation(order_key, support)[: steps * size]
-    rows = jnp.pad(order, (0, steps * size - len(order))).reshape(steps, size)
     counts = (jnp.arange(steps * size) < support).reshape(steps, size)
-    drawn = (
-        jax.random.randint(view_key, rows.shape, 0, views) if views > 1 else jnp.zeros_like(rows)
-    )
+    rows, chosen = (several[epoch % len(several)] for several in draws)
+    _, key = epoch_keys(task.seed, epoch)
     optimizer = _optimizer(method, task, setting)
 
     def images(row: Int[Array, " B"], view: Int[Array, " B"]) -> tuple[Array, Array]:
@@ -171,13 +169,13 @@ def _epoch(
     def step(carry: Any, inputs: Any) -> tuple[Any, None]:
         trained, moments = carry
         number, row, view, count = inputs
-        batch = Batch(*images(row, view), count, jax.random.fold_in(view_key, number))
+        batch = Batch(*images(row, view), count, jax.random.fold_in(key, number))
         gradient = _together(jax.grad(loss)(trained, batch))
         updates, moments = optimizer.update(gradient, moments, trained)
         return (optax.apply_updates(trained, updates), moments), None
 
     (trained, moments), _ = jax.lax.scan(
-        step, (state.trained, state.optimizer), (jnp.arange(steps), rows, drawn, counts)
+        step, (state.trained, state.optimizer), (jnp.arange(steps), rows, chosen, counts)
     )
     state = state._replace(trained=trained, optimizer=moments)
     if setting["epoch"] != "best":

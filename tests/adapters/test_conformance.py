@@ -238,14 +238,9 @@ def odd_task(method: Method) -> Task:
 
 
 @every_method
-@pytest.mark.parametrize("kind", ["unequal", "one-shot", "without-validation"])
+@pytest.mark.parametrize("kind", ["unequal", "one-shot-without-validation"])
 def test_odd_support_sets_give_finite_logits(method: Method, kind: str, engine: Engine):
-    if kind == "one-shot":
-        task = task_for(method, shots=1)
-    elif kind == "unequal":
-        task = odd_task(method)
-    else:
-        task = task_for(method, validation=0)
+    task = odd_task(method) if kind == "unequal" else task_for(method, shots=1, validation=0)
     setting = short_setting(method)
     arrays = fit(method, setting, None, task, engine)
     assert all(np.isfinite(array).all() for array in arrays.values())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from clip_adapter.adapters.draws import epochs_per_drawing
 from clip_adapter.adapters.engine import Chunk, Engine
 from clip_adapter.adapters.method import Setting, Task
 from clip_adapter.adapters.recipe import evaluated_epochs, scheduled_rate, steps_and_batch
@@ -228,9 +229,11 @@ def test_a_single_batch_of_all_images_or_of_all_but_a_few(
 
 
 def test_a_long_warm_up_ends_after_a_hundred_steps(engine: Engine):
+    """And the order of the images goes on over the epochs that are drawn at a time."""
     given = {"learning_rate": 2e-3, "weight_decay": 0.0, "optimizer": "sgd"}
-    setting = setting_of(epochs=1200, batch_size=256, alpha=0.6, **given)
+    setting = setting_of(epochs=1200, batch_size=8, alpha=0.6, **given)
     task = separable_task(noise=2.0)
+    assert epochs_per_drawing(task.features.shape[1]) < 125
     expected = TorchRun(setting, task).train(125)
     state = run(engine, setting, task, stop=125).state
     assert_close(row_of(state.trained), expected.snapshots[-1], by=1e-5)

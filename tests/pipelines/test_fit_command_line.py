@@ -165,9 +165,9 @@ def test_without_validation_the_first_method_is_kept(cache: Path, tmp_path: Path
 
 @pytest.mark.usefixtures("thin_grids")
 def test_all_methods_that_the_cache_can_serve(cache: Path, tmp_path: Path, capsys):
-    arguments = ["--cache", cache, "--out", tmp_path / "run", "--method", "all", "--shots", 2]
+    arguments = ["--cache", cache, "--out", tmp_path / "run", "--method", "all", "--shots", 4]
     with pytest.raises(SystemExit) as ended:
-        main([*map(str, arguments), "--epochs", "2"])
+        main([*map(str, arguments), "--epochs", "10"])
     assert ended.value.code == 0, capsys.readouterr().err
     served = [name for name, method in METHODS.items() if set(method.needs) <= {"text"}]
     assert [row["method"] for row in selected(tmp_path / "run")] == served

@@ -24,7 +24,7 @@ from tests.pipelines.tiny_cache import tiny_data, write_cache
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs `one` (seeds 1, 2), `more` (seed 3 of the same), `other` (more epochs), and `methods`
+    """Runs `one` (seeds 1, 2), `more` (seed 3 of the same), `other` (another decay), and `methods`
     (`alpha` of two methods, and the methods themselves)."""
     folder = tmp_path_factory.mktemp("ablations")
     stated: dict[str, Any] = {"cache": write_cache(folder / "features.h5", tiny_data())}
@@ -32,10 +32,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hyper = {"epochs": 3, "alpha": (0.8, 0.2, "learned")}
     fit(FitConfig(out=folder / "one", hyper=hyper, **stated))
     fit(FitConfig(out=folder / "more", hyper=hyper, **stated | {"seeds": 3}))
-    fit(FitConfig(out=folder / "other", hyper=hyper | {"epochs": 6}, **stated))
+    fit(FitConfig(out=folder / "other", hyper=hyper | {"weight_decay": 0.1}, **stated))
     pairs = {"tip-adapter.alpha": (0.5, 1.0), "clip-adapter.alpha": (0.5, "learned")}
     both = {"method": ("tip-adapter", "clip-adapter"), "ablate": ("alpha", "method")}
-    pairs |= {"tip-adapter.beta": 1.0, "epochs": 2}
+    pairs |= {"tip-adapter.beta": 1.0, "epochs": 3}
     fit(FitConfig(out=folder / "methods", hyper=pairs, **stated | both))
     return folder
 
