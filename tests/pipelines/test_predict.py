@@ -38,18 +38,23 @@ def exit_code(*arguments: object) -> int:
     return ended.value.code
 
 
-def test_the_command_predicts_without_jax(run: Path, image_folder: Path, digits: Any) -> None:
+def test_the_module_and_the_command_need_no_jax(run: Path, image_folder: Path, digits: Any) -> None:
     program = (
-        "import sys, atexit; from clip_adapter.pipelines.commands import main;"
-        "atexit.register(lambda: print('jax' in sys.modules, file=sys.stderr)); main()"
+        "import sys, atexit, torch;"
+        "from clip_adapter.pipelines.adapted_clip import AdaptedClip;"
+        "print(tuple(AdaptedClip.from_run(sys.argv[3])(torch.zeros(2, 3, 32, 32)).shape));"
+        "assert 'h5py' not in sys.modules;"
+        "from clip_adapter.pipelines.commands import main;"
+        "atexit.register(lambda: print({'jax', 'flax'} & {*sys.modules}, file=sys.stderr)); main()"
     )
     result = subprocess.run(
         [sys.executable, "-c", program, "predict", "--adapter", run, image_folder, "--top", "2"],
         capture_output=True,
         text=True,
     )
-    assert (result.returncode, result.stderr) == (0, "False\n")
-    rows = result.stdout.splitlines()
+    assert (result.returncode, result.stderr) == (0, "set()\n")
+    shape, *rows = result.stdout.splitlines()
+    assert shape == "(2, 10)"
     assert [row.split()[0] for row in rows] == [
         str(image_folder / name)
         for name in (*(f"{n:02}.png" for n in range(10)), "more/10.png", "more/11.png")
