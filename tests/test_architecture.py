@@ -194,3 +194,27 @@ def test_nothing_outside_adapters_names_a_method(module: str):
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
     assert literals & METHODS.keys() <= allowed
+
+
+OF_NAMED_TUPLES = {"_replace", "_fields", "_asdict", "_make"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.stem)
+def test_tests_know_the_engine_as_its_callers_do(path: Path):
+    """No private name of adapters/, and no text of a compiled program."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    bound = [
+        name
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(f"{PACKAGE}.adapters.")
+        for name in node.names
+    ]
+    private = {name.name for name in bound if name.name.startswith("_")}
+    known = {name.asname or name.name for name in bound}
+    used = [node for node in nodes if isinstance(node, ast.Attribute)]
+    for node in used:
+        assert node.attr != "as_text"
+        hidden = node.attr.startswith("_") and not node.attr.endswith("__")
+        if hidden and isinstance(node.value, ast.Name) and node.value.id in known:
+            private.add(node.attr)
+    assert private <= OF_NAMED_TUPLES

@@ -207,20 +207,21 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch):
         assert other.objective == pytest.approx(one.objective, rel=TOLERANCE)
 
 
-def test_the_number_of_blas_threads_is_put_back():
+def test_the_number_of_blas_threads_is_put_back(monkeypatch: pytest.MonkeyPatch):
     def threads() -> list[int]:
         return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
 
     inside = []
+    evaluate = LogisticObjective.evaluate
 
-    class Watched(LogisticRegressionPath):
-        def _newton(self, c: float):
-            inside.append(threads())
-            return super()._newton(c)
+    def watched(self: LogisticObjective, point: np.ndarray, c: float) -> logistic_objective.State:
+        inside.append(threads())
+        return evaluate(self, point, c)
 
+    monkeypatch.setattr(LogisticObjective, "evaluate", watched)
     with threadpool_limits(2, user_api="blas"):
         before = threads()
-        path = Watched(*clusters(12, 16, 3, 1.0), 3)
+        path = LogisticRegressionPath(*clusters(12, 16, 3, 1.0), 3)
         path.estimated_seconds(15)
         path.solve(1.0)
         assert threads() == before

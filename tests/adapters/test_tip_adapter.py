@@ -84,19 +84,6 @@ def test_all_zero_features_are_finite(engine: Engine):
     assert np.isfinite(classify(np.zeros((2, task.features.shape[-1])))).all()
 
 
-def test_the_affinities_are_computed_once_for_a_whole_grid():
-    """In the compiled program the product with the keys (45 × 35) stands outside all loops."""
-    from clip_adapter.adapters.closed_form import _grid_program
-
-    task = on_device(numpy_task(shots=7, dim=13, validation=9))
-    program = _grid_program(TIP_ADAPTER, (), ("beta", "alpha"), True)
-    axes = (jnp.linspace(0.1, 7, 11), jnp.linspace(0.1, 3, 3))
-    text = program.lower(axes, task).compile().as_text()
-    assert text.count("f32[45,35]{1,0} dot(") == 1
-    outside = text[text.index("ENTRY") :].splitlines()
-    assert any("= f32[45,35]" in line and "dot_general" in line for line in outside)
-
-
 def zero_shot(task: Task) -> np.ndarray:
     head = task.head
     return head.logit_scale * rows(task.validation_features) @ head.weights.T + head.logit_bias
