@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -121,6 +120,6 @@ class ClipAdapter(nnx.Module):
         return cosine_logits(jnp, features, head)
 
 
-def _logit(value: Value) -> jax.Array:
+def _logit(value: Value) -> Float[Array, ""]:
     inside = jnp.clip(jnp.asarray(value, jnp.float32), EDGE, 1 - EDGE)
     return jnp.log(inside) - jnp.log1p(-inside)

@@ -49,7 +49,9 @@ def predicted_ratio(
     return sigmoid(xp, relu(xp, unit(xp, x) @ hidden) @ direction + logit)
 
 
-def ratio(xp: Any, arrays: Arrays, setting: Setting, branch: str, x: Array) -> Array:
+def ratio(
+    xp: Any, arrays: Arrays, setting: Setting, branch: str, x: Float[Array, "N D"]
+) -> Float[Array, ""] | Float[Array, "N 1"]:
     """The ratio of a branch: a number, or (N, 1) where it is predicted for each row."""
     value = setting[RATIOS[branch]]
     if value == "learned":
@@ -60,7 +62,9 @@ def ratio(xp: Any, arrays: Arrays, setting: Setting, branch: str, x: Array) -> A
     return value
 
 
-def adapted(xp: Any, arrays: Arrays, setting: Setting, branch: str, x: Array) -> Array:
+def adapted(
+    xp: Any, arrays: Arrays, setting: Setting, branch: str, x: Float[Array, "N D"]
+) -> Float[Array, "N D"]:
     """x* of a branch."""
     kernels = (arrays[f"{branch}/bottleneck/{name}/kernel"] for name in ("down", "up"))
     return blended(x, bottleneck(xp, x, *kernels), ratio(xp, arrays, setting, branch, x))
@@ -86,7 +90,7 @@ def logits(
 
 
 def describe(
-    xp: Any, arrays: Arrays, setting: Setting, features: Array, head: Head
+    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
 ) -> dict[str, Array]:
     """Ratios that were learned: of each image for α, of each class for β."""
     rows = {"image": features, "text": head.weights}

@@ -6,9 +6,11 @@ behind the class name, read by the frozen text tower.
     front   [start] NAME v₁ … v_M . [end]
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,9 @@ from clip_adapter.adapters.text_tower import (
     in_chunks,
     text_features,
 )
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 RANDOM = "random"
 START, END, PAD = 0, 1, 2  # rows of Tower.vocabulary
@@ -104,7 +109,9 @@ def context_shape(setting: Mapping[str, Any], tower: Tower) -> tuple[int, ...]:
     return (*classes, length, tower.shape.width)
 
 
-def initial_context(setting: Mapping[str, Any], key: jax.Array, tower: Tower) -> jax.Array:
+def initial_context(
+    setting: Mapping[str, Any], key: jax.Array, tower: Tower
+) -> Float[jax.Array, "*classes M E"]:
     """Where training starts: N(0, 0.02²), or the embeddings of a phrase (section 3.2.1).
 
     Raises what `check_room` raises.
@@ -116,8 +123,10 @@ def initial_context(setting: Mapping[str, Any], key: jax.Array, tower: Tower) ->
     return jnp.broadcast_to(jnp.asarray(tower.phrases[setting["initialisation"]]), shape)
 
 
-def class_weights(context: jax.Array, setting: Mapping[str, Any], tower: Tower) -> jax.Array:
-    """(C, D), the un-normalised text features of all classes with this context.
+def class_weights(
+    context: Float[jax.Array, "*classes M E"], setting: Mapping[str, Any], tower: Tower
+) -> Float[jax.Array, "C D"]:
+    """The un-normalised text features of all classes with this context.
 
     context: (M, E) or (C, M, E), see `context_shape`. Differentiable in it; memory is bounded
     whatever C (`in_chunks`).
@@ -129,7 +138,7 @@ def class_weights(context: jax.Array, setting: Mapping[str, Any], tower: Tower) 
     length = shape.context_length if shape.pooling == "last" else longest
     vocabulary = jnp.asarray(tower.vocabulary)
 
-    def weights(chunk: Mapping[str, jax.Array]) -> jax.Array:
+    def weights(chunk: Mapping[str, jax.Array]) -> Float[jax.Array, "B D"]:
         tokens, slots = _arranged(chunk, count, before, length)
         # 0 and 1 times a vector is exact, and its gradient is a product instead of a scatter.
         chosen = jax.nn.one_hot(slots, count, dtype=context.dtype)
@@ -148,14 +157,16 @@ def class_weights(context: jax.Array, setting: Mapping[str, Any], tower: Tower) 
 
 
 @partial(jax.jit, static_argnums=1)
-def compiled_weights(context: jax.Array, position: str, tower: Tower) -> jax.Array:
+def compiled_weights(
+    context: Float[jax.Array, "*classes M E"], position: str, tower: Tower
+) -> Float[jax.Array, "C D"]:
     """`class_weights` outside of a program, compiled once for every shape."""
     return class_weights(context, {"position": position}, tower)
 
 
 def _arranged(
     chunk: Mapping[str, jax.Array], count: int, before: int, length: int
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Int[jax.Array, "B L"], Int[jax.Array, "B L"]]:
     """What stands in each of (B, length) places: a row of the vocabulary, and which of `count`
     context vectors instead, −1 for none. before: so many of these come before the name."""
     name, sentence = chunk["name_lengths"][:, None], chunk["sentence_lengths"][:, None]

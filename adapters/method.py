@@ -5,11 +5,16 @@ estimator, the PyTorch module) is derived from its record. This module and the r
 standard library only: the command line reads the tables, and needs no arrays for that.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clip_adapter.adapters.hyper import Hyper, Value
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 Array = Any
 """An array of NumPy, JAX or PyTorch; the formulas are written for all three."""
@@ -25,44 +30,43 @@ Score = tuple[float, float]
 class Head(NamedTuple):
     """The zero-shot classifier: what turns image features into logits without any labelled image.
 
-    weights: (C, D), unit rows. logit_scale, logit_bias: numbers; the scale is the multiplier.
-    text: (C, P, D), the un-normalised features of each prompt, for methods that need them.
+    weights: unit rows. logit_scale: the multiplier. text: the un-normalised features of each
+    prompt; None where no method needs them.
     """
 
-    weights: Array
-    logit_scale: Array
-    logit_bias: Array
-    text: Array = None
+    weights: Float[Array, "C D"]
+    logit_scale: Float[Array, ""]
+    logit_bias: Float[Array, ""]
+    text: Float[Array, "C P D"] = None
 
 
 class Task(NamedTuple):
     """The arrays of one (cache, shots, seed), which all settings share.
 
-    features: (V, S, D) float32, the support set; V > 1 draws a view per sample and step.
-    labels: (S,) int32. validation_features: (M, D); validation_labels: (M,). seed: () integer,
-    decides initialisation and batch order, alike for all settings. extra: what the method `needs`
-    beyond that, as nested arrays by name.
+    features: float32, the support set; V > 1 draws a view per sample and step. labels: int32.
+    seed: decides initialisation and batch order, alike for all settings. extra: what the method
+    `needs` beyond that, as nested arrays by name.
     """
 
-    features: Array
-    labels: Array
-    validation_features: Array
-    validation_labels: Array
+    features: Float[Array, "V S D"]
+    labels: Int[Array, " S"]
+    validation_features: Float[Array, "M D"]
+    validation_labels: Int[Array, " M"]
     head: Head
-    seed: Array
+    seed: Int[Array, ""]
     extra: Mapping[str, Any] = {}
 
 
 class Batch(NamedTuple):
     """Images of one training step.
 
-    features: (B, D). labels: (B,). counts: (B,), 0 for rows that only fill the batch up.
-    key: a random key of this step, for losses that draw.
+    counts: 0 for rows that only fill the batch up. key: a random key of this step, for losses that
+    draw.
     """
 
-    features: Array
-    labels: Array
-    counts: Array
+    features: Float[Array, "B D"]
+    labels: Int[Array, " B"]
+    counts: Bool[Array, " B"]
     key: Array
 
 

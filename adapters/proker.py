@@ -22,7 +22,7 @@ from clip_adapter.adapters.hyper import Hyper
 from clip_adapter.adapters.method import Array, Arrays, Head, Method, Setting, Task
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 MOST_ROWS = 4096
 """Support rows, views included, up to which the kernel is exact."""
@@ -82,7 +82,9 @@ def transferred(task: Task, name: str, value: Any) -> Any:
     return TRANSFERRED[min(TRANSFERRED, key=lambda known: abs(math.log(known / shots)))][name]
 
 
-def random_frequencies(xp: Any, seed: Array, dim: int) -> tuple[Array, Array]:
+def random_frequencies(
+    xp: Any, seed: Int[Array, ""], dim: int
+) -> tuple[Float[Array, "F D"], Float[Array, " F"]]:
     """Frequencies (F, D) for β = 1 and phases (F,): each frequency's cosine and sine.
 
     Rows of D × D blocks are orthogonal and as long as Gaussian vectors.
@@ -101,7 +103,11 @@ def random_frequencies(xp: Any, seed: Array, dim: int) -> tuple[Array, Array]:
 
 
 def kernel_features(
-    xp: Any, points: Array, phases: Array, beta: Array, rows: Float[Array, "N D"]
+    xp: Any,
+    points: Float[Array, "S D"],
+    phases: Float[Array, " F"],
+    beta: Float[Array, ""],
+    rows: Float[Array, "N D"],
 ) -> Float[Array, "N S"]:
     """k(x, S); or, where there are phases, random features whose products are near k(x, y)."""
     products = rows @ points.T

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clip_adapter.adapters.hyper import LARGEST_COUNT, Hyper
 from clip_adapter.adapters.method import Array, Setting
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 WARMUPS = ("linear", "constant", "none")
@@ -108,7 +111,7 @@ def optimizer(setting: Setting, steps: int, rate: str = "learning_rate") -> Any:
     """
     import optax
 
-    def scheduled(step: Array) -> Array:
+    def scheduled(step: Int[Array, ""]) -> Float[Array, ""]:
         return scheduled_rate(setting, steps, step, rate)
 
     kind, decay = setting["optimizer"], setting["weight_decay"]
@@ -122,8 +125,10 @@ def optimizer(setting: Setting, steps: int, rate: str = "learning_rate") -> Any:
     return optax.chain(optax.add_decayed_weights(decay), descent)
 
 
-def scheduled_rate(setting: Setting, steps: int, step: Array, rate: str = "learning_rate") -> Array:
-    """The learning rate of a step, () float32; steps: per epoch.
+def scheduled_rate(
+    setting: Setting, steps: int, step: Int[Array, ""], rate: str = "learning_rate"
+) -> Float[Array, ""]:
+    """The learning rate of a step; steps: per epoch.
 
     warmup `linear`: up over the first tenth of the steps (at most 100), then half a cosine to zero.
     `none`: the cosine from the first step. `constant`: Dassl's ConstantWarmupScheduler over

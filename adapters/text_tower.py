@@ -8,14 +8,20 @@ does not find them among its own parameters. Attention is causal: what stands be
 token does not reach it, and need not be computed.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Float, Int
 
 # What a chunk of classes may keep for the backward pass. For RN50's tower, 120 classes, 26 tokens
 # on 2 cores, chunks of 128 MiB to 1 GiB took equally long (9 s a step); one chunk of all, 6.6 s.
@@ -41,12 +47,12 @@ class TowerShape:
     projection: str
 
     @classmethod
-    def of(cls, config: Any) -> "TowerShape":
+    def of(cls, config: Any) -> TowerShape:
         """From anything that has these attributes."""
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
-def quick_gelu(x: jax.Array) -> jax.Array:
+def quick_gelu(x: Array) -> Array:
     """x · sigmoid(1.702 x), of OpenAI's models."""
     return x * jax.nn.sigmoid(1.702 * x)
 
@@ -58,8 +64,7 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Block(nnx.Module):
-    """(B, L, E) → (B, L, E): causal attention and a two-layer perceptron, each on normalised input
-    and added to it."""
+    """Causal attention and a two-layer perceptron, each on normalised input and added to it."""
 
     def __init__(self, shape: TowerShape, *, rngs: nnx.Rngs) -> None:
         self.activation = shape.activation
@@ -69,14 +74,14 @@ class Block(nnx.Module):
         self.c_fc = nnx.Linear(shape.width, shape.mlp_width, rngs=rngs)
         self.c_proj = nnx.Linear(shape.mlp_width, shape.width, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
         causal = jnp.tril(jnp.ones((1, 1, x.shape[1], x.shape[1]), bool))
         x = x + self.attention(self.ln_1(x), mask=causal)
         return x + self.c_proj(ACTIVATIONS[self.activation](self.c_fc(self.ln_2(x))))
 
 
 class TextTransformer(nnx.Module):
-    """Token embeddings (B, L, E), L at most the context length, and places (B,) → (B, D)."""
+    """Token embeddings, L at most the context length, and places → text features."""
 
     def __init__(self, shape: TowerShape, *, rngs: nnx.Rngs) -> None:
         @nnx.split_rngs(splits=shape.layers)
@@ -92,10 +97,10 @@ class TextTransformer(nnx.Module):
             linear = nnx.Linear(shape.width, shape.embed_dim, use_bias=has_bias, rngs=rngs)
             self.text_projection = linear
 
-    def __call__(self, x: jax.Array, pooled: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B L E"], pooled: Int[Array, " B"]) -> Float[Array, "B D"]:
         graph, state = nnx.split(self.blocks)
 
-        def through(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
+        def through(x: Array, state: nnx.State) -> tuple[Array, None]:
             return nnx.merge(graph, state)(x), None
 
         x, _ = jax.lax.scan(through, x + self.positional_embedding[: x.shape[1]], state)
@@ -109,12 +114,15 @@ def _norm(shape: TowerShape, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def text_features(
-    arrays: Mapping[str, Any], shape: TowerShape, embeddings: jax.Array, pooled: jax.Array
-) -> jax.Array:
-    """Text features (B, D), un-normalised.
+    arrays: Mapping[str, Any],
+    shape: TowerShape,
+    embeddings: Float[Array, "B L E"],
+    pooled: Int[Array, " B"],
+) -> Float[Array, "B D"]:
+    """Text features, un-normalised.
 
-    arrays: by their Flax names; those of the blocks stacked. embeddings: (B, L, E), of tokens or
-    learned, without positions. pooled: (B,) which of the L places gives the feature.
+    arrays: by their Flax names; those of the blocks stacked. embeddings: of tokens or learned,
+    without positions. pooled: which of the L places gives the feature.
     """
     graph, state = nnx.split(nnx.eval_shape(lambda: TextTransformer(shape, rngs=nnx.Rngs(0))))
     flat = {
@@ -137,7 +145,9 @@ def classes_at_once(shape: TowerShape, length: int) -> int:
     return max(1, CHUNK_BYTES // (4 * shape.layers * length * token))
 
 
-def in_chunks(compute: Callable[[Tree], jax.Array], inputs: Tree, at_once: int) -> jax.Array:
+def in_chunks(
+    compute: Callable[[Tree], Float[Array, "B D"]], inputs: Tree, at_once: int
+) -> Float[Array, "N D"]:
     """compute(inputs), in chunks of the first axis of all inputs.
 
     Where there are several, each is computed again in the backward pass, so that memory does not
@@ -149,7 +159,7 @@ def in_chunks(compute: Callable[[Tree], jax.Array], inputs: Tree, at_once: int) 
         return compute(inputs)
     rows = -(-total // chunks)
 
-    def divided(values: jax.Array) -> jax.Array:
+    def divided(values: Array) -> Array:
         filled = jnp.pad(values, [(0, chunks * rows - total)] + [(0, 0)] * (values.ndim - 1))
         return filled.reshape(chunks, rows, *values.shape[1:])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.text_tower import read_text_tower, tower_path
 from clip_adapter.pipelines.fitting.tasks import Fold, Rows, TaskRows, needed_rows
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 Features = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int32]
@@ -184,8 +187,10 @@ class Data:
             self._blocks[key] = block
         return block
 
-    def _take(self, method: Method, split: str, rows: Rows, views: int) -> jax.Array:
-        """(V, R, D) of rows that some task takes."""
+    def _take(
+        self, method: Method, split: str, rows: Rows, views: int
+    ) -> Float[jax.Array, "V N D"]:
+        """Of rows that some task takes."""
         if not len(rows):
             width = self._read("train", source_of(method), np.zeros(1, np.int64), 1).shape[2]
             return jnp.zeros((views, 0, width), jnp.float32)
