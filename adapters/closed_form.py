@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Var
-from threadpoolctl import threadpool_limits
 
+from clip_adapter.adapters.blas import one_blas_thread
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Arrays, Method, Setting, Task
 from clip_adapter.adapters.scoring import VALIDATION_ROWS, Scored, validation_score
@@ -61,7 +61,7 @@ def _arithmetic() -> Iterator[None]:
     """Full float32; and LAPACK in one thread: on two cores that others use as well, an
     eigendecomposition of 1,600 rows took 1.0 s instead of 10, and 0.3 CPU seconds instead of 2.7.
     """
-    with jax.default_matmul_precision("float32"), threadpool_limits(1, "blas"):
+    with jax.default_matmul_precision("float32"), one_blas_thread():
         yield
 
 

@@ -1,7 +1,8 @@
 """What chance decides of each epoch of a run: the order of the images, and their views.
 
-It depends on the seed, not on the method or the setting. So it is drawn once for all settings, by a
-program of its own: within each training program the drawing was half of what had to be compiled.
+It depends on the seed, not on the method or the setting. So it is drawn by a program of its own:
+within a training program the drawing would be half of what has to be compiled. The settings of a
+run share what is drawn, up to MOST_KEPT drawings; each of them draws again what is more than that.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Int
 
-# At most so many epochs are drawn at a time, and so many images; so many drawings are kept.
+# At most so many epochs are drawn at a time, and so many images; so many drawings are kept, which
+# is at most 64 MiB.
 MOST_EPOCHS = 64
 MOST_IMAGES = 2**20
 MOST_KEPT = 8
@@ -39,10 +41,11 @@ class Draws(NamedTuple):
     views: Int[Array, "T K B"]
 
 
-def epoch_keys(seed: Int[Array, ""], epoch: Int[Array, ""]) -> tuple[Array, Array]:
-    """(that of the order, that of the views and of what a loss draws)."""
-    order, views = jax.random.split(jax.random.fold_in(jax.random.key(seed), epoch + 1))
-    return order, views
+def epoch_keys(seed: Int[Array, ""], epoch: Int[Array, ""]) -> tuple[Array, Array, Array]:
+    """Those of the order, of the views, and of what losses draw."""
+    key = jax.random.fold_in(jax.random.key(seed), epoch + 1)
+    order, views = jax.random.split(key)
+    return order, views, jax.random.fold_in(key, 2)
 
 
 def epochs_per_drawing(support: int) -> int:
@@ -82,7 +85,7 @@ def _draw(
     """Those of epochs first … stop − 1, at the start of arrays of `length` epochs."""
 
     def draw(epoch: Int[Array, ""]) -> Draws:
-        order_key, view_key = epoch_keys(seed, epoch)
+        order_key, view_key, _ = epoch_keys(seed, epoch)
         order = jax.random.permutation(order_key, support)[: steps * size]
         rows = jnp.pad(order, (0, steps * size - len(order))).reshape(steps, size)
         chosen = jnp.zeros((steps, 0), jnp.int32)

@@ -74,7 +74,8 @@ class Hyper:
             return value
         if self.is_numeric and self._is_within(value):
             return int(value) if self.kind is int else float(value)
-        raise ValueError(f"{name} is {reprlib.repr(value)}, not {self.wanted}")
+        wanted = "more than a float32 holds" if self._is_too_large(value) else f"not {self.wanted}"
+        raise ValueError(f"{name} is {reprlib.repr(value)}, {wanted}")
 
     def checked_values(self, name: str, values: Sequence[Any]) -> tuple[Value, ...]:
         """The same for several values to try, each of which may be named once."""
@@ -94,6 +95,10 @@ class Hyper:
         within = self.low <= number <= self.high and number > self.above
         return whole and within and abs(number) <= _LARGEST_FLOAT
 
+    def _is_too_large(self, value: Any) -> bool:
+        unbounded = self.kind is float and self.high == math.inf
+        return unbounded and isinstance(value, float) and value > _LARGEST_FLOAT
+
     @property
     def wanted(self) -> str:
         """What is allowed, in words."""
@@ -108,7 +113,8 @@ class Hyper:
     def _range(self) -> str:
         if self.high < math.inf:
             opening, low = ("(", self.above) if self.above > -math.inf else ("[", self.low)
-            return f" in {opening}{low:g}, {self.high:g}]"
+            high = int(self.high) if self.kind is int else f"{self.high:g}"
+            return f" in {opening}{low:g}, {high}]"
         if self.above > -math.inf:
             return f" > {self.above:g}"
         return f" ≥ {self.low:g}" if self.low > -math.inf else ""

@@ -17,7 +17,6 @@ is the objective of scikit-learn's LogisticRegression; the bias is not penalised
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
@@ -26,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
+from clip_adapter.adapters.blas import one_blas_thread
 from clip_adapter.adapters.logistic_objective import Doubles, Floats, LogisticObjective, State
 
 TOLERANCE = 1e-6
@@ -89,7 +89,7 @@ class LogisticRegressionPath:
     features: (N, D), finite. labels: (N,) integers in [0, classes). A class may have no images: it
     gets the kernel 0 and a bias with which it is not predicted.
     One BLAS thread is used: matrices of this size gain little from more, and lose much on busy
-    cores. Their number belongs to the process, so at most one of its threads may be in here.
+    cores.
     """
 
     def __init__(self, features: npt.ArrayLike, labels: npt.ArrayLike, classes: int) -> None:
@@ -103,15 +103,15 @@ class LogisticRegressionPath:
         self._mean = rows.mean(axis=0)
         rows -= self._mean
         rows /= self._scale
-        self._threads = ThreadpoolController()
-        with self._one_thread():
+        self._libraries = ThreadpoolController()
+        with one_blas_thread(self._libraries):
             rotated, self._axes = _principal_axes(padded)
         self._objective = LogisticObjective(rotated, own)
         self._rungs: list[Minimum] = []
 
     def solve(self, c: float) -> Solution:
         """The minimum for c > 0. Look at `solved` before using it."""
-        with self._one_thread():
+        with one_blas_thread(self._libraries):
             for rung in LADDER[len(self._rungs) : _rungs_up_to(c)]:
                 self._rungs.append(self._newton(rung))
             found = self._rungs[LADDER.index(c)] if c in LADDER else self._newton(c)
@@ -120,7 +120,7 @@ class LogisticRegressionPath:
     def estimated_seconds(self, values: int) -> float:
         """About how long so many values of C take, from timing one evaluation and one product."""
         point = self._objective.origin()
-        with self._one_thread():
+        with one_blas_thread(self._libraries):
             times = [perf_counter()]
             self._objective.evaluate(point, 1.0)
             times.append(perf_counter())
@@ -129,10 +129,6 @@ class LogisticRegressionPath:
         evaluation, product = np.diff(times)
         each = EVALUATIONS_PER_VALUE * evaluation + PRODUCTS_PER_VALUE * product
         return float(values * each)
-
-    def _one_thread(self) -> AbstractContextManager[None]:
-        limits: AbstractContextManager[None] = self._threads.limit(limits=1, user_api="blas")
-        return limits
 
     def _start(self, c: float) -> Doubles:
         """On the line, in log C, through the rungs around c; above all of them, the last two."""

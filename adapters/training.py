@@ -147,7 +147,7 @@ def _epoch(
     # Every image once (unless drop_last); the last batch is filled up with rows of weight zero.
     counts = (jnp.arange(steps * size) < support).reshape(steps, size)
     rows, chosen = (several[epoch % len(several)] for several in draws)
-    _, key = epoch_keys(task.seed, epoch)
+    _, _, key = epoch_keys(task.seed, epoch)
     optimizer = _optimizer(method, task, setting)
 
     def images(row: Int[Array, " B"], view: Int[Array, " B"]) -> tuple[Array, Array]:

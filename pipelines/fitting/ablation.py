@@ -13,6 +13,7 @@ from clip_adapter.pipelines.fitting.ablation_rows import (
     read_ablations,
 )
 from clip_adapter.pipelines.fitting.classify import predict_test
+from clip_adapter.pipelines.fitting.config import shots_words
 from clip_adapter.pipelines.fitting.one_task import TaskRunner
 from clip_adapter.pipelines.fitting.plan import METHOD, PlannedMethod
 from clip_adapter.pipelines.fitting.results import TaskResult
@@ -39,7 +40,7 @@ def run_ablations(
             task_key = (planned.method.name, task.shots, task.seed)
             if (factor, str(value), *task_key) in finished:
                 continue
-            expect = begin(f"{planned.method.name}, {factor} {value}, {task.shots} shots")
+            expect = begin(f"{planned.method.name}, {factor} {value}, {shots_words(task.shots)}")
             known = own.get(task_key) if factor == METHOD else None
             result = known or _result(runner, planned, task, folder, expect)
             rows.append(AblationRow(factor, value, result))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Method
+from clip_adapter.cache.errors import UserError
 
 Shots = int | Literal["all"]
 Selection = Literal["few-shot-val", "full-val", "cv", "none"]
@@ -83,6 +84,8 @@ class FitConfig:
                 object.__setattr__(self, name, Path(value).expanduser())
         for name in ("method", "baselines", "shots", "seeds", "ablate"):
             object.__setattr__(self, name, several(getattr(self, name)))
+        if not isinstance(self.hyper, Mapping) or not all(isinstance(n, str) for n in self.hyper):
+            raise UserError(f"hyper is {self.hyper!r}, not a mapping from names to values.")
         hyper = {name: several(values) for name, values in self.hyper.items()}
         object.__setattr__(self, "hyper", hyper)
 

@@ -24,6 +24,8 @@ def without_effect(config: FitConfig, plan: Plan) -> list[str]:
     if plan.search == "halving" and (plan.select == "none" or not trained):
         why = "with --select none" if trained else "where no method is trained step by step"
         idle.append(f"--search halving has no effect {why}.")
+    if plan.select == "none" and any(p.values.get("epoch") == ("best",) for p in plan.fitted):
+        idle.append("--epoch best has no effect with --select none, where nothing is judged.")
     if plan.augment and not any(planned.method.uses_views for planned in plan.methods):
         idle.append("--augment has no effect: none of these methods uses views.")
     if plan.preset != "default" and not any(

@@ -15,7 +15,7 @@ from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.pipelines.fitting.ablation import run_ablations
 from clip_adapter.pipelines.fitting.ablation_rows import AblationRow, ablated, read_ablations
-from clip_adapter.pipelines.fitting.config import DEFAULT_CACHE, FitConfig
+from clip_adapter.pipelines.fitting.config import DEFAULT_CACHE, FitConfig, shots_words
 from clip_adapter.pipelines.fitting.data import Data, available, open_data
 from clip_adapter.pipelines.fitting.feasible import check_feasible
 from clip_adapter.pipelines.fitting.idle import without_effect
@@ -192,7 +192,7 @@ def _run_tasks(runner: TaskRunner, folder: RunFolder, listener: Listener) -> Non
     done = len(everything) - len(waiting)
     with listener.progress("fit", len(everything), done) as advance:
         for rows, planned in waiting:
-            part = _Part(advance, f"{planned.method.name}, {rows.shots} shots")
+            part = _Part(advance, f"{planned.method.name}, {shots_words(rows.shots)}")
             runner.engine.progress = part.settings_done
             folder.add_result(runner.run(planned, rows, folder, part.expect))
             part.end()

@@ -60,7 +60,7 @@ def print_run(result: FitResult) -> None:
     console.print(f"{programs} program{'s' * (programs != 1)} compiled or loaded")
     if result.kept:
         kept = result.kept
-        which = f"{kept.method} at {kept.shots} shots, seed {kept.seed}"
+        which = f"{kept.method} at {shots_words(kept.shots)}, seed {kept.seed}"
         if plan.refit:
             which += (
                 ", fitted once more on every labelled image (the accuracies are those of before)"
@@ -75,11 +75,13 @@ def judged_by(select: str, shots: Sequence[Shots], results: Sequence[TaskResult]
         whole = SELECTION_WORDS["full-val"]
         words = f"{words} (at `all` shots: {whole})" if len(shots) > 1 else whole
     unjudged = dict.fromkeys(
-        str(row.shots) for row in results if row.setting is not None and row.val_accuracy is None
+        shots_words(row.shots)
+        for row in results
+        if row.setting is not None and row.val_accuracy is None
     )
     if select == "cv" and unjudged:
         numbers = ", ".join(unjudged)
-        words += f" (at {numbers} shots a class has one image: nothing, the defaults)"
+        words += f" (at {numbers} a class has one image: nothing, the defaults)"
     return words
 
 

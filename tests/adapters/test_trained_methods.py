@@ -108,8 +108,8 @@ def held_near_text(data: Data, p: Tensors, epoch: int) -> torch.Tensor:
 
 def texts_of_the_step(data: Data, p: Tensors, epoch: int) -> torch.Tensor:
     """Half the loss of as many texts, drawn by JAX's generator from seed and epoch."""
-    _, views = jax.random.split(jax.random.fold_in(jax.random.key(data.seed), epoch + 1))
-    key = jax.random.fold_in(views, 0)
+    of_epoch = jax.random.fold_in(jax.random.key(data.seed), epoch + 1)
+    key = jax.random.fold_in(jax.random.fold_in(of_epoch, 2), 0)
     drawn = np.array(jax.random.randint(key, (len(data.y),), 0, CLASSES * PROMPTS))
     texts = data.text.reshape(-1, DIM)[drawn]
     logits = data.scale * normalised(texts) @ p["weights"].T + data.bias

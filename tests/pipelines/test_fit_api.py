@@ -142,6 +142,8 @@ def test_rows_are_typed_and_predictions_can_be_read(cache: Path, tmp_path: Path)
         ({"hyper": {"C": 1.0}}, "clip-adapter has no C; it belongs to linear-probe"),
         ({"hyper": {"zero-shot.alpha": 1.0}}, "clip-adapter has no alpha"),
         ({"hyper": {"alpha": ()}}, "--alpha needs at least one value"),
+        ({"hyper": {1: (2,)}}, "hyper is {1: (2,)}, not a mapping from names to values"),
+        ({"hyper": None}, "hyper is None, not a mapping from names to values"),
         ({"hyper": {"alpha": "much"}}, "alpha is 'much', not"),
         ({"hyper": {"epochs": (3, 4)}}, "epochs takes one value"),
     ],

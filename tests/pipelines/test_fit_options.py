@@ -145,6 +145,10 @@ def test_without_a_test_split_there_is_no_test_accuracy(tmp_path: Path, capsys):
             {"search": "halving", "select": "none", "alpha": 0.5},
             ["--search halving has no effect with --select none."],
         ),
+        (
+            {"epoch": "best", "select": "none", "alpha": 0.5},
+            ["--epoch best has no effect with --select none, where nothing is judged."],
+        ),
     ],
 )
 def test_options_without_effect_are_named(

@@ -113,7 +113,7 @@ def test_one_shot_cannot_be_cross_validated_and_says_so(cache: Path, tmp_path: P
     result = fit(run)
     print_run(result)
     printed = capsys.readouterr().out
-    assert "on the support set (at 1 shots a class has one image: nothing, the defaults)" in printed
+    assert "on the support set (at 1 shot a class has one image: nothing, the defaults)" in printed
     single = {row.method: row for row in result.results if row.shots == 1}
     assert all("cv impossible: defaults taken" in row.note for row in single.values())
     assert all(row.val_accuracy is None and row.epoch is None for row in single.values())
