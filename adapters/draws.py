@@ -85,6 +85,7 @@ def _draw(
     """Those of epochs first … stop − 1, at the start of arrays of `length` epochs."""
 
     def draw(epoch: Int[Array, ""]) -> Draws:
+        """Of one epoch: without the first axis."""
         order_key, view_key, _ = epoch_keys(seed, epoch)
         order = jax.random.permutation(order_key, support)[: steps * size]
         rows = jnp.pad(order, (0, steps * size - len(order))).reshape(steps, size)

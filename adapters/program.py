@@ -103,7 +103,7 @@ class Program:
         return self._start(task, stacked)
 
     def states(self, rows: Sequence[Leaves]) -> RunState:
-        """The states whose leaves these are."""
+        """The states whose leaves these are, on the host."""
         stacks = [np.stack(leaf) for leaf in zip(*rows, strict=True)]
         return jax.tree.unflatten(jax.tree.structure(self._states), stacks)
 
@@ -134,6 +134,10 @@ class Program:
         stop: int,
         judged: int,
     ) -> RunState:
+        """All settings from epoch `first` to `stop`, as `advance`. `state` must not be used again.
+
+        task, drawn: of the shapes that the program was compiled for.
+        """
         advanced = self._epochs(task, drawn, stacked, state, first, stop, judged)
         return jax.block_until_ready(advanced)
 
