@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -64,7 +65,8 @@ class Reference:
     """A method as its paper writes it; one step an epoch on all images.
 
     given: hyper-parameters. start: what is trained. logits: with these, of images. loss: what is
-    added to the images' cross-entropy. optimizer: of what is trained. rate: by epoch.
+    added to the images' cross-entropy. optimizer: of what is trained. rate: by epoch. logit_scale:
+    low where the softmax of texts would be all 0 and 1, and their gradient zero.
     """
 
     given: dict[str, Any]
@@ -74,6 +76,7 @@ class Reference:
     rate: Callable[[int], float] | None = None
     more: Callable[[Data, Tensors, int], Any] = nothing_more
     image_share: float = 1.0
+    logit_scale: float = 20.0
     after: Callable[[Data, Tensors, int], None] = field(default=lambda data, p, epoch: None)
 
     def train(self, data: Data, epochs: int) -> dict[str, np.ndarray]:
@@ -178,6 +181,7 @@ REFERENCES = {
         rate=lambda epoch: 1e-2 * (epoch + 1) / 20,
         more=texts_of_the_step,
         image_share=0.5,
+        logit_scale=0.5,
     ),
     "lp++": Reference(
         {},
@@ -202,6 +206,8 @@ EPOCHS = {"lp++": (3, 12)}
 def test_the_first_steps_are_those_of_the_formulas(name: str, epochs: int, engine: Engine):
     method, reference = METHODS[name], REFERENCES[name]
     whole = separable_task(seed=4, noise=2.0)
+    scale = jnp.float32(reference.logit_scale)
+    whole = whole._replace(head=whole.head._replace(logit_scale=scale))
     task, data = needed(method, whole), Data(whole)
     setting = setting_of(method, **reference.given)
     start = reference.start(data)
