@@ -1,8 +1,8 @@
 """One BLAS thread for a while, whichever of the process's threads ask for it."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from threading import Lock
 
 from threadpoolctl import ThreadpoolController
 
@@ -15,20 +15,21 @@ def one_blas_thread(libraries: ThreadpoolController | None = None) -> Iterator[N
     back, so that threads whose times here overlap leave the number as it was before all of them.
     libraries: those that are loaded, where the caller knows; to look takes milliseconds.
     """
+    global _inside
     with _LOCK:
-        if not _INSIDE:
+        if not _inside:
             found = libraries or ThreadpoolController()
             _LIMIT.enter_context(found.limit(limits=1, user_api="blas"))
-        _INSIDE.append(threading.get_ident())
+        _inside += 1
     try:
         yield
     finally:
         with _LOCK:
-            _INSIDE.remove(threading.get_ident())
-            if not _INSIDE:
+            _inside -= 1
+            if not _inside:
                 _LIMIT.close()
 
 
-_LOCK = threading.Lock()
-_INSIDE: list[int] = []
+_LOCK = Lock()
+_inside = 0
 _LIMIT = ExitStack()

@@ -1,8 +1,8 @@
 """What chance decides of each epoch of a run: the order of the images, and their views.
 
-It depends on the seed, not on the method or the setting. So it is drawn by a program of its own:
-within a training program the drawing would be half of what has to be compiled. The settings of a
-run share what is drawn, up to MOST_KEPT drawings; each of them draws again what is more than that.
+It depends on the seed, not on the method or the setting. So it is drawn by a program of its own,
+which would have to be compiled again within each training program. The settings of a run share what
+is drawn, up to MOST_KEPT drawings; each of them draws again what is more than that.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Int
 
-# At most so many epochs are drawn at a time, and so many images; so many drawings are kept, which
-# is at most 64 MiB.
+# At most so many epochs are drawn at a time, and so many images, or one epoch that has more; so
+# many drawings are kept.
 MOST_EPOCHS = 64
 MOST_IMAGES = 2**20
 MOST_KEPT = 8
@@ -53,7 +53,7 @@ def epochs_per_drawing(support: int) -> int:
     return max(1, min(MOST_EPOCHS, MOST_IMAGES // support))
 
 
-def draws(task: Task, static: Setting, number: int) -> Draws:
+def draw(task: Task, static: Setting, number: int) -> Draws:
     """The `number`-th drawing: of epochs number · T … (number + 1) · T − 1, up to the last one."""
     views, support, _ = task.features.shape
     steps, size = recipe.steps_and_batch(support, static)
@@ -63,16 +63,16 @@ def draws(task: Task, static: Setting, number: int) -> Draws:
         return Draws(nothing, nothing)
     first = number * length
     stop = min(first + length, int(static["epochs"]))
-    return _draw(task.seed, first, stop, length, support, views, steps, size)
+    return _draw_epochs(task.seed, first, stop, length, support, views, steps, size)
 
 
 def kept_draws(task: Task, static: Setting) -> Callable[[int], Draws]:
     """number → the draws; the last few are kept. Threads may draw the same ones at once."""
-    return lru_cache(maxsize=MOST_KEPT)(partial(draws, task, static))
+    return lru_cache(maxsize=MOST_KEPT)(partial(draw, task, static))
 
 
 @partial(jax.jit, static_argnames=("length", "support", "views", "steps", "size"))
-def _draw(
+def _draw_epochs(
     seed: Int[Array, ""],
     first: Int[Array, ""],
     stop: Int[Array, ""],
@@ -84,8 +84,8 @@ def _draw(
 ) -> Draws:
     """Those of epochs first … stop − 1, at the start of arrays of `length` epochs."""
 
-    def draw(epoch: Int[Array, ""]) -> Draws:
-        """Of one epoch: without the first axis."""
+    def of_epoch(epoch: Int[Array, ""]) -> Draws:
+        """Without the first axis."""
         order_key, view_key, _ = epoch_keys(seed, epoch)
         order = jax.random.permutation(order_key, support)[: steps * size]
         rows = jnp.pad(order, (0, steps * size - len(order))).reshape(steps, size)
@@ -96,10 +96,10 @@ def _draw(
 
     def put(epoch: Int[Array, ""], drawn: Draws) -> Draws:
         return jax.tree.map(
-            lambda several, one: several.at[epoch - first].set(one), drawn, draw(epoch)
+            lambda several, one: several.at[epoch - first].set(one), drawn, of_epoch(epoch)
         )
 
     nothing = jax.tree.map(
-        lambda one: jnp.zeros((length, *one.shape), one.dtype), jax.eval_shape(draw, first)
+        lambda one: jnp.zeros((length, *one.shape), one.dtype), jax.eval_shape(of_epoch, first)
     )
     return jax.lax.fori_loop(first, stop, put, nothing)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from clip_adapter.adapters.draws import Draws, draws, epochs_per_drawing
+from clip_adapter.adapters.draws import Draws, draw, epochs_per_drawing
 from clip_adapter.adapters.evaluation import Leaves
 from clip_adapter.adapters.method import Method, Setting, Task
 from clip_adapter.adapters.training import RunState, advance, initial_state
@@ -42,7 +42,7 @@ class Grid:
         return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in self.numbers[0]}
 
     def initial_state(self, task: Task, numbers: Setting) -> RunState:
-        """That of one setting."""
+        """That of one setting. task: of the grid's shapes; within a program it is traced."""
         return initial_state(self.method, task, {**self.static, **numbers})
 
     def abstract_state(self) -> RunState:
@@ -59,8 +59,8 @@ class Program:
 
     def __init__(self, grid: Grid, size: int, placement: str, mesh: Mesh) -> None:
         self._epochs_per_call = 1
-        one_by_one = placement == "sequential"
         self._epochs_per_drawing = epochs_per_drawing(grid.task.features.shape[1])
+        one_by_one = placement == "sequential"
 
         def each(one: Any, stacked: Any) -> Any:
             return jax.lax.map(one, stacked) if one_by_one else jax.vmap(one)(stacked)
@@ -84,7 +84,7 @@ class Program:
         trains = spread(epochs, in_specs=(alike, alike, settings, settings, alike, alike, alike))
 
         task, numbers = _abstract(grid.task), grid.abstract_numbers(size)
-        drawn = jax.eval_shape(lambda: draws(grid.task, grid.static, 0))
+        drawn = jax.eval_shape(lambda: draw(grid.task, grid.static, 0))
         number = jax.ShapeDtypeStruct((), jnp.int32)
         with jax.default_matmul_precision("tensorfloat32"):
             lowered = jax.jit(starts).lower(task, numbers)
