@@ -69,7 +69,7 @@ def _point_bytes(
     method: Method, static: Setting, names: Sequence[str], beside: Sequence[str], task: Task
 ) -> int:
     """Memory of one of the points that lie side by side: what of the arrays depends on their
-    numbers, with a copy, and the logits three times."""
+    numbers, with a copy, and the logits five times (for the temperature, too)."""
 
     def arrays(inner: Setting, outer: Setting, task: Task) -> list[Any]:
         return jax.tree.leaves(method.fit(jnp, task, {**static, **outer, **inner}))
@@ -86,7 +86,7 @@ def _point_bytes(
     outputs = zip(traced.outvars, shapes, strict=True)
     fitted = sum(shape.size for v, shape in outputs if isinstance(v, Var) and v in dependent)
     rows = min(len(task.validation_labels), VALIDATION_ROWS)
-    return 4 * (3 * rows * len(task.head.weights) + 2 * fitted)
+    return 4 * (5 * rows * len(task.head.weights) + 2 * fitted)
 
 
 @lru_cache(maxsize=256)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,21 @@ from clip_adapter.adapters.method import Arrays, Score, Setting
 
 Leaves = list[npt.NDArray[Any]]
 """A training.RunState on the host, as its leaves in tree order."""
-Judged = tuple[float, float, npt.NDArray[np.bool_]]
-"""(accuracy, mean negative log-likelihood, which validation images are right: (M,))."""
+
+
+class Images(NamedTuple):
+    """How the validation images of all folds are classified, one fold after the other.
+
+    right: which of them correctly. losses: float32, their negative log-likelihoods at the
+    temperature that is best for the fold.
+    """
+
+    right: npt.NDArray[np.bool_]
+    losses: npt.NDArray[np.float32]
+
+
+Judged = tuple[float, float, Images]
+"""(accuracy, mean negative log-likelihood, image by image)."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +37,8 @@ class Evaluation:
     epochs_run: how long it was trained, 0 where nothing is trained. epoch: the one that counts:
     the last, or the best of those evaluated. accuracy in [0, 1] and nll: at that epoch, over the
     images of all folds; an nll that is not finite marks a setting that diverged.
-    right: (M,) bool, the validation images that it classifies correctly, fold after fold; None
-    where that is not known. seconds: what it took. arrays: fetches what was fitted; None where that
-    was not kept.
+    images: None where they are not known. seconds: what it took. arrays: fetches what was fitted;
+    None where that was not kept.
     """
 
     setting: Setting
@@ -35,7 +47,7 @@ class Evaluation:
     accuracy: float
     nll: float
     seconds: float
-    right: npt.NDArray[np.bool_] | None = None
+    images: Images | None = None
     arrays: Callable[[], Arrays] | None = None
 
     @property

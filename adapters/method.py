@@ -24,7 +24,7 @@ compiled program its numbers are traced arrays."""
 Arrays = Mapping[str, Array]
 """What was fitted, by name."""
 Score = tuple[float, float]
-"""(accuracy, −negative log-likelihood) on validation; larger is better."""
+"""(accuracy, −negative log-likelihood at the best temperature) on validation; larger is better."""
 
 
 class Head(NamedTuple):
@@ -45,7 +45,8 @@ class Task(NamedTuple):
 
     features: float32, the support set; V > 1 draws a view per sample and step. labels: int32.
     seed: decides initialisation and batch order, alike for all settings. extra: what the method
-    `needs` beyond that, as nested arrays by name.
+    `needs` beyond that, as nested arrays by name. validation_weights: how much each validation
+    image counts; None for all alike.
     """
 
     features: Float[Array, "V S D"]
@@ -55,6 +56,7 @@ class Task(NamedTuple):
     head: Head
     seed: Int[Array, ""]
     extra: Mapping[str, Any] = {}
+    validation_weights: Float[Array, " M"] | None = None
 
 
 class Batch(NamedTuple):
@@ -98,6 +100,9 @@ class Method:
     loss(xp, classify, arrays, batch, setting, task) → (): None for mean cross-entropy.
     optimizer(setting, task, steps per epoch) → optax transformation: None for the recipe that the
         setting names (recipe.py).
+    near_zero_shot: hyper-parameters whose smaller values stay nearer to zero-shot, the first one
+        deciding. Of the settings that validation cannot tell from the likeliest the nearest is then
+        chosen; () for methods whose most accurate setting is, ties by likelihood.
     after_training: hyper-parameters that training does not see: it computes logits by `NAME_init`
         in their place, and settings that differ in them alone are judged on one run.
     finish(arrays, setting, task) → what is saved, where that is not what was fitted or trained.
@@ -131,6 +136,7 @@ class Method:
     network: str = ""
     loss: Callable[..., Array] | None = None
     optimizer: Callable[..., Any] | None = None
+    near_zero_shot: tuple[str, ...] = ()
     after_training: tuple[str, ...] = ()
     finish: Callable[..., Arrays] | None = None
     solver: Callable[[Task], Solve] | None = None

@@ -25,6 +25,8 @@ from clip_adapter.adapters.tip_adapter import TIP_ADAPTER, TIP_ADAPTER_F
 from clip_adapter.adapters.zero_shot import ZERO_SHOT
 
 GROUP = "clip_adapter.methods"
+REFERENCE = ZERO_SHOT
+"""What adapting has to outdo."""
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (

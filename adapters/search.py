@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from clip_adapter.adapters import closed_form, recipe, training
 from clip_adapter.adapters.engine import Chunk, Engine
-from clip_adapter.adapters.evaluation import Evaluation, Journal, Judged, Leaves
+from clip_adapter.adapters.evaluation import Evaluation, Images, Journal, Judged, Leaves
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import (
     Arrays,
@@ -129,7 +129,10 @@ def _train(
         ]
         for chunks in zip(*runs, strict=True):
             histories = pooled([chunk.state.history for chunk in chunks], rung.folds)
-            right = np.concatenate([np.asarray(chunk.state.right) for chunk in chunks], axis=1)
+            right, losses = (
+                np.concatenate([np.asarray(getattr(c.state, name)) for c in chunks], axis=1)
+                for name in Images._fields
+            )
             seconds = sum(chunk.seconds for chunk in chunks) / len(chunks[0].indices)
             for row, position in enumerate(chunks[0].indices):
                 index = members[position]
@@ -139,7 +142,8 @@ def _train(
                     if len(chunks) == 1
                     else None
                 )
-                run = _judged(setting, rung.stop, histories[row], seconds, right[row], kept)
+                images = Images(right[row], losses[row])
+                run = _judged(setting, rung.stop, histories[row], seconds, images, kept)
                 best = shared.judged(run, partial(_after, method, rung.folds, chunks, row, setting))
                 yield index, best, partial(_rows, chunks, row)
 
@@ -165,21 +169,21 @@ def _judged(
     epochs_run: int,
     history: npt.NDArray[np.float64],
     seconds: float,
-    right: npt.NDArray[np.bool_],
+    images: Images,
     arrays: Callable[[], Arrays] | None,
 ) -> Evaluation:
     """Judge a run by its last epoch, or by its best evaluated one where that is kept; one NaN on
     the way marks it as diverged."""
     if setting["epoch"] != "best":
         accuracy, nll = history[0].tolist()
-        return Evaluation(setting, epochs_run, epochs_run, accuracy, nll, seconds, right, arrays)
+        return Evaluation(setting, epochs_run, epochs_run, accuracy, nll, seconds, images, arrays)
     epochs = [epoch for epoch in recipe.evaluated_epochs(setting) if epoch <= epochs_run]
     reached = history[: len(epochs)]
     accuracies, nlls = reached.T
     best = np.lexsort((np.arange(len(epochs)), nlls, -accuracies))[0]
     nll = float(nlls[best]) if np.isfinite(reached).all() else float("nan")
     accuracy = float(accuracies[best])
-    return Evaluation(setting, epochs_run, epochs[best], accuracy, nll, seconds, right, arrays)
+    return Evaluation(setting, epochs_run, epochs[best], accuracy, nll, seconds, images, arrays)
 
 
 def _rows(chunks: Sequence[Chunk], row: int) -> list[Leaves]:
@@ -205,8 +209,14 @@ def _closed(
         judged = _grid(method, alike, folds)
         seconds = (time.perf_counter() - started) / len(members)
         engine.progress(len(members))
-        for setting, (accuracy, nll, right) in zip(alike, judged, strict=True):
-            yield Evaluation(setting, 0, 0, accuracy, nll, seconds, right)
+        for setting, (accuracy, nll, images) in zip(alike, judged, strict=True):
+            yield Evaluation(setting, 0, 0, accuracy, nll, seconds, images)
+
+
+def judge(method: Method, folds: Sequence[Task]) -> Evaluation:
+    """How a method does that has nothing to choose and nothing to train."""
+    ((accuracy, nll, images),) = _grid(method, [{}], folds)
+    return Evaluation({}, 0, 0, accuracy, nll, 0.0, images)
 
 
 def _grid(method: Method, settings: Sequence[Setting], folds: Sequence[Task]) -> list[Judged]:
@@ -225,9 +235,12 @@ def _grid(method: Method, settings: Sequence[Setting], folds: Sequence[Task]) ->
         }
         scored = [closed_form.grid_scores(method, static, axes, fold) for fold in folds]
         scores = pooled([fold.score.reshape(-1, 2) for fold in scored], folds).tolist()
-        right = np.concatenate([f.right.reshape(len(members), -1) for f in scored], axis=1)
-        rows = zip(members, scores, right, strict=True)
-        found |= {index: (accuracy, nll, row) for index, (accuracy, nll), row in rows}
+        right, losses = (
+            np.concatenate([getattr(f, name).reshape(len(members), -1) for f in scored], axis=1)
+            for name in Images._fields
+        )
+        rows = zip(members, scores, map(Images, right, losses), strict=True)
+        found |= {index: (accuracy, nll, images) for index, (accuracy, nll), images in rows}
     return [found[index] for index in range(len(settings))]
 
 
@@ -266,11 +279,13 @@ def _evaluate(
     for arrays, fold in zip(fits, folds, strict=True):
         classify = make_classify(method, setting, arrays, fold.head)
         logits = jnp.asarray(classify(fold.validation_features))
-        scored.append(jax.device_get(_score(logits, fold.validation_labels)))
+        judged = _score(logits, fold.validation_labels, fold.validation_weights)
+        scored.append(jax.device_get(judged))
     accuracy, nll = pooled([fold.score for fold in scored], folds).tolist()
-    right = np.concatenate([fold.right for fold in scored])
+    right, losses = (np.concatenate([getattr(f, name) for f in scored]) for name in Images._fields)
     kept = (lambda: fits[0]) if len(folds) == 1 else None
-    return Evaluation(setting, 0, 0, accuracy, nll, time.perf_counter() - started, right, kept)
+    seconds = time.perf_counter() - started
+    return Evaluation(setting, 0, 0, accuracy, nll, seconds, Images(right, losses), kept)
 
 
 # One program: its operations one by one are ten, each to be compiled.

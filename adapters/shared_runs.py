@@ -82,9 +82,9 @@ class SharedRuns:
                     accuracy=accuracy,
                     nll=run.nll if run.failed else nll,
                     seconds=seconds,
-                    right=right,
+                    images=images,
                 )
-                for setting, (accuracy, nll, right) in zip(members, judge(members), strict=True)
+                for setting, (accuracy, nll, images) in zip(members, judge(members), strict=True)
             ]
         )
 

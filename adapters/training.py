@@ -37,7 +37,7 @@ class RunState(NamedTuple):
     by the earlier epoch; else empty. best_evaluation: its row of `history`, −1 before the first.
     history: (E, 2), accuracy and negative log-likelihood at each evaluation, NaN where not
     reached; of a run that keeps its last epoch (1, 2), those after the last one so far.
-    right: the validation images that the kept parameters classify correctly.
+    right, losses: of each validation image under the kept parameters, as in scoring.Scored.
     """
 
     trained: Arrays
@@ -46,6 +46,7 @@ class RunState(NamedTuple):
     best_evaluation: Int[Array, ""]
     history: Float[Array, "E score=2"]
     right: Bool[Array, " M"]
+    losses: Float[Array, " M"]
 
 
 def advance(
@@ -106,6 +107,7 @@ def initial_state(method: Method, task: Task, setting: Setting) -> RunState:
         best_evaluation=jnp.int32(-1),
         history=jnp.full((evaluations, 2), jnp.nan),
         right=jnp.zeros(len(task.validation_labels), bool),
+        losses=jnp.zeros(len(task.validation_labels), jnp.float32),
     )
 
 
@@ -212,7 +214,7 @@ def _judge(
     if not len(task.validation_labels):
         return state
     now = _score(method, task, setting, constants, state.trained)
-    return state._replace(history=now.score[None], right=now.right)
+    return state._replace(history=now.score[None], right=now.right, losses=now.losses)
 
 
 def _keep_best(
@@ -227,7 +229,7 @@ def _keep_best(
     index = (epoch // setting["evaluate_every"]).astype(jnp.int32)
     if not len(task.validation_labels):
         return state._replace(best=state.trained, best_evaluation=index)
-    now, right = _score(method, task, setting, constants, state.trained)
+    now, right, losses = _score(method, task, setting, constants, state.trained)
     best = state.history[state.best_evaluation]
     better = (
         (state.best_evaluation < 0)
@@ -239,4 +241,5 @@ def _keep_best(
         best_evaluation=jnp.where(better, index, state.best_evaluation),
         history=state.history.at[index].set(now),
         right=jnp.where(better, right, state.right),
+        losses=jnp.where(better, losses, state.losses),
     )

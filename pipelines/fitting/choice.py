@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from statistics import NormalDist
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +21,8 @@ from clip_adapter.adapters.search import fit, search
 
 # Two settings are told apart where chance alone would separate them so rarely.
 SIGNIFICANCE = 0.05
+# Standard errors by which a difference of means exceeds 0 with that chance, one-sided.
+SHOWN = NormalDist().inv_cdf(1 - SIGNIFICANCE)
 
 
 class Record(Journal, Protocol):
@@ -44,7 +48,16 @@ class Chosen:
     diverged: int = 0
     compared: int = 1
     indistinguishable: int = 1
+    outdoes_zero_shot: bool | None = None
     note: str = ""
+
+    def outdoes(self, asked: Search, reference: Evaluation) -> bool | None:
+        """Whether validation shows this to be better than `reference`: its images are likelier, by
+        more than chance explains, and as many of them are right. None where nothing judged."""
+        if self.evaluation is None:
+            return None
+        shown = asked.excess(reference, self.evaluation) > SHOWN
+        return bool(shown and self.evaluation.accuracy >= reference.accuracy)
 
 
 @dataclass(frozen=True)
@@ -63,9 +76,36 @@ class Search:
     distinct: npt.NDArray[np.int64]
     halving: bool = False
 
+    def excess(self, one: Evaluation, other: Evaluation) -> float:
+        """How much less likely the validation images are by `one` than by `other`, in standard
+        errors of the mean difference over images (0 where there is no difference).
+
+        Within one standard error is how a simpler model is preferred in pruning trees (Breiman et
+        al., Classification and Regression Trees, 1984, section 3.4.3).
+        """
+        if one.images is None or other.images is None:
+            return 0.0
+        difference = (one.images.losses.astype(np.float64) - other.images.losses)[self.distinct]
+        weights = self._weights()
+        mean = float(weights @ difference)
+        count = len(difference)
+        variance = float(weights**2 @ (difference - mean) ** 2) * count / max(count - 1, 1)
+        return mean / math.sqrt(variance) if variance else 0.0
+
+    def _weights(self) -> npt.NDArray[np.float64]:
+        """Of the distinct validation images; their sum is 1."""
+        given = [
+            np.ones(len(fold.validation_labels))
+            if fold.validation_weights is None
+            else np.asarray(fold.validation_weights, np.float64)
+            for fold in self.folds
+        ]
+        own = np.concatenate(given)[self.distinct]
+        return own / own.sum()
+
 
 def choose(asked: Search, task: Task, engine: Engine, record: Record) -> Chosen | None:
-    """Search, and fit the setting with the best validation accuracy (ties: lowest NLL) on `task`.
+    """Search, and fit on `task` the setting that validation prefers (see `_contenders`).
 
     record: what is known of an interrupted run and where new evaluations go.
     Returns None where every setting diverged, or the chosen one does on the whole support set.
@@ -74,20 +114,21 @@ def choose(asked: Search, task: Task, engine: Engine, record: Record) -> Chosen 
     if not asked.folds:
         return take_defaults(asked, task, engine)
     found: list[Evaluation] = []
-    best: Evaluation | None = None
+    contenders: list[Evaluation] = []
     for evaluation in search(
         method, asked.values, asked.folds, engine, record, halving=asked.halving
     ):
         record.add(evaluation)
-        if best is None or _ranks(evaluation) > _ranks(best):
-            best = evaluation
+        contenders = _contenders(asked, [*contenders, evaluation])
         # Without what was fitted, which is not to be kept for every setting.
         found.append(replace(evaluation, arrays=None))
     # Those that halving stopped on the way were judged in the middle of their schedule.
     longest = max(evaluation.epochs_run for evaluation in found)
-    if best is None or best.failed or best.epochs_run < longest:
+    best = _contenders(asked, found)[0]
+    if best.failed or best.epochs_run < longest:
         return None
-    arrays = best.arrays() if best.arrays else fit(method, best.setting, best.epoch, task, engine)
+    fitted = next((c.arrays for c in contenders if c.setting == best.setting), None)
+    arrays = fitted() if fitted else fit(method, best.setting, best.epoch, task, engine)
     if not is_finite(arrays):
         return None
     rungs = Counter(evaluation.epochs_run for evaluation in found)
@@ -120,6 +161,28 @@ def _ranks(evaluation: Evaluation) -> tuple[int, tuple[float, float]]:
     return (-1 if evaluation.failed else evaluation.epochs_run), evaluation.score
 
 
+def _contenders(asked: Search, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Those of the settings trained longest that may be chosen, the one to choose first.
+
+    Usually it is the most accurate alone. Of a method that says which settings are near zero-shot
+    it is all that validation cannot tell from the likeliest, nearest first: a few images choose
+    badly among many settings, and what they choose wrongly costs most where zero-shot is good.
+    """
+    best = max(evaluations, key=_ranks)
+    names = asked.method.near_zero_shot
+    if not names or best.failed:
+        return [best]
+    sound = [e for e in evaluations if e.epochs_run == best.epochs_run and not e.failed]
+    likeliest = min(sound, key=lambda evaluation: evaluation.nll)
+
+    def distance(evaluation: Evaluation) -> tuple[float, ...]:
+        values = [evaluation.setting.get(name, 0.0) for name in names]
+        return (*(math.inf if isinstance(v, str) else float(v) for v in values), evaluation.nll)
+
+    near = [e for e in sound if asked.excess(e, likeliest) <= 1]
+    return sorted(near, key=distance)
+
+
 def _indistinguishable(
     best: Evaluation, others: Sequence[Evaluation], distinct: npt.NDArray[np.int64]
 ) -> int:
@@ -130,14 +193,14 @@ def _indistinguishable(
     with n trials of 1/2.
     distinct: a row of the validation set for each image.
     """
-    if best.right is None:
+    if best.images is None:
         return 1
-    own = best.right[distinct]
+    own = best.images.right[distinct]
     count = 0
     for other in others:
-        if other.right is None or other.failed:
+        if other.images is None or other.failed:
             continue
-        right = other.right[distinct]
+        right = other.images.right[distinct]
         only_best, only_other = int(np.sum(own & ~right)), int(np.sum(~own & right))
         worse, disagreed = min(only_best, only_other), only_best + only_other
         count += _chance(worse, disagreed) >= SIGNIFICANCE

@@ -34,6 +34,9 @@ class FitConfig:
         seeds: Seeds of the few-shot draws and of training.
         select: Validation data that choose the setting: min(shots, 4) images per class as in CoOp,
             the whole split, cross-validation on the support set, or none, which takes defaults.
+            [few-shot-val, or cv where the cache has no validation split]
+        score: What the choice goes by; balanced accuracy is the mean of the classes' recalls, so
+            that a class of few images counts as much as one of many.
         preset: How to train; `paper` does as a method's official implementation.
         repeat: Draw a class with too few images with repetition, as Tip-Adapter's and LP++'s code
             does, rather than take each of its images once.
@@ -58,7 +61,8 @@ class FitConfig:
     baselines: tuple[str, ...] = ("zero-shot", "linear-probe")
     shots: tuple[int | Literal["all"], ...] = (16,)
     seeds: tuple[int, ...] = (1,)
-    select: Literal["few-shot-val", "full-val", "cv", "none"] = "few-shot-val"
+    select: Literal["few-shot-val", "full-val", "cv", "none"] | None = None
+    score: Literal["accuracy", "balanced-accuracy"] = "accuracy"
     preset: Literal["default", "paper"] = "default"
     repeat: bool = False
     augment: bool = False

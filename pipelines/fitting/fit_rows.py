@@ -1,29 +1,37 @@
-"""A row of results.csv: a fit, with a bit for each validation image that it gets right."""
+"""A row of results.csv: a fit, with what is known of each validation image."""
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 import numpy as np
+
+from clip_adapter.adapters.evaluation import Images
 
 TASK_COLUMNS = ("method", "shots", "seed")
 Row = dict[str, Any]
 
 
-def packed(right: np.ndarray | None) -> str:
-    """`40:f0ff…`: the number of images and a bit for each of them, in hexadecimal."""
-    return "" if right is None else f"{len(right)}:{np.packbits(right).tobytes().hex()}"
+def packed(images: Images | None) -> str:
+    """`40:f0ff…:AACA…`: the number of images, a bit for each that is right, in hexadecimal, and
+    their losses, little-endian float32 in base64."""
+    if images is None:
+        return ""
+    losses = base64.b64encode(images.losses.astype("<f4").tobytes()).decode()
+    return f"{len(images.right)}:{np.packbits(images.right).tobytes().hex()}:{losses}"
 
 
-def unpacked(text: str) -> np.ndarray | None:
-    """Raises ValueError where there are not as many bits as it says."""
-    length, _, digits = text.partition(":")
-    if not length:
+def unpacked(text: str) -> Images | None:
+    """Raises ValueError where there are not as many bits and losses as it says."""
+    if not text:
         return None
+    length, digits, losses = text.split(":")
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8))
-    if not 0 <= len(bits) - int(length) < 8:
-        raise ValueError("another number of bits")
-    return bits[: int(length)].astype(bool)
+    numbers = np.frombuffer(base64.b64decode(losses, validate=True), "<f4")
+    if not 0 <= len(bits) - int(length) < 8 or len(numbers) != int(length):
+        raise ValueError("another number of images")
+    return Images(bits[: int(length)].astype(bool), numbers)
 
 
 def is_sound(row: Row) -> bool:
@@ -31,13 +39,12 @@ def is_sound(row: Row) -> bool:
     try:
         float(row["seconds"])
         accuracy, failed = float(row["val_accuracy"]), not np.isfinite(float(row["val_nll"]))
-        right = unpacked(row["right"])
+        images = unpacked(row["images"])
         return (
             0 <= int(row["best_epoch"]) <= int(row["epochs_run"])
-            and (right is not None or int(row["epochs_run"]) == 0)
+            and (images is not None or int(row["epochs_run"]) == 0)
             and row["status"] == ("failed" if failed else "ok")
             and (failed or 0 <= accuracy <= 1)
-            and (failed or right is None or abs(accuracy - right.mean()) < 1e-6)
         )
     except (TypeError, ValueError):
         return False

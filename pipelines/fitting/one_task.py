@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.method import Arrays, Method, Setting
-from clip_adapter.adapters.search import work
+from clip_adapter.adapters.evaluation import Evaluation
+from clip_adapter.adapters.method import Arrays, Method, Setting, Task
+from clip_adapter.adapters.methods import REFERENCE
+from clip_adapter.adapters.scoring import balanced
+from clip_adapter.adapters.search import judge, work
 from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter, save_adapter
 from clip_adapter.pipelines.fitting.choice import (
     Chosen,
@@ -20,6 +23,7 @@ from clip_adapter.pipelines.fitting.choice import (
     take_defaults,
 )
 from clip_adapter.pipelines.fitting.classify import predict_test
+from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.data import Data
 from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
 from clip_adapter.pipelines.fitting.predictions import Predictions, predictions_path
@@ -27,7 +31,7 @@ from clip_adapter.pipelines.fitting.provenance import Provenance
 from clip_adapter.pipelines.fitting.results import Spread, TaskResult, harmonic_mean
 from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder, writing
 from clip_adapter.pipelines.fitting.task_record import TaskRecord
-from clip_adapter.pipelines.fitting.tasks import TaskRows, folds
+from clip_adapter.pipelines.fitting.tasks import Fold, TaskRows, folds
 
 NOT_CROSS_VALIDATED = "a class has one image, cv impossible: defaults taken"
 
@@ -46,6 +50,7 @@ class TaskRunner:
     provenance: Provenance
     engine: Engine
     tell: Callable[[str], None]
+    _references: dict[tuple[Shots, int], Evaluation] = field(default_factory=dict)
 
     def run(
         self,
@@ -85,10 +90,10 @@ class TaskRunner:
         task = self.data.task(method, rows)
         rule = self.plan.select
         divided = folds(rows, self.data.labels["train"]) if rule == "cv" else []
-        parts = [self.data.task(method, rows, fold) for fold in divided]
-        judged = [fold.validation for fold in divided]
         if rule in ("few-shot-val", "full-val"):
-            parts, judged = [task], [rows.validation]
+            divided = [Fold(rows.support, rows.validation)]
+        parts = self._parts(method, rows, divided)
+        judged = [fold.validation for fold in divided]
         asked = Search(
             method,
             planned.values,
@@ -102,9 +107,25 @@ class TaskRunner:
         expect(work(method, planned.values, len(parts), halving=asked.halving))
         if parts:
             record = TaskRecord(folder, method, rows, sum(map(len, judged)))
-            return choose(asked, task, self.engine, record)
+            chosen = choose(asked, task, self.engine, record)
+            if chosen and method is not REFERENCE:
+                reference = self._reference(rows, divided)
+                chosen = replace(chosen, outdoes_zero_shot=chosen.outdoes(asked, reference))
+            return chosen
         note = NOT_CROSS_VALIDATED if rule == "cv" else ""
         return take_defaults(asked, task, self.engine, note)
+
+    def _parts(self, method: Method, rows: TaskRows, divided: Sequence[Fold]) -> list[Task]:
+        parts = [self.data.task(method, rows, fold) for fold in divided]
+        return balanced(parts) if parts and self.plan.score == "balanced-accuracy" else parts
+
+    def _reference(self, rows: TaskRows, divided: Sequence[Fold]) -> Evaluation:
+        """How zero-shot does on the images that validate; looked at once for all methods."""
+        key = rows.shots, rows.seed
+        if key not in self._references:
+            parts = self._parts(REFERENCE, rows, divided)
+            self._references[key] = judge(REFERENCE, parts)
+        return self._references[key]
 
     def diverged(self, planned: PlannedMethod, rows: TaskRows) -> TaskResult:
         """The row of a method of which every setting diverged."""
@@ -132,6 +153,7 @@ class TaskRunner:
             diverged=chosen.diverged,
             compared=chosen.compared,
             indistinguishable=chosen.indistinguishable,
+            outdoes_zero_shot=chosen.outdoes_zero_shot,
             learned=self._learned(method, rows, chosen),
             test_accuracy=base,
             test_images=len(predictions.labels) if predictions else 0,

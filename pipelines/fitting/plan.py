@@ -72,6 +72,7 @@ class Plan:
     shots: tuple[Shots, ...]
     seeds: tuple[int, ...]
     select: Selection
+    score: str
     preset: str
     repeat: bool
     augment: bool
@@ -205,6 +206,7 @@ def check_protocol(plan: Plan) -> None:
 
 _WORDS = {
     "select": ("few-shot-val", "full-val", "cv", "none"),
+    "score": ("accuracy", "balanced-accuracy"),
     "preset": ("default", "paper"),
     "train_classes": ("all", "base"),
     "search": ("full", "halving"),

@@ -40,7 +40,7 @@ def remarks(
         if not found:
             found.append(_majority(kept[0], class_names))
         found.append(f"{name} at {shots_words(shots)} does worst on {_worst(kept, class_names)}")
-    return found + _beaten(plan, summary)
+    return found + _unshown(plan, results) + _beaten(plan, summary)
 
 
 def _majority(predictions: Predictions, class_names: Sequence[str]) -> str:
@@ -60,6 +60,21 @@ def _worst(kept: Sequence[Predictions], class_names: Sequence[str]) -> str:
     recalls = np.bincount(labels, weights=right)[there] / counts[there]
     order = np.argsort(recalls, kind="stable")[:WORST_SHOWN]
     return ", ".join(f"{quoted(class_names[there[i]])} ({100 * recalls[i]:.1f} %)" for i in order)
+
+
+def _unshown(plan: Plan, results: Sequence[TaskResult]) -> list[str]:
+    """Where validation does not show a method to be better than zero-shot."""
+    found = []
+    for name in (planned.method.name for planned in plan.fitted):
+        places = []
+        for shots in plan.shots:
+            own = [r.outdoes_zero_shot for r in results if (r.method, r.shots) == (name, shots)]
+            if missing := own.count(False):
+                seeds = f" ({missing} of {len(own)} seeds)" if len(own) > 1 else ""
+                places.append(shots_words(shots) + seeds)
+        if places:
+            found.append(f"validation does not show {name} to outdo zero-shot at {_list(places)}")
+    return found
 
 
 def _beaten(plan: Plan, summary: Sequence[MethodSummary]) -> list[str]:

@@ -43,6 +43,8 @@ class TaskResult:
     where there was no choice. tried, diverged: how many settings. compared: those trained as long
     as the chosen one. indistinguishable: those of them whose validation accuracy differs from the
     chosen one's by no more than chance explains (McNemar's exact test, p ≥ 0.05).
+    outdoes_zero_shot: whether validation shows the chosen one to be better than zero-shot; None
+    where nothing judged.
     learned: mean and deviation of what the method describes, such as a predicted ratio.
     test_images: how many there are. new_accuracy, harmonic_mean: under base-to-new, else None.
     note: what a reader has to know about the choice, or "".
@@ -60,6 +62,7 @@ class TaskResult:
     diverged: int = 0
     compared: int = 1
     indistinguishable: int = 1
+    outdoes_zero_shot: bool | None = None
     learned: Mapping[str, Spread] = field(default_factory=dict)
     test_accuracy: float | None = None
     test_images: int = 0
@@ -99,6 +102,7 @@ class TaskResult:
             and all(type(count) is int for count in (*counts, self.test_images))
             and all(isinstance(text, str) for text in words)
             and type(self.epoch) in (int, NoneType)
+            and type(self.outdoes_zero_shot) in (bool, NoneType)
             and type(self.val_nll) in (float, NoneType)
             and (self.setting is None or _is_setting(self.setting))
             and all(isinstance(s.mean, float) and isinstance(s.std, float | None) for s in spreads)

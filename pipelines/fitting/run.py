@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clip_adapter.adapters.engine import Engine
@@ -15,7 +15,12 @@ from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.pipelines.fitting.ablation import run_ablations
 from clip_adapter.pipelines.fitting.ablation_rows import AblationRow, ablated, read_ablations
-from clip_adapter.pipelines.fitting.config import DEFAULT_CACHE, FitConfig, shots_words
+from clip_adapter.pipelines.fitting.config import (
+    DEFAULT_CACHE,
+    FitConfig,
+    Selection,
+    shots_words,
+)
 from clip_adapter.pipelines.fitting.data import Data, available, open_data
 from clip_adapter.pipelines.fitting.feasible import check_feasible
 from clip_adapter.pipelines.fitting.idle import without_effect
@@ -70,6 +75,8 @@ def run_fit(config: FitConfig, listener: Listener) -> FitResult:
     stored = read_plan(config.resume) if config.resume else None
     path = config.cache or (Path(stored.cache) if stored else DEFAULT_CACHE)
     with FeatureCache(path) as cache:
+        if stored is None and config.select is None:
+            config = replace(config, select=_usual_rule(cache, listener))
         plan = _plan(config, cache, stored)
         for sentence in without_effect(config, plan):
             listener.note(sentence)
@@ -78,6 +85,17 @@ def run_fit(config: FitConfig, listener: Listener) -> FitResult:
         place = config.resume or config.out or new_folder()
         with closing(RunFolder(place, plan, resume=config.resume is not None)) as folder:
             return _execute(plan, data, new, tasks, folder, listener)
+
+
+def _usual_rule(cache: FeatureCache, listener: Listener) -> Selection:
+    """The rule where none was asked for: few-shot validation, if there is anything to draw from."""
+    if "val" in cache.splits:
+        return "few-shot-val"
+    listener.note(
+        f"{cache.path} has no validation split: settings are chosen by cross-validation on the "
+        "support set (--select cv)."
+    )
+    return "cv"
 
 
 def _plan(config: FitConfig, cache: FeatureCache, stored: Plan | None) -> Plan:

