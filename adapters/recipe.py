@@ -18,7 +18,12 @@ FULL_BATCH = LARGEST_COUNT
 
 
 def run_for(
-    *, epochs: int = 200, batch_size: int = 256, drop_last: bool = False
+    *,
+    epochs: int = 200,
+    batch_size: int = 256,
+    drop_last: bool = False,
+    epoch: str = "last",
+    evaluate_every: int = 5,
 ) -> dict[str, Hyper]:
     """The rows of a table that any training reads, with a method's own defaults."""
     count: dict[str, Any] = {"low": 1, "high": LARGEST_COUNT, "static": True, "single": True}
@@ -28,13 +33,13 @@ def run_for(
         "batch_size": Hyper(batch_size, "Images per step at most.", **count),
         "drop_last": Hyper(drop_last, "Leave out an epoch's incomplete last batch.", **choice),
         "epoch": Hyper(
-            "last",
+            epoch,
             "The epoch that is kept: the last, or the best on the validation data.",
             words=("last", "best"),
             **choice,
         ),
         "evaluate_every": Hyper(
-            5, "Epochs between evaluations.", **count, when={"epoch": ("best",)}
+            evaluate_every, "Epochs between evaluations.", **count, when={"epoch": ("best",)}
         ),
     }
 

@@ -115,13 +115,34 @@ def test_new_classes_are_made_from_their_nearest_neighbours(engine: Engine):
     task = numpy_task(shots=30)
     images, _ = flattened(task)
     weights = rows(np.random.default_rng(5).normal(size=(3, 12)))
-    near = [np.argsort(-(images @ w))[:NEIGHBOURS] for w in weights]
-    kernel, bias = reference(images[np.concatenate(near)], np.repeat(np.arange(3), NEIGHBOURS), 3)
+    near = [images[np.argsort(-(images @ w))[:NEIGHBOURS]] for w in weights]
+    means = np.stack(
+        [
+            np.concatenate([n, np.tile(w, (16, 1))]).mean(0)
+            for n, w in zip(near, weights, strict=True)
+        ]
+    )
+    precision = np.zeros((12, 12))
+    for own, w in zip(near, weights, strict=True):
+        covariance = (own - w).T @ (own - w) / (NEIGHBOURS - 1)
+        shrunk = (NEIGHBOURS - 1) * covariance + np.trace(covariance) * np.eye(12)
+        precision += 12 * np.linalg.pinv(shrunk) / 3
+    kernel = precision @ means.T
+    bias = np.log(1 / 3) - np.einsum("cd,dc->c", means, kernel) / 2
     head = Head(weights, 20.0, 0.25)
     fitted = fit(GDA, {"alpha": 1.0}, None, on_device(task), engine)
     found = GDA.for_classes(fitted, {"alpha": 1.0}, on_device(task), head)
     np.testing.assert_allclose(found["kernel"], kernel, atol=1e-4 * np.abs(kernel).max())
     np.testing.assert_allclose(found["bias"], bias, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("shots", "weight"), [(2, 0.0031748), (4, 0.010079), (16, 0.10159)])
+def test_the_weight_grows_with_the_images_where_nothing_chooses(
+    shots: int, weight: float, engine: Engine
+):
+    task = on_device(numpy_task(shots=shots))
+    found = fit(GDA, GDA.default_setting(GDA.values({}, one=True)), None, task, engine)
+    assert found["weight"] == pytest.approx(weight, rel=1e-4)
 
 
 def test_all_zero_features_are_finite(engine: Engine):

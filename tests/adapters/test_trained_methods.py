@@ -78,6 +78,8 @@ class Reference:
     image_share: float = 1.0
     logit_scale: float = 20.0
     after: Callable[[Data, Tensors, int], None] = field(default=lambda data, p, epoch: None)
+    summed: tuple[str, ...] = ()
+    """Whose gradients are never cleared."""
 
     def train(self, data: Data, epochs: int) -> dict[str, np.ndarray]:
         p = self.start(data)
@@ -88,8 +90,9 @@ class Reference:
             if self.rate:
                 optimizer.param_groups[0]["lr"] = self.rate(epoch)
             loss = self.image_share * cross_entropy(self.logits(data, p, data.f), data.y)
-            for value in p.values():
-                value.grad = None
+            for name, value in p.items():
+                if name not in self.summed:
+                    value.grad = None
             (loss + self.more(data, p, epoch)).backward()
             optimizer.step()
             self.after(data, p, epoch)
@@ -137,6 +140,7 @@ def lp_plus_plus_start(data: Data) -> dict[str, torch.Tensor]:
 
 
 def lp_plus_plus_blend(data: Data, p: Tensors, epoch: int) -> None:
+    """PyTorch sums α's gradients, which no optimiser clears."""
     if epoch % 10 == 9:
         p["alpha"].data -= lp_plus_plus_rates(data)[1] * p["alpha"].grad
 
@@ -184,7 +188,7 @@ REFERENCES = {
         logit_scale=0.5,
     ),
     "lp++": Reference(
-        {},
+        {"epoch": "last"},
         start=lp_plus_plus_start,
         logits=lambda data, p, f: (
             normalised(f) @ (p["weights"] + p["alpha"][:, None] * normalised(data.w)).T + p["bias"]
@@ -193,6 +197,7 @@ REFERENCES = {
             [p["weights"], p["bias"]], lp_plus_plus_rates(data)[0], momentum=0.9
         ),
         after=lp_plus_plus_blend,
+        summed=("alpha",),
     ),
 }
 EPOCHS = {"lp++": (3, 12)}
