@@ -19,7 +19,20 @@ from clip_adapter.cache.version_1 import read_metadata
 from clip_adapter.cache.words import quoted
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
+# How others begin that people have features in.
+OTHERS = {
+    b"\x93NUMPY": "a NumPy array",
+    b"PK": "a ZIP archive, as .npz and PyTorch's files are",
+    b"\x80": "a pickle",
+}
 CHECKSUMMED_SUPERBLOCKS = (2, 3)
+
+
+def other_content(path: Path) -> str | None:
+    """What a file is that people may take for a cache, by how it begins."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    return next((what for start, what in OTHERS.items() if head.startswith(start)), None)
 
 
 class StoredFile:
@@ -53,6 +66,11 @@ class StoredFile:
             whole = head[:8] == SIGNATURE and head[8] in CHECKSUMMED_SUPERBLOCKS
             self._file = hdf5.open_file(self.path) if whole else None
         except OSError as error:
+            if other := other_content(self.path):
+                raise UserError(
+                    f"{self.path} is {other}, not a feature cache; `extract` makes one, and "
+                    "cache/FORMAT.md says how to write one yourself."
+                ) from error
             raise UserError(
                 f"{self.path} cannot be read as HDF5: it is damaged, truncated or something else; "
                 "make it again with `extract`."

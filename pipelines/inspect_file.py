@@ -14,6 +14,7 @@ from clip_adapter.adapters.methods import find_method
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.files import is_there
 from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.stored_file import other_content
 from clip_adapter.cache.words import printable, shortened, size
 from clip_adapter.pipelines.adapter_file import ARRAYS_FILE, INFO_FILE, SavedAdapter, load_adapter
 from clip_adapter.pipelines.argument_types import Positional
@@ -52,9 +53,10 @@ def inspect(config: InspectConfig) -> Facts:
     if path.is_dir() or path.name in (INFO_FILE, ARRAYS_FILE):
         return _adapter_facts(path, load_adapter(path))
     if not h5py.is_hdf5(path):
+        other = other_content(path)
         raise UserError(
-            f"{path} is neither a feature cache nor an adapter (a run folder, {INFO_FILE} or "
-            f"{ARRAYS_FILE}), or it is damaged."
+            f"{path} is {f'{other}, ' if other else ''}neither a feature cache nor an adapter (a "
+            f"run folder, {INFO_FILE} or {ARRAYS_FILE}){'' if other else ', or it is damaged'}."
         )
     with FeatureCache(path) as cache:
         return _cache_facts(cache)

@@ -158,6 +158,7 @@ def test_it_fits_on_one_screen(
         (lambda path, cache: path.mkdir(), "no adapter at"),
         (lambda path, cache: path.write_text("hello"), "neither a feature cache nor an adapter"),
         (lambda path, cache: path.write_bytes(cache[: len(cache) // 2]), "cannot be read as HDF5"),
+        (lambda path, cache: np.savez(path.open("wb")), "ZIP archive, as .npz and PyTorch's files"),
         (lambda path, cache: h5py.File(path, "w").close(), "not a CLIP feature cache"),
     ],
 )
