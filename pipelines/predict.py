@@ -10,6 +10,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from stat import S_ISDIR
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from clip_adapter.cache.cores import available_cores, limit_openmp
@@ -83,7 +84,7 @@ class Predictions:
         model: "AdaptedClip",
         paths: Sequence[Path],
         config: PredictConfig,
-        refused: Mapping[Path, str],
+        refused: Mapping[Path, str] = MappingProxyType({}),
     ) -> None:
         """refused: why some of the paths cannot be read, as far as that is known already."""
         self.paths = paths
