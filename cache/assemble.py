@@ -21,6 +21,8 @@ OPTIONAL_LISTS: dict[str, np.dtype] = {
     **dict.fromkeys(("digests", "stamps", "contents", "skipped_stamps"), np.dtype(np.uint64)),
 }
 
+HASH_BYTES = 8
+
 Projection = tuple[np.ndarray, np.ndarray | None]
 
 
@@ -59,6 +61,7 @@ def _reserve(path: Path, staged: Mapping[str, StagedRows]) -> None:
         size += rows.bytes
         for kind, (views, dim) in rows.arrays.values():  # each view's last chunk may be half empty
             size += views * schema.chunk_rows(rows.rows, dim * kind.itemsize) * dim * kind.itemsize
+            size += views * rows.rows * HASH_BYTES
     with path.open("wb") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, size)
@@ -93,9 +96,16 @@ def _write_split(group: h5py.Group, staged: StagedRows) -> None:
             chunks=(1, rows, dim),
             fletcher32=True,
         )
+        hashes = np.zeros((views, staged.rows), np.uint64)
         for start in range(0, staged.rows, rows):
             stop = min(start + rows, staged.rows)
-            dataset[:, start:stop] = staged.read(start, stop)[name].transpose(1, 0, 2)
+            values = staged.read(start, stop)[name].transpose(1, 0, 2)
+            dataset[:, start:stop] = values
+            hashes[:, start:stop] = hdf5.row_hashes(values)
+        if staged.rows:
+            _write_array(
+                group, name + schema.HASHES, hashes, (1, schema.chunk_rows(staged.rows, HASH_BYTES))
+            )
     _write_list(group, "labels", staged.listed("labels"), staged.rows, np.dtype(np.int32))
     _write_strings(group, "ids", lambda: staged.listed("ids"))
     if any(True for _ in staged.listed("skipped")):

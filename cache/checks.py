@@ -21,6 +21,13 @@ def check_strings(strings: Iterable[str]) -> None:
             )
 
 
+def indistinct(class_names: Sequence[str]) -> str | None:
+    """How class names tell no class from another, as a clause: they are all empty or all equal."""
+    if any(class_names) and not len(class_names) > 1 == len(set(class_names)):
+        return None
+    return f"its {len(class_names)} class names are all {quoted(class_names[0])}"
+
+
 def check_features(features: np.ndarray, names: Sequence[str]) -> None:
     """(B, …, D): each a finite direction of a usual size. Raises UserError with the name of the
     first other."""

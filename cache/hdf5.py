@@ -13,6 +13,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 
 from clip_adapter.cache import schema
 from clip_adapter.cache.errors import Contradiction
@@ -167,6 +168,13 @@ def block_rows(dataset: h5py.Dataset, axis: int) -> int:
     row_bytes = prod(dataset.shape[axis + 1 :]) * dataset.dtype.itemsize
     chunk = dataset.chunks[axis]
     return chunk * max(1, schema.CHUNK_BYTES // max(1, row_bytes * chunk))
+
+
+def row_hashes(values: np.ndarray) -> npt.NDArray[np.uint64]:
+    """(…,) of (…, D): the first eight bytes, little-endian, of the SHA-256 over a row's values."""
+    rows = np.ascontiguousarray(values).reshape(-1, values.shape[-1])
+    digests = b"".join(hashlib.sha256(row.data).digest()[:8] for row in rows)
+    return np.frombuffer(digests, "<u8").reshape(values.shape[:-1])
 
 
 def sha256(dataset: h5py.Dataset) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.cache import schema
+from clip_adapter.cache.checks import indistinct
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.stored_file import StoredFile
 
@@ -87,7 +88,11 @@ class FeatureCache(StoredFile):
 
     @cached_property
     def class_names(self) -> list[str]:
-        return self.strings("text/class_names")
+        """Raises UserError where all are empty or, of several, one: no prompt would tell them."""
+        names = self.strings("text/class_names")
+        if reason := indistinct(names):
+            raise self._broken(reason)
+        return names
 
     @cached_property
     def templates(self) -> list[str]:

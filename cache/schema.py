@@ -62,6 +62,8 @@ IMAGES = (
     Element("contents", Kind.UINT64, "N", since=2),
     Element("skipped_stamps", Kind.UINT64, "S", since=2),
     Element("pre_projection", Kind.FEATURES, "VNF", since=2, whole=False),
+    Element("features_hashes", Kind.UINT64, "VN", since=2),
+    Element("pre_projection_hashes", Kind.UINT64, "VN", since=2),
 )
 OTHERS = (
     Element("text/features", Kind.FEATURES, "CPD", required=True),
@@ -76,6 +78,7 @@ ELEMENTS: Mapping[str, Element] = {
     **{f"images/{split}/{element.name}": element for split in SPLITS for element in IMAGES},
     **{element.name: element for element in OTHERS},
 }
+HASHES = "_hashes"  # behind the name of what is not read whole: of each row
 # In the order in which the content hash reads them; the second half where they are there.
 HASHED = (
     *(f"images/{split}/{name}" for split in SPLITS for name in ("features", "labels", "ids")),

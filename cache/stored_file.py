@@ -19,7 +19,22 @@ from clip_adapter.cache.version_1 import read_metadata
 from clip_adapter.cache.words import quoted
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
+# How others begin that people have features in.
+OTHERS = {
+    b"\x93NUMPY": "a NumPy array",
+    b"PK": "a ZIP archive, as .npz and PyTorch's files are",
+    b"\x80": "a pickle",
+}
 CHECKSUMMED_SUPERBLOCKS = (2, 3)
+
+
+def other_content(path: Path) -> str | None:
+    """What a file is that people may take for a cache, by how it begins."""
+    if path.is_dir():
+        return None
+    with path.open("rb") as file:
+        head = file.read(8)
+    return next((what for start, what in OTHERS.items() if head.startswith(start)), None)
 
 
 class StoredFile:
@@ -36,6 +51,7 @@ class StoredFile:
             raise UserError(f"There is no {kind} at {path}; `{made_by}` makes one.")
         self._file: h5py.File | None = None
         self._verified: set[str] = set()
+        self._hashes: dict[str, npt.NDArray[np.uint64]] = {}
         try:
             with self._reading("its structure is damaged"):
                 self._open(name)
@@ -53,6 +69,11 @@ class StoredFile:
             whole = head[:8] == SIGNATURE and head[8] in CHECKSUMMED_SUPERBLOCKS
             self._file = hdf5.open_file(self.path) if whole else None
         except OSError as error:
+            if other := other_content(self.path):
+                raise UserError(
+                    f"{self.path} is {other}, not a feature cache; `extract` makes one, and "
+                    "cache/FORMAT.md says how to write one yourself."
+                ) from error
             raise UserError(
                 f"{self.path} cannot be read as HDF5: it is damaged, truncated or something else; "
                 "make it again with `extract`."
@@ -193,7 +214,8 @@ class StoredFile:
         with self._reading(f"{path} is damaged (its checksum does not match)"):
             if schema.ELEMENTS[path].whole:
                 self._verify(path)
-            values = self._datasets[path][index][rows].astype(np.float32)
+            stored = self._datasets[path][index][rows]
+            values = stored.astype(np.float32)
             largest = np.abs(values).max(axis=-1)  # NaN where one is NaN
             if not np.isfinite(largest).all():
                 raise Contradiction(f"{path} holds values that are not finite")
@@ -202,7 +224,35 @@ class StoredFile:
             usual = (largest >= schema.SMALLEST_FEATURE) & (largest <= schema.LARGEST_FEATURE)
             if not usual.all():
                 raise Contradiction(f"{path} holds a feature far smaller or larger than CLIP's")
+            hashes = self._hashes_of(path)
+            if hashes is not None and (hdf5.row_hashes(stored) != hashes[index][rows]).any():
+                raise Contradiction(f"{path} holds other features than were written there")
             return values
+
+    def _hashes_of(self, path: str) -> npt.NDArray[np.uint64] | None:
+        """(V, N) of the rows of features that are not read whole, where the file has them."""
+        name = path + schema.HASHES
+        if name not in self._datasets:
+            return None
+        if name not in self._hashes:
+            self._hashes[name] = self.rows_of(name, slice(None))
+        return self._hashes[name]
+
+    def verify(self) -> None:
+        """Read everything, and compare it with every hash that the file states.
+
+        Raises UserError for what differs.
+        """
+        for path, element in schema.ELEMENTS.items():
+            if path not in self._datasets:
+                continue
+            if element.whole:
+                self.rows_of(path, slice(0, 1))
+                continue
+            for start in range(0, self.shape_of(path)[1], self.row_step(path)):
+                self.features_of(path, (slice(None), slice(start, start + self.row_step(path))))
+        if self.metadata.content_sha256 not in (None, self.hashed_content()):
+            raise self._broken("its content is damaged (content_sha256 does not match)")
 
     def row_step(self, path: str) -> int:
         """How many rows of (V, N, D) to read at a time."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from clip_adapter.cache import schema
 from clip_adapter.cache.assemble import Projection, assemble
-from clip_adapter.cache.checks import check_features, check_projection, check_strings
+from clip_adapter.cache.checks import check_features, check_projection, check_strings, indistinct
 from clip_adapter.cache.errors import Contradiction, UserError
 from clip_adapter.cache.metadata import Metadata, Part, encode, parse, parse_object
 from clip_adapter.cache.staging import StagedRows, StagingFolder
@@ -224,6 +224,7 @@ class CacheWriter:
         projection: weights (F, D) float32 of the encoder's last linear map, and bias (D,) or None.
         part: make a part of a cache, for `merge_parts`. It may hold no image of a split.
         Raises UserError for a split without a readable image, templates that the file cannot hold,
+        class names that are all empty or all equal,
         metadata that is not what FORMAT.md asks for, and a full disk.
         """
         check_strings(templates)
@@ -237,6 +238,8 @@ class CacheWriter:
                 raise UserError(f"The {split} split has no image that could be read.")
             if (found := rows.arrays["features"][1][1]) != backbone.get("embed_dim"):
                 raise ValueError(f"features of {found} numbers and embed_dim of {backbone}")
+        if text is not None and (reason := indistinct(list(text.listed("class_names")))):
+            raise UserError(f"Cannot write {self.path}: {reason}; name the classes.")
         check_projection({name: rows.arrays for name, rows in staged.items()}, projection, part)
         metadata = Metadata(
             created_at=_now(),

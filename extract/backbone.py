@@ -3,21 +3,25 @@
 import gzip
 import hashlib
 import logging
+import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import open_clip
 import torch
+from open_clip import factory
 from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import QuickGELU
 from PIL import Image
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.extract.checkpoint import read_state, unwrapped
 from clip_adapter.extract.device import Precision
 from clip_adapter.extract.model_config import CONFIG_FILE, check_config, read_config
 from clip_adapter.extract.recipe import HUB, LOCAL, Recipe, resolve
@@ -34,6 +38,8 @@ DTYPES: Mapping[Precision, torch.dtype] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
+# Between which the multiplier of the cosines lies: models have 10 to 120.
+SMALLEST_SCALE, LARGEST_SCALE = 1e-2, 1e4
 # In OpenAI's archives beside the weights: numbers of the architecture, and the causal mask.
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
@@ -75,7 +81,8 @@ def load_backbone(
         in that type, normalisation layers in float32. `weights_sha256` is the same in all three.
 
     Raises UserError for unknown names (with the near matches), unknown tags, and weights that
-    cannot be had or do not fit. Nothing that comes with weights is run: see `model_config`.
+    cannot be had, do not fit, or hold a logit scale that is none. Nothing that comes with weights
+    is run: see `model_config`.
     """
     recipe = resolve(name, pretrained)
     try:
@@ -89,6 +96,8 @@ def load_backbone(
     except Exception as error:  # a damaged file or folder makes open_clip raise almost anything
         raise UserError(_loading_failed(name, recipe, error)) from error
     bias = getattr(model, "logit_bias", None)
+    logit_bias = 0.0 if bias is None else bias.item()
+    _check_logits(model.logit_scale.item(), logit_bias, Path(recipe.weights or name).name)
     return Backbone(
         model=model if precision == "fp32" else _in_precision(model, recipe, precision),
         preprocess=preprocess,
@@ -104,7 +113,7 @@ def load_backbone(
         },
         preprocess_config=stated,
         logit_scale=model.logit_scale.exp().item(),
-        logit_bias=0.0 if bias is None else bias.item(),
+        logit_bias=logit_bias,
         dtype=DTYPES[precision],
         assumption=recipe.assumption,
     )
@@ -112,19 +121,31 @@ def load_backbone(
 
 def _create(recipe: Recipe) -> open_clip.CLIP | open_clip.CustomTextCLIP:
     if recipe.weights is None or not is_torchscript(Path(recipe.weights)):
-        return open_clip.create_model(
-            recipe.model_name,
-            pretrained=recipe.weights,
-            force_quick_gelu=recipe.quick_gelu,
-            force_preprocess_cfg=dict(recipe.preparation),
-            require_pretrained=True,
-        )
+        with patch.object(factory, "load_state_dict", read_state):
+            return open_clip.create_model(
+                recipe.model_name,
+                pretrained=recipe.weights,
+                force_quick_gelu=recipe.quick_gelu,
+                force_preprocess_cfg=dict(recipe.preparation),
+                require_pretrained=True,
+            )
     model = _create_empty(recipe, "fp32")
-    weights = read_weights(Path(recipe.weights))
+    weights = unwrapped(read_weights(Path(recipe.weights)))
     for key in [key for key in weights if key.rpartition(".")[2] in NO_WEIGHTS]:
         del weights[key]
     model.load_state_dict(weights)
     return model
+
+
+def _check_logits(logarithm: float, bias: float, weights: str) -> None:
+    """Raises UserError unless the exponential of a logit scale and a logit bias can be ones."""
+    if not math.log(SMALLEST_SCALE) <= logarithm <= math.log(LARGEST_SCALE):  # nor is NaN
+        raise UserError(
+            f"The logit scale in {weights} is {logarithm:g}, which cannot be: weights hold the "
+            "logarithm of what multiplies the cosines (4.605 for 100); put that there."
+        )
+    if not math.isfinite(bias):
+        raise UserError(f"The logit bias in {weights} is {bias:g}, which cannot be; mend it there.")
 
 
 def _in_precision(

@@ -28,8 +28,11 @@ class BrokenImage(UserError):
     """The first image that cannot be decoded, where none may be left out."""
 
     def __init__(self, image: Skipped) -> None:
-        super().__init__(f"{image.reason}; repair or remove it, or use --on-error skip.")
+        super().__init__(image)  # what it is made of anew where it is unpickled
         self.image = image
+
+    def __str__(self) -> str:
+        return f"{self.image.reason}; repair or remove it, or use --on-error skip."
 
 
 def name_all(first: Skipped, rest: Sequence[tuple[Split, range]], workers: int) -> UserError:

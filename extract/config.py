@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clip_adapter.cache.cores import available_cores
-from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.errors import UserError, require_within
 from clip_adapter.extract.prompts import read_descriptions, resolve_templates
 from clip_adapter.extract.shards import find_launch
 
 if TYPE_CHECKING:
     from clip_adapter.extract.datasets.source import SourceOptions
 
+LARGEST_BATCH = 2**14  # of 224 × 224 pixels: 10 GB before the first layer
+MOST_THREADS = 1024
 VIEWS_MAX = 100  # of a batch all views are in memory at once
 
 
@@ -103,8 +105,7 @@ class ExtractConfig:
 
     def check(self) -> None:
         """Raises UserError for numbers out of range and arguments that exclude each other."""
-        if self.batch_size < 1 or self.workers < 1:
-            raise UserError("--batch-size and --workers must be at least 1.")
+        check_work(self.batch_size, self.workers)
         if self.views < 0 or self.augment_seed < 0:
             raise UserError("--views and --augment-seed must not be negative.")
         if self.views > VIEWS_MAX:
@@ -149,6 +150,12 @@ class ExtractConfig:
             "with_text_tower": self.with_text_tower,
             "with_projection": self.with_projection,
         }
+
+
+def check_work(batch_size: int, workers: int) -> None:
+    """Raises UserError for a batch or a number of threads that no machine has use for."""
+    require_within("--batch-size", batch_size, LARGEST_BATCH)
+    require_within("--workers", workers, MOST_THREADS)
 
 
 def _sha256(value: Any) -> str:

@@ -1,12 +1,15 @@
 """Where the model runs, and in which precision."""
 
+import warnings
 from typing import Literal
 
 import torch
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.words import printable, shortened
 
 Precision = Literal["fp32", "fp16", "bf16"]
+LONGEST_REASON = 200
 BFLOAT16_CAPABILITY = (8, 0)  # Ampere: the first GPUs that compute in bfloat16
 
 
@@ -18,9 +21,13 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} is not available: {str(error).splitlines()[0]}") from None
+        with warnings.catch_warnings(action="ignore"):
+            device = torch.empty(0, device=name).device
+    except Exception as error:  # of a kind of device that PyTorch knows by name, nearly anything
+        reason = shortened((str(error).splitlines() or [""])[0], LONGEST_REASON)
+        raise UserError(
+            f"--device {shortened(printable(name))} is not available: {reason}"
+        ) from None
     if device.type == "meta":
         raise UserError("--device meta has no memory for numbers; name cpu or cuda.")
     return device

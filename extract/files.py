@@ -17,8 +17,10 @@ TEXT_BYTES_MAX = 1 << 28  # a list of two million images has about half of it
 def user_path(text: str) -> Path:
     """The path that `text` means, with ~ for home.
 
-    Raises UserError where there is no such home, and for a NUL.
+    Raises UserError where there is no such home, for a NUL, and for an empty name.
     """
+    if not text:
+        raise UserError("An empty name names no file; write . for the folder you are in.")
     if "\0" in text:
         raise UserError(f"The path {text!r} holds a NUL, which no path can; write it again.")
     try:

@@ -11,11 +11,17 @@ import numpy.typing as npt
 
 from clip_adapter.extract.datasets.source import Split
 
+NANOSECONDS = 10**9
 UNKNOWN = 0  # no fingerprint; it equals none, not even itself
 
 
 def stamps(split: Split, provenance: Mapping[str, Any]) -> npt.NDArray[np.uint64]:
-    """(N,) hashes of size and time of each image's file, UNKNOWN where it cannot be looked at.
+    """(N,) hashes of size, times and number of each image's file, UNKNOWN where it cannot be looked
+    at or they do not tell.
+
+    Images may exchange their names with equal sizes and times of content, as archives set them;
+    the files' numbers and the times of their last change of any kind tell. File systems that keep
+    no such times to the nanosecond (FAT) make up the numbers too: there contents are compared.
 
     Where images have no files of their own, of the source's provenance and the image's id.
     """
@@ -32,7 +38,10 @@ def _of_file(path: Path) -> int:
         status = path.stat()
     except OSError:
         return UNKNOWN
-    return _hash(f"{status.st_size} {status.st_mtime_ns}".encode())
+    if status.st_ctime_ns % NANOSECONDS == 0:
+        return UNKNOWN
+    told = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+    return _hash(" ".join(map(str, told)).encode())
 
 
 def content(path: Path) -> int:

@@ -106,7 +106,8 @@ def _changed(cache: FeatureCache, dataset: ImageDataset, both: Collection[tuple[
             if (name, split.ids[row]) not in both or split.ids[row] not in then:
                 continue
             earlier, content = then[split.ids[row]]
-            if stamp != UNKNOWN and stamp == earlier:
+            # Of a skipped image nothing but the stamp is known.
+            if stamp == earlier and (stamp != UNKNOWN or content == UNKNOWN):
                 continue
             count += not _same_content(split, row, content)
     return count

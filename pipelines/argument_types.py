@@ -70,6 +70,8 @@ def _real(text: str) -> float:
 
 
 def _path(text: str) -> Path:
+    if not text:  # as of a variable that is not set; Path would make it the current folder
+        raise argparse.ArgumentTypeError("an empty name names no file; write . for this folder")
     try:
         return Path(text).expanduser()
     except RuntimeError:

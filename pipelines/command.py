@@ -18,6 +18,7 @@ EXIT_PARTIAL = 1
 EXIT_BAD_INPUT = 2
 # What a system says of itself, in whatever place; the library's own OSErrors have other numbers.
 OF_THE_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENOMEM}
+NO_TEMPORARY_FOLDER = errno.ENOENT  # without a name: of the module tempfile, when a library asks it
 
 
 def run_command(
@@ -60,6 +61,9 @@ def run(program: str, work: Callable[[], object]) -> NoReturn:
         reason = f" ({error})" if str(error) else ""
         _exit(EXIT_BAD_INPUT, f"{program}: There is not enough memory for this{reason}.")
     except OSError as error:
+        if error.filename is None and error.errno == NO_TEMPORARY_FOLDER:
+            advice = "let TMPDIR name a folder that can be written"
+            _exit(EXIT_BAD_INPUT, f"{program}: {error.strerror or error}; {advice}.")
         if error.filename is None and error.errno not in OF_THE_SYSTEM:
             raise
         place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "

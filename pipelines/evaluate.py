@@ -17,6 +17,7 @@ from clip_adapter.cache.cores import available_cores, limit_openmp
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.words import counted, printable
+from clip_adapter.extract.config import check_work
 from clip_adapter.pipelines.adapted_features import make_adapt, write_features
 from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter, load_adapter
 from clip_adapter.pipelines.argument_types import Positional
@@ -86,11 +87,15 @@ def evaluate(config: EvaluateConfig, listener: Listener | None = None) -> Scores
     Raises UserError for data of another backbone or width, for classes that the adapter does not
     know, and for files that cannot be read or written.
     """
-    if min(config.batch_size, config.workers) < 1:
-        raise UserError("--batch-size and --workers must be at least 1.")
+    check_work(config.batch_size, config.workers)
     for path in (config.confusion, config.predictions):
         _check_place(path, ".csv")
     _check_place(config.features, ".npz")
+    tables = [path.resolve() for path in (config.confusion, config.predictions) if path]
+    if len(set(tables)) < len(tables):
+        raise UserError(
+            f"--confusion and --predictions both name {config.confusion}; give each its own."
+        )
     know_method(config.method)
     adapter = load_adapter(config.adapter)
     with _images(config, adapter) as images:

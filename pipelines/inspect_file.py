@@ -14,6 +14,8 @@ from clip_adapter.adapters.methods import find_method
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.files import is_there
 from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.schema import HASHES
+from clip_adapter.cache.stored_file import other_content
 from clip_adapter.cache.words import printable, shortened, size
 from clip_adapter.pipelines.adapter_file import ARRAYS_FILE, INFO_FILE, SavedAdapter, load_adapter
 from clip_adapter.pipelines.argument_types import Positional
@@ -42,8 +44,9 @@ class InspectConfig:
 def inspect(config: InspectConfig) -> Facts:
     """(name, value) pairs that describe the file, in reading order.
 
-    Of a cache no features are read, whatever its size. Raises UserError for a file that is missing
-    or neither a cache nor an adapter, or that `FeatureCache` or `load_adapter` refuses.
+    A cache is read whole and held against every hash that it states. Raises UserError for a file
+    that is missing or neither a cache nor an adapter, or that `FeatureCache` or `load_adapter`
+    refuses.
     """
     know_method(config.method)
     path = config.file
@@ -52,11 +55,13 @@ def inspect(config: InspectConfig) -> Facts:
     if path.is_dir() or path.name in (INFO_FILE, ARRAYS_FILE):
         return _adapter_facts(path, load_adapter(path))
     if not h5py.is_hdf5(path):
+        other = other_content(path)
         raise UserError(
-            f"{path} is neither a feature cache nor an adapter (a run folder, {INFO_FILE} or "
-            f"{ARRAYS_FILE}), or it is damaged."
+            f"{path} is {f'{other}, ' if other else ''}neither a feature cache nor an adapter (a "
+            f"run folder, {INFO_FILE} or {ARRAYS_FILE}){'' if other else ', or it is damaged'}."
         )
     with FeatureCache(path) as cache:
+        cache.verify()
         return _cache_facts(cache)
 
 
@@ -67,7 +72,7 @@ def _cache_facts(cache: FeatureCache) -> Facts:
         ("file", f"{cache.path}, {size(cache.path.stat().st_size)}"),
         ("what", f"feature cache, format version {stated.format_version}"),
         ("made by", f"{stated.writer}, {stated.created_at}"),
-        ("content", f"SHA-256 {stated.content_sha256 or 'not stated'}"),
+        ("content", f"SHA-256 {cache.content_sha256}, {_verified(cache)}"),
     ]
     facts += [(f"images/{split}", _split_words(cache, split)) for split in cache.splits]
     facts += [
@@ -79,12 +84,21 @@ def _cache_facts(cache: FeatureCache) -> Facts:
     return facts
 
 
+def _verified(cache: FeatureCache) -> str:
+    """What `verify` could hold the features against."""
+    by_row = all(cache.has_dataset(f"images/{s}/features{HASHES}") for s in cache.splits)
+    stated = cache.metadata.content_sha256 is not None
+    kinds = [kind for kind, there in (("as a whole", stated), ("row by row", by_row)) if there]
+    return f"verified {' and '.join(kinds)}" if kinds else "computed: the file states none"
+
+
 def _split_words(cache: FeatureCache, split: str) -> str:
     views, rows, dim = cache.shape(split)
     counts = np.bincount(cache.labels(split), minlength=len(cache.class_names))
     each = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()}–{counts.max()}"
+    one = ", all of one class" if len(counts) > 1 == np.count_nonzero(counts) else ""
     views_words = f", {views} views" if views > 1 else ""
-    return f"{rows} images, {each} per class, width {dim}{views_words}"
+    return f"{rows} images, {each} per class{one}, width {dim}{views_words}"
 
 
 def _adapter_facts(path: Path, adapter: SavedAdapter) -> Facts:

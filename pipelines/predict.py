@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,12 +10,14 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from stat import S_ISDIR
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from clip_adapter.cache.cores import available_cores, limit_openmp
-from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.errors import UserError, require_within
 from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.words import counted, printable
+from clip_adapter.extract.config import check_work
 from clip_adapter.extract.datasets.image_files import images_below, unread_remarks
 from clip_adapter.extract.files import unreadable
 from clip_adapter.extract.images import BadImage, open_image, read_rgb
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     import torch
 
     from clip_adapter.pipelines.adapted_clip import AdaptedClip
+
+MOST_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,16 @@ class Predictions:
     number.
     """
 
-    def __init__(self, model: "AdaptedClip", paths: Sequence[Path], config: PredictConfig) -> None:
+    def __init__(
+        self,
+        model: "AdaptedClip",
+        paths: Sequence[Path],
+        config: PredictConfig,
+        refused: Mapping[Path, str] = MappingProxyType({}),
+    ) -> None:
+        """refused: why some of the paths cannot be read, as far as that is known already."""
         self.paths = paths
+        self._refused = refused
         self.class_names = model.class_names
         self._model = model
         self._config = config
@@ -97,6 +109,8 @@ class Predictions:
 
     def _decode(self, path: Path) -> "tuple[Path, torch.Tensor | str]":
         """The preprocessed image, or why there is none."""
+        if path in self._refused:
+            return path, self._refused[path]
         try:
             return path, self._model.preprocess(read_rgb(partial(open_image, path)))
         except BadImage as error:
@@ -130,14 +144,15 @@ class Predictions:
 def predict(config: PredictConfig, listener: Listener | None = None) -> Predictions:
     """Load the adapter and its backbone, find the images, and return what classifies them.
 
-    Raises UserError for a path that does not exist, when there is no image at all, for numbers
-    below one, and where adapter and backbone cannot be had or do not belong together. An image that
-    cannot be read is no error: its Prediction says so.
+    Raises UserError where none of the paths can be read, when there is no image at all, for numbers
+    out of range, and where adapter and backbone cannot be had or do not belong together. An image
+    that cannot be read, or a path where nothing is, is no error: its Prediction says so.
     """
-    if min(config.top, config.batch_size, config.workers) < 1:
-        raise UserError("--top, --batch-size and --workers must be at least 1.")
+    require_within("--top", config.top, MOST_CLASSES)
+    check_work(config.batch_size, config.workers)
     know_method(config.method)
-    paths = image_files(config.paths, listener or Listener())
+    refused: dict[Path, str] = {}
+    paths = image_files(config.paths, listener or Listener(), refused)
 
     from clip_adapter.extract.device import find_device
     from clip_adapter.pipelines.adapted_clip import AdaptedClip
@@ -146,22 +161,27 @@ def predict(config: PredictConfig, listener: Listener | None = None) -> Predicti
     model = AdaptedClip.from_run(
         config.adapter, device=device, backbone=config.backbone, pretrained=config.pretrained
     )
-    return Predictions(model, paths, config)
+    return Predictions(model, paths, config, refused)
 
 
-def image_files(paths: Sequence[Path], listener: Listener) -> list[Path]:
+def image_files(paths: Sequence[Path], listener: Listener, refused: dict[Path, str]) -> list[Path]:
     """The files among `paths` and the image files below the folders among them, in their order.
 
-    Raises UserError for a path that does not exist or cannot be read, and if nothing is found.
+    refused: is told of those paths that cannot be read, which are in the list too, why.
+    Raises UserError if nothing else is found.
     """
     found: list[Path] = []
     unread: Counter[str] = Counter()
+    reason: UserError | None = None
     for path in paths:
         try:
-            mode = path.stat().st_mode
-        except OSError as error:
-            raise unreadable(path, error) from error
-        found += [path / inner for inner in images_below(path, unread)] if S_ISDIR(mode) else [path]
+            found += _images_at(path, unread)
+        except UserError as error:
+            reason = reason or error
+            refused[path] = str(error).removeprefix(f"Cannot read {path}: ").rstrip(".")
+            found.append(path)
+    if reason and refused.keys() == set(found):
+        raise reason
     for remark in unread_remarks(unread):
         listener.warn(remark)
     if not paths:
@@ -169,6 +189,14 @@ def image_files(paths: Sequence[Path], listener: Listener) -> list[Path]:
     if not found:
         raise UserError(f"There is no image file in {', '.join(map(str, paths))}.")
     return found
+
+
+def _images_at(path: Path, unread: Counter[str]) -> list[Path]:
+    try:
+        is_folder = S_ISDIR(path.stat().st_mode)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return [path / inner for inner in images_below(path, unread)] if is_folder else [path]
 
 
 def print_predictions(config: PredictConfig) -> int:

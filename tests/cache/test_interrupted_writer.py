@@ -272,7 +272,7 @@ def test_nothing_stands_under_the_final_name_before_the_end(
 
         monkeypatch.setattr(Path, "replace", watch)
         writer.finish(**FINISH)
-    assert [len(found) for found in renamed] == [12]
+    assert [len(found) for found in renamed] == [14]
     assert [entry.name for entry in tmp_path.iterdir()] == ["features.h5"]
 
 

@@ -13,6 +13,7 @@ from clip_adapter.cache.metadata import Part
 from clip_adapter.cache.parts import merge_parts
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.pipelines.inspect_file import InspectConfig, inspect
 from tests.cache.rewriting import datasets, put, rewrite
 from tests.cache.small_cache import CLASSES, DIM, FINISH, make_cache
 
@@ -87,6 +88,41 @@ def test_parts_carry_them(tmp_path: Path) -> None:
     merge_parts(parts[::-1], tmp_path / "merged.h5")
     assert datasets(tmp_path / "merged.h5") == datasets(whole)
     assert "images/test/pre_projection" in datasets(whole)
+    with h5py.File(tmp_path / "merged.h5") as file:
+        for split, name in (("train", "features"), ("test", "pre_projection")):
+            values = file[f"images/{split}/{name}"]
+            expected = [[hashlib.sha256(row.tobytes()).digest()[:8] for row in v] for v in values]
+            assert file[f"images/{split}/{name}_hashes"].dtype == np.dtype("<u8")
+            found = file[f"images/{split}/{name}_hashes"][...]
+            assert found.tobytes() == b"".join(digest for view in expected for digest in view)
+
+
+@pytest.mark.parametrize("name", ["features", "pre_projection"])
+def test_chunks_that_changed_places(tmp_path: Path, name: str) -> None:
+    """Each has its own checksum, so that HDF5 sees nothing."""
+    path = write(tmp_path / "features.h5")
+    with h5py.File(path, "r+", libver=("v110", "v110")) as file:
+        views = file[f"images/train/{name}"].id
+        chunks = [views.read_direct_chunk((view, 0, 0))[1] for view in (0, 1)]
+        for view, chunk in enumerate(reversed(chunks)):
+            views.write_direct_chunk((view, 0, 0), chunk)
+    words = f"images/train/{name} holds other features than were written there"
+    with FeatureCache(path) as cache:
+        for views in (1, None):
+            with pytest.raises(UserError, match=words):
+                getattr(cache, name)("train", [8, 0], views=views)
+        getattr(cache, name)("test", [0])
+    with pytest.raises(UserError, match=words):
+        inspect(InspectConfig(path))
+
+    def without(file: h5py.File, document: dict[str, Any]) -> None:
+        del file[f"images/train/{name}_hashes"]
+
+    rewrite(path, without)  # as a file of somebody else
+    with FeatureCache(path) as cache:
+        getattr(cache, name)("train", [8, 0])
+    with pytest.raises(UserError, match="content_sha256 does not match"):
+        inspect(InspectConfig(path))
 
 
 def test_they_count_in_the_content_hash_where_they_are_there(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import pytest
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.writer import CacheWriter
 from tests.cache.rewriting import Change, put, rewrite, store_metadata
-from tests.cache.small_cache import make_cache
+from tests.cache.small_cache import DIM, FINISH, make_cache
 
 
 @pytest.fixture
@@ -454,6 +455,18 @@ def test_a_damaged_chunk_of_a_cache_that_does_not_state_its_hash(cache: Path) ->
     cache.write_bytes(data)
     with FeatureCache(cache) as opened, pytest.raises(UserError, match="checksum does not match"):
         _ = opened.content_sha256
+
+
+@pytest.mark.parametrize("names", [[""] * 3, ["cat"] * 3])
+def test_class_names_that_tell_no_class(cache: Path, tmp_path: Path, names: list[str]) -> None:
+    values = np.array([name.encode() for name in names], h5py.string_dtype("utf-8", 3))
+    rewrite(cache, lambda file, document: put(file, "text/class_names", values))
+    refused(cache, f"its 3 class names are all '{names[0]}'")
+    with CacheWriter(tmp_path / "own.h5", {}, views=1) as writer:
+        writer.append_text(np.ones((3, 2, DIM), np.float32), names)
+        writer.append_images("test", np.ones((1, 1, DIM), np.float32), [0], ["a"])
+        with pytest.raises(UserError, match=r"own\.h5: its 3 class names are all"):
+            writer.finish(**FINISH)
 
 
 def outcomes(path: Path, damages: Callable[[bytes], list[bytes]]) -> tuple[int, int]:

@@ -64,7 +64,9 @@ def caches(draw: st.DrawFn) -> dict:
         "views": views,
         "splits": splits,
         "text": some(classes, templates, dim),
-        "class_names": several(classes),
+        "class_names": draw(
+            st.lists(odd_strings, min_size=classes, max_size=classes, unique=True).filter(any)
+        ),
         "templates": several(templates),
         "batch": draw(st.integers(1, 9)),
         "scale": draw(st.floats(1e-3, 200)),

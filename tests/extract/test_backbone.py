@@ -210,12 +210,27 @@ def test_the_hash_is_of_the_weights_whatever_file_holds_them(tmp_path: Path) -> 
     torch.save({"epoch": 3, "state_dict": state}, tmp_path / "checkpoint.pt")
     torch.save({f"module.{k}": v for k, v in reversed(state.items())}, tmp_path / "parallel.pt")
     save_file(state, tmp_path / "a.safetensors")
-    files = ("a.pt", "checkpoint.pt", "parallel.pt", "a.safetensors")
 
     def sha256(file: str) -> str:
         return load_backbone("ViT-B-32", str(tmp_path / file)).identity["weights_sha256"]
 
-    assert len({sha256(file) for file in files}) == 1
+    found = {sha256(file) for file in ("a.pt", "checkpoint.pt", "parallel.pt", "a.safetensors")}
+    # What wraps a model in training stands before its names, in any order, or within them.
+    for before in ("_orig_mod.", "model.", "module.model.", "_orig_mod.module.", "model.clip."):
+        wrapped = {before + name: tensor for name, tensor in state.items()}
+        save_file(wrapped, tmp_path / "wrapped.safetensors")
+        found.add(sha256("wrapped.safetensors"))
+    compiled = {k.replace("visual.", "visual._orig_mod."): v for k, v in state.items()}
+    for nested in (wrapped, compiled, {"model": wrapped}, {"module": state}, {"state_dict": state}):
+        torch.save({**nested, "epoch": 3} if len(nested) == 1 else nested, tmp_path / "nested.pt")
+        found.add(sha256("nested.pt"))
+    assert len(found) == 1
+    within_itself: dict[str, Any] = {"epoch": 3}
+    within_itself["model"] = within_itself
+    torch.save(within_itself, tmp_path / "itself.pt")
+    refused("ViT-B-32", str(tmp_path / "itself.pt"), "could not be loaded from itself.pt")
+    torch.save(wrapped | {"loss.weight": torch.zeros(1)}, tmp_path / "more.pt")
+    refused("ViT-B-32", str(tmp_path / "more.pt"), r'from more.pt: .*Unexpected.*"loss.weight"')
     changed = {name: tensor.clone() for name, tensor in state.items()}
     changed["visual.proj"][0, 0] += 1e-3
     save_file(changed, tmp_path / "changed.safetensors")
@@ -250,6 +265,31 @@ def test_a_copy_of_glyph_clip_is_glyph_clip(tmp_path: Path) -> None:
     prompt = ["a photo of the digit seven."]
     assert copied.tokenizer(prompt).tolist() == own.tokenizer(prompt).tolist()
     assert own.tokenizer(prompt).shape == (1, 24)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        (
+            "logit_scale",
+            100.0,
+            r"scale in w\.pt is 100, .* the logarithm .* \(4\.605 for 100\)",
+        ),
+        ("logit_scale", 14.3, r"is 14\.3, which"),
+        ("logit_scale", float("nan"), r"is nan, which"),
+        ("logit_scale", float("inf"), r"is inf, which"),
+        ("logit_scale", -1000.0, r"is -1000, which"),
+        ("logit_bias", float("nan"), r"logit bias in w\.pt is nan, which"),
+    ],
+)
+def test_a_logit_scale_that_none_has_is_said_before_anything_is_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: float, words: str
+) -> None:
+    model = random_model("ViT-B-32")
+    model.logit_bias = torch.nn.Parameter(torch.zeros(()))
+    monkeypatch.setitem(factory._MODEL_CONFIGS["ViT-B-32"], "init_logit_bias", 0.0)
+    torch.save(model.state_dict() | {name: torch.tensor(value)}, tmp_path / "w.pt")
+    refused("ViT-B-32", str(tmp_path / "w.pt"), words)
 
 
 def test_the_bias_of_a_sigmoid_model_is_carried(tmp_path: Path) -> None:

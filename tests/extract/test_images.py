@@ -44,39 +44,12 @@ def bad(content: bytes) -> str:
     return str(caught.value)
 
 
-def test_rgb_stays_as_it_is() -> None:
-    np.testing.assert_array_equal(pixels(stored(Image.fromarray(NOISE), "png")), NOISE)
-
-
-def test_an_opaque_alpha_changes_nothing() -> None:
-    opaque = np.dstack([NOISE, np.full(NOISE.shape[:2], 255, np.uint8)])
-    np.testing.assert_array_equal(pixels(stored(Image.fromarray(opaque), "png")), NOISE)
-
-
 @pytest.mark.parametrize(("alpha", "red"), [(0, 255), (255, 200), (51, 244)])
 def test_transparency_is_over_white(alpha: int, red: int) -> None:
     image = Image.new("RGBA", (4, 4), (200, 0, 0, alpha))
     found = pixels(stored(image, "png"))[0, 0]
     assert found[0] == red
     assert found[1] == found[2] == 255 - alpha
-
-
-def test_grey_with_alpha_and_palette_with_transparency_are_over_white() -> None:
-    assert pixels(stored(Image.new("LA", (3, 3), (7, 0)), "png")).min() == 255
-    palette = Image.new("P", (3, 3), 1)
-    palette.putpalette([0, 0, 0, 10, 20, 30])
-    palette.putpixel((0, 0), 0)
-    found = pixels(stored(palette, "png", transparency=0))
-    assert found[0, 0].tolist() == [255, 255, 255]
-    assert found[1, 1].tolist() == [10, 20, 30]
-
-
-@pytest.mark.parametrize("kind", ["png", "tiff", "ppm"])
-def test_sixteen_bits_are_scaled(kind: str) -> None:
-    values = np.array([[0, 257, 128 * 257], [1000, 40000, 65535]], np.uint16)
-    found = pixels(stored(Image.fromarray(values), kind))
-    np.testing.assert_array_equal(found[..., 0], np.rint(values / 257))
-    assert (found[..., 0] == found[..., 2]).all()
 
 
 def test_cmyk_and_other_modes_are_converted() -> None:
@@ -91,13 +64,6 @@ def test_the_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (5, 5), colour) for colour in ("red", "blue")]
     found = pixels(stored(frames[0], "gif", save_all=True, append_images=frames[1:]))
     assert found[2, 2].tolist() == [255, 0, 0]
-
-
-def test_exif_orientation_is_not_applied() -> None:
-    """As in the official CLIP and CoOp, with whose numbers ours are compared."""
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90°
-    assert pixels(stored(Image.fromarray(NOISE), "png", exif=exif)).shape == NOISE.shape
 
 
 def test_truncated_and_foreign_files() -> None:

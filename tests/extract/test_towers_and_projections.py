@@ -122,8 +122,12 @@ def test_parts_joined_are_the_whole(whole: Path, config: ExtractConfig, tmp_path
     for name, values in expected.items():
         assert np.array_equal(found[name], values), name
     tower_path(parts[0]).unlink()
-    with pytest.raises(UserError, match=r"wrote beside the first part is not there any more"):
+    there = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"part, 1\.text_tower\.safetensors, is not there any more"):
         merge(MergeConfig(tmp_path / "again.h5", parts))
+    with pytest.raises(UserError, match=r"2\.h5 is one of the parts"):
+        merge(MergeConfig(parts[1], parts, force=True))
+    assert sorted(tmp_path.iterdir()) == there
 
 
 def test_a_tower_that_went_away_is_missed(config: ExtractConfig, tmp_path: Path) -> None:

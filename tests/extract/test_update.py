@@ -105,6 +105,49 @@ def test_changes_are_told_and_only_they_are_encoded(
     updated_equals_fresh(spec, out, tmp_path, **options)
 
 
+def test_images_that_exchange_names_are_noticed(
+    tmp_path: Path, encoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With equal sizes and times, as an archive sets them; and where the file system does not keep
+    when a file was changed, as FAT."""
+    root = tmp_path / "data"
+    for seed, name in enumerate(("cat/a", "cat/b", "dog/a", "dog/b")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        photograph(seed).save(root / f"{name}.bmp")
+    spec, out = f"folder:{root}", tmp_path / "features.h5"
+
+    def exchange() -> None:
+        files = root / "cat" / "a.bmp", root / "dog" / "b.bmp"
+        first, second = (file.read_bytes() for file in files)
+        for file, content in zip(files, (second, first), strict=True):
+            file.write_bytes(content)
+        for file in root.rglob("*.bmp"):
+            os.utime(file, (1e9, 1e9))
+
+    for file in root.rglob("*.bmp"):
+        os.utime(file, (1e9, 1e9))
+    run(spec, out, val=0.0, test=0.5)
+    exchange()
+    refused(spec, out, r"has now: 2 images changed; --update", val=0.0, test=0.5)
+    encoded.clear()
+    updated_equals_fresh(spec, out, tmp_path, val=0.0, test=0.5)
+    assert sorted(encoded[:2]) == ["cat/a.bmp", "dog/b.bmp"]
+
+    stat = Path.stat
+
+    def coarse(self: Path, **options: Any) -> Any:
+        found = stat(self, **options)
+        if self.suffix != ".bmp":
+            return found
+        return os.stat_result((*found[:10], 1e9, 1e9, 1e9, 10**18, 10**18, 10**18))
+
+    monkeypatch.setattr(Path, "stat", coarse)
+    run(spec, out, update=True, val=0.0, test=0.5)
+    run(spec, out, val=0.0, test=0.5)
+    exchange()
+    refused(spec, out, r"has now: 2 images changed; --update", val=0.0, test=0.5)
+
+
 def test_a_new_class_shifts_the_labels(folder: Path, tmp_path: Path, encoded: list[str]) -> None:
     spec, out = f"folder:{folder}", tmp_path / "features.h5"
     run(spec, out)

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -171,6 +172,18 @@ def test_what_the_system_refuses_is_one_line_and_code_2(
     assert re.fullmatch(r"something: .*x+…x+: File name too long\.\n", said)
     assert exit_code(lambda config: (tmp_path / "a" / "b").write_text("")) == 2
     assert capsys.readouterr().err.endswith("/a/b: No such file or directory.\n")
+
+
+def test_no_folder_for_temporary_files_is_one_line_and_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PyTorch asks for one as it is imported."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    assert exit_code(lambda config: tempfile.gettempdir()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("something: No usable temporary directory found in ['/nowhere']; let TM")
+    assert said.count("\n") == 1
 
 
 def test_an_os_error_of_nobody_knows_what_keeps_its_traceback() -> None:

@@ -124,6 +124,7 @@ def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--folder", ""], "--folder: an empty name names no file; write . for this folder"),
         (["--count", "many"], "--count: 'many' is no whole number"),
         (["--count", "1.5"], "--count: '1.5' is no whole number"),
         (["--count", "9" * 5000], r"--count: '9{150,}… is no whole number"),

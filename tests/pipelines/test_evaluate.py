@@ -207,7 +207,10 @@ def test_features_of_another_width_are_refused(place: Path, tmp_path: Path) -> N
         (["features.h5", "--classes", "wrong.json"], "names 'x', which the adapter does not"),
         (["features.h5", "--classes", "none.json"], "No image of tiny test is left to score"),
         (["features.h5", "--split", "dev"], "--split: invalid choice"),
+        (["features.h5", "--confusion", "c.csv", "--predictions", "./c.csv"], "both name c.csv"),
         (["features.h5", "--batch-size", "0"], "must be at least 1"),
+        (["features.h5", "--workers", str(10**30)], "--workers must be at least 1 and at most"),
+        (["two.npy"], "two.npy is a NumPy array, not a feature cache; `extract` makes one"),
         (["features.h5", "--method", "nowhere:METHOD"], "cannot be imported"),
         (["list.json"], "cannot be read as HDF5"),
     ],
@@ -225,6 +228,7 @@ def test_bad_input_is_one_sentence(
     Path("strange.json").write_text('{"x": "class 1"}')
     Path("wrong.json").write_text('{"class 1": "x"}')
     Path("none.json").write_text(json.dumps(dict.fromkeys(CLASSES)))
+    np.save("two.npy", np.zeros(2))
     before = sorted(path.name for path in place.iterdir())
     with pytest.raises(SystemExit) as ended:
         main(["--adapter", str(adapter_of(place, "clip-adapter")), *arguments])

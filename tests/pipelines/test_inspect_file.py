@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -73,29 +74,32 @@ def test_a_cache_in_words(cache_path: Path) -> None:
         assert cache.content_sha256 in found["content"]
 
 
-def test_no_features_are_read(cache_path: Path, tmp_path: Path) -> None:
-    """The checksums of damaged features would tell."""
+@pytest.mark.parametrize("path", ["images/train/features", "images/test/labels", "text/features"])
+def test_a_cache_is_read_whole_and_verified(cache_path: Path, tmp_path: Path, path: str) -> None:
     damaged = tmp_path / "features.h5"
     content = bytearray(cache_path.read_bytes())
     with h5py.File(cache_path) as file:
-        for path in ("images/train/features", "images/test/features", "text/features"):
-            content[file[path].id.get_chunk_info(0).byte_offset] ^= 1
+        content[file[path].id.get_chunk_info(0).byte_offset] ^= 1
     damaged.write_bytes(content)
-    with FeatureCache(damaged) as cache:
-        with pytest.raises(UserError, match="damaged"):
-            cache.images("train")
-        with pytest.raises(UserError, match="damaged"):
-            cache.text_features()
-    same = [name for name in facts(cache_path) if name != "file"]
-    assert [facts(damaged)[name] for name in same] == [facts(cache_path)[name] for name in same]
+    with pytest.raises(UserError, match=f"{path} is damaged"):
+        facts(damaged)
 
 
-def test_a_cache_of_another_writer_is_not_hashed(cache_path: Path, tmp_path: Path) -> None:
-    """Without a stated hash, stating one would need the features."""
+def test_what_a_cache_is_verified_by(cache_path: Path, tmp_path: Path) -> None:
+    """A cache of another writer may state neither, or one."""
     path = tmp_path / "features.h5"
     path.write_bytes(cache_path.read_bytes())
+    stated = facts(path)["content"]
+    assert stated.endswith(", verified as a whole and row by row")
     rewrite(path, lambda file, document: document.pop("content_sha256"))
-    assert facts(path)["content"] == "SHA-256 not stated"
+    assert facts(path)["content"] == stated.replace("as a whole and ", "")
+
+    def without(file: h5py.File, document: dict[str, Any]) -> None:
+        del file["images/train/features_hashes"]
+
+    rewrite(path, without)
+    words = "computed: the file states none"
+    assert facts(path)["content"] == stated.replace("verified as a whole and row by row", words)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +162,7 @@ def test_it_fits_on_one_screen(
         (lambda path, cache: path.mkdir(), "no adapter at"),
         (lambda path, cache: path.write_text("hello"), "neither a feature cache nor an adapter"),
         (lambda path, cache: path.write_bytes(cache[: len(cache) // 2]), "cannot be read as HDF5"),
+        (lambda path, cache: np.savez(path.open("wb")), "ZIP archive, as .npz and PyTorch's files"),
         (lambda path, cache: h5py.File(path, "w").close(), "not a CLIP feature cache"),
     ],
 )

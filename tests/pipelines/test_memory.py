@@ -87,7 +87,7 @@ def large_cache(path: Path) -> Path:
         for split, count in (("train", ROWS), ("test", 20_000)):
             where = f"images/{split}"
             if f"{where}/features" in file:
-                del file[f"{where}/features"]
+                del file[f"{where}/features"], file[f"{where}/features_hashes"]
             features = file.create_dataset(
                 f"{where}/features",
                 (1, count, DIM),

@@ -127,16 +127,19 @@ def test_unreadable_images_are_named_and_the_rest_is_predicted(
     (image_folder / "03.png").write_bytes(b"")
     notes = image_folder / "notes.txt"
     notes.write_text("not an image, and not looked at unless it is named")
-    assert exit_code("--adapter", run, image_folder, notes, "--format", "json") == 1
+    lacking = image_folder.parent / "nowhere.png", image_folder.parent / "nor-here"
+    paths = (lacking[0], image_folder, notes, lacking[1], lacking[0])
+    assert exit_code("--adapter", run, *paths, "--format", "json") == 1
     printed = capsys.readouterr()
     names = [Path(row["image"]).name for row in json.loads(printed.out)]
     assert names == [f"{n:02}.png" for n in range(12) if n not in (2, 3)]
     named = printed.err.splitlines()
-    assert len(named) == 4
-    skipped = (image_folder / "02.png", image_folder / "03.png", notes)
-    for path, line in zip(skipped, named[:3], strict=True):
+    inside = (image_folder / "02.png", image_folder / "03.png", notes)
+    skipped = (lacking[0], *inside, lacking[1], lacking[0])
+    for path, line in zip(skipped, named[:-1], strict=True):
         assert line.startswith(f"{path} skipped: ")
-    assert named[3] == "clip-adapter predict: 3 of 13 images cannot be read"
+        assert ("No such file or directory; check" in line) is (path in lacking)
+    assert named[-1] == "clip-adapter predict: 6 of 16 images cannot be read"
 
 
 @pytest.mark.parametrize(
@@ -145,8 +148,11 @@ def test_unreadable_images_are_named_and_the_rest_is_predicted(
         (["nowhere.png"], "Cannot read nowhere.png: No such file"),
         ([], "Name the images to classify"),
         (["empty"], "no image file in empty"),
-        (["picture.png", "--top", "0"], "must be at least 1"),
-        (["picture.png", "--batch-size", "0"], "must be at least 1"),
+        (["nowhere.png", "nor-here"], "Cannot read nowhere.png: No such file"),
+        (["picture.png", ""], "an empty name names no file; write . for this folder"),
+        (["picture.png", "--top", "0"], "--top must be at least 1"),
+        (["picture.png", "--top", str(10**30)], "--top must be at least 1 and at most 100,000"),
+        (["picture.png", "--batch-size", str(10**30)], "--batch-size must be at least 1 and at"),
         (["picture.png", "--device", "abacus"], "--device abacus is not available"),
         (["picture.png", "--adapter", "empty"], "There is no adapter at empty"),
     ],
