@@ -1,16 +1,22 @@
 """Folders of images: what counts as a class, a split, an image."""
 
 import os
+import random
+import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.extract import images
 from clip_adapter.extract.datasets import image_files
 from clip_adapter.extract.datasets.registry import open_dataset
-from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions
+from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions, Split
+from clip_adapter.extract.datasets.splitting import complete_splits
 from tests.extract.data_set_archives import grey, write_image
 
 
@@ -53,6 +59,37 @@ def test_fractions_and_seed_are_the_users(tmp_path: Path) -> None:
     other = open_folder(root, val=0.1, test=0.5, seed=1)
     assert other.splits["train"].ids != first.splits["train"].ids
     assert list(open_folder(root, val=0.0).splits) == ["train", "test"]
+
+
+def places(ids: Sequence[str], seed: int = 0) -> dict[str, str]:
+    """Image → split, for images of the classes that their ids begin with."""
+    names = sorted({name.split("/")[0] for name in ids})
+    labels = np.array([names.index(name.split("/")[0]) for name in ids], np.int32)
+    whole = Split(list(ids), labels, lambda _: Image.new("L", (1, 1)), "all")
+    splits = complete_splits({"train": whole}, names, SourceOptions(seed=seed))
+    return {name: split for split, rows in splits.items() for name in rows.ids}
+
+
+def test_what_stays_does_not_move_when_others_come_and_go() -> None:
+    """Each that comes or goes shifts a class by one image at each of its two cuts, at most."""
+    ids = [f"{name}/{number}" for name in ("cat", "dog", "eel") for number in range(40)]
+    before = places(ids)
+    for gone in range(1, 30):
+        left = ids[gone:]
+        now = places(
+            [*random.Random(gone).sample(left, len(left)), *(f"bee/{n}" for n in range(9))]
+        )
+        moved = [name for name in left if now[name] != before[name]]
+        assert all(name.startswith("cat/") for name in moved)
+        assert len(moved) <= 2 * gone
+        for split, share in (("train", 0.5), ("val", 0.2), ("test", 0.3)):
+            counts = Counter(name.split("/")[0] for name, place in now.items() if place == split)
+            for name, total in (("cat", 40 - gone), ("dog", 40), ("bee", 9)):
+                assert abs(counts[name] - share * total) <= 1
+    assert sum(before[name] != places(ids, seed=1)[name] for name in ids) > 40
+    composed = [f"{name}/caf\u00e9{number}" for name in "ab" for number in range(20)]
+    decomposed = [unicodedata.normalize("NFD", name) for name in composed]
+    assert list(places(composed).values()) == list(places(decomposed).values())
 
 
 def test_split_folders_are_taken_as_they_are_under_any_usual_name(tmp_path: Path) -> None:
