@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clip_adapter.cache.cores import available_cores
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.listener import Listener
 from clip_adapter.extract.prompts import read_descriptions, resolve_templates
 from clip_adapter.extract.shards import find_launch
 
@@ -115,7 +116,7 @@ class ExtractConfig:
                 "--shard, and torchrun."
             )
 
-    def source_options(self) -> "SourceOptions":
+    def source_options(self, listener: Listener | None = None) -> "SourceOptions":
         from clip_adapter.extract.datasets.source import SourceOptions
 
         return SourceOptions(
@@ -125,6 +126,7 @@ class ExtractConfig:
             val=self.val,
             test=self.test,
             seed=self.split_seed,
+            listener=listener or Listener(),
         )
 
     def identity(self) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
     place: where to write.
     """
     identity = config.identity()
-    dataset = open_dataset(config.dataset, config.source_options())
+    dataset = open_dataset(config.dataset, config.source_options(listener))
     for remark in dataset.remarks:
         listener.warn(remark)
     text = _text_plan(config, dataset)

@@ -1,7 +1,6 @@
 """`predict`: classify image files with a fitted adapter."""
 
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -16,7 +15,7 @@ from clip_adapter.cache.cores import available_cores, limit_openmp
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.words import counted, printable
-from clip_adapter.extract.datasets.image_files import images_below, unread_remarks
+from clip_adapter.extract.datasets.image_files import Listing
 from clip_adapter.extract.files import unreadable
 from clip_adapter.extract.images import BadImage, open_image, read_rgb
 from clip_adapter.pipelines.argument_types import Positional
@@ -155,15 +154,18 @@ def image_files(paths: Sequence[Path], listener: Listener) -> list[Path]:
     Raises UserError for a path that does not exist or cannot be read, and if nothing is found.
     """
     found: list[Path] = []
-    unread: Counter[str] = Counter()
     for path in paths:
         try:
             mode = path.stat().st_mode
         except OSError as error:
             raise unreadable(path, error) from error
-        found += [path / inner for inner in images_below(path, unread)] if S_ISDIR(mode) else [path]
-    for remark in unread_remarks(unread):
-        listener.warn(remark)
+        if not S_ISDIR(mode):
+            found.append(path)
+            continue
+        listing = Listing(path, listener)
+        found += [path / inner for inner in listing.below(path)]
+        for remark in listing.remarks():
+            listener.warn(remark)
     if not paths:
         raise UserError("Name the images to classify: files, or folders that hold them.")
     if not found:

@@ -7,7 +7,6 @@ the rows is the file's, so that few-shot draws equal the published ones.
 """
 
 import reprlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +17,8 @@ from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.datasets.catalogue import CatalogueEntry, load_catalogue
 from clip_adapter.extract.datasets.image_files import (
     ImageFiles,
-    images_below,
+    Listing,
     require_files,
-    unread_remarks,
-    visible_folders,
 )
 from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions, Split
 from clip_adapter.extract.datasets.splitting import complete_splits
@@ -47,7 +44,7 @@ def open_coop(path: str, options: SourceOptions) -> ImageDataset:
         raise UserError(f"There is no folder {folder}; put CoOp's layout there ({ARTICLE}).")
     entry = _recognised(folder)
     class_names: Sequence[str] = entry.class_names
-    unread: Counter[str] = Counter()
+    listing = Listing(folder, options.listener)
     if entry.coop_split_file:
         rows, class_names = _read_split_file(folder / entry.coop_split_file, entry)
         origin = _published(entry, rows)
@@ -55,7 +52,7 @@ def open_coop(path: str, options: SourceOptions) -> ImageDataset:
         rows, class_names = _read_lists(folder, entry)
         origin = "published lists of images per split"
     else:
-        rows, origin = _read_folders(folder, entry, unread), "one folder of images per class"
+        rows, origin = _read_folders(folder, entry, listing), "one folder of images per class"
         if "train" in rows and options.val is None:
             options = replace(options, val=0.0)
     root = folder / entry.coop_images
@@ -69,7 +66,7 @@ def open_coop(path: str, options: SourceOptions) -> ImageDataset:
         entry.templates,
         complete_splits(splits, class_names, options),
         provenance,
-        unread_remarks(unread),
+        listing.remarks(),
     )
 
 
@@ -162,7 +159,7 @@ def _lines(path: Path) -> list[str]:
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
-def _read_folders(folder: Path, entry: CatalogueEntry, unread: Counter[str]) -> dict[str, Rows]:
+def _read_folders(folder: Path, entry: CatalogueEntry, listing: Listing) -> dict[str, Rows]:
     rows: dict[str, Rows] = {}
     for split, inner in entry.coop_folders.items():
         if not is_folder(folder / inner):
@@ -170,7 +167,7 @@ def _read_folders(folder: Path, entry: CatalogueEntry, unread: Counter[str]) -> 
                 f"{folder} has no folder {inner} with one folder of images per class; "
                 f"put it there ({ARTICLE})."
             )
-        names = visible_folders(folder / inner)
+        names = listing.level(folder / inner).folders
         if len(names) != entry.classes:
             raise UserError(
                 f"{folder / inner} has {len(names)} class folders, where {entry.name} has "
@@ -179,7 +176,7 @@ def _read_folders(folder: Path, entry: CatalogueEntry, unread: Counter[str]) -> 
         rows[split] = [
             (f"{inner}/{name}/{path}", label)
             for label, name in enumerate(names)
-            for path in images_below(folder / inner / name, unread)
+            for path in listing.below(folder / inner / name)
         ]
     return rows
 
