@@ -21,6 +21,8 @@ from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg
 
+from clip_adapter.cache.errors import Contradiction
+from clip_adapter.cache.files import named_once
 from clip_adapter.cache.words import quoted
 
 CONFIG_FILE = "open_clip_config.json"
@@ -107,7 +109,10 @@ def check_config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise ValueError(f"{CONFIG_FILE} is too large for a configuration")
-        config = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        config = json.loads(text, object_pairs_hook=named_once)
+    except Contradiction as error:
+        raise ValueError(f"{CONFIG_FILE} {error}") from None
     except FileNotFoundError:
         raise ValueError(f"the config file is missing: {CONFIG_FILE}") from None
     except RecursionError:

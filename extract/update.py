@@ -21,6 +21,7 @@ UPDATABLE = (
     "templates",
     "descriptions",
     "views",
+    "columns",
     "val",
     "test",
     "split_seed",

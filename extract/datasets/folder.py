@@ -182,12 +182,12 @@ def _doubts(root: Path, found: dict[str, ClassImages], cut: bool) -> list[str]:
             )
     remarks = []
     if not cut:
-        inner = {_inner(path) for paths in classes.values() for path in paths}
-        if "" not in inner:
-            deeper = some(sorted(inner, key=natural_order))
+        deeper = {_inner(path) for paths in classes.values() for path in paths}
+        if "" not in deeper:
+            shown = some(sorted(deeper))
             remarks.append(
                 f"took {some(list(classes))} for the classes, though all images lie deeper, in "
-                f"folders of theirs ({deeper}): if these are the classes, call the outer ones "
+                f"folders of theirs ({shown}): if these are the classes, call the outer ones "
                 "train, val and test, or give one of them."
             )
         if misread := [name for name in classes if split_of(name)]:

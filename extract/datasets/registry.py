@@ -58,9 +58,11 @@ def _lies_in(root: Path | None, entry: CatalogueEntry) -> bool:
 
 
 def _open(spec: str, options: SourceOptions) -> ImageDataset:
+    kind, colon, rest = spec.partition(":")
+    if options.columns and kind not in ("csv", "hf"):
+        raise UserError("--columns is for csv: and hf:, which have columns; leave it out.")
     if spec in NAMED:
         return _open_source(NAMED[spec], "", options)
-    kind, colon, rest = spec.partition(":")
     if colon and kind in KINDS:
         if not rest:
             raise UserError(f"{spec} names nothing; write what to open behind the colon.")

@@ -13,6 +13,8 @@ from PIL import Image
 from clip_adapter.cache.listener import Listener
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
+# What a table says of each image, by the names that these columns have.
+COLUMNS = ("path", "label", "split")
 # What sources call their splits, and what we call them; `eval` as the package `datasets` has it.
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -84,7 +86,7 @@ class SourceOptions:
     val, test: fractions of the training images that make these splits where a source has none;
         None for 0.2 and 0.3 (see `splitting.complete_splits`).
     seed: of that division.
-    columns: what a table calls its columns path, label and split, where not so.
+    columns: what a table calls these of its columns (see COLUMNS), where not so.
     listener: hears how far the search for files is.
     """
 
