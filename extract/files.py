@@ -51,9 +51,16 @@ def unreadable(path: Path, error: OSError) -> UserError:
     return UserError(f"Cannot read {path}: {reason}; check the path and its rights.")
 
 
-def is_lfs_pointer(beginning: bytes) -> bool:
-    """Whether a file that begins so is no file but says where Git LFS has it."""
-    return beginning.startswith(LFS_POINTER)
+def is_lfs_pointer(source: Path | bytes) -> bool:
+    """Whether a file, or what begins with these bytes, is none but says where Git LFS has it; not
+    where it cannot be read."""
+    if isinstance(source, Path):
+        try:
+            with source.open("rb") as file:
+                source = file.read(len(LFS_POINTER))
+        except OSError:
+            return False
+    return source.startswith(LFS_POINTER)
 
 
 @contextmanager
@@ -72,10 +79,9 @@ def text_file(path: Path) -> Iterator[TextIO]:
                 f"{path} is larger than {TEXT_BYTES_MAX >> 20} MiB, which no list is; check its "
                 "name."
             )
+        if is_lfs_pointer(path):
+            raise UserError(f"{path} {LFS_ADVICE}.")
         with path.open(encoding="utf-8-sig", newline="") as file:
-            if is_lfs_pointer(file.read(len(LFS_POINTER)).encode()):
-                raise UserError(f"{path} {LFS_ADVICE}.")
-            file.seek(0)
             yield file
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; save it as UTF-8.") from error

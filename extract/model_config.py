@@ -24,6 +24,7 @@ from open_clip.transform import PreprocessCfg
 from clip_adapter.cache.errors import Contradiction
 from clip_adapter.cache.files import named_once
 from clip_adapter.cache.words import quoted
+from clip_adapter.extract.files import LFS_ADVICE, is_lfs_pointer
 
 CONFIG_FILE = "open_clip_config.json"
 LARGEST_FILE = 2**20
@@ -68,6 +69,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         status = entry.stat()
         if stat.S_IFMT(status.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
             raise ValueError(f"{entry.name} is neither a file nor a folder")
+        if stat.S_ISREG(status.st_mode) and is_lfs_pointer(entry):
+            raise ValueError(f"{entry.name} {LFS_ADVICE}")
         total += status.st_size
     config = check_config(folder / CONFIG_FILE)
     if (least := _least_numbers(config["model_cfg"])) > total:

@@ -1,5 +1,6 @@
 """Prompts: templates filled with class names, and sentences of a class's own."""
 
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,10 @@ from clip_adapter.extract.files import read_json, read_text, user_path
 
 PROMPT_MAX = 5000  # characters; text towers read 77 tokens
 ENSEMBLE = "ensemble"
+# A line of code or JSON: quoted as a whole, a bracket, a list, an assignment, a function.
+CODE = re.compile(
+    r"""[\[\](),]+|[\[(]\s*["'].*|\w+ *= *[\[(].*|\w{0,2}(["']).*\1[\s,\])]*(#.*)?|lambda .*"""
+)
 
 
 def check_templates(templates: Sequence[str]) -> None:
@@ -52,6 +57,11 @@ def resolve_templates(values: Sequence[str]) -> tuple[str, ...]:
             templates += load_catalogue()["imagenet"].templates_ensemble
         elif value and "{}" not in value and _is_there(value):
             templates += _lines(user_path(value))
+        elif "{}" not in value:
+            raise UserError(
+                f"The template {reprlib.repr(value)} needs exactly one {{}} where the class name "
+                "goes, and there is no file of that name either."
+            )
         else:
             templates.append(value)
     check_templates(templates)
@@ -74,6 +84,12 @@ def _lines(path: Path) -> list[str]:
     found = [line for line in lines if line]
     if not found:
         raise UserError(f"{path} has no templates; write one per line.")
+    for line in found:
+        if CODE.fullmatch(line):
+            raise UserError(
+                f"{path} holds code or JSON ({reprlib.repr(line)}), not templates; write one per "
+                "line, without quotes, commas and brackets."
+            )
     return found
 
 

@@ -52,6 +52,35 @@ def test_files_that_are_no_templates(tmp_path: Path, content: str, words: str) -
         resolve_templates([str(tmp_path / "t.txt")])
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[",
+        "templates = [",
+        "'a photo of a {}.',",
+        '"a {}"',
+        "f'the {}',  # best",
+        '["a {}", "the {}"]',
+        "lambda c: f'a {c}'",
+        "],",
+    ],
+)
+def test_code_is_no_list_of_templates(tmp_path: Path, line: str) -> None:
+    (tmp_path / "t.py").write_text(f"a {{}}\n{line}\n")
+    with pytest.raises(UserError, match=r"t\.py holds code or JSON \(.*\), not templates; write"):
+        resolve_templates([str(tmp_path / "t.py")])
+    legal = ["'{}' on a wall", "(a photo of a {})", "[{}]", "art = {}", "a {}'s"]
+    (tmp_path / "t.py").write_text("\ufeff" + "\n".join(legal), encoding="utf-8")
+    assert resolve_templates([str(tmp_path / "t.py")]) == tuple(legal)
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "no/such/file", "a photo"])
+def test_neither_a_template_nor_a_file(name: str) -> None:
+    words = rf"'{name}' needs exactly one {{}} .*, and there is no file of that name either"
+    with pytest.raises(UserError, match=words):
+        resolve_templates(["a {}", name])
+
+
 def test_a_long_file_of_templates_is_held_against_itself_once(tmp_path: Path) -> None:
     lines = [f"picture {number} of a {{}}" for number in range(100_000)]  # in pairs: half an hour
     (tmp_path / "t.txt").write_text("\n".join(lines))
@@ -87,6 +116,27 @@ def test_names_are_matched_without_case_and_underscores() -> None:
 def test_missing_and_extra_classes(stored: dict[str, list[str]], words: str) -> None:
     with pytest.raises(UserError, match=words):
         descriptions_in_order(stored, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "inner", ['"cat": ["a"], "dog": ["b"], "cat": ["c"]', '"x": {"cat": 1, "cat": 2}']
+)
+def test_a_name_twice_in_a_file_is_refused(tmp_path: Path, inner: str) -> None:
+    path = described(tmp_path, f"{{{inner}}}")
+    with pytest.raises(
+        UserError, match=r"descriptions\.json names 'cat' twice in one object; join"
+    ):
+        read_descriptions(path)
+
+
+def test_marks_and_pointers_in_place_of_a_file(tmp_path: Path) -> None:
+    path = described(tmp_path, '\ufeff{"cat": ["a"]}')
+    assert read_descriptions(path) == {"cat": ["a"]}
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(
+        UserError, match=r"is the pointer that Git LFS left in the file's place; get"
+    ):
+        read_descriptions(path)
 
 
 @pytest.mark.parametrize(

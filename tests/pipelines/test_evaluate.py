@@ -119,6 +119,9 @@ def test_a_mapping_and_the_classes_that_occur(place: Path, tmp_path: Path) -> No
     # Two classes of the images may be one of the adapter's.
     mapping.write_text(json.dumps({"drei": "class 3", "eins": "class 3"}))
     assert set(evaluate(EvaluateConfig(cache, adapter, classes=mapping)).labels.tolist()) == {3}
+    mapping.write_text('\ufeff{"drei": "class 3", "drei": "class 1"}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"classes.json names 'drei' twice in one object; join"):
+        evaluate(EvaluateConfig(cache, adapter, classes=mapping))
 
 
 def test_what_is_printed_and_written(
