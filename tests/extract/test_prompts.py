@@ -1,6 +1,7 @@
 """Where prompts come from, and what is stored of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -19,7 +20,7 @@ from clip_adapter.extract.prompts import (
 from clip_adapter.extract.run import extract
 from clip_adapter.extract.text import TextPlan
 from clip_adapter.pipelines.spoken import Spoken
-from tests.extract.image_folders import make_folder
+from tests.extract.image_folders import make_folder, photograph
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -97,11 +98,13 @@ def described(folder: Path, content: object) -> Path:
 
 
 def test_names_are_matched_without_case_and_underscores() -> None:
-    stored = {"Forest Path": ["trees"], "RIVER": ["water", "a bank"]}
-    assert descriptions_in_order(stored, ["river", "forest_path"]) == [
+    stored = {"Forest Path": ["trees"], "RIVER": ["water", "a bank"], "cafe\u0301": ["tea"]}
+    assert descriptions_in_order(stored, ["river", "forest_path", "caf\u00e9"]) == [
         ["water", "a bank"],
         ["trees"],
+        ["tea"],
     ]
+    assert descriptions_in_order({"cat": ["a"], "Cat": ["b"]}, ["Cat", "cat"]) == [["b"], ["a"]]
 
 
 @pytest.mark.parametrize(
@@ -178,6 +181,28 @@ def test_prompts_that_are_cut_off_are_counted(
         "warning: the text tower reads only the beginning of 20 prompts, the first of them "
         f"'{words}eight'; shorten what is to count.\n"
     )
+
+
+def test_classes_with_one_text_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the text was encoded before; and all, where only the end of a prompt differs."""
+    names = ("Cat", "cat", "eel", "sea lion", "sea_lion")
+    data = f"folder:{make_folder(tmp_path / 'data', {'train': 1, 'test': 1}, names)}"
+    config = ExtractConfig(dataset=data, out=tmp_path / "features.h5", val=0.0, batch_size=2)
+    said = "these classes have the same text: 'Cat', 'cat'; 'sea lion', 'sea_lion'; by it, all"
+    extract(config, Spoken("extract"))
+    assert said in capsys.readouterr().err
+    photograph(9).save(tmp_path / "data" / "train" / "eel" / "9.png")
+    extract(replace(config, update=True), Spoken("extract"))
+    assert said in capsys.readouterr().err
+    sentences = {name: [f"{number} {name}"] for number, name in enumerate(names)}
+    files = {"descriptions": described(tmp_path, sentences), "force": True}
+    extract(replace(config, **files), Spoken("extract"))
+    assert "same text" not in capsys.readouterr().err
+    extract(replace(config, templates=(f"{'word ' * 30}{{}}",), force=True), Spoken("extract"))
+    words = "these classes have the same text: 'Cat', 'cat', 'eel' and 2 more; by it"
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("batch_size", [64, 3])
