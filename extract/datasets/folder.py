@@ -182,12 +182,13 @@ def _doubts(root: Path, found: dict[str, ClassImages], cut: bool) -> list[str]:
             )
     remarks = []
     if not cut:
-        deeper = {_inner(path) for paths in classes.values() for path in paths}
-        if "" not in deeper:
-            shown = some(sorted(deeper))
+        inside = {name: {_inner(path) for path in paths} for name, paths in classes.items()}
+        deep = [name for name, folders in inside.items() if "" not in folders]
+        if len(deep) > 1:
+            folders = sorted(set.union(*(inside[name] for name in deep)), key=natural_order)
             remarks.append(
-                f"took {some(list(classes))} for the classes, though all images lie deeper, in "
-                f"folders of theirs ({shown}): if these are the classes, call the outer ones "
+                f"took {some(deep)} for classes, though all of their images lie deeper, in folders "
+                f"of theirs ({some(folders)}): if these are the classes, call the outer ones "
                 "train, val and test, or give one of them."
             )
         if misread := [name for name in classes if split_of(name)]:

@@ -2,7 +2,6 @@
 
 import difflib
 import reprlib
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -110,12 +109,12 @@ def _literature(entry: CatalogueEntry, options: SourceOptions) -> ImageDataset:
         )
     from clip_adapter.extract.datasets.tfds_builders import open_tfds
 
-    found = open_tfds(entry.tfds, options, entry)
-    if options.data_root is None:
-        return found
-    where = f"{options.data_root} holds no {entry.coop_dir}"
-    remark = f"{where}: taken from TensorFlow Datasets, whose splits are not CoOp's."
-    return replace(found, remarks=[*found.remarks, remark])
+    if options.data_root is not None:
+        options.listener.warn(
+            f"{options.data_root} holds no {entry.coop_dir}: {entry.name} is taken from TensorFlow "
+            "Datasets, whose splits are not CoOp's."
+        )
+    return open_tfds(entry.tfds, options, entry)
 
 
 def _open_source(where: str, rest: str, options: SourceOptions) -> ImageDataset:
