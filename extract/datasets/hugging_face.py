@@ -54,8 +54,8 @@ def open_hugging_face(name: str, options: SourceOptions) -> ImageDataset:
         name = str(user_path(name))
     loaded = _load(datasets, name)
     columns = next(iter(loaded.values())).features
-    images, labels = (_of_type(columns, kind) for kind in (datasets.Image, datasets.ClassLabel))
-    image = _column(name, "path", options, images, "type Image")
+    of_images, labels = (_of_type(columns, kind) for kind in (datasets.Image, datasets.ClassLabel))
+    image = _column(name, "path", options, of_images, "type Image")
     own, kind = options.columns.get("label"), "type ClassLabel"
     if (not labels or own not in (None, *labels)) and (texts := _texts(columns, own)):
         labels, kind = texts, "text"
@@ -74,11 +74,13 @@ def open_hugging_face(name: str, options: SourceOptions) -> ImageDataset:
             left_out.append(f"{without} of the split {quoted(published)} without a label")
         if len(rows):
             undecoded = table.cast_column(image, datasets.Image(decode=False))
+            images = _TableImages(undecoded.select_columns([image]), image)
             whole = Split(
                 [f"{published}/{row}" for row in range(len(table))],
                 numbers[published],
-                _TableImages(undecoded.select_columns([image]), image),
+                images,
                 f"{published} split of hf:{name}",
+                content=images.content,
             )
             splits[split] = take(whole, rows, whole.origin)
     if not splits:
@@ -180,5 +182,17 @@ class _TableImages:
     column: str
 
     def __call__(self, index: int) -> Image.Image:
-        stored = self.table[index][self.column]
-        return open_image(Path(stored["path"]) if stored["bytes"] is None else stored["bytes"])
+        return open_image(self._stored(index))
+
+    def content(self, index: int) -> bytes:
+        stored = self._stored(index)
+        try:
+            return stored.read_bytes() if isinstance(stored, Path) else stored
+        except OSError:  # which reading the image will say
+            return str(stored).encode()
+
+    def _stored(self, index: int) -> Path | bytes:
+        """No bytes, which are no image, for a row without one."""
+        stored = self.table[index][self.column] or {}
+        path, content = stored.get("path"), stored.get("bytes")
+        return Path(path) if content is None and path else content or b""

@@ -52,6 +52,8 @@ class Split:
         cheap to pickle.
     origin: where the split came from, in words, for the cache.
     file: index → the file that holds this image and no other, where there is one.
+    content: index → the image's bytes, where ids are but numbers, which others have when rows come
+        and go.
     """
 
     ids: Sequence[str]
@@ -59,6 +61,7 @@ class Split:
     read: Callable[[int], Image.Image]
     origin: str
     file: Callable[[int], Path] | None = None
+    content: Callable[[int], bytes] | None = None
 
 
 @dataclass(frozen=True)

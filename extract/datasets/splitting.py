@@ -33,7 +33,7 @@ def complete_splits(
     literature does with ImageNet and Food-101; what people call val themselves stays val. What is
     missing then is cut out of train, class by class, with the fractions and the seed of `options`;
     a fraction of 0 makes no such split. A source without train is left as it is. Which images of a
-    class go where, the order of their ids' hashes decides: one that comes or goes moves at most one
+    class go where, the order of their hashes decides: one that comes or goes moves at most one
     of its class across each cut, and nothing else has a say.
 
     Raises UserError for fractions that are impossible or ask for a split that is there already,
@@ -86,7 +86,7 @@ def _divide(
 ) -> dict[str, Split]:
     rest = 1 - sum(fractions.values())
     shares = {"train": rest, **fractions}
-    hashes = np.array([_hash(name, seed) for name in train.ids], np.uint64)
+    hashes = np.array([_hash(train, row, seed) for row in range(len(train.ids))], np.uint64)
     found = stratified_parts(
         train.labels, list(shares.values()), lambda rows: rows[np.argsort(hashes[rows])]
     )
@@ -114,10 +114,13 @@ def _divide(
     }
 
 
-def _hash(name: str, seed: int) -> int:
-    """Of the name in one normal form: file systems differ in how they write an é."""
-    stated = f"{seed} {unicodedata.normalize('NFC', name)}".encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(stated, digest_size=8).digest())
+def _hash(split: Split, row: int, seed: int) -> int:
+    """Of an image's name in one normal form, since file systems differ in how they write an é."""
+    if split.content is None:
+        own = unicodedata.normalize("NFC", split.ids[row]).encode(errors="surrogatepass")
+    else:
+        own = split.content(row)
+    return int.from_bytes(hashlib.blake2b(b"%d " % seed + own, digest_size=8).digest())
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,8 @@ def take(split: Split, rows: Rows, origin: str) -> Split:
     """The given rows of a split, (M,) integers, in that order."""
     ids = [split.ids[row] for row in rows]
     file = split.file and _Rows(split.file, rows)
-    return Split(ids, split.labels[rows], _Rows(split.read, rows), origin, file)
+    content = split.content and _Rows(split.content, rows)
+    return Split(ids, split.labels[rows], _Rows(split.read, rows), origin, file, content)
 
 
 def stratified_parts(

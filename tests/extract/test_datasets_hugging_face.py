@@ -13,6 +13,7 @@ from PIL import Image
 from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import SourceOptions
+from clip_adapter.extract.images import BadImage
 from tests.extract.data_set_archives import grey, image_bytes, write_image
 
 CLASSES = ["pug", "boxer"]
@@ -62,9 +63,15 @@ def test_images_are_given_as_stored(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("CMYK", (8, 8)).save(buffer, "JPEG")
     stored = {"bytes": buffer.getvalue(), "path": None}
-    train = {"picture": [stored] * 20, "breed": [0, 1] * 10}
+    train = {"picture": [stored] * 19 + [None], "breed": [0, 1] * 10}
     data = open_dataset(f"hf:{save(tmp_path / 'cmyk', FEATURES, train=train)}")
-    assert data.splits["train"].read(0).mode == "CMYK"
+    for split in data.splits.values():
+        for row, name in enumerate(split.ids):
+            if name == "train/19":
+                with pytest.raises(BadImage):
+                    split.read(row)
+            else:
+                assert split.read(row).mode == "CMYK"
 
 
 def test_a_folder_that_load_dataset_understands(tmp_path: Path) -> None:
@@ -127,6 +134,20 @@ def test_labels_may_be_texts_and_splits_have_other_names(tmp_path: Path) -> None
     ):
         with pytest.raises(UserError, match=words):
             open_dataset(f"hf:{folder}", SourceOptions(columns=chosen))
+
+
+def test_a_split_that_is_cut_goes_by_the_images_not_by_their_numbers(tmp_path: Path) -> None:
+    def where(name: str, first: int) -> dict[int, str]:
+        train = columns([n % 2 for n in range(first, 40)], first)
+        data = open_dataset(f"hf:{save(tmp_path / name, FEATURES, train=train)}")
+        return {
+            grey(split.read(row)): place
+            for place, split in data.splits.items()
+            for row in range(len(split.ids))
+        }
+
+    whole, rest = where("whole", 0), where("rest", 1)
+    assert sum(whole[colour] != place for colour, place in rest.items()) <= 2
 
 
 @pytest.mark.parametrize(
