@@ -10,6 +10,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
@@ -141,7 +142,11 @@ def _read_split_file(path: Path, classes: int, name: str) -> tuple[dict[str, Row
     stored = read_json(path)
     try:
         rows = {s: [(str(p), int(label)) for p, label, _ in stored[s]] for s in SPLITS}
-        named = {(int(label), str(name)) for s in SPLITS for _, label, name in stored[s]}
+        named = {
+            (int(label), normalize("NFC", str(name)))
+            for s in SPLITS
+            for _, label, name in stored[s]
+        }
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         reason = reprlib.repr(error)
         raise UserError(

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 
@@ -77,9 +78,9 @@ def test_a_folder_of_another_name_is_told_by_its_split_file(tmp_path: Path) -> N
 @pytest.mark.parametrize("place", [".", "images", "photos"])
 def test_a_split_file_of_ones_own(tmp_path: Path, place: str) -> None:
     own = {
-        split: [(f"{split}/{label}_{n}.jpg", label, f"class {label}") for label in (1, 0, 2)
-                for n in range(2)]
-        for split in ("train", "val", "test")
+        split: [(f"{split}/{label}_{n}.jpg", label, normalize(form, f"cl\u00e1ss {label}"))
+                for label in (1, 0, 2) for n in range(2)]
+        for split, form in (("train", "NFC"), ("val", "NFD"), ("test", "NFC"))
     }  # fmt: skip
     for rows in own.values():
         for path, label, _ in rows:
@@ -87,7 +88,10 @@ def test_a_split_file_of_ones_own(tmp_path: Path, place: str) -> None:
     file = tmp_path / "mine" / "split_zhou_Mine.json"
     file.write_text("\ufeff" + json.dumps(own), encoding="utf-8")
     data = open_dataset(f"coop:{tmp_path}/mine")
-    assert (data.name, list(data.class_names)) == ("mine", ["class 0", "class 1", "class 2"])
+    assert (data.name, list(data.class_names)) == (
+        "mine",
+        ["cl\u00e1ss 0", "cl\u00e1ss 1", "cl\u00e1ss 2"],
+    )
     assert list(data.splits["train"].ids) == [path for path, _, _ in own["train"]]
     assert grey(data.splits["test"].read(4)) == 2
     assert data.splits["val"].origin == "val: split file split_zhou_Mine.json"
