@@ -4,10 +4,13 @@ import fcntl
 import os
 import stat
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.words import size
+from clip_adapter.cache.errors import Contradiction, UserError
+from clip_adapter.cache.words import quoted, size
 
 LARGEST = 2**28  # bytes that are read into memory: of results.csv a million rows
 FOLDER = "a folder"
@@ -99,3 +102,13 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
 def read_text(path: Path, largest: int = LARGEST) -> str:
     """The content as UTF-8; see `read_bytes`. Raises ValueError where it is none."""
     return read_bytes(path, largest).decode("utf-8")
+
+
+def named_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """`object_pairs_hook` of a JSON reader for what people write. Raises Contradiction for a name
+    that stands twice in one object, of which a dictionary would forget the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise Contradiction(f"names {quoted(twice)} twice in one object; join the two")
+    return found

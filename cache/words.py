@@ -29,6 +29,17 @@ def some(names: Sequence[str]) -> str:
     return f"{shown} and {rest} more" if rest > 0 else shown
 
 
+def same_text(groups: Sequence[Sequence[str]]) -> str:
+    """A sentence on classes that have one text: groups of their names."""
+    shown = "; ".join(map(some, groups[:NAMES_SHOWN]))
+    rest = len(groups) - NAMES_SHOWN
+    more = f" and {counted(rest, 'more group')}" if rest > 0 else ""
+    return (
+        f"these classes have the same text: {shown}{more}; by it, all their images are of "
+        "the first of them: name them apart, or extract with --descriptions."
+    )
+
+
 def quoted(value: object) -> str:
     """A value from outside as Python writes it, the end of a long one cut off: `'RN5O'`."""
     return shortened(repr(value))

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clip_adapter.cache.cores import available_cores
 from clip_adapter.cache.errors import UserError, require_within
+from clip_adapter.cache.listener import Listener
 from clip_adapter.extract.prompts import read_descriptions, resolve_templates
 from clip_adapter.extract.shards import find_launch
 
@@ -45,6 +47,8 @@ class ExtractConfig:
             with its published split.
         image_root: What relative paths in a csv: table start from; by default the table's
             folder.
+        columns: What a csv: table calls its columns, where not path, label and split, and which of
+            its columns an hf: data set means by the first two: path=image,label=choice.
         val: Share of the training images that becomes val where the data set has none.
             Default 0.2; 0 makes none.
         test: The same for test. Default 0.3.
@@ -79,6 +83,7 @@ class ExtractConfig:
     data_dir: Path | None = None
     data_root: Path | None = None
     image_root: Path | None = None
+    columns: tuple[str, ...] = ()
     val: float | None = None
     test: float | None = None
     split_seed: int = 0
@@ -95,13 +100,14 @@ class ExtractConfig:
     force: bool = False
 
     def __post_init__(self) -> None:
-        """Take what a person types: strings for paths, one template."""
+        """Take what a person types: strings for paths, one template, columns in one word."""
         for name in ("out", "descriptions", "data_dir", "data_root", "image_root"):
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, Path(value).expanduser())
-        if isinstance(self.templates, str):
-            object.__setattr__(self, "templates", (self.templates,))
+        for name in ("templates", "columns"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, (value,))
 
     def check(self) -> None:
         """Raises UserError for numbers out of range and arguments that exclude each other."""
@@ -116,16 +122,32 @@ class ExtractConfig:
                 "--shard, and torchrun."
             )
 
-    def source_options(self) -> "SourceOptions":
+    def named_columns(self) -> dict[str, str]:
+        """What `columns` says. Raises UserError where it says nothing, or something twice."""
+        from clip_adapter.extract.datasets.source import COLUMNS
+
+        names = "|".join(COLUMNS)
+        parts = [part for value in self.columns for part in re.split(rf",(?=(?:{names})=)", value)]
+        found = {name: own for name, _, own in (part.partition("=") for part in parts)}
+        if len(found) < len(parts) or not found.keys() <= set(COLUMNS) or not all(found.values()):
+            raise UserError(
+                f"--columns {' '.join(self.columns)} does not say what columns are called; write "
+                "path=NAME,label=NAME or, with splits, path=NAME,label=NAME,split=NAME."
+            )
+        return found
+
+    def source_options(self, listener: Listener | None = None) -> "SourceOptions":
         from clip_adapter.extract.datasets.source import SourceOptions
 
         return SourceOptions(
             data_dir=self.data_dir,
             data_root=self.data_root,
             image_root=self.image_root,
+            columns=self.named_columns(),
             val=self.val,
             test=self.test,
             seed=self.split_seed,
+            listener=listener or Listener(),
         )
 
     def identity(self) -> dict[str, Any]:
@@ -143,6 +165,7 @@ class ExtractConfig:
             "augment_seed": self.augment_seed,
             "data_root": None if self.data_root is None else str(self.data_root),
             "image_root": None if self.image_root is None else str(self.image_root),
+            "columns": self.named_columns(),
             "val": self.val,
             "test": self.test,
             "split_seed": self.split_seed,

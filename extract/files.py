@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.files import other_kind
+from clip_adapter.cache.errors import Contradiction, UserError
+from clip_adapter.cache.files import named_once, other_kind
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_ADVICE = "is the pointer that Git LFS left in the file's place; get the file with git lfs pull"
 TEXT_BYTES_MAX = 1 << 28  # a list of two million images has about half of it
 
 
@@ -51,12 +53,25 @@ def unreadable(path: Path, error: OSError) -> UserError:
     return UserError(f"Cannot read {path}: {reason}; check the path and its rights.")
 
 
+def is_lfs_pointer(source: Path | bytes) -> bool:
+    """Whether a file, or what begins with these bytes, is none but says where Git LFS has it; not
+    where it cannot be read."""
+    if isinstance(source, Path):
+        try:
+            with source.open("rb") as file:
+                source = file.read(len(LFS_POINTER))
+        except OSError:
+            return False
+    return source.startswith(LFS_POINTER)
+
+
 @contextmanager
-def text_file(path: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
-    """A text file for reading, line ends as they are.
+def text_file(path: Path) -> Iterator[TextIO]:
+    """A text file for reading, line ends as they are, without the mark (BOM) that some programs put
+    at its beginning.
 
     Raises UserError, also from within the block, where it is no regular file, cannot be read, is
-    larger than a list could be, or is not in that encoding.
+    larger than a list could be, not UTF-8, or the pointer that Git LFS left in a file's place.
     """
     try:
         if kind := other_kind(path):
@@ -66,7 +81,9 @@ def text_file(path: Path, encoding: str = "utf-8") -> Iterator[TextIO]:
                 f"{path} is larger than {TEXT_BYTES_MAX >> 20} MiB, which no list is; check its "
                 "name."
             )
-        with path.open(encoding=encoding, newline="") as file:
+        if is_lfs_pointer(path):
+            raise UserError(f"{path} {LFS_ADVICE}.")
+        with path.open(encoding="utf-8-sig", newline="") as file:
             yield file
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; save it as UTF-8.") from error
@@ -81,10 +98,13 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises UserError as `text_file` does, and for anything else."""
+    """What a JSON file holds. Raises UserError as `text_file` does, for anything else, and for a
+    name that stands twice in one object, of which a reader would drop the first."""
     text = read_text(path)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=named_once)
+    except Contradiction as error:
+        raise UserError(f"{path} {error}.") from None
     except RecursionError:
         raise UserError(f"{path} is not JSON for this: it is nested too deep.") from None
     except ValueError as error:

@@ -31,6 +31,7 @@ from PIL.TiffImagePlugin import II, MM, OPEN_INFO, TiffImageFile
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.files import other_kind
+from clip_adapter.extract.files import LFS_ADVICE, is_lfs_pointer
 
 HEIF = "HEIF"
 # What is read. Pillow knows more, and one of them (EPS) runs a program on what the file says.
@@ -127,6 +128,8 @@ def _opened(source: Path | io.BytesIO) -> Image.Image:
     try:
         return Image.open(_without_texts(source), formats=_formats())
     except Image.UnidentifiedImageError as error:
+        if is_lfs_pointer(source if isinstance(source, Path) else source.getvalue()):
+            raise BadImage(f"it {LFS_ADVICE}") from error
         known = ", ".join(_formats())
         raise BadImage(
             f"it is not an image of a format that is read ({known}), or of a kind of it that "

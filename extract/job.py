@@ -17,7 +17,7 @@ from clip_adapter.cache.reuse import rows_of_cache, rows_of_staging
 from clip_adapter.cache.staging import StagingFolder
 from clip_adapter.cache.tally import Tally, in_several_splits, tally
 from clip_adapter.cache.text_tower import encode_text_tower, tower_path, write_text_tower
-from clip_adapter.cache.words import counted, quoted
+from clip_adapter.cache.words import counted, quoted, same_text
 from clip_adapter.cache.writer import CacheWriter
 from clip_adapter.extract.backbone import load_backbone
 from clip_adapter.extract.broken import BrokenImage, name_all
@@ -45,7 +45,7 @@ from clip_adapter.extract.reuse import NOWHERE, Earlier, listing_sha256, rows_sh
 from clip_adapter.extract.shards import Shard
 from clip_adapter.extract.split_rows import SplitRows
 from clip_adapter.extract.stopwatch import Stopwatch
-from clip_adapter.extract.text import TextPlan, encode_classes
+from clip_adapter.extract.text import TextPlan, classes_with_one_text, encode_classes
 from clip_adapter.extract.text_tower import text_tower
 from clip_adapter.extract.update import UPDATABLE, refuse_other_features
 
@@ -59,7 +59,7 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
     place: where to write.
     """
     identity = config.identity()
-    dataset = open_dataset(config.dataset, config.source_options())
+    dataset = open_dataset(config.dataset, config.source_options(listener))
     for remark in dataset.remarks:
         listener.warn(remark)
     text = _text_plan(config, dataset)
@@ -119,8 +119,11 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
         known = Earlier(tables, encoder.arrays)
         job = _Job(config, shard, dataset, encoder, writer, listener, now, known)
         job.check_what_is_there()
-        if shard.index == 1 and not (earlier and job.keep_text(text, earlier)):
-            job.encode_text(text)
+        if shard.index == 1:
+            if not (earlier and job.keep_text(text, earlier)):
+                job.encode_text(text)
+            if groups := classes_with_one_text(encoder, text):
+                listener.warn(same_text(groups))
         for name in dataset.splits:
             job.encode_split(name)
         record: dict[str, Any] = {

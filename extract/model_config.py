@@ -21,7 +21,10 @@ from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg
 
+from clip_adapter.cache.errors import Contradiction
+from clip_adapter.cache.files import named_once
 from clip_adapter.cache.words import quoted
+from clip_adapter.extract.files import LFS_ADVICE, is_lfs_pointer
 
 CONFIG_FILE = "open_clip_config.json"
 LARGEST_FILE = 2**20
@@ -66,6 +69,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         status = entry.stat()
         if stat.S_IFMT(status.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
             raise ValueError(f"{entry.name} is neither a file nor a folder")
+        if stat.S_ISREG(status.st_mode) and is_lfs_pointer(entry):
+            raise ValueError(f"{entry.name} {LFS_ADVICE}")
         total += status.st_size
     config = check_config(folder / CONFIG_FILE)
     if (least := _least_numbers(config["model_cfg"])) > total:
@@ -107,7 +112,10 @@ def check_config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise ValueError(f"{CONFIG_FILE} is too large for a configuration")
-        config = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        config = json.loads(text, object_pairs_hook=named_once)
+    except Contradiction as error:
+        raise ValueError(f"{CONFIG_FILE} {error}") from None
     except FileNotFoundError:
         raise ValueError(f"the config file is missing: {CONFIG_FILE}") from None
     except RecursionError:

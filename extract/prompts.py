@@ -1,9 +1,11 @@
 """Prompts: templates filled with class names, and sentences of a class's own."""
 
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.words import some
@@ -11,6 +13,10 @@ from clip_adapter.extract.files import read_json, read_text, user_path
 
 PROMPT_MAX = 5000  # characters; text towers read 77 tokens
 ENSEMBLE = "ensemble"
+# A line of code or JSON: quoted as a whole, a bracket, a list, an assignment, a function.
+CODE = re.compile(
+    r"""[\[\](),]+|[\[(]\s*["'].*|\w+ *= *[\[(].*|\w{0,2}(["']).*\1[\s,\])]*(#.*)?|lambda .*"""
+)
 
 
 def check_templates(templates: Sequence[str]) -> None:
@@ -52,6 +58,11 @@ def resolve_templates(values: Sequence[str]) -> tuple[str, ...]:
             templates += load_catalogue()["imagenet"].templates_ensemble
         elif value and "{}" not in value and _is_there(value):
             templates += _lines(user_path(value))
+        elif "{}" not in value:
+            raise UserError(
+                f"The template {reprlib.repr(value)} needs exactly one {{}} where the class name "
+                "goes, and there is no file of that name either."
+            )
         else:
             templates.append(value)
     check_templates(templates)
@@ -74,6 +85,12 @@ def _lines(path: Path) -> list[str]:
     found = [line for line in lines if line]
     if not found:
         raise UserError(f"{path} has no templates; write one per line.")
+    for line in found:
+        if CODE.fullmatch(line):
+            raise UserError(
+                f"{path} holds code or JSON ({reprlib.repr(line)}), not templates; write one per "
+                "line, without quotes, commas and brackets."
+            )
     return found
 
 
@@ -107,27 +124,29 @@ def descriptions_in_order(
 ) -> list[Sequence[str]]:
     """The sentences of each class, C lists.
 
-    Names are compared without regard to case, with underscores as spaces.
+    Names are compared without regard to case, with underscores as spaces, unless all are there as
+    they are written.
 
     Raises UserError for classes without sentences and sentences of classes that do not exist.
     """
+    plain = str if descriptions.keys() == set(class_names) else _plain
     by_name: dict[str, Sequence[str]] = {}
     for name, sentences in descriptions.items():
-        if by_name.setdefault(_plain(name), sentences) is not sentences:
+        if by_name.setdefault(plain(name), sentences) is not sentences:
             raise UserError(f"The descriptions have the class {name!r} twice; join the two.")
-    wanted = {_plain(name): name for name in class_names}
-    missing = [name for plain, name in wanted.items() if plain not in by_name]
-    extra = [name for name in descriptions if _plain(name) not in wanted]
+    wanted = {plain(name): name for name in class_names}
+    missing = [name for key, name in wanted.items() if key not in by_name]
+    extra = [name for name in descriptions if plain(name) not in wanted]
     if missing:
         beside = f" (there are some of {some(extra)}, which is no class)" if extra else ""
         raise UserError(f"There are no descriptions of {some(missing)}{beside}; add them.")
     if extra:
         raise UserError(f"There are descriptions of {some(extra)}, which is no class; remove them.")
-    return [by_name[_plain(name)] for name in class_names]
+    return [by_name[plain(name)] for name in class_names]
 
 
 def _plain(name: str) -> str:
-    return " ".join(name.replace("_", " ").casefold().split())
+    return " ".join(normalize("NFC", name).replace("_", " ").casefold().split())
 
 
 def prompts(class_name: str, templates: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.words import quoted
+from clip_adapter.extract.files import LFS_ADVICE, is_lfs_pointer
 from clip_adapter.extract.torchscript_archive import is_torchscript
 
 GLYPH_CLIP = "glyph-clip"
@@ -73,6 +74,8 @@ def resolve(name: str, pretrained: str | None) -> Recipe:
     if path.is_dir():
         return Recipe(f"{LOCAL}{path}", None, quick_gelu=False)
     if path.is_file():
+        if is_lfs_pointer(path):
+            raise UserError(f"{path} {LFS_ADVICE}.")
         return _recipe_of_file(name, architecture, tags, path)
     raise UserError(
         f"--pretrained {quoted(pretrained)} is neither a file nor a folder nor a tag of {name}; "

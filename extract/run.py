@@ -36,7 +36,7 @@ def extract(config: ExtractConfig, listener: Listener | None = None) -> Path:
     if launch is not None:
         return _extract_together(config, launch, listener if launch.rank == 0 else Listener())
     shard = parse_shard(config.shard)
-    if _already_there(config, shard):
+    if _already_there(config, shard, listener):
         listener.result(_nothing_to_do(config.out))
         return config.out
     with _staging_folder(config, _own(config, shard)) as place:
@@ -50,7 +50,7 @@ def _extract_together(config: ExtractConfig, launch: Launch, listener: Listener)
     """This process's part, and in the first process the whole, as soon as all parts are there."""
     if config.shard is not None:
         raise UserError("Under torchrun each process takes its part by itself; leave out --shard.")
-    if _already_there(config, Shard()):
+    if _already_there(config, Shard(), listener):
         listener.result(_nothing_to_do(config.out))
         return config.out
     if launch.rank == 0:
@@ -65,7 +65,7 @@ def _extract_together(config: ExtractConfig, launch: Launch, listener: Listener)
     out = part_path(config.out, launch.shard)
     device = device_of_process(config.device, launch.local_rank)
     own = replace(config, out=out, shard=None, device=device)
-    if not _already_there(own, launch.shard):
+    if not _already_there(own, launch.shard, listener):
         with _staging_folder(own, _own(own, launch.shard)) as place:
             run_job(own, launch.shard, place, listener)
     wait_for_all()
@@ -119,7 +119,7 @@ def _staging_folder(config: ExtractConfig, own: Mapping[str, Any]) -> "Iterator[
             ) from None
 
 
-def _already_there(config: ExtractConfig, shard: Shard) -> bool:
+def _already_there(config: ExtractConfig, shard: Shard, listener: Listener) -> bool:
     """Whether the file exists with these arguments, made of the images that are there now.
 
     Raises UserError where something else stands in its place, or images were skipped that should
@@ -157,15 +157,15 @@ def _already_there(config: ExtractConfig, shard: Shard) -> bool:
     tower = _missing_tower(config, shard)
     if config.update:
         wanting = config.on_error == "fail" and made.skipped > 0
-        return not (differing or wanting or tower or find_changes(config))
+        return not (differing or wanting or tower or find_changes(config, listener))
     if config.on_error == "fail":
         from clip_adapter.extract.outcome import refuse_skipped
 
         refuse_skipped(config.out, made.skipped)
     if shard.of > 1:
-        refuse_other_rows(config, made.arguments.get("rows_sha256"))
+        refuse_other_rows(config, made.arguments.get("rows_sha256"), listener)
     else:
-        refuse_changed(config, updatable=updatable)
+        refuse_changed(config, listener, updatable=updatable)
     if tower:
         again = "--update makes it again" if updatable else "--force makes both"
         raise UserError(f"{tower} is missing, which belongs to {config.out}; {again}.")

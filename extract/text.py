@@ -98,6 +98,16 @@ def encode_classes(
         start = stop
 
 
+def classes_with_one_text(encoder: "Encoder", plan: TextPlan) -> list[list[str]]:
+    """Groups of classes whose prompts are the same once they are tokens: for most tokenizers names
+    that differ in case, in underscores, or only behind what a text tower reads."""
+    groups: dict[bytes, list[str]] = {}
+    for label, name in enumerate(plan.class_names):
+        tokens = encoder.tokens(plan.prompts(label))
+        groups.setdefault(b"".join(sorted(row.tobytes() for row in tokens)), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
 def _filled_up(features: npt.NDArray[np.float32], rows: int) -> npt.NDArray[np.float32]:
     """(n, D) → (rows, D)."""
     directions = features / np.linalg.norm(features, axis=1, keepdims=True)

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.words import counted, some
 from clip_adapter.extract.config import ExtractConfig
@@ -20,6 +21,7 @@ UPDATABLE = (
     "templates",
     "descriptions",
     "views",
+    "columns",
     "val",
     "test",
     "split_seed",
@@ -27,14 +29,14 @@ UPDATABLE = (
 )
 
 
-def find_changes(config: ExtractConfig) -> str | None:
+def find_changes(config: ExtractConfig, listener: Listener) -> str | None:
     """How the data set that a finished cache was made of has changed since, as a clause; None where
     it has not.
 
     Of a data set that cannot be listed without downloads, provenance alone is compared.
     Raises UserError for one that cannot be had any more.
     """
-    options = config.source_options()
+    options = config.source_options(listener)
     with FeatureCache(config.out) as cache:
         provenance = provenance_of(config.dataset, options)
         if provenance is not None:
@@ -143,9 +145,9 @@ def _same_order(cache: FeatureCache, dataset: ImageDataset) -> bool:
     return True
 
 
-def refuse_other_rows(config: ExtractConfig, rows: Any) -> None:
+def refuse_other_rows(config: ExtractConfig, rows: Any, listener: Listener) -> None:
     """Raises UserError where the source of a part, whose rows have this hash, has changed."""
-    options = config.source_options()
+    options = config.source_options(listener)
     if provenance_of(config.dataset, options) is not None:
         return
     if rows_sha256(open_dataset(config.dataset, options).splits) != rows:
@@ -175,12 +177,12 @@ def refuse_other_features(
         )
 
 
-def refuse_changed(config: ExtractConfig, *, updatable: bool) -> None:
+def refuse_changed(config: ExtractConfig, listener: Listener, *, updatable: bool) -> None:
     """Raises UserError where the source of a finished cache has changed.
 
     updatable: whether --update could keep anything of the cache.
     """
-    if changes := find_changes(config):
+    if changes := find_changes(config, listener):
         advice = "--update encodes what is new or changed and keeps the rest (--force starts again)"
         raise UserError(
             f"{config.out} was made of other images than {config.dataset} has now: {changes}; "

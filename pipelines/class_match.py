@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.files import is_there, read_text
+from clip_adapter.cache.errors import Contradiction, UserError
+from clip_adapter.cache.files import is_there, named_once, read_text
 from clip_adapter.cache.words import counted, some
 from clip_adapter.pipelines.adapter_file import AdapterInfo
 from clip_adapter.pipelines.labelled import Labelled
@@ -52,7 +52,10 @@ def match_classes(images: Labelled, info: AdapterInfo, mapping: Path | None) -> 
 
 def _read_mapping(path: Path) -> Mapping[str, str | None]:
     try:
-        document: Any = json.loads(read_text(path)) if is_there(path) else None
+        text = read_text(path).removeprefix("\ufeff") if is_there(path) else "null"
+        document: Any = json.loads(text, object_pairs_hook=named_once)
+    except Contradiction as error:
+        raise UserError(f"{path} {error}.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON.") from error
     fits = isinstance(document, dict) and all(

@@ -98,13 +98,16 @@ def evaluate(config: EvaluateConfig, listener: Listener | None = None) -> Scores
         )
     know_method(config.method)
     adapter = load_adapter(config.adapter)
-    with _images(config, adapter) as images:
+    listener = listener or Listener()
+    with _images(config, adapter, listener) as images:
         known = match_classes(images, adapter.info, config.classes)
-        return _score(config, adapter, images, known, listener or Listener())
+        return _score(config, adapter, images, known, listener)
 
 
 @contextmanager
-def _images(config: EvaluateConfig, adapter: SavedAdapter) -> Iterator[Labelled]:
+def _images(
+    config: EvaluateConfig, adapter: SavedAdapter, listener: Listener
+) -> Iterator[Labelled]:
     if is_folder(config.data):
         how = Encoding(
             config.backbone,
@@ -114,7 +117,7 @@ def _images(config: EvaluateConfig, adapter: SavedAdapter) -> Iterator[Labelled]
             config.device,
             skip=config.on_error == "skip",
         )
-        yield images_of_folder(config.data, config.split, adapter, how)
+        yield images_of_folder(config.data, config.split, adapter, how, listener)
         return
     from clip_adapter.cache.reader import FeatureCache
 

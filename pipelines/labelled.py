@@ -14,6 +14,7 @@ from clip_adapter.adapters.method import Head
 from clip_adapter.adapters.methods import find_method
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.files import is_there
+from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.reader import BLOCK_ROWS, FeatureCache
 from clip_adapter.pipelines.adapter_check import feature_width
 from clip_adapter.pipelines.adapter_file import SavedAdapter
@@ -99,9 +100,11 @@ def cached_images(cache: FeatureCache, split: str, adapter: SavedAdapter) -> Lab
     return Labelled(name, cache.class_names, labels, blocks, lambda rows: cache.ids(split, rows))
 
 
-def images_of_folder(folder: Path, split: str, adapter: SavedAdapter, how: Encoding) -> Labelled:
+def images_of_folder(
+    folder: Path, split: str, adapter: SavedAdapter, how: Encoding, listener: Listener
+) -> Labelled:
     """The images of a folder that `extract` would take as `folder:FOLDER`; of its split where it
-    has splits, else all of them.
+    has splits, else all of them. What it passes over, the listener is told.
 
     Raises UserError for a folder without such images, and where the adapter's backbone cannot be
     had.
@@ -115,7 +118,9 @@ def images_of_folder(folder: Path, split: str, adapter: SavedAdapter, how: Encod
     from clip_adapter.pipelines.adapted_clip import find_backbone
 
     device = find_device(how.device)
-    data = checked(labelled_images(folder, split))
+    data = checked(labelled_images(folder, split, listener))
+    for remark in data.remarks:
+        listener.warn(remark)
     images = data.splits["test"]
     backbone = find_backbone(adapter.info, how.backbone, how.pretrained)
     remedy = "give the right ones with --pretrained, or extract and fit again"

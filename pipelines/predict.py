@@ -1,7 +1,6 @@
 """`predict`: classify image files with a fitted adapter."""
 
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -18,7 +17,7 @@ from clip_adapter.cache.errors import UserError, require_within
 from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.words import counted, printable
 from clip_adapter.extract.config import check_work
-from clip_adapter.extract.datasets.image_files import images_below, unread_remarks
+from clip_adapter.extract.datasets.image_files import Listing
 from clip_adapter.extract.files import unreadable
 from clip_adapter.extract.images import BadImage, open_image, read_rgb
 from clip_adapter.pipelines.argument_types import Positional
@@ -171,19 +170,16 @@ def image_files(paths: Sequence[Path], listener: Listener, refused: dict[Path, s
     Raises UserError if nothing else is found.
     """
     found: list[Path] = []
-    unread: Counter[str] = Counter()
     reason: UserError | None = None
     for path in paths:
         try:
-            found += _images_at(path, unread)
+            found += _images_at(path, listener)
         except UserError as error:
             reason = reason or error
             refused[path] = str(error).removeprefix(f"Cannot read {path}: ").rstrip(".")
             found.append(path)
     if reason and refused.keys() == set(found):
         raise reason
-    for remark in unread_remarks(unread):
-        listener.warn(remark)
     if not paths:
         raise UserError("Name the images to classify: files, or folders that hold them.")
     if not found:
@@ -191,12 +187,18 @@ def image_files(paths: Sequence[Path], listener: Listener, refused: dict[Path, s
     return found
 
 
-def _images_at(path: Path, unread: Counter[str]) -> list[Path]:
+def _images_at(path: Path, listener: Listener) -> list[Path]:
     try:
         is_folder = S_ISDIR(path.stat().st_mode)
     except OSError as error:
         raise unreadable(path, error) from error
-    return [path / inner for inner in images_below(path, unread)] if is_folder else [path]
+    if not is_folder:
+        return [path]
+    listing = Listing(path, listener)
+    found = [path / inner for inner in listing.below(path)]
+    for remark in listing.remarks():
+        listener.warn(remark)
+    return found
 
 
 def print_predictions(config: PredictConfig) -> int:

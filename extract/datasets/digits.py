@@ -8,15 +8,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions, Split
-from clip_adapter.extract.datasets.splitting import (
-    SPLIT_SEED,
-    refuse_fractions,
-    stratified_parts,
-)
+from clip_adapter.extract.datasets.splitting import refuse_fractions, stratified_parts
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("a photo of the digit {}.",)
 FRACTIONS = {"train": 0.4, "val": 0.1, "test": 0.5}
+SPLIT_SEED = 0
 INK_MAX = 16.0
 
 
@@ -27,7 +24,8 @@ def open_digits(_: str, options: SourceOptions) -> ImageDataset:
     """
     bunch = load_digits()
     pixels = np.rint(bunch.images / INK_MAX * 255).astype(np.uint8)
-    parts = stratified_parts(bunch.target, list(FRACTIONS.values()))
+    shuffled = np.random.default_rng(SPLIT_SEED).permutation
+    parts = stratified_parts(bunch.target, list(FRACTIONS.values()), shuffled)
     splits = {}
     for (name, fraction), rows in zip(FRACTIONS.items(), parts, strict=True):
         splits[name] = Split(

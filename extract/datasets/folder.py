@@ -1,26 +1,23 @@
 """A folder of images: sub-folders for the splits, or straight away one folder per class."""
 
-from collections import Counter
+import os
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.words import some
-from clip_adapter.extract.datasets.image_files import (
-    ImageFiles,
-    holds_images,
-    images_below,
-    natural_order,
-    unread_remarks,
-    visible_folders,
-)
+from clip_adapter.cache.listener import Listener
+from clip_adapter.cache.words import counted, some
+from clip_adapter.extract.datasets.image_files import ImageFiles, Listing, natural_order
 from clip_adapter.extract.datasets.source import (
     DEFAULT_TEMPLATES,
-    SPLIT_NAMES,
     ImageDataset,
     SourceOptions,
     Split,
+    split_of,
+    splits_among,
 )
 from clip_adapter.extract.datasets.splitting import complete_splits
 from clip_adapter.extract.files import is_folder, user_path
@@ -31,59 +28,59 @@ ClassImages = dict[str, list[str]]
 def open_folder(folder: str, options: SourceOptions) -> ImageDataset:
     """The images below `folder`; ids are their paths relative to it, with forward slashes.
 
-    It holds train, val (or valid, validation) and test folders with one folder per class each, or
-    one folder per class itself. The folders' names are the class names, in natural order (class2
-    before class10); one without any image is left out, with a remark. Splits that are missing are
-    made as `complete_splits` says.
+    It holds train, val and test folders (or what means these, see `split_of`) with one folder per
+    class each, or one folder per class itself. The folders' names, composed (NFC), are the class
+    names, in natural order (class2 before class10). Splits that are missing are made as
+    `complete_splits` says. Remarks count the images that lie elsewhere.
 
     Raises UserError for a folder that cannot be read or holds no class folders, for two folders
     that mean the same split, and for classes with too few images.
     """
-    root = user_path(folder)
-    class_names, splits, remarks = _found(root)
+    class_names, splits, remarks, _ = _found(user_path(folder), options.listener)
     whole = complete_splits(splits, class_names, options, published=False)
-    return _data_set(root, class_names, whole, remarks)
+    return _data_set(user_path(folder), class_names, whole, remarks)
 
 
-def labelled_images(root: Path, split: str) -> ImageDataset:
+def labelled_images(root: Path, split: str, listener: Listener | None = None) -> ImageDataset:
     """The images of the folder `split` of `root`, or all where it holds one folder per class
     itself: a data set of that one split, which is called test.
 
     Raises UserError as `open_folder` does, and where there is no such folder.
     """
-    class_names, splits, remarks = _found(root)
-    chosen = splits.get(split) if _split_folders(root) else splits["train"]
+    class_names, splits, remarks, cut = _found(root, listener)
+    chosen = splits.get(split) if cut else splits["train"]
     if chosen is None:
         raise UserError(f"{root} has no {split} folder, only {', '.join(splits)}.")
     return _data_set(root, class_names, {"test": chosen}, remarks)
 
 
-def _found(root: Path) -> tuple[list[str], dict[str, Split], list[str]]:
-    """The class names, the splits as they lie there, and remarks."""
+def _found(
+    root: Path, listener: Listener | None
+) -> tuple[list[str], dict[str, Split], list[str], bool]:
+    """The class names, the splits as they lie there, remarks, and whether splits do lie there."""
     if not is_folder(root):
         raise UserError(f"There is no folder {root}; give the folder that holds your images.")
-    folders = {name: root / inner for name, inner in _split_folders(root).items()}
-    origins = {name: f"folder {place.name}" for name, place in folders.items()}
-    if not folders:
-        folders, origins = {"train": root}, {"train": "one folder per class"}
-    unread: Counter[str] = Counter()
-    found = {name: _class_images(root, place, unread) for name, place in folders.items()}
+    listing = Listing(root, listener)
+    folders = _split_folders(root, listing)
+    places = {name: f"{inner}/" for name, inner in folders.items()} or {"train": ""}
+    remarks = _elsewhere(root, listing, list(folders.values()))
+    found = {name: _class_images(root, place, listing) for name, place in places.items()}
     names = sorted({c for images in found.values() for c in images}, key=natural_order)
     class_names = [c for c in names if any(images.get(c) for images in found.values())]
-    remarks = unread_remarks(unread)
-    if not names:
-        raise UserError(
-            f"{root} holds no folders; put the images of every class into a folder with its name."
-        )
     if not class_names:
-        passed_over = f" ({remarks[0].rstrip('.')})" if remarks else ""
-        raise UserError(f"The folders in {root} hold no images{passed_over}; put some there.")
+        raise UserError(_no_classes(root, listing))
+    remarks += listing.remarks()
     if empty := [c for c in names if c not in class_names]:
         remarks.append(f"left out {some(empty)}: no images there.")
+    remarks += _doubts(root, found, bool(folders))
     splits = {
-        name: _split(root, images, class_names, origins[name]) for name, images in found.items()
+        name: _split(root, images, class_names, f"folder {folders[name]}" if folders else FLAT)
+        for name, images in found.items()
     }
-    return class_names, splits, remarks
+    return class_names, splits, remarks, bool(folders)
+
+
+FLAT = "one folder per class"
 
 
 def _data_set(
@@ -94,34 +91,125 @@ def _data_set(
     return ImageDataset(name, class_names, DEFAULT_TEMPLATES, splits, about, remarks)
 
 
-def _split_folders(root: Path) -> dict[str, str]:
-    """Split → folder. A folder called train counts only where it holds folders and no images
-    itself, since a train can also be a class of things."""
+def _split_folders(root: Path, listing: Listing) -> dict[str, str]:
+    """Split → folder. A folder called train counts only where it holds folders, and images beside
+    them only where a second such folder, or nothing else, lies there: a train can also be a class
+    of things."""
+    names = listing.level(root).folders
+    meant = splits_among(names)
+    levels = {name: listing.level(root / name) for name in meant}
+    nested = [name for name in meant if levels[name].folders]
+    only_splits = len(meant) == len(names)
+    if only_splits and not nested and any(level.images for level in levels.values()):
+        raise UserError(
+            f"{root} holds {some(names)} with images but without a folder for each class; put the "
+            "images of every class into a folder with its name there."
+        )
     chosen: dict[str, str] = {}
-    for inner in visible_folders(root):
-        split = SPLIT_NAMES.get(inner.lower())
-        if split is None or not _holds_only_folders(root / inner):
+    for name in nested:
+        if levels[name].images and len(nested) == 1 and not only_splits:
             continue
+        split = meant[name]
         if split in chosen:
             raise UserError(
-                f"{root} holds {chosen[split]} and {inner}, which both mean the {split} split; "
+                f"{root} holds {chosen[split]} and {name}, which both mean the {split} split; "
                 "keep one of them."
             )
-        chosen[split] = inner
+        chosen[split] = name
     return chosen
 
 
-def _holds_only_folders(folder: Path) -> bool:
-    return bool(visible_folders(folder)) and not holds_images(folder)
+def _elsewhere(root: Path, listing: Listing, split_folders: list[str]) -> list[str]:
+    """Remarks on images that are in no class folder, or in folders that are no splits."""
+    remarks = []
+    places = [root, *(root / name for name in split_folders)]
+    loose = [place / name for place in places for name in listing.level(place).images]
+    folders = listing.level(root).folders
+    if loose and folders:
+        remarks.append(
+            f"left out {counted(len(loose), 'image')} beside the class folders, the first of them "
+            f"{loose[0]}; put each into the folder of its class."
+        )
+    others = [name for name in folders if name not in split_folders] if split_folders else []
+    for name in others:
+        if images := listing.below(root / name):
+            remarks.append(
+                f"left out {counted(len(images), 'image')} in {root / name}: it is no split with "
+                f"class folders, as {some(split_folders)} beside it."
+            )
+    return remarks
 
 
-def _class_images(root: Path, folder: Path, unread: Counter[str]) -> ClassImages:
-    prefix = folder.relative_to(root).as_posix()
-    prefix = "" if prefix == "." else f"{prefix}/"
-    return {
-        name: [f"{prefix}{name}/{path}" for path in images_below(folder / name, unread)]
-        for name in visible_folders(folder)
-    }
+def _class_images(root: Path, place: str, listing: Listing) -> ClassImages:
+    """Class → its images' paths below the root. place: of the class folders, with a slash.
+
+    A name is one class in whichever form a file system gives its accents.
+    """
+    found: ClassImages = {}
+    for name in listing.level(root / place).folders:
+        images = listing.below(root / place / name)
+        own = found.setdefault(unicodedata.normalize("NFC", name), [])
+        own += [f"{place}{name}/{image}" for image in images]
+    return found
+
+
+def _no_classes(root: Path, listing: Listing) -> str:
+    level = listing.level(root)
+    if level.folders:
+        passed_over = " ".join(listing.remarks()).rstrip(".")
+        because = f" ({passed_over})" if passed_over else ""
+        return f"The folders in {root} hold no images{because}; put some there."
+    each = "put the images of every class into a folder with its name"
+    if level.images:
+        images = counted(len(level.images), "image")
+        return f"{root} holds {images} and no folders; give the folder above it, or {each}."
+    return f"{root} holds no folders; {each}."
+
+
+def _doubts(root: Path, found: dict[str, ClassImages], cut: bool) -> list[str]:
+    """Remarks where folders may be no classes.
+
+    Raises UserError where all images lie in the folders of a single one.
+    """
+    classes = {name: paths for images in found.values() for name, paths in images.items() if paths}
+    if len(classes) == 1:
+        (paths,) = classes.values()
+        common, inner = _common(paths)
+        if inner:
+            raise UserError(
+                f"{root} has one class folder with images, {common}, and they lie in folders of "
+                f"it, {some(inner)}; if these are the classes or splits, give {root / common}."
+            )
+    remarks = []
+    if not cut:
+        inside = {name: {_inner(path) for path in paths} for name, paths in classes.items()}
+        deep = [name for name, folders in inside.items() if "" not in folders]
+        if len(deep) > 1:
+            folders = sorted(set.union(*(inside[name] for name in deep)), key=natural_order)
+            remarks.append(
+                f"took {some(deep)} for classes, though all of their images lie deeper, in folders "
+                f"of theirs ({some(folders)}): if these are the classes, call the outer ones "
+                "train, val and test, or give one of them."
+            )
+        if misread := [name for name in classes if split_of(name)]:
+            remarks.append(f"took {some(misread)} for classes: there are no class folders in them.")
+    return remarks
+
+
+def _inner(path: str) -> str:
+    """The folder of its class's that an image lies in, "" for none."""
+    return path.split("/")[1] if path.count("/") > 1 else ""
+
+
+def _common(paths: Iterable[str]) -> tuple[str, list[str]]:
+    """The folder that all of them lie in, and the folders in it that they lie in; [] where some
+    lie in it itself."""
+    places = {os.path.dirname(path) for path in paths}  # noqa: PTH120
+    common = os.path.commonpath(places)
+    if common in places:
+        return common, []
+    inner = {place[len(common) + 1 :].split("/")[0] for place in places}
+    return common, sorted(inner, key=natural_order)
 
 
 def _split(root: Path, images: ClassImages, class_names: list[str], origin: str) -> Split:

@@ -4,6 +4,7 @@ import os
 import re
 import reprlib
 import stat
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.words import counted
 from clip_adapter.extract.files import unreadable
 from clip_adapter.extract.images import (
@@ -23,6 +25,14 @@ from clip_adapter.extract.images import (
 )
 
 PATH_SHOWN = 200
+NAMED_MAX = 5
+TOLD_EVERY_SECONDS = 10.0
+# Where file servers keep thumbnails, rubbish and old states, and systems theirs.
+FOLDERS_OF_SYSTEMS = frozenset(
+    {"@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "$recycle.bin"}
+    | {"recycler", "recycled", "system volume information", "lost+found", "network trash folder"}
+    | {"temporary items", "__macosx", "thumbnails"}
+)
 
 
 @dataclass(frozen=True)
@@ -53,53 +63,124 @@ def _number(digits: str) -> tuple[int, int, str]:
 
 def is_image(name: str) -> bool:
     """Whether a file is an image, told by its extension; hidden files are none."""
-    return not name.startswith(".") and Path(name).suffix.lower() in readable_suffixes()
+    return not name.startswith(".") and _suffix(name) in readable_suffixes()
 
 
-def visible_folders(folder: Path) -> list[str]:
-    """Names of the sub-folders, hidden ones left out, in natural order.
+def _suffix(name: str) -> str:
+    return Path(name.lstrip(".")).suffix.lower()
 
-    Raises UserError where the folder cannot be read.
+
+@dataclass(frozen=True)
+class Level:
+    """What lies in a folder itself: names of sub-folders, in natural order, and of images."""
+
+    folders: list[str]
+    images: list[str]
+
+
+class Listing:
+    """Looks for images in a folder, and keeps count of what it passes over.
+
+    Images are told by their extension; symbolic links are followed. Hidden files and folders are
+    left out, and so are the folders in which systems and file servers keep copies and rubbish.
+    What has the name of an image and is none, such as a pipe or a link that leads nowhere, is there
+    too: it is a bad image.
+
+    root: what links may lead out of. listener: is told now and then how far it is.
+    Every method raises UserError where a folder cannot be read.
     """
-    with _entries(folder) as entries:
-        names = [e.name for e in entries if _is_folder(e) and not e.name.startswith(".")]
-    return sorted(names, key=natural_order)
 
+    def __init__(self, root: Path, listener: Listener | None = None) -> None:
+        self._root, self._real = root, os.path.realpath(root)
+        self._listener = listener or Listener()
+        self._levels: dict[Path, Level] = {}
+        self._unread: Counter[str] = Counter()
+        self._kept_by_systems: Counter[str] = Counter()
+        self._links_out: list[str] = []
+        self._folders, self._images, self._told = 0, 0, time.monotonic()
 
-def holds_images(folder: Path) -> bool:
-    """Whether images lie in the folder itself. Raises UserError where it cannot be read."""
-    with _entries(folder) as entries:
-        return any(is_image(entry.name) for entry in entries)
+    def level(self, folder: Path) -> Level:
+        """What lies in the folder itself."""
+        if folder not in self._levels:
+            self._levels[folder] = self._look_into(folder)
+        return self._levels[folder]
 
+    def below(self, folder: Path) -> list[str]:
+        """Paths of the images in a folder and its sub-folders, relative to it, in natural order;
+        each folder is looked into once."""
+        found: list[str] = []
+        pending, seen = [""], set()
+        while pending:
+            inner = pending.pop()
+            place = folder / inner
+            if (identity := place.resolve()) in seen:
+                continue
+            seen.add(identity)
+            level = self._levels.get(place) or self._look_into(place)
+            prefix = f"{inner}/" if inner else ""
+            found += [f"{prefix}{name}" for name in level.images]
+            pending += [f"{prefix}{name}" for name in level.folders]
+        return sorted(found, key=natural_order)
 
-def images_below(folder: Path, unread: Counter[str] | None = None) -> list[str]:
-    """Paths of the image files in a folder and its sub-folders, relative to it, in natural order.
-
-    Images are told by their extension; hidden files and folders are left out; symbolic links are
-    followed, each folder once. What has the name of an image and is none, such as a pipe or a link
-    that leads nowhere, is there too: it is a bad image.
-
-    unread: is told how many images of kinds that are not read lie there, by their suffix.
-    Raises UserError where a folder cannot be read.
-    """
-    found: list[str] = []
-    pending, seen = [""], set()
-    while pending:
-        inner = pending.pop()
-        place = folder / inner
-        if (identity := place.resolve()) in seen:
-            continue
-        seen.add(identity)
-        with _entries(place) as entries:
+    def _look_into(self, folder: Path) -> Level:
+        level = Level([], [])
+        with _entries(folder) as entries:
             for entry in entries:
-                path = f"{inner}/{entry.name}" if inner else entry.name
-                if _is_folder(entry):
-                    pending += [] if entry.name.startswith(".") else [path]
-                elif is_image(entry.name):
-                    found.append(path)
-                elif unread is not None and (suffix := _unread_suffix(entry.name)):
-                    unread[suffix] += 1
-    return sorted(found, key=natural_order)
+                self._sort_in(entry, level)
+        level.folders.sort(key=natural_order)
+        self._folders += 1
+        self._images += len(level.images)
+        if time.monotonic() - self._told >= TOLD_EVERY_SECONDS:
+            self._told = time.monotonic()
+            self._listener.note(
+                f"{counted(self._images, 'image')} found so far, in "
+                f"{counted(self._folders, 'folder')}, the last of them {folder}"
+            )
+        return level
+
+    def _sort_in(self, entry: "os.DirEntry[str]", level: Level) -> None:
+        name, hidden = entry.name, entry.name.startswith(".")
+        if _is_folder(entry):
+            if hidden or name.casefold() in FOLDERS_OF_SYSTEMS:
+                self._kept_by_systems[f"in {name}"] += _images_inside(entry.path)
+                return
+            level.folders.append(name)
+        elif hidden:
+            self._kept_by_systems["hidden"] += is_image(name.lstrip("."))
+            return
+        elif is_image(name):
+            level.images.append(name)
+        else:
+            suffix = _suffix(name)
+            self._unread[suffix] += suffix in OTHER_SUFFIXES | HEIF_SUFFIXES
+            return
+        if entry.is_symlink():
+            target = os.path.realpath(entry.path)
+            if os.path.commonpath([self._real, target]) != self._real:
+                self._links_out.append(f"{entry.path} → {target}")
+
+    def remarks(self) -> list[str]:
+        """A sentence for each kind of thing that was passed over, or is not where it seems."""
+        remarks = []
+        if unread := +self._unread:
+            kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in unread.most_common())
+            heic = " (pip install 'clip-adapter[heic]' reads .heic and .heif)"
+            advice = heic if HEIF_SUFFIXES & unread.keys() else ""
+            images = counted(unread.total(), "image")
+            remarks.append(f"passed over {images} of kinds not read: {kinds}{advice}.")
+        if kept := +self._kept_by_systems:
+            kinds = ", ".join(f"{count:,} {where}" for where, count in kept.most_common(NAMED_MAX))
+            more = " and elsewhere" if len(kept) > NAMED_MAX else ""
+            remarks.append(
+                f"left out {counted(kept.total(), 'image')} that are hidden or that a system keeps "
+                f"for itself: {kinds}{more}."
+            )
+        if self._links_out:
+            links = counted(len(self._links_out), "link")
+            remarks.append(
+                f"followed {links} out of {self._root}, the first of them {self._links_out[0]}."
+            )
+        return remarks
 
 
 @contextmanager
@@ -118,20 +199,9 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _unread_suffix(name: str) -> str | None:
-    suffix = Path(name).suffix.lower()
-    others = OTHER_SUFFIXES | HEIF_SUFFIXES
-    return suffix if suffix in others and not name.startswith(".") else None
-
-
-def unread_remarks(unread: Counter[str]) -> list[str]:
-    """At most one sentence: how many images were passed over, by suffix."""
-    if not unread:
-        return []
-    kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in unread.most_common())
-    heic = " (pip install 'clip-adapter[heic]' reads .heic and .heif)"
-    advice = heic if HEIF_SUFFIXES & unread.keys() else ""
-    return [f"passed over {counted(unread.total(), 'image')} of kinds not read: {kinds}{advice}."]
+def _images_inside(folder: str) -> int:
+    """How many images are left out with a folder; links in it lead nowhere."""
+    return sum(is_image(name.lstrip(".")) for _, _, names in os.walk(folder) for name in names)
 
 
 def require_files(root: Path, paths: Sequence[str], remedy: str) -> None:

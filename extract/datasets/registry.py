@@ -9,6 +9,7 @@ from typing import Any
 from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.datasets.catalogue import CatalogueEntry, load_catalogue
 from clip_adapter.extract.datasets.checks import checked
+from clip_adapter.extract.datasets.image_files import Listing
 from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions
 from clip_adapter.extract.files import is_folder
 
@@ -42,7 +43,7 @@ def provenance_of(spec: str, options: SourceOptions) -> dict[str, Any] | None:
     one that lies on this machine and can just as well be opened."""
     kind, _, rest = spec.partition(":")
     entry = load_catalogue().get(spec)
-    if entry is not None and entry.tfds and not _lies_in(options.data_root, entry):
+    if entry is not None and entry.tfds and _coop_folder(options.data_root, entry) is None:
         kind, rest = "tfds", entry.tfds
     if kind == "tfds" and rest:
         from clip_adapter.extract.datasets.tfds_builders import builder_version
@@ -53,14 +54,34 @@ def provenance_of(spec: str, options: SourceOptions) -> dict[str, Any] | None:
     return None
 
 
-def _lies_in(root: Path | None, entry: CatalogueEntry) -> bool:
-    return root is not None and is_folder(root / entry.coop_dir)
+def _coop_folder(root: Path | None, entry: CatalogueEntry) -> Path | None:
+    """Where a data set lies in CoOp's layout, None where it does not lie below `root`.
+
+    Raises UserError for a root that is none, or that is a level too high or too low.
+    """
+    if root is None:
+        return None
+    if is_folder(root / entry.coop_dir):
+        return root / entry.coop_dir
+    if not is_folder(root):
+        raise UserError(f"There is no folder {root}; give the one that holds {entry.coop_dir}.")
+    own = root.resolve()
+    if own.name == entry.coop_dir:
+        raise UserError(f"--data-root {root} is {entry.coop_dir} itself; give {own.parent}.")
+    for name in Listing(root).level(root).folders:
+        if is_folder(root / name / entry.coop_dir):
+            raise UserError(
+                f"--data-root {root} holds no {entry.coop_dir}, but {root / name} does; give that."
+            )
+    return None
 
 
 def _open(spec: str, options: SourceOptions) -> ImageDataset:
+    kind, colon, rest = spec.partition(":")
+    if options.columns and kind not in ("csv", "hf"):
+        raise UserError("--columns is for csv: and hf:, which have columns; leave it out.")
     if spec in NAMED:
         return _open_source(NAMED[spec], "", options)
-    kind, colon, rest = spec.partition(":")
     if colon and kind in KINDS:
         if not rest:
             raise UserError(f"{spec} names nothing; write what to open behind the colon.")
@@ -79,8 +100,8 @@ def _open(spec: str, options: SourceOptions) -> ImageDataset:
 def _literature(entry: CatalogueEntry, options: SourceOptions) -> ImageDataset:
     from clip_adapter.extract.datasets.coop import coop_instructions, open_coop
 
-    if options.data_root and _lies_in(options.data_root, entry):
-        return open_coop(str(options.data_root / entry.coop_dir), options)
+    if (folder := _coop_folder(options.data_root, entry)) is not None:
+        return open_coop(str(folder), options)
     if entry.tfds is None:
         raise UserError(
             f"{entry.name} is not in TensorFlow Datasets; "
@@ -88,6 +109,11 @@ def _literature(entry: CatalogueEntry, options: SourceOptions) -> ImageDataset:
         )
     from clip_adapter.extract.datasets.tfds_builders import open_tfds
 
+    if options.data_root is not None:
+        options.listener.warn(
+            f"{options.data_root} holds no {entry.coop_dir}: {entry.name} is taken from TensorFlow "
+            "Datasets, whose splits are not CoOp's."
+        )
     return open_tfds(entry.tfds, options, entry)
 
 

@@ -1,7 +1,8 @@
 """What every source of images gives to the encode loop."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,36 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from clip_adapter.cache.listener import Listener
+
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
-# What sources call their splits, and what we call them.
+# What a table says of each image, by the names that these columns have.
+COLUMNS = ("path", "label", "split")
+# What sources call their splits, and what we call them; `eval` as the package `datasets` has it.
 SPLIT_NAMES = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "development"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+# What may stand beside one of these: `test_set`, `train2017`, `images-val`.
+FILLERS = {"data", "dataset", "image", "images", "img", "set", "split"}
+
+
+def split_of(name: str) -> str | None:
+    """The split that a name means, in any case: `Training`, `dev`, `test_set`; None for others."""
+    words = [word for word in re.findall(r"[^\W\d_]+", name.casefold()) if word not in FILLERS]
+    return SPLIT_NAMES.get(words[0].removesuffix("set")) if len(words) == 1 else None
+
+
+def splits_among(names: Iterable[str]) -> dict[str, str]:
+    """Name → split, of those that mean one. What is called `eval` where another name means test and
+    none val is not for testing: it is val."""
+    found = {name: split for name in names if (split := split_of(name))}
+    evals = [name for name in found if "eval" in name.casefold()]
+    others = {split for name, split in found.items() if name not in evals}
+    if "test" in others and "val" not in others:
+        found |= dict.fromkeys(evals, "val")
+    return found
 
 
 @dataclass(frozen=True)
@@ -30,6 +52,8 @@ class Split:
         cheap to pickle.
     origin: where the split came from, in words, for the cache.
     file: index → the file that holds this image and no other, where there is one.
+    content: index → the image's bytes, where ids are but numbers, which others have when rows come
+        and go.
     """
 
     ids: Sequence[str]
@@ -37,6 +61,7 @@ class Split:
     read: Callable[[int], Image.Image]
     origin: str
     file: Callable[[int], Path] | None = None
+    content: Callable[[int], bytes] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +89,8 @@ class SourceOptions:
     val, test: fractions of the training images that make these splits where a source has none;
         None for 0.2 and 0.3 (see `splitting.complete_splits`).
     seed: of that division.
+    columns: what a table calls these of its columns (see COLUMNS), where not so.
+    listener: hears how far the search for files is.
     """
 
     data_dir: Path | None = None
@@ -72,3 +99,5 @@ class SourceOptions:
     val: float | None = None
     test: float | None = None
     seed: int = 0
+    columns: Mapping[str, str] = field(default_factory=dict)
+    listener: Listener = field(default_factory=Listener, compare=False)

@@ -1,5 +1,7 @@
 """Seeded, stratified splits for sources that publish none."""
 
+import hashlib
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
@@ -11,7 +13,7 @@ from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.words import counted
 from clip_adapter.extract.datasets.source import SourceOptions, Split
 
-SPLIT_SEED = 0
+Rows = npt.NDArray[np.int64]
 Of = TypeVar("Of")
 # What CoOp did with data sets that publish no splits (50 / 20 / 30 %), and with those that publish
 # no val (20 % of train).
@@ -30,7 +32,9 @@ def complete_splits(
     A published data set with a val split but no test split is tested on the former, as the
     literature does with ImageNet and Food-101; what people call val themselves stays val. What is
     missing then is cut out of train, class by class, with the fractions and the seed of `options`;
-    a fraction of 0 makes no such split. A source without train is left as it is.
+    a fraction of 0 makes no such split. A source without train is left as it is. Which images of a
+    class go where, the order of their hashes decides: one that comes or goes moves at most one
+    of its class across each cut, and nothing else has a say.
 
     Raises UserError for fractions that are impossible or ask for a split that is there already,
     and for a class with too few images to be divided.
@@ -82,9 +86,11 @@ def _divide(
 ) -> dict[str, Split]:
     rest = 1 - sum(fractions.values())
     shares = {"train": rest, **fractions}
-    parts = dict(
-        zip(shares, stratified_parts(train.labels, list(shares.values()), seed), strict=True)
+    hashes = np.array([_hash(train, row, seed) for row in range(len(train.ids))], np.uint64)
+    found = stratified_parts(
+        train.labels, list(shares.values()), lambda rows: rows[np.argsort(hashes[rows])]
     )
+    parts = dict(zip(shares, found, strict=True))
     counts = np.bincount(train.labels, minlength=len(class_names))
     for name in shares.keys() & {"train", "test"}:
         left = np.bincount(train.labels[parts[name]], minlength=len(class_names))
@@ -108,38 +114,48 @@ def _divide(
     }
 
 
+def _hash(split: Split, row: int, seed: int) -> int:
+    """Of an image's name in one normal form, since file systems differ in how they write an é."""
+    if split.content is None:
+        own = unicodedata.normalize("NFC", split.ids[row]).encode(errors="surrogatepass")
+    else:
+        own = split.content(row)
+    return int.from_bytes(hashlib.blake2b(b"%d " % seed + own, digest_size=8).digest())
+
+
 @dataclass(frozen=True)
 class _Rows(Generic[Of]):
     of: Callable[[int], Of]
-    rows: npt.NDArray[np.int64]
+    rows: Rows
 
     def __call__(self, index: int) -> Of:
         return self.of(int(self.rows[index]))
 
 
-def take(split: Split, rows: npt.NDArray[np.int64], origin: str) -> Split:
+def take(split: Split, rows: Rows, origin: str) -> Split:
     """The given rows of a split, (M,) integers, in that order."""
     ids = [split.ids[row] for row in rows]
     file = split.file and _Rows(split.file, rows)
-    return Split(ids, split.labels[rows], _Rows(split.read, rows), origin, file)
+    content = split.content and _Rows(split.content, rows)
+    return Split(ids, split.labels[rows], _Rows(split.read, rows), origin, file, content)
 
 
 def stratified_parts(
-    labels: npt.ArrayLike, fractions: list[float], seed: int = SPLIT_SEED
-) -> list[npt.NDArray[np.int64]]:
+    labels: npt.ArrayLike, fractions: list[float], order: Callable[[Rows], Rows]
+) -> list[Rows]:
     """Disjoint sets of rows, one per fraction, each class divided in the same proportions.
 
-    Within a class the rows are shuffled and cut at the rounded cumulative fractions; each part
-    is returned in ascending order, so that the source's order is kept.
+    Each class is cut at the rounded cumulative fractions, which keeps every part within one image
+    of its share; parts are returned in ascending order, so that the source's order is kept.
 
     labels: (N,) integers. fractions: non-negative, sum ≤ 1; a remainder belongs to no part.
+    order: the rows of a class, in the order in which they are cut.
     """
     labels = np.asarray(labels)
-    rng = np.random.default_rng(seed)
     cuts = np.cumsum([0.0, *fractions])
-    parts: list[list[npt.NDArray[np.int64]]] = [[] for _ in fractions]
+    parts: list[list[Rows]] = [[] for _ in fractions]
     for label in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == label))
+        rows = order(np.flatnonzero(labels == label))
         bounds = np.rint(cuts * len(rows)).astype(int)
         for part, start, stop in zip(parts, bounds[:-1], bounds[1:], strict=True):
             part.append(rows[start:stop])

@@ -20,13 +20,14 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.words import counted
 from clip_adapter.extract.datasets.catalogue import CatalogueEntry
 from clip_adapter.extract.datasets.source import (
     DEFAULT_TEMPLATES,
-    SPLIT_NAMES,
     ImageDataset,
     SourceOptions,
     Split,
+    splits_among,
 )
 from clip_adapter.extract.datasets.splitting import complete_splits
 from clip_adapter.extract.datasets.tfds_without_tensorflow import file_operations_for_tfds
@@ -57,12 +58,20 @@ def open_tfds(
         )
     builders_names = features["label"].names
     matched, new_labels = _label_map(builders_names, entry)
-    splits = {}
-    for published in builder.info.splits:
-        if published in SPLIT_NAMES:
-            split = _split(builder, published, new_labels)
-            if split is not None:
-                splits[SPLIT_NAMES[published]] = split
+    splits: dict[str, Split] = {}
+    left_out = []
+    means = splits_among(builder.info.splits)
+    for published, info in builder.info.splits.items():
+        meant = means.get(published)
+        if meant is None or meant in splits:
+            left_out.append(f"{counted(info.num_examples, 'image')} of the split {published}")
+            continue
+        split, unlabelled = _split(builder, published, new_labels)
+        if unlabelled:
+            without = counted(unlabelled, "image")
+            left_out.append(f"{without} of the split {published} without a label")
+        if split is not None:
+            splits[meant] = split
     if not splits:
         raise UserError(
             f"tfds:{builder_name} has no train, validation or test split with labels; "
@@ -78,7 +87,12 @@ def open_tfds(
     }
     templates = entry.templates if entry else DEFAULT_TEMPLATES
     return ImageDataset(
-        name, class_names, templates, complete_splits(splits, class_names, options), provenance
+        name,
+        class_names,
+        templates,
+        complete_splits(splits, class_names, options),
+        provenance,
+        [f"left out {' and '.join(left_out)}."] if left_out else [],
     )
 
 
@@ -215,27 +229,30 @@ def _words(name: str) -> tuple[str, ...]:
     return tuple(sorted(re.findall(r"[a-z0-9]+", name.lower())))
 
 
-def _split(builder: Any, published: str, new_labels: list[int]) -> Split | None:
-    """A published split without the classes that are left out; None where it has no labels."""
+def _split(builder: Any, published: str, new_labels: list[int]) -> tuple[Split | None, int]:
+    """A published split without the classes that are left out, None where it has no labels; and how
+    many of its images have none."""
     key = next((name for name in ID_FEATURES if name in builder.info.features), None)
     names = builder.info.features["label"].names
-    rows, labels, keys, paths = [], [], [], []
+    rows, labels, keys, paths, unlabelled = [], [], [], [], 0
     for row, (label, written) in enumerate(_labels_and_keys(builder, published, key)):
+        unlabelled += label < 0
         if label >= 0 and new_labels[label] != LEFT_OUT:
             rows.append(row)
             labels.append(new_labels[label])
             keys.append(written)
             paths.append(f"{names[label]}/{written}")
     if not rows:
-        return None
+        return None, unlabelled
     numbered = [f"{published}/{row}" for row in rows]
     unique = (ids for ids in (keys, paths) if key and len(set(ids)) == len(ids))
-    return Split(
+    split = Split(
         next(unique, numbered),
         np.array(labels, np.int32),
         _TfdsImages(str(builder.data_dir), published, np.array(rows, np.int64)),
         f"{published} split of tfds:{builder.info.full_name}",
     )
+    return split, unlabelled
 
 
 def _labels_and_keys(builder: Any, split: str, key: str | None) -> Iterator[tuple[int, str]]:

@@ -34,6 +34,9 @@ KEPT_BYTES = 1 << 26
 # Prompts' features are averaged for so many classes at a time: with 80 prompts a class those of
 # ImageNet are five times as large as its 16-shot support set.
 BLOCK_CLASSES = 64
+# Rows of the classifier with a larger cosine are of one text, encoded in another batch, in 16 bits
+# at worst (which leaves 1e-5); CLIP's texts of "cat" and "cats" are a hundred times farther apart.
+ONE_TEXT = 1 - 5e-5
 
 # What methods may need beyond features, and the flag of `extract` that provides it.
 TOWER_SHA256 = "text_tower_sha256"
@@ -92,25 +95,36 @@ class Data:
 
     def head(self, method: Method) -> Head:
         """The zero-shot classifier of the classes, NumPy arrays; with text where that is needed."""
-        if "weights" not in self._extra:
-            self._extra["weights"] = self._weights()
         needed = "text" in method.needs
         if needed and "text" not in self._extra:
             self._extra["text"] = self.cache.text_features()
         return Head(
-            self._extra["weights"][self.classes],
+            self._weights()[self.classes],
             np.float32(self.cache.logit_scale),
             np.float32(self.cache.logit_bias),
             self._extra["text"][self.classes] if needed else None,
         )
 
+    def classes_with_one_text(self) -> list[list[str]]:
+        """Groups of the cache's classes whose rows of the zero-shot classifier are the same."""
+        weights, names = self._weights(), self.cache.class_names
+        groups: dict[int, list[str]] = {}
+        for start in range(0, len(names), BLOCK_ROWS):
+            alike = weights[start : start + BLOCK_ROWS] @ weights.T > ONE_TEXT
+            np.fill_diagonal(alike[:, start:], val=True)
+            for row, first in enumerate(alike.argmax(axis=1).tolist(), start):
+                groups.setdefault(first, []).append(names[row])
+        return [group for group in groups.values() if len(group) > 1]
+
     def _weights(self) -> Features:
-        """Those of all classes of the cache."""
-        blocks = []
-        for first in range(0, len(self.cache.class_names), BLOCK_CLASSES):
-            text = self.cache.text_features(slice(first, first + BLOCK_CLASSES))
-            blocks.append(classifier_weights(np, text))  # with JAX it would be 15 programs
-        return np.concatenate(blocks)
+        """The zero-shot classifier of all classes of the cache."""
+        if "weights" not in self._extra:
+            blocks = []
+            for first in range(0, len(self.cache.class_names), BLOCK_CLASSES):
+                text = self.cache.text_features(slice(first, first + BLOCK_CLASSES))
+                blocks.append(classifier_weights(np, text))  # with JAX it would be 15 programs
+            self._extra["weights"] = np.concatenate(blocks)
+        return self._extra["weights"]
 
     def task(self, method: Method, rows: TaskRows, fold: Fold | None = None) -> Task:
         """The arrays of a task for a method, on the device; the whole of it, or one fold."""

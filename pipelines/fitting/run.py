@@ -13,6 +13,7 @@ from clip_adapter.cache.cores import available_cores
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.words import same_text
 from clip_adapter.pipelines.fitting.ablation import run_ablations
 from clip_adapter.pipelines.fitting.ablation_rows import AblationRow, ablated, read_ablations
 from clip_adapter.pipelines.fitting.config import (
@@ -81,6 +82,8 @@ def run_fit(config: FitConfig, listener: Listener) -> FitResult:
         for sentence in without_effect(config, plan):
             listener.note(sentence)
         data, new, tasks = _tasks(plan, cache)
+        if groups := data.classes_with_one_text():
+            listener.note(same_text(groups))
         check_feasible(plan, data, data.tasks[0])
         place = config.resume or config.out or new_folder()
         with closing(RunFolder(place, plan, resume=config.resume is not None)) as folder:

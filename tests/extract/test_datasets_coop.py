@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 
@@ -72,6 +73,62 @@ def test_few_shot_draws_from_it_are_coops_own(tmp_path: Path) -> None:
 def test_a_folder_of_another_name_is_told_by_its_split_file(tmp_path: Path) -> None:
     write_pets(tmp_path / "my-pets", pets_split(1))
     assert open_coop(str(tmp_path / "my-pets"), SourceOptions()).name == "oxford_pets"
+
+
+@pytest.mark.parametrize("place", [".", "images", "photos"])
+def test_a_split_file_of_ones_own(tmp_path: Path, place: str) -> None:
+    own = {
+        split: [(f"{split}/{label}_{n}.jpg", label, normalize(form, f"cl\u00e1ss {label}"))
+                for label in (1, 0, 2) for n in range(2)]
+        for split, form in (("train", "NFC"), ("val", "NFD"), ("test", "NFC"))
+    }  # fmt: skip
+    for rows in own.values():
+        for path, label, _ in rows:
+            write_image(tmp_path / "mine" / place / path, label)
+    file = tmp_path / "mine" / "split_zhou_Mine.json"
+    file.write_text("\ufeff" + json.dumps(own), encoding="utf-8")
+    data = open_dataset(f"coop:{tmp_path}/mine")
+    assert (data.name, list(data.class_names)) == (
+        "mine",
+        ["cl\u00e1ss 0", "cl\u00e1ss 1", "cl\u00e1ss 2"],
+    )
+    assert list(data.splits["train"].ids) == [path for path, _, _ in own["train"]]
+    assert grey(data.splits["test"].read(4)) == 2
+    assert data.splits["val"].origin == "val: split file split_zhou_Mine.json"
+    (tmp_path / "mine" / "my_split.json").write_text("{}")
+    with pytest.raises(UserError, match=r"'my_split.json', 'split_zhou_Mine.json', .* keep one"):
+        open_dataset(f"coop:{tmp_path}/mine")
+    (tmp_path / "mine" / "my_split.json").unlink()
+    own["test"][0] = ("test/1_0.jpg", 7, "class 7")
+    file.write_text(json.dumps(own))
+    with pytest.raises(UserError, match=r"has 4 pairs of label .* where mine has labels from 0 on"):
+        open_dataset(f"coop:{tmp_path}/mine")
+    file.write_text('{"train": [], "train": [], "val": [], "test": []}')
+    with pytest.raises(UserError, match=r"split_zhou_Mine.json names 'train' twice in one object"):
+        open_dataset(f"coop:{tmp_path}/mine")
+
+
+def test_a_known_folder_with_a_split_file_of_another_name(tmp_path: Path) -> None:
+    folder = write_pets(tmp_path / "oxford_pets", pets_split(1))
+    (folder / str(PETS.coop_split_file)).rename(folder / "split_seed2.json")
+    data = open_dataset("oxford_pets", SourceOptions(data_root=tmp_path))
+    assert data.templates == PETS.templates
+    assert data.provenance["version"] == "split_seed2.json"
+
+
+def test_a_root_one_level_off_is_said(tmp_path: Path) -> None:
+    folder = write_pets(tmp_path / "data" / "sets" / "oxford_pets", pets_split(1))
+    for root, words in (
+        (tmp_path / "data", r"holds no oxford_pets, but .*/data/sets does; give that"),
+        (folder, r"is oxford_pets itself; give .*/data/sets\."),
+        (tmp_path / "none", r"There is no folder .*none; give the one that holds oxford_pets"),
+    ):
+        with pytest.raises(UserError, match=words):
+            open_dataset("oxford_pets", SourceOptions(data_root=root))
+    (folder / "copy").mkdir()
+    (folder / str(PETS.coop_split_file)).rename(folder / "copy" / str(PETS.coop_split_file))
+    with pytest.raises(UserError, match=r"no split_zhou_OxfordPets.json, but .*/copy has; give"):
+        open_coop(str(folder), SourceOptions())
 
 
 def test_published_sizes_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,12 @@
 """Tables of images: columns, order, and sentences with line numbers."""
 
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions
 from tests.extract.data_set_archives import grey, write_image
@@ -57,6 +59,8 @@ def test_without_split_column_it_is_divided(tmp_path: Path) -> None:
     path = tmp_path / "spreadsheet.csv"
     path.write_text("\r\n".join(lines), encoding="utf-8")
     data = open_table(path)
+    (remark,) = data.remarks
+    assert "has 1 column that no one reads: 'remark'; --columns path=NAME" in remark
     assert data.class_names == ["0", "1"]
     assert {name: len(split.ids) for name, split in data.splits.items()} == {
         "train": 10,
@@ -68,18 +72,76 @@ def test_without_split_column_it_is_divided(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("header", "mark", "columns"),
+    [
+        ("Path,LABEL,Split", ",", ()),
+        (" path , label , split ", ",", ()),
+        ("path;label;SPLIT", ";", ()),
+        ("path\tlabel\tsplit", "\t", ()),
+        ("image,choice,set", ",", ("path=image,label=choice", "split=set")),
+        ("Image;Choice;Set", ";", ("path=image,label=choice,split=set",)),
+        ("path,a b,split", ",", ("label=a b",)),
+    ],
+)
+def test_columns_by_any_spelling_separator_and_name(
+    header: str, mark: str, columns: tuple[str, ...], tmp_path: Path
+) -> None:
+    ant = "ant" if mark == "," else "ant, big"
+    placed = (("a", ant, "Training"), ("c", "zebra", " train "), ("d", "zebra", "dev"))
+    rows = [(f"{name}.jpg", *rest) for name, *rest in (*placed, ("sub/b", ant, "TEST"))]
+    path = table(tmp_path, "\n".join([header, *(mark.join(row) for row in rows)]))
+    options = ExtractConfig(dataset=f"csv:{path}", columns=columns).source_options()
+    data = open_dataset(f"csv:{path}", options)
+    assert {name: list(split.ids) for name, split in data.splits.items()} == {
+        "train": ["a.jpg", "c.jpg"], "val": ["d.jpg"], "test": ["sub/b.jpg"],
+    }  # fmt: skip
+    assert data.class_names == [ant, "zebra"]
+    assert not data.remarks
+
+
+@pytest.mark.parametrize(
+    "columns", ["image", "path", "image=path", "path=", "path=a,path=b", "path=a,b=c,label=", ""]
+)
+def test_columns_that_say_nothing_are_refused(columns: str) -> None:
+    with pytest.raises(UserError, match=r"^--columns .* does not say what columns are called; wri"):
+        ExtractConfig(dataset="csv:x", columns=columns).identity()  # type: ignore[arg-type]
+
+
+def test_columns_belong_to_tables(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--columns is for csv: and hf:, which have columns"):
+        open_dataset("digits", SourceOptions(columns={"path": "image"}))
+    with pytest.raises(UserError, match=r"has no column picture in its first row"):
+        open_dataset(f"csv:{table(tmp_path, ROWS)}", SourceOptions(columns={"path": "picture"}))
+
+
+def test_labels_in_two_spellings_of_their_accents_are_one_class(tmp_path: Path) -> None:
+    names = [unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD")]
+    rows = [
+        f"a.jpg,{names[0]},train",
+        f"c.jpg,{names[1]},test",
+        "d.jpg,b,train",
+        "sub/b.jpg,b,test",
+    ]
+    path = table(tmp_path, "\n".join(["path,label,split", *rows]))
+    data = open_dataset(f"csv:{path}", SourceOptions(val=0.0))
+    assert data.class_names == ["b", "caf\u00e9"]
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         (
             "file,class\na.jpg,x\n",
-            r"no column path and no column label in its first row \('file', 'cl",
+            r"no column path and no column label in its first row \('file', 'cl.*--columns path=",
         ),
         ("", r"is empty; name the columns path and label"),
         ("path,label\n", r"labels.csv has no rows"),
         ("path,label\na.jpg,x\nd.jpg\n", r"line 3: label is empty"),
         ("path,label\n,x\n", r"line 2: path is empty"),
         ("path,label\na.jpg,x\nd.jpg,y\na.jpg,y\n", r"line 4: 'a.jpg' stands in line 2 already"),
-        ("path,label,split\na.jpg,x,dev\n", r"line 2: unknown split 'dev'; write train, val or"),
+        ("path,label,split\na.jpg,x,fun\n", r"line 2: unknown split 'fun'; write train, val or"),
+        ("path,label\na.jpg,cat, tabby\n", r"line 2 has 3 fields where the first row names 2; put"),
+        ("path,label,Label\na.jpg,x,y\n", r"has the column label twice; keep one"),
         ("path,label,split\na.jpg,x,\n", r"line 2: unknown split ''"),
         ("path,label\ngone.jpg,x\nd.jpg,y\n", r"lacks 1 of 2 images, .* is gone.jpg"),
     ],

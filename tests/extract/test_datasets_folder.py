@@ -1,16 +1,28 @@
 """Folders of images: what counts as a class, a split, an image."""
 
 import os
+import random
+import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.listener import Listener
 from clip_adapter.extract import images
 from clip_adapter.extract.datasets import image_files
 from clip_adapter.extract.datasets.registry import open_dataset
-from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions
+from clip_adapter.extract.datasets.source import (
+    ImageDataset,
+    SourceOptions,
+    Split,
+    splits_among,
+)
+from clip_adapter.extract.datasets.splitting import complete_splits
 from tests.extract.data_set_archives import grey, write_image
 
 
@@ -55,10 +67,40 @@ def test_fractions_and_seed_are_the_users(tmp_path: Path) -> None:
     assert list(open_folder(root, val=0.0).splits) == ["train", "test"]
 
 
+def places(ids: Sequence[str], seed: int = 0) -> dict[str, str]:
+    """Image → split, for images of the classes that their ids begin with."""
+    names = sorted({name.split("/")[0] for name in ids})
+    labels = np.array([names.index(name.split("/")[0]) for name in ids], np.int32)
+    whole = Split(list(ids), labels, lambda _: Image.new("L", (1, 1)), "all")
+    splits = complete_splits({"train": whole}, names, SourceOptions(seed=seed))
+    return {name: split for split, rows in splits.items() for name in rows.ids}
+
+
+def test_what_stays_does_not_move_when_others_come_and_go() -> None:
+    """Each that comes or goes shifts a class by one image at each of its two cuts, at most."""
+    ids = [f"{name}/{number}" for name in ("cat", "dog", "eel") for number in range(40)]
+    before = places(ids)
+    for gone in range(1, 30):
+        left = ids[gone:]
+        now = places(
+            [*random.Random(gone).sample(left, len(left)), *(f"bee/{n}" for n in range(9))]
+        )
+        moved = [name for name in left if now[name] != before[name]]
+        assert all(name.startswith("cat/") for name in moved)
+        assert len(moved) <= 2 * gone
+        for split, share in (("train", 0.5), ("val", 0.2), ("test", 0.3)):
+            counts = Counter(name.split("/")[0] for name, place in now.items() if place == split)
+            for name, total in (("cat", 40 - gone), ("dog", 40), ("bee", 9)):
+                assert abs(counts[name] - share * total) <= 1
+    assert sum(before[name] != places(ids, seed=1)[name] for name in ids) > 40
+    composed = [f"{name}/caf\u00e9{number}" for name in "ab" for number in range(20)]
+    decomposed = [unicodedata.normalize("NFD", name) for name in composed]
+    assert list(places(composed).values()) == list(places(decomposed).values())
+
+
 def test_split_folders_are_taken_as_they_are_under_any_usual_name(tmp_path: Path) -> None:
     for split, count in (("Train", 3), ("validation", 2), ("test", 1)):
         flat(tmp_path / split, cat=count, dog=count)
-    write_image(tmp_path / "notes" / "scan.png")
     data = open_folder(tmp_path)
     assert {name: list(split.ids) for name, split in data.splits.items()}["test"] == [
         "test/cat/0.jpg",
@@ -71,6 +113,124 @@ def test_split_folders_are_taken_as_they_are_under_any_usual_name(tmp_path: Path
     flat(tmp_path / "valid", cat=1)
     with pytest.raises(UserError, match=r"valid and validation, which both mean the val split"):
         open_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("Training", "dev", "TESTING"), ("train", "val", "test")),
+        (("train", "valid", "eval"), ("train", "val", "test")),
+        (("train", "eval", "test"), ("train", "val", "test")),
+        (("training_set", "test_set", "validation-images"), ("train", "test", "val")),
+        (("trainset", "Development", "evaluation"), ("train", "val", "test")),
+        (
+            ("seg_train", "train2017", "steam train", "seg", "steam"),
+            (None, "train", None, None, None),
+        ),
+    ],
+)
+def test_what_splits_are_called(names: tuple[str, ...], splits: tuple[str | None, ...]) -> None:
+    assert [splits_among(names).get(name) for name in names] == list(splits)
+
+
+def test_images_outside_the_class_folders_are_counted(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for name in ("train", "test"):
+        flat(root / name, cat=4, dog=4)
+        write_image(root / name / "loose.jpg")
+    flat(root / "notes", deep=3)
+    flat(root, val=2)
+    write_image(root / "here.jpg")
+    data = open_folder(root, val=0.5)
+    assert list(data.class_names) == ["cat", "dog"]
+    assert {name: len(split.ids) for name, split in data.splits.items()} == {
+        "train": 4, "val": 4, "test": 8,
+    }  # fmt: skip
+    assert data.remarks == [
+        f"left out 3 images beside the class folders, the first of them {root}/here.jpg; put each "
+        "into the folder of its class.",
+        f"left out 3 images in {root}/notes: it is no split with class folders, as 'test', 'train' "
+        "beside it.",
+        f"left out 2 images in {root}/val: it is no split with class folders, as 'test', 'train' "
+        "beside it.",
+    ]
+    flat(tmp_path / "flat", cat=6, dog=6)
+    for number in range(183):
+        write_image(tmp_path / "flat" / f"{number}.png")
+    (remark,) = open_folder(tmp_path / "flat").remarks
+    assert remark.startswith("left out 183 images beside the class folders, the first of them ")
+
+
+def test_a_level_too_high_or_too_low_is_said(tmp_path: Path) -> None:
+    flat(tmp_path / "high" / "photos" / "photos", cat=6, dog=6)
+    flat(tmp_path / "splits" / "photos" / "train", cat=6, dog=6)
+    flat(tmp_path / "only" / "train", **{"": 2})
+    flat(tmp_path / "only" / "test", **{"": 2})
+    for place, words in (
+        (
+            "high",
+            r"class folder with images, photos/photos, .* 'cat', 'dog'; .* give .*h/photos/pho",
+        ),
+        ("splits", r"one class folder with images, photos/train, .* 'cat', 'dog'; if these are"),
+        ("high/photos/photos/cat", r"holds 6 images and no folders; give the folder above it, or"),
+        ("only", r"holds 'test', 'train' with images but without a folder for each class; put"),
+    ):
+        with pytest.raises(UserError, match=words):
+            open_folder(tmp_path / place)
+    for name in ("autumn", "spring"):
+        flat(tmp_path / "seasons" / name, cat=6, dog=6)
+    flat(tmp_path / "seasons", to_sort=6)
+    (remark,) = open_folder(tmp_path / "seasons").remarks
+    assert remark.startswith("took 'autumn', 'spring' for classes, though all of their images lie")
+
+
+def test_what_systems_keep_among_images_is_left_out_and_counted(tmp_path: Path) -> None:
+    root = flat(tmp_path, cat=6, dog=6)
+    for junk in ("@eaDir", "$RECYCLE.BIN", "__MACOSX", "#recycle", ".thumbnails", "cat/Thumbnails"):
+        flat(root / junk, cat=2)
+    (root / "cat" / "._0.jpg").touch()
+    data = open_folder(root)
+    assert list(data.class_names) == ["cat", "dog"]
+    assert sum(len(split.ids) for split in data.splits.values()) == 12
+    (remark,) = data.remarks
+    assert remark.startswith("left out 13 images that are hidden or that a system keeps for itself")
+    assert "2 in @eaDir" in remark
+
+
+def test_links_out_of_the_folder_are_followed_and_counted_and_the_search_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = flat(tmp_path / "data", cat=6, dog=6)
+    flat(tmp_path / "elsewhere", more=3)
+    (root / "cat" / "away").symlink_to(tmp_path / "elsewhere")
+    (root / "eel").symlink_to(tmp_path / "elsewhere")
+    (root / "cat" / "linked.jpg").symlink_to(tmp_path / "elsewhere" / "more" / "0.jpg")
+    (root / "cat" / "inside.jpg").symlink_to(root / "dog" / "0.jpg")
+    monkeypatch.setattr(image_files, "TOLD_EVERY_SECONDS", 0.0)
+    heard = Heard()
+    data = open_dataset(f"folder:{root}", SourceOptions(listener=heard))
+    (remark,) = data.remarks
+    assert remark.startswith(f"followed 3 links out of {root}, the first of them {root}/")
+    assert sum(len(split.ids) for split in data.splits.values()) == 6 + 5 + 6 + 3
+    assert heard.notes[-1].startswith("20 images found so far, in ")
+
+
+class Heard(Listener):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+
+
+def test_a_class_in_two_spellings_of_its_accents_is_one(tmp_path: Path) -> None:
+    for split, form in (("train", "NFC"), ("test", "NFD")):
+        name = unicodedata.normalize(form, "caf\u00e9")
+        flat(tmp_path / split, **{name: 3, "tea": 3})
+    data = open_folder(tmp_path, val=0.0)
+    assert list(data.class_names) == ["caf\u00e9", "tea"]
+    assert [len(split.ids) for split in data.splits.values()] == [6, 6]
+    assert all(split.file is not None and split.file(0).exists() for split in data.splits.values())
 
 
 def test_without_test_folder_the_val_folder_stays_val(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from PIL import Image
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.extract.datasets.registry import open_dataset
+from clip_adapter.extract.datasets.source import SourceOptions
+from clip_adapter.extract.images import BadImage
 from tests.extract.data_set_archives import grey, image_bytes, write_image
 
 CLASSES = ["pug", "boxer"]
@@ -49,6 +51,7 @@ def test_columns_are_found_by_type_and_unlabelled_splits_are_not_used(tmp_path: 
         "val": 2,
         "test": 3,
     }
+    assert data.remarks == ["left out 2 images of the split 'test' without a label."]
     assert list(data.splits["test"].ids) == ["validation/0", "validation/1", "validation/2"]
     assert data.splits["test"].labels.tolist() == [0, 1, 1]
     assert [grey(data.splits["test"].read(row)) for row in range(3)] == [50, 51, 52]
@@ -60,9 +63,15 @@ def test_images_are_given_as_stored(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("CMYK", (8, 8)).save(buffer, "JPEG")
     stored = {"bytes": buffer.getvalue(), "path": None}
-    train = {"picture": [stored] * 20, "breed": [0, 1] * 10}
+    train = {"picture": [stored] * 19 + [None], "breed": [0, 1] * 10}
     data = open_dataset(f"hf:{save(tmp_path / 'cmyk', FEATURES, train=train)}")
-    assert data.splits["train"].read(0).mode == "CMYK"
+    for split in data.splits.values():
+        for row, name in enumerate(split.ids):
+            if name == "train/19":
+                with pytest.raises(BadImage):
+                    split.read(row)
+            else:
+                assert split.read(row).mode == "CMYK"
 
 
 def test_a_folder_that_load_dataset_understands(tmp_path: Path) -> None:
@@ -73,6 +82,72 @@ def test_a_folder_that_load_dataset_understands(tmp_path: Path) -> None:
     assert data.class_names == ["boxer", "pug"]
     train = data.splits["train"]
     assert [grey(train.read(row)) for row in range(10)] == [(5, 3)[n] for n in train.labels]
+
+
+def texts(labels: list[Any], first: int = 0) -> dict[str, list[Any]]:
+    return columns(labels, first) | {"title": ["a picture"] * len(labels)}  # type: ignore[list-item]
+
+
+TEXTS = {"picture": datasets.Image(), "breed": datasets.Value("string")}
+TITLED = TEXTS | {"title": datasets.Value("string")}
+
+
+def test_labels_may_be_texts_and_splits_have_other_names(tmp_path: Path) -> None:
+    """One Dataset that was saved, without splits; splits called otherwise; labels missing."""
+    rows = datasets.Dataset.from_dict(
+        columns(["pug", "boxer "] * 10),
+        features=datasets.Features(TEXTS),  # type: ignore[arg-type]
+    )
+    rows.save_to_disk(tmp_path / "one")
+    data = open_dataset(f"hf:{tmp_path / 'one'}")
+    assert data.class_names == ["boxer", "pug"]
+    assert {name: len(split.ids) for name, split in data.splits.items()} == {
+        "train": 10, "val": 4, "test": 6,
+    }  # fmt: skip
+    folder = save(
+        tmp_path / "named",
+        TITLED,
+        training=texts(["pug", None, "boxer", "boxer"], 20),
+        dev=texts(["pug", "boxer"], 30),
+        testing=texts(["boxer"], 40),
+        extra=texts(["pug"] * 3, 50),
+    )
+    named = SourceOptions(columns={"label": "breed"})
+    data = open_dataset(f"hf:{folder}", named)
+    assert {name: list(split.ids) for name, split in data.splits.items()} == {
+        "train": ["training/0", "training/2", "training/3"],
+        "val": ["dev/0", "dev/1"],
+        "test": ["testing/0"],
+    }
+    assert [grey(data.splits["train"].read(row)) for row in range(3)] == [20, 22, 23]
+    assert data.splits["train"].labels.tolist() == [1, 0, 0]
+    assert data.remarks == [
+        "left out 1 image of the split 'training' without a label and 3 images of the split "
+        "'extra'."
+    ]
+    for chosen, words in (
+        ({}, r"has 2 columns of text \(breed, title\); exactly one is needed, or --columns label="),
+        ({"label": "picture"}, r"has no column 'picture' that could be its label"),
+        ({"label": "none"}, r"has no column 'none' that could be its label"),
+        ({"path": "title"}, r"has no column 'title' that could be its path"),
+        ({"split": "title"}, r"has splits, not a column of them"),
+    ):
+        with pytest.raises(UserError, match=words):
+            open_dataset(f"hf:{folder}", SourceOptions(columns=chosen))
+
+
+def test_a_split_that_is_cut_goes_by_the_images_not_by_their_numbers(tmp_path: Path) -> None:
+    def where(name: str, first: int) -> dict[int, str]:
+        train = columns([n % 2 for n in range(first, 40)], first)
+        data = open_dataset(f"hf:{save(tmp_path / name, FEATURES, train=train)}")
+        return {
+            grey(split.read(row)): place
+            for place, split in data.splits.items()
+            for row in range(len(split.ids))
+        }
+
+    whole, rest = where("whole", 0), where("rest", 1)
+    assert sum(whole[colour] != place for colour, place in rest.items()) <= 2
 
 
 @pytest.mark.parametrize(

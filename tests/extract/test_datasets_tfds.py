@@ -5,13 +5,14 @@ import socket
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from clip_adapter.cache.errors import UserError
-from clip_adapter.extract.datasets import tfds_without_tensorflow
+from clip_adapter.extract.datasets import tfds_builders, tfds_without_tensorflow
 from clip_adapter.extract.datasets.catalogue import load_catalogue
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions
@@ -179,6 +180,31 @@ def test_file_operations_are_taken_away_again(without_tensorflow: None) -> None:
     with tfds_without_tensorflow.file_operations_for_tfds():
         assert lazy_imports_utils.tensorflow.io.gfile.exists("/")
     assert "_module" not in vars(lazy_imports_utils.tensorflow)
+
+
+def test_splits_of_other_names_are_used_and_others_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    labels = {"training": [0, 1] * 5, "dev": [0, 1, -1], "testing": [1, 0], "extra": [0, 0, 1, 1]}
+    info = SimpleNamespace(
+        features=tfds.features.FeaturesDict(
+            {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["a", "b"])}
+        ),
+        splits={name: SimpleNamespace(num_examples=len(own)) for name, own in labels.items()},
+        full_name="toy/1.0.0",
+    )
+    builder = SimpleNamespace(info=info, data_dir=tmp_path, version="1.0.0")
+    monkeypatch.setattr(tfds_builders, "_prepared", lambda *_: builder)
+    monkeypatch.setattr(
+        tfds_builders, "_undecoded", lambda _, split: [{"label": n} for n in labels[split]]
+    )
+    data = open_dataset("tfds:toy")
+    assert {name: len(split.ids) for name, split in data.splits.items()} == {
+        "train": 10, "val": 2, "test": 2,
+    }  # fmt: skip
+    assert data.remarks == [
+        "left out 1 image of the split dev without a label and 4 images of the split extra."
+    ]
 
 
 def test_without_network_it_fails_at_once_and_says_what_else_there_is(

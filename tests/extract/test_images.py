@@ -20,6 +20,7 @@ from PIL import Image
 from clip_adapter.cache.errors import UserError
 from clip_adapter.extract import images
 from clip_adapter.extract.images import BadImage, naming, open_image, read_rgb
+from clip_adapter.extract.recipe import resolve
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (9, 7, 3), np.uint8)
@@ -150,6 +151,17 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
     ):
         with pytest.raises(BadImage, match=words):
             named(path)
+
+
+def test_a_pointer_of_git_lfs_is_named_as_such(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    assert "the pointer that Git LFS left in the file's place" in bad(pointer)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(pointer)
+    with pytest.raises(BadImage, match="pointer that Git LFS left"):
+        open_image(path)
+    with pytest.raises(UserError, match="pointer that Git LFS left"):
+        resolve("ViT-B-32", str(path))
 
 
 def test_memory_that_is_not_there_is_a_bad_image() -> None:

@@ -227,6 +227,8 @@ def test_preprocessing_that_is_known(tmp_path: Path) -> None:
         ("[" * 100_000, "nested too deeply"),
         (" " * 2**21, "too large"),
         ("\xff", "could not be loaded"),
+        ('{"model_cfg": 1, "model_cfg": 2}', "names 'model_cfg' twice in one object"),
+        ("version https://git-lfs.github.com/spec/v1", "the pointer that Git LFS left"),
     ],
 )
 def test_files_that_are_no_configuration(tmp_path: Path, content: str, words: str) -> None:

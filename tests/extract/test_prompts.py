@@ -1,6 +1,7 @@
 """Where prompts come from, and what is stored of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -19,7 +20,7 @@ from clip_adapter.extract.prompts import (
 from clip_adapter.extract.run import extract
 from clip_adapter.extract.text import TextPlan
 from clip_adapter.pipelines.spoken import Spoken
-from tests.extract.image_folders import make_folder
+from tests.extract.image_folders import make_folder, photograph
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -52,6 +53,35 @@ def test_files_that_are_no_templates(tmp_path: Path, content: str, words: str) -
         resolve_templates([str(tmp_path / "t.txt")])
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[",
+        "templates = [",
+        "'a photo of a {}.',",
+        '"a {}"',
+        "f'the {}',  # best",
+        '["a {}", "the {}"]',
+        "lambda c: f'a {c}'",
+        "],",
+    ],
+)
+def test_code_is_no_list_of_templates(tmp_path: Path, line: str) -> None:
+    (tmp_path / "t.py").write_text(f"a {{}}\n{line}\n")
+    with pytest.raises(UserError, match=r"t\.py holds code or JSON \(.*\), not templates; write"):
+        resolve_templates([str(tmp_path / "t.py")])
+    legal = ["'{}' on a wall", "(a photo of a {})", "[{}]", "art = {}", "a {}'s"]
+    (tmp_path / "t.py").write_text("\ufeff" + "\n".join(legal), encoding="utf-8")
+    assert resolve_templates([str(tmp_path / "t.py")]) == tuple(legal)
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "no/such/file", "a photo"])
+def test_neither_a_template_nor_a_file(name: str) -> None:
+    words = rf"'{name}' needs exactly one {{}} .*, and there is no file of that name either"
+    with pytest.raises(UserError, match=words):
+        resolve_templates(["a {}", name])
+
+
 def test_a_long_file_of_templates_is_held_against_itself_once(tmp_path: Path) -> None:
     lines = [f"picture {number} of a {{}}" for number in range(100_000)]  # in pairs: half an hour
     (tmp_path / "t.txt").write_text("\n".join(lines))
@@ -68,11 +98,13 @@ def described(folder: Path, content: object) -> Path:
 
 
 def test_names_are_matched_without_case_and_underscores() -> None:
-    stored = {"Forest Path": ["trees"], "RIVER": ["water", "a bank"]}
-    assert descriptions_in_order(stored, ["river", "forest_path"]) == [
+    stored = {"Forest Path": ["trees"], "RIVER": ["water", "a bank"], "cafe\u0301": ["tea"]}
+    assert descriptions_in_order(stored, ["river", "forest_path", "caf\u00e9"]) == [
         ["water", "a bank"],
         ["trees"],
+        ["tea"],
     ]
+    assert descriptions_in_order({"cat": ["a"], "Cat": ["b"]}, ["Cat", "cat"]) == [["b"], ["a"]]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +119,27 @@ def test_names_are_matched_without_case_and_underscores() -> None:
 def test_missing_and_extra_classes(stored: dict[str, list[str]], words: str) -> None:
     with pytest.raises(UserError, match=words):
         descriptions_in_order(stored, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "inner", ['"cat": ["a"], "dog": ["b"], "cat": ["c"]', '"x": {"cat": 1, "cat": 2}']
+)
+def test_a_name_twice_in_a_file_is_refused(tmp_path: Path, inner: str) -> None:
+    path = described(tmp_path, f"{{{inner}}}")
+    with pytest.raises(
+        UserError, match=r"descriptions\.json names 'cat' twice in one object; join"
+    ):
+        read_descriptions(path)
+
+
+def test_marks_and_pointers_in_place_of_a_file(tmp_path: Path) -> None:
+    path = described(tmp_path, '\ufeff{"cat": ["a"]}')
+    assert read_descriptions(path) == {"cat": ["a"]}
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(
+        UserError, match=r"is the pointer that Git LFS left in the file's place; get"
+    ):
+        read_descriptions(path)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +181,28 @@ def test_prompts_that_are_cut_off_are_counted(
         "warning: the text tower reads only the beginning of 20 prompts, the first of them "
         f"'{words}eight'; shorten what is to count.\n"
     )
+
+
+def test_classes_with_one_text_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the text was encoded before; and all, where only the end of a prompt differs."""
+    names = ("Cat", "cat", "eel", "sea lion", "sea_lion")
+    data = f"folder:{make_folder(tmp_path / 'data', {'train': 1, 'test': 1}, names)}"
+    config = ExtractConfig(dataset=data, out=tmp_path / "features.h5", val=0.0, batch_size=2)
+    said = "these classes have the same text: 'Cat', 'cat'; 'sea lion', 'sea_lion'; by it, all"
+    extract(config, Spoken("extract"))
+    assert said in capsys.readouterr().err
+    photograph(9).save(tmp_path / "data" / "train" / "eel" / "9.png")
+    extract(replace(config, update=True), Spoken("extract"))
+    assert said in capsys.readouterr().err
+    sentences = {name: [f"{number} {name}"] for number, name in enumerate(names)}
+    files = {"descriptions": described(tmp_path, sentences), "force": True}
+    extract(replace(config, **files), Spoken("extract"))
+    assert "same text" not in capsys.readouterr().err
+    extract(replace(config, templates=(f"{'word ' * 30}{{}}",), force=True), Spoken("extract"))
+    words = "these classes have the same text: 'Cat', 'cat', 'eel' and 2 more; by it"
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("batch_size", [64, 3])

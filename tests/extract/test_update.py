@@ -170,12 +170,12 @@ def test_a_cut_split_moves_images(tmp_path: Path, encoded: list[str]) -> None:
     run(spec, out, views=1)
     save(root / "cat" / "0.png", 500)
     save(root / "dog" / "7a.png", 501)
-    refused(spec, out, r"2 images new, \d+ images moved to another split; --update", views=1)
+    refused(spec, out, r"2 images new, [1-4] images? moved to another split; --update", views=1)
     encoded.clear()
     run(spec, out, update=True, views=1)
     # What comes to train from elsewhere has no augmented views yet.
     assert {"cat/0.png", "dog/7a.png"} <= set(encoded)
-    assert len(encoded) < 20
+    assert len(encoded) <= 2 + 4
     updated_equals_fresh(spec, out, tmp_path, views=1)
     encoded.clear()
     run(spec, out, update=True, views=1, split_seed=3, val=0.1)

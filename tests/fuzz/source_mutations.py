@@ -91,16 +91,25 @@ def table(rng: random.Random, folder: Path) -> list[str]:
     _images(rng, folder, names)
     buffer = io.StringIO()
     writer = csv.writer(buffer, delimiter=rng.choice((",", ",", ",", ";", "\t")))
-    columns = rng.choice((["path", "label"], ["path", "label", "split"], ["label", "path", ""]))
+    columns = rng.choice(
+        (
+            ["path", "label"],
+            ["path", "label", "split"],
+            ["label", "path", ""],
+            ["path", "Label", "x"],
+        )
+    )
     writer.writerow(columns)
     for number, name in enumerate(names):
-        row = {"path": name, "label": f"c{number % 2}", "split": "train", "": "x"}
+        label = f"c{number % 2}"
+        row = {"path": name, "label": label, "Label": label, "split": "train", "": "x", "x": label}
         if rng.random() < 0.1:
             row[rng.choice(columns)] = _text(rng)
         writer.writerow([row[column] for column in columns][: rng.choice((9, 9, 9, 9, 1))])
     encoding = rng.choice(("utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16", "latin-1"))
     _place(rng, folder / "t.csv", buffer.getvalue().encode(encoding, "replace"))
-    return ["--dataset", f"csv:{folder}/t.csv"]
+    own = rng.choice(("label=x", "path=path,label=Label", "split=x", "path", _text(rng)))
+    return ["--dataset", f"csv:{folder}/t.csv", *(["--columns", own] if rng.random() < 0.3 else [])]
 
 
 def split_file(rng: random.Random, folder: Path) -> list[str]:
@@ -130,8 +139,17 @@ def classes(rng: random.Random, folder: Path) -> list[str]:
     _images(rng, root, [f"c{n % 3}/{n}.png" for n in range(18)])
     for _ in range(rng.randrange(4)):
         place = root / f"c{rng.randrange(3)}"
-        choice = rng.randrange(6)
-        if choice == 0:
+        choice = rng.randrange(8)
+        if choice == 6:
+            _images(
+                rng,
+                root,
+                [f"{rng.choice(('', 'train/', 'c0/d/', '@eaDir/'))}{n}.png" for n in range(3)],
+            )
+        elif choice == 7:
+            split = rng.choice(("train", "dev", "Testing", "eval", "c9"))
+            _images(rng, root, [f"{split}/c{n % 2}/{n}.png" for n in range(6)])
+        elif choice == 0:
             (root / f"empty{rng.randrange(9)}").mkdir(exist_ok=True)
         elif choice == 1:
             (root / f"loop{rng.randrange(99)}").symlink_to(rng.choice((".", "..", "loop", "/dev")))

@@ -119,6 +119,9 @@ def test_a_mapping_and_the_classes_that_occur(place: Path, tmp_path: Path) -> No
     # Two classes of the images may be one of the adapter's.
     mapping.write_text(json.dumps({"drei": "class 3", "eins": "class 3"}))
     assert set(evaluate(EvaluateConfig(cache, adapter, classes=mapping)).labels.tolist()) == {3}
+    mapping.write_text('\ufeff{"drei": "class 3", "drei": "class 1"}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"classes.json names 'drei' twice in one object; join"):
+        evaluate(EvaluateConfig(cache, adapter, classes=mapping))
 
 
 def test_what_is_printed_and_written(
@@ -287,12 +290,15 @@ def test_images_of_a_folder_are_encoded_on_the_way(
         evaluate(EvaluateConfig(tmp_path / "splits", tmp_path / "run"))
     broken = next((tmp_path / "splits" / "val").rglob("*.png"))
     broken.write_bytes(b"no image")
+    digits.pictures[0].save(tmp_path / "splits" / "loose.png")
     arguments = ["--adapter", str(tmp_path / "run"), str(tmp_path / "splits"), "--split", "val"]
     for more, code in (([], 2), (["--on-error", "skip"], 1)):
         with pytest.raises(SystemExit) as ended:
             main([*arguments, *more])
         assert ended.value.code == code
-    assert "1 image cannot be decoded and are left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 image cannot be decoded and are left out" in said
+    assert "left out 1 image beside the class folders" in said
 
 
 def test_a_folder_needs_the_adapters_backbone(tmp_path: Path, place: Path, digits: object) -> None:

@@ -1,6 +1,7 @@
 """What `fit`'s options do to its choices and numbers."""
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,19 @@ def test_one_value_each_is_a_grid_of_one(cache: Path, tmp_path: Path):
     (line,) = result.summary
     assert line.test_accuracy and line.test_accuracy.std is None
     assert not (result.run / "validation.png").exists(), "nothing to compare"
+
+
+def test_classes_with_one_text_are_named(tmp_path: Path):
+    """Apart by what another batch or 16 bits make of it; those that are near are two."""
+    text = np.array(DATA.text)
+    noise = np.random.default_rng(0).normal(size=text[0].shape)
+    text[3] = 7 * (text[1] + 1e-3 * noise)
+    text[2] = text[0] + 0.05 * noise
+    cache = write_cache(tmp_path / "features.h5", replace(DATA, text=text))
+    notes = Notes()
+    fit(FitConfig(cache=cache, out=tmp_path / "run", method="zero-shot", shots=1), notes)
+    (note,) = notes.notes
+    assert note.startswith("these classes have the same text: 'class 1', 'class 3'; by it, all")
 
 
 def test_by_default_four_ratios_are_tried(cache: Path, tmp_path: Path):
