@@ -49,6 +49,7 @@ def report(config: ReportConfig) -> None:
     """
     from rich.console import Console
 
+    from clip_adapter.pipelines.fitting.predictions import PREDICTIONS
     from clip_adapter.pipelines.reporting.ablations import pooled_ablations
     from clip_adapter.pipelines.reporting.accuracies import accuracies
     from clip_adapter.pipelines.reporting.entries import pool
@@ -62,8 +63,12 @@ def report(config: ReportConfig) -> None:
     entries = pool(runs)
     table = accuracies(runs, entries)
     ablations = pooled_ablations(runs)
+    kept = all((run.path / PREDICTIONS).is_dir() for run in runs)
+    if not kept:
+        Spoken("report").note("without the runs' predictions/ no two methods can be tested")
     # Of what is read by people, one table of pairs: at the most shots.
-    pairs = pairwise(entries, table.shots if config.format == "csv" else table.shots[-1:])
+    shots = table.shots if config.format == "csv" else table.shots[-1:]
+    pairs = pairwise(entries, shots) if kept else []
     print(FORMATS[config.format](table, ablations, pairs, Console().width), end="", flush=True)
     if config.html == "none":
         return

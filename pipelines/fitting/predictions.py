@@ -16,6 +16,7 @@ from safetensors.numpy import load, save
 from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
 
+PREDICTIONS = "predictions"
 TEXTS = ("ids", "class_names")
 
 
@@ -83,7 +84,7 @@ def most_frequent(labels: npt.NDArray[np.int32]) -> tuple[int, float]:
 
 def predictions_path(method: str, shots: Any, seed: int) -> str:
     """Where a run folder keeps those of a method on a task."""
-    return f"predictions/{method}/shots-{shots}-seed-{seed}.safetensors"
+    return f"{PREDICTIONS}/{method}/shots-{shots}-seed-{seed}.safetensors"
 
 
 def read_predictions(run: Path, method: str, shots: Any, seed: int) -> Predictions:

@@ -151,11 +151,9 @@ def as_latex(
 def _latex_table(numbers: Numbers, name: Sequence[str], kinds: Sequence[str] = ()) -> str:
     """name: its parts, for the label. kinds: of each row what it measures; the best of a kind in
     each column is marked, as printed: several where they are equal."""
-    best = _best(numbers, kinds)
     rows = [list(map(latex, row)) for row in numbers.rows]
-    for row, column in best:
-        mean, space, rest = rows[row][column].partition(" ")
-        rows[row][column] = rf"\textbf{{{mean}}}{space}{rest}"
+    for row, column in _best(numbers, kinds):
+        rows[row][column] = rf"\textbf{{{rows[row][column]}}}"
     drawn = [" & ".join(row) + r" \\" for row in (map(latex, numbers.head), *rows)]
     return "\n".join(
         [
