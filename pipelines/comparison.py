@@ -7,7 +7,7 @@ of them has no average and no rank; two methods are compared where both have one
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +16,17 @@ from scipy.stats import rankdata
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.fitting.config import Shots
-from clip_adapter.pipelines.fitting.tables import KINDS
-from clip_adapter.pipelines.reporting.entries import Entry, in_order, pool
+from clip_adapter.pipelines.fitting.results import MethodSummary
+from clip_adapter.pipelines.fitting.tables import KINDS, kinds
+from clip_adapter.pipelines.reporting.entries import in_order, pool
 from clip_adapter.pipelines.reporting.runs import load_runs
 
 
 @dataclass(frozen=True)
 class Comparison:
     """measure: which accuracy, as a row of results names it. accuracy: (data sets, methods, shots),
-    mean over seeds in [0, 1], NaN where there is none; std: its standard deviation over seeds."""
+    mean over seeds in [0, 1], NaN where there is none; std: its standard deviation over seeds.
+    beside: what else there is to say of the same, by the words behind a method's name."""
 
     measure: str
     datasets: Sequence[str]
@@ -32,6 +34,7 @@ class Comparison:
     shots: Sequence[Shots]
     accuracy: npt.NDArray[np.float64]
     std: npt.NDArray[np.float64]
+    beside: Mapping[str, Comparison] = field(default_factory=dict)
 
     @property
     def average(self) -> npt.NDArray[np.float64]:
@@ -70,22 +73,30 @@ def read_comparisons(runs: Mapping[str, Sequence[Path]]) -> list[Comparison]:
     loaded = {name: load_runs(paths) for name, paths in runs.items()}
     every = [run for own in loaded.values() for run in own]
     pooled = {name: pool(own, every) for name, own in loaded.items()}
-    kinds = {entry.train_classes for entries in pooled.values() for entry in entries}
-    if len(kinds) > 1:
+    entries = [entry for own in pooled.values() for entry in own]
+    classes = {entry.train_classes for entry in entries}
+    if len(classes) > 1:
         raise UserError("Runs fitted on all classes and on half of them are not comparable.")
-    return [_comparison(pooled, measure) for measure in KINDS[kinds.pop()]]
-
-
-def _comparison(pooled: Mapping[str, Sequence[Entry]], measure: str) -> Comparison:
+    fitted = classes.pop()
     rows = [
         (index, entry.label, row)
-        for index, entries in enumerate(pooled.values())
-        for entry in entries
+        for index, own in enumerate(pooled.values())
+        for entry in own
         for row in entry.summary.values()
     ]
+    words = kinds(fitted, (row for *_, row in rows))
+    found = {measure: _comparison(list(pooled), rows, measure) for measure in words}
+    beside = {words[name]: one for name, one in found.items() if name not in KINDS[fitted]}
+    return [replace(found[name], beside=beside) for name in KINDS[fitted]]
+
+
+def _comparison(
+    datasets: Sequence[str], rows: Sequence[tuple[int, str, MethodSummary]], measure: str
+) -> Comparison:
+    """rows: (data set, method, its row)."""
     methods = list(dict.fromkeys(label for _, label, _ in rows))
     shots = in_order({row.shots for *_, row in rows})
-    shape = (len(pooled), len(methods), len(shots))
+    shape = (len(datasets), len(methods), len(shots))
     accuracy, std = np.full(shape, np.nan), np.full(shape, np.nan)
     for index, label, row in rows:
         spread = getattr(row, measure)
@@ -93,4 +104,4 @@ def _comparison(pooled: Mapping[str, Sequence[Entry]], measure: str) -> Comparis
             place = index, methods.index(label), shots.index(row.shots)
             accuracy[place] = spread.mean
             std[place] = np.nan if spread.std is None else spread.std
-    return Comparison(measure, list(pooled), methods, shots, accuracy, std)
+    return Comparison(measure, datasets, methods, shots, accuracy, std)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO, StringIO
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from clip_adapter.cache.words import printable
 from clip_adapter.pipelines.comparison import Comparison, read_comparisons
 from clip_adapter.pipelines.fitting.config import shots_words
 from clip_adapter.pipelines.fitting.run_folder import writing
+from clip_adapter.pipelines.fitting.tables import meanings
 from clip_adapter.pipelines.reporting.figures import label, series
 
 AVERAGE = "average"
@@ -44,13 +45,14 @@ def write_comparison(folder: Path, runs: Mapping[str, Sequence[Path]]) -> None:
 def _csv(found: Sequence[Comparison]) -> str:
     text = StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    columns = [f"{one.measure}_{part}" for one in found for part in ("mean", "std")]
+    every = [other for one in found for other in (one, *one.beside.values())]
+    columns = [f"{one.measure}_{part}" for one in every for part in ("mean", "std")]
     writer.writerow(["dataset", "method", "shots", *columns])
     first = found[0]
     for place in np.ndindex(first.accuracy.shape):
         dataset, method, shots = place
         names = [first.datasets[dataset], first.methods[method], first.shots[shots]]
-        cells = [cell for one in found for cell in (one.accuracy[place], one.std[place])]
+        cells = [cell for one in every for cell in (one.accuracy[place], one.std[place])]
         writer.writerow([*names, *("" if np.isnan(cell) else float(cell) for cell in cells)])
     return text.getvalue()
 
@@ -61,12 +63,10 @@ def _markdown(found: Comparison, title: str) -> str:
     sets = f"{count} data set{'s' * (count != 1)}"
     blocks = [
         _table(
-            f"{title[:1].upper()}{title[1:]} (%), average over {sets}: {', '.join(found.datasets)}",
+            f"{title[:1].upper()}{title[1:]} (%), average over {sets}: {', '.join(found.datasets)}"
+            + meanings(one.measure for one in found.beside.values()),
             ["method", *map(shots_words, found.shots)],
-            [
-                [name, *map(_percent, row)]
-                for name, row in zip(found.methods, found.average, strict=True)
-            ],
+            _rows(found, lambda one, method: map(_percent, one.average[method])),
         ),
         _table(
             f"Mean rank{of} over data sets (1 is the best)",
@@ -87,17 +87,24 @@ def _markdown(found: Comparison, title: str) -> str:
         ),
     ]
     for index, dataset in enumerate(found.datasets):
-        rows = [
-            [name, *(_spread(*cell) for cell in zip(*both, strict=True))]
-            for name, *both in zip(
-                found.methods, found.accuracy[index], found.std[index], strict=True
-            )
-        ]
+
+        def cells(one: Comparison, method: int, index: int = index) -> Iterator[str]:
+            return map(_spread, one.accuracy[index, method], one.std[index, method])
+
         heads = ["method", *map(shots_words, found.shots)]
         spread = not np.isnan(found.std[index]).all()
         over = "mean ± standard deviation over seeds" if spread else "one seed"
-        blocks.append(_table(f"{dataset}{of}, {over}", heads, rows))
+        blocks.append(_table(f"{dataset}{of}, {over}", heads, _rows(found, cells)))
     return "\n".join(blocks)
+
+
+def _rows(found: Comparison, cells: Callable[[Comparison, int], Iterable[str]]) -> list[list[str]]:
+    """Of each method its own row, and one for each measure beside it."""
+    return [
+        [f"{name}{words}", *cells(one, method)]
+        for method, name in enumerate(found.methods)
+        for words, one in {"": found, **found.beside}.items()
+    ]
 
 
 def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -41,7 +41,7 @@ def report(config: ReportConfig) -> None:
 
     A column is named after its method and the arguments in which the runs differ; what several runs
     have alike stands there once, over all their seeds. A table for each factor of `fit --ablate`
-    follows.
+    follows, and one of the differences between any two columns at the most shots.
 
     Beside it one HTML page is written that needs nothing from outside.
 
@@ -49,10 +49,12 @@ def report(config: ReportConfig) -> None:
     """
     from rich.console import Console
 
+    from clip_adapter.pipelines.fitting.predictions import PREDICTIONS
     from clip_adapter.pipelines.reporting.ablations import pooled_ablations
     from clip_adapter.pipelines.reporting.accuracies import accuracies
     from clip_adapter.pipelines.reporting.entries import pool
     from clip_adapter.pipelines.reporting.formats import FORMATS
+    from clip_adapter.pipelines.reporting.pairs import pairwise
     from clip_adapter.pipelines.reporting.runs import load_runs
 
     for name in config.method:
@@ -61,7 +63,13 @@ def report(config: ReportConfig) -> None:
     entries = pool(runs)
     table = accuracies(runs, entries)
     ablations = pooled_ablations(runs)
-    print(FORMATS[config.format](table, ablations, Console().width), end="", flush=True)
+    kept = all((run.path / PREDICTIONS).is_dir() for run in runs)
+    if not kept:
+        Spoken("report").note("without the runs' predictions/ no two methods can be tested")
+    # Of what is read by people, one table of pairs: at the most shots.
+    shots = table.shots if config.format == "csv" else table.shots[-1:]
+    pairs = pairwise(entries, shots) if kept else []
+    print(FORMATS[config.format](table, ablations, pairs, Console().width), end="", flush=True)
     if config.html == "none":
         return
     from clip_adapter.pipelines.reporting.page import find_cache, write_page

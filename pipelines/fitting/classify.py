@@ -27,4 +27,6 @@ def predict_test(
         confidence.append((1 / np.exp(logits - top[:, None]).sum(axis=1)).astype(np.float32))
     if not labels:
         return None
-    return Predictions(*map(np.concatenate, (labels, predicted, confidence)))
+    true, taken, sure = map(np.concatenate, (labels, predicted, confidence))
+    names = data.cache.class_names[data.classes]
+    return Predictions(true, taken, sure, data.test_ids(), names)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -145,7 +146,7 @@ class Data:
         features, labels = [], []
         views = self.views_of(method)
         for split, own in self.labels.items():
-            inside = (own >= self.classes.start) & (own < self.classes.stop)
+            inside = self._inside(own)
             found = self._read(split, source_of(method), np.flatnonzero(inside), views)
             # Only training images have augmented views; of the others each is taken as often.
             repeated = found if len(found) == views else np.repeat(found, views, axis=0)
@@ -187,10 +188,21 @@ class Data:
         for start in range(0, len(labels), BLOCK_ROWS):
             rows = np.arange(start, min(start + BLOCK_ROWS, len(labels)))
             own = labels[rows]
-            inside = (own >= self.classes.start) & (own < self.classes.stop)
+            inside = self._inside(own)
             if inside.any():
                 features = self._block("test", source, start, rows)
                 yield features[inside], own[inside] - np.int32(self.classes.start)
+
+    def test_ids(self) -> list[str]:
+        """Those of the test images of the classes, in the order of `test_blocks`."""
+        if "test_ids" not in self._extra:
+            self._extra["test_ids"] = self.cache.ids("test")
+        inside = self._inside(self.labels["test"]).tolist()
+        return list(compress(self._extra["test_ids"], inside))
+
+    def _inside(self, labels: Labels) -> npt.NDArray[np.bool_]:
+        """Which are of the classes."""
+        return (labels >= self.classes.start) & (labels < self.classes.stop)
 
     def _block(self, split: str, source: str, start: int, rows: Rows) -> Features:
         key = f"{split}/{source}", start

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +16,24 @@ from safetensors.numpy import load, save
 from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
 
+PREDICTIONS = "predictions"
+TEXTS = ("ids", "class_names")
+
 
 @dataclass(frozen=True)
 class Predictions:
     """Of N test images, in the cache's order.
 
     labels: (N,) int32, the true classes. predicted: (N,) int32. confidence: (N,) float32, the
-    softmax probability of the predicted class.
+    softmax probability of the predicted class. ids: of the N images. class_names: of the classes,
+    in label order. Both () in files that do not say.
     """
 
     labels: npt.NDArray[np.int32]
     predicted: npt.NDArray[np.int32]
     confidence: npt.NDArray[np.float32]
+    ids: Sequence[str] = ()
+    class_names: Sequence[str] = ()
 
     @property
     def right(self) -> npt.NDArray[np.bool_]:
@@ -37,20 +45,48 @@ class Predictions:
         """In [0, 1]."""
         return float(np.mean(self.right))
 
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean recall over the classes that have test images, in [0, 1]."""
+        return float(np.mean(recalls(self.labels, self.right)[1]))
+
+    @property
+    def uneven(self) -> bool:
+        """Whether classes differ so much in size that balanced accuracy is worth a place beside
+        accuracy: the largest has a quarter more images than the smallest that has some."""
+        counts = np.unique(self.labels, return_counts=True)[1]
+        return bool(counts.max() >= 1.25 * counts.min())
+
     def content(self) -> bytes:
-        """As a safetensors file."""
-        return save(
-            {
-                "labels": self.labels,
-                "predicted": self.predicted,
-                "confidence": self.confidence,
-            }
-        )
+        """As a safetensors file; texts, which none can hold, are the bytes of their JSON."""
+        arrays = {name: getattr(self, name) for name in ("labels", "predicted", "confidence")}
+        for name in TEXTS:
+            text = json.dumps(list(getattr(self, name)))
+            arrays[name] = np.frombuffer(text.encode(), np.uint8)
+        return save(arrays)
+
+
+def recalls(
+    labels: npt.NDArray[np.int32], right: npt.NDArray[Any]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The classes that have images, and of each the share of its images that is right.
+
+    right: (N,) whether each image is, or how often.
+    """
+    counts = np.bincount(labels)
+    there = np.flatnonzero(counts)
+    return there, np.bincount(labels, weights=right)[there] / counts[there]
+
+
+def most_frequent(labels: npt.NDArray[np.int32]) -> tuple[int, float]:
+    """The class of most images (of several the first), and its share of all of them."""
+    counts = np.bincount(labels)
+    return int(counts.argmax()), float(counts.max() / counts.sum())
 
 
 def predictions_path(method: str, shots: Any, seed: int) -> str:
     """Where a run folder keeps those of a method on a task."""
-    return f"predictions/{method}/shots-{shots}-seed-{seed}.safetensors"
+    return f"{PREDICTIONS}/{method}/shots-{shots}-seed-{seed}.safetensors"
 
 
 def read_predictions(run: Path, method: str, shots: Any, seed: int) -> Predictions:
@@ -61,11 +97,24 @@ def read_predictions(run: Path, method: str, shots: Any, seed: int) -> Predictio
     path = run / predictions_path(method, shots, seed)
     try:
         tensors = load(files.read_bytes(path))
-        found = Predictions(tensors["labels"], tensors["predicted"], tensors["confidence"])
+        texts = (_texts(tensors.get(name)) for name in TEXTS)
+        found = Predictions(tensors["labels"], tensors["predicted"], tensors["confidence"], *texts)
         if found.labels.ndim != 1 or not (
             found.labels.shape == found.predicted.shape == found.confidence.shape
         ):
             raise ValueError("shapes")
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (
+        *(OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError),
+        RecursionError,
+    ) as error:
         raise UserError(f"{path} cannot be read; fit it again.") from error
+    return found
+
+
+def _texts(stored: npt.NDArray[np.uint8] | None) -> Sequence[str]:
+    if stored is None:
+        return ()
+    found = json.loads(stored.tobytes())
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise ValueError("no list of texts")
     return found

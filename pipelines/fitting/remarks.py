@@ -3,7 +3,9 @@ would reach, and a baseline that did better."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,12 @@ import numpy as np
 from clip_adapter.cache.words import quoted
 from clip_adapter.pipelines.fitting.config import shots_words
 from clip_adapter.pipelines.fitting.plan import Plan
-from clip_adapter.pipelines.fitting.predictions import Predictions, read_predictions
+from clip_adapter.pipelines.fitting.predictions import (
+    Predictions,
+    most_frequent,
+    read_predictions,
+    recalls,
+)
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult
 
 WORST_SHOWN = 3
@@ -37,29 +44,53 @@ def remarks(
             continue
         shots = tested[-1].shots
         kept = [read_predictions(run, *r.key) for r in tested if r.shots == shots]
+        at = f"{name} at {shots_words(shots)}"
+        guessed = guessing(kept[0], class_names)
         if not found:
-            found.append(_majority(kept[0], class_names))
-        found.append(f"{name} at {shots_words(shots)} does worst on {_worst(kept, class_names)}")
+            found.append(guessed.words)
+        accuracy = float(np.mean([predictions.accuracy for predictions in kept]))
+        if guessed.beats(accuracy):
+            found.append(f"{at} is worse than {guessed.short} ({100 * accuracy:.2f} %)")
+        if worst := _worst(kept, class_names):
+            found.append(f"{at} does worst on {worst}")
     return found + _unshown(plan, results) + _beaten(plan, summary)
 
 
-def _majority(predictions: Predictions, class_names: Sequence[str]) -> str:
-    counts = np.bincount(predictions.labels)
-    largest = int(counts.argmax())
-    share = 100 * counts[largest] / counts.sum()
-    name = quoted(class_names[largest])
-    return f"{share:.2f} % is reached by always saying {name}, the most frequent class of the test"
+@dataclass(frozen=True)
+class Guessing:
+    """What always saying one class would reach, which no accuracy says of itself.
+
+    share: of the test images, in [0, 1]. short: `always saying 'nominal'`. words: a sentence.
+    """
+
+    share: float
+    short: str
+    words: str
+
+    def beats(self, accuracy: float) -> bool:
+        """Whether the accuracy is below it, by more than rounding."""
+        return accuracy < self.share and not math.isclose(accuracy, self.share)
+
+
+def guessing(predictions: Predictions, class_names: Sequence[str]) -> Guessing:
+    """Of the test images of these predictions. class_names: in label order."""
+    label, share = most_frequent(predictions.labels)
+    if np.ptp(np.unique(predictions.labels, return_counts=True)[1]):
+        short = f"always saying {quoted(class_names[label])}"
+        of = ", the most frequent class of the test"
+    else:
+        short, of = "always saying the same class", "; all have as many test images"
+    return Guessing(share, short, f"{100 * share:.2f} % is reached by {short}{of}")
 
 
 def _worst(kept: Sequence[Predictions], class_names: Sequence[str]) -> str:
-    """The classes of which fewest test images are right, mean over the seeds."""
-    labels = kept[0].labels
+    """The classes of which fewest test images are right, mean over the seeds; none of which all
+    are, nor is one said to be 100.0 % right."""
     right = np.mean([predictions.right for predictions in kept], axis=0)
-    counts = np.bincount(labels)
-    there = np.flatnonzero(counts)
-    recalls = np.bincount(labels, weights=right)[there] / counts[there]
-    order = np.argsort(recalls, kind="stable")[:WORST_SHOWN]
-    return ", ".join(f"{quoted(class_names[there[i]])} ({100 * recalls[i]:.1f} %)" for i in order)
+    there, shares = recalls(kept[0].labels, right)
+    order = np.argsort(shares, kind="stable")[:WORST_SHOWN]
+    worst = [(class_names[there[i]], min(100 * shares[i], 99.9)) for i in order if shares[i] < 1]
+    return ", ".join(f"{quoted(name)} ({percent:.1f} %)" for name, percent in worst)
 
 
 def _unshown(plan: Plan, results: Sequence[TaskResult]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,10 @@ from clip_adapter.pipelines.fitting.config import Shots
 
 TaskKey = tuple[str, Shots, int]
 """(method, shots, seed)."""
-MEASURES = ("val_accuracy", "test_accuracy", "new_accuracy", "harmonic_mean")
+MEASURES = (
+    *("val_accuracy", "test_accuracy", "balanced_accuracy", "new_accuracy", "harmonic_mean"),
+)
+FEWEST_FOR_A_TENTH = 10  # seeds: of fewer the worst tenth would be the worst one
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,13 @@ class Spread:
         deviation = statistics.stdev(values) if len(values) > 1 else None
         return cls(statistics.fmean(values), deviation)
 
+    @classmethod
+    def of_worst_tenth(cls, values: Sequence[float]) -> Spread | None:
+        """The mean of the ⌈n / 10⌉ lowest of n values; None where there are fewer than ten."""
+        if len(values) < FEWEST_FOR_A_TENTH:
+            return None
+        return cls(statistics.fmean(sorted(values)[: math.ceil(len(values) / 10)]))
+
 
 @dataclass(frozen=True)
 class TaskResult:
@@ -46,7 +57,9 @@ class TaskResult:
     outdoes_zero_shot: whether validation shows the chosen one to be better than zero-shot; None
     where nothing judged.
     learned: mean and deviation of what the method describes, such as a predicted ratio.
-    test_images: how many there are. new_accuracy, harmonic_mean: under base-to-new, else None.
+    test_images: how many there are. uneven: see Predictions.
+    balanced_accuracy: the mean, over the classes that have test images, of the share that is right.
+    new_accuracy, harmonic_mean: under base-to-new, else None.
     note: what a reader has to know about the choice, or "".
     """
 
@@ -65,7 +78,9 @@ class TaskResult:
     outdoes_zero_shot: bool | None = None
     learned: Mapping[str, Spread] = field(default_factory=dict)
     test_accuracy: float | None = None
+    balanced_accuracy: float | None = None
     test_images: int = 0
+    uneven: bool = False
     new_accuracy: float | None = None
     harmonic_mean: float | None = None
     note: str = ""
@@ -100,6 +115,7 @@ class TaskResult:
         sound = (
             (type(self.shots) is int or self.shots == "all")
             and all(type(count) is int for count in (*counts, self.test_images))
+            and type(self.uneven) is bool
             and all(isinstance(text, str) for text in words)
             and type(self.epoch) in (int, NoneType)
             and type(self.outdoes_zero_shot) in (bool, NoneType)
@@ -122,7 +138,8 @@ class MethodSummary:
     """A method at one number of shots, over seeds.
 
     seeds: how many tasks there are. diverged: those at which every setting diverged; they have no
-    accuracy and do not count in the means.
+    accuracy and do not count in the means. worst_tenth: the mean of the lowest tenth of the test
+    accuracies, from ten seeds on.
     """
 
     method: str
@@ -131,9 +148,12 @@ class MethodSummary:
     diverged: int
     val_accuracy: Spread | None
     test_accuracy: Spread | None
+    balanced_accuracy: Spread | None
     new_accuracy: Spread | None
     harmonic_mean: Spread | None
+    worst_tenth: Spread | None
     test_images: int
+    uneven: bool
 
 
 def summarise(results: Iterable[TaskResult]) -> list[MethodSummary]:
@@ -145,16 +165,18 @@ def summarise(results: Iterable[TaskResult]) -> list[MethodSummary]:
 
 
 def _summary(rows: Sequence[TaskResult]) -> MethodSummary:
-    def spread(name: str) -> Spread | None:
-        return Spread.of([v for row in rows if (v := getattr(row, name)) is not None])
+    def known(name: str) -> list[float]:
+        return [value for row in rows if (value := getattr(row, name)) is not None]
 
     return MethodSummary(
         method=rows[0].method,
         shots=rows[0].shots,
         seeds=len(rows),
         diverged=sum(row.setting is None for row in rows),
+        worst_tenth=Spread.of_worst_tenth(known("test_accuracy")),
         test_images=rows[0].test_images,
-        **{name: spread(name) for name in MEASURES},
+        uneven=any(row.uneven for row in rows),
+        **{name: Spread.of(known(name)) for name in MEASURES},
     )
 
 

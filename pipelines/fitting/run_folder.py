@@ -130,12 +130,14 @@ class RunFolder:
         text = StringIO(newline="")
         columns = ["method", "shots", "seeds", "diverged"]
         columns += [f"{name}_{part}" for name in MEASURES for part in ("mean", "std")]
+        columns.append("worst_tenth")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns)
         for row in rows:
             spreads = [getattr(row, name) for name in MEASURES]
             cells = [cell for s in spreads for cell in ((s.mean, s.std) if s else (None, None))]
-            writer.writerow([row.method, row.shots, row.seeds, row.diverged, *cells])
+            worst = row.worst_tenth.mean if row.worst_tenth else None
+            writer.writerow([row.method, row.shots, row.seeds, row.diverged, *cells, worst])
         self.write("summary.csv", text.getvalue().encode())
 
     def write_json(self, name: str, document: Any) -> None:

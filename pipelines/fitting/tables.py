@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -33,6 +33,30 @@ KINDS = {
     "all": {"test_accuracy": ""},
     "base": {"test_accuracy": " base", "new_accuracy": " new", "harmonic_mean": " H"},
 }
+# What stands beside the accuracy on all classes where it says something else, and what it is.
+BESIDE = {
+    "balanced_accuracy": (" balanced", "mean recall over the classes"),
+    "worst_tenth": (" worst tenth", "mean of the lowest tenth over seeds"),
+}
+
+
+def kinds(train_classes: str, rows: Iterable[MethodSummary]) -> dict[str, str]:
+    """Measure → words behind a method's name, of what these rows of one table have to report.
+
+    Balanced accuracy is left out where all classes have as many test images: it is the accuracy.
+    """
+    rows = list(rows)
+    said = {name for name in BESIDE if any(getattr(row, name) for row in rows)}
+    if not any(row.uneven for row in rows):
+        said.discard("balanced_accuracy")
+    beside = {name: words for name, (words, _) in BESIDE.items() if name in said}
+    return KINDS[train_classes] | (beside if train_classes == "all" else {})
+
+
+def meanings(measures: Iterable[str]) -> str:
+    """What those beside the accuracy are, for the end of a table's title."""
+    found = (BESIDE[name] for name in measures if name in BESIDE)
+    return "".join(f";{words}: {meaning}" for words, meaning in found)
 
 
 def print_run(result: FitResult) -> None:
@@ -94,16 +118,16 @@ def _accuracy_table(plan: Plan, summary: Sequence[MethodSummary]) -> Table:
         if len(plan.seeds) > 1
         else f"± standard error of the test images, seed {seeds}"
     )
-    kinds = KINDS[plan.train_classes]
+    shown = kinds(plan.train_classes, summary)
     columns = [
         (
             method + words,
             {row.shots: accuracy(row, kind) for row in summary if row.method == method},
         )
         for method in dict.fromkeys(row.method for row in summary)
-        for kind, words in kinds.items()
+        for kind, words in shown.items()
     ]
-    table = Table(title=f"test accuracy (%), {over}", box=SIMPLE_HEAD)
+    table = Table(title=f"test accuracy (%), {over}{meanings(shown)}", box=SIMPLE_HEAD)
     if sum(max(len(name), 14) for name, _ in columns) <= 80:
         table.add_column("shots", justify="right")
         for name, _ in columns:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.results import MethodSummary, Spread
-from clip_adapter.pipelines.fitting.tables import KINDS
+from clip_adapter.pipelines.fitting.tables import kinds, meanings
 from clip_adapter.pipelines.reporting.entries import Entry, in_order
 from clip_adapter.pipelines.reporting.runs import Run
 
@@ -37,8 +37,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Accuracies:
-    """title: what the numbers are. about: what they rest on, a sentence each."""
+    """dataset: its name. title: what the numbers are. about: what they rest on, a sentence each."""
 
+    dataset: str
     title: str
     about: Sequence[str]
     shots: Sequence[Shots]
@@ -47,6 +48,11 @@ class Accuracies:
 
 def accuracies(runs: Sequence[Run], entries: Sequence[Entry]) -> Accuracies:
     """The table of these entries, which come from these runs on one cache."""
+    rows = [(entry.train_classes, row) for entry in entries for row in entry.summary.values()]
+    shown = {
+        classes: kinds(classes, (row for own, row in rows if own == classes))
+        for classes in dict(rows)
+    }
     columns = [
         Column(
             entry.label,
@@ -56,12 +62,13 @@ def accuracies(runs: Sequence[Run], entries: Sequence[Entry]) -> Accuracies:
             {shots: entry.seeds(shots) for shots in entry.summary},
         )
         for entry in entries
-        for measure, words in KINDS[entry.train_classes].items()
+        for measure, words in shown[entry.train_classes].items()
     ]
     shots = in_order({shots for column in columns for shots in column.cells})
     counts = {len(seeds) for column in columns for seeds in column.seeds.values()}
     about = [*runs[0].provenance.lines(), *_seeds(entries), *_judged(entries)]
-    return Accuracies(f"test accuracy (%), {over(counts)}", about, shots, columns)
+    title = f"test accuracy (%), {over(counts)}{meanings(shown.get('all', ()))}"
+    return Accuracies(str(runs[0].provenance.dataset["name"]), title, about, shots, columns)
 
 
 def over(counts: set[int]) -> str:

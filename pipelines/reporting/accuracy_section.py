@@ -13,6 +13,7 @@ from clip_adapter.pipelines.reporting.formats import cell
 from clip_adapter.pipelines.reporting.published import Published
 from clip_adapter.pipelines.reporting.section import Section
 
+DRAWN = ("test_accuracy", "new_accuracy")
 BESIDE = 0.07  # how far the marks of neighbouring series stand apart, in steps of the axis
 
 
@@ -25,7 +26,7 @@ def accuracy_section(table: Accuracies, known: Published | None) -> Section:
         known = None  # published figures are of all classes
     shown = {name: own for name, own in (known.accuracies if known else {}).items()}
     shots = in_order({*table.shots, *(n for own in shown.values() for n in own)})
-    first = [c for c in columns if c.kind != "H"]
+    first = [c for c in columns if c.measure in DRAWN]
     of = " or ".join(dict.fromkeys(c.kind or "all" for c in first))
     with drawing((4.2, 3.4)) as (figure, axes):
         looks: dict[str, dict[str, str]] = {}

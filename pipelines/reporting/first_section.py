@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from clip_adapter.adapters.zero_shot import ZERO_SHOT
 from clip_adapter.pipelines.fitting.config import Shots
+from clip_adapter.pipelines.fitting.remarks import guessing
 from clip_adapter.pipelines.fitting.tables import value_words
 from clip_adapter.pipelines.reporting.entries import Entry
 from clip_adapter.pipelines.reporting.figures import Numbers
 from clip_adapter.pipelines.reporting.section import percent, points
 from clip_adapter.pipelines.reporting.significance import DRAWS, Interval
-from clip_adapter.pipelines.reporting.verdict import Comparison, Verdict
+from clip_adapter.pipelines.reporting.verdict import Comparison, Verdict, predictions
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ def first_screen(verdict: Verdict | None) -> First:
         f"{entry.label} at {at} is right on {percent(accuracy.mean)} % of "
         f"{row.test_images:,} test images{_of(entry)}{over}."
     )
+    if row.uneven and row.balanced_accuracy:
+        balanced = percent(row.balanced_accuracy.mean)
+        sentence += f" Its balanced accuracy, the mean recall over the classes, is {balanced} %."
+    tested = next(iter(predictions(entry, shots).values()))
+    guessed = guessing(tested, entry.first.class_names)
+    sentence += f" {guessed.words}."
     spread = "" if accuracy.std is None else f"± {100 * accuracy.std:.2f} over {row.seeds} seeds"
     facts = [Fact(f"{percent(accuracy.mean)} %", entry.label, spread or "one seed")]
     zero, best = verdict.zero_shot, verdict.next_best
@@ -70,6 +77,8 @@ def first_screen(verdict: Verdict | None) -> First:
         )
         how_sure.append(_sure(best))
         sentence += _rival(best)
+    if guessed.beats(accuracy.mean):
+        answer = f"Worse than {guessed.short}. {answer}"
     chosen = f"{entry.label} is what validation prefers among the methods that were asked for"
     if all(result.val_accuracy is None for result in entry.results(shots)):
         chosen = (

@@ -23,6 +23,7 @@ from clip_adapter.pipelines.reporting.entries import Entry
 from clip_adapter.pipelines.reporting.first_section import first_screen
 from clip_adapter.pipelines.reporting.image_section import image_section
 from clip_adapter.pipelines.reporting.manifold_section import manifold_section, space_of
+from clip_adapter.pipelines.reporting.pairs import pairs_section
 from clip_adapter.pipelines.reporting.provenance_section import plans, provenance_facts
 from clip_adapter.pipelines.reporting.published import published
 from clip_adapter.pipelines.reporting.runs import Run
@@ -81,6 +82,7 @@ def _sections(
     cache: FeatureCache | None,
 ) -> list[Section]:
     found: list[Section | None] = [accuracy_section(table, published(runs[0].provenance))]
+    found.append(pairs_section(entries, table.shots))
     found.append(selection_section(entries))
     found += ablation_sections(ablations)
     pair = _pair(verdict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
@@ -55,6 +56,26 @@ def over_seeds(differences: list[float]) -> Interval | None:
     half = float(t.ppf((1 + LEVEL) / 2, len(differences) - 1))
     half *= stdev(differences) / len(differences) ** 0.5
     return Interval(mean, mean - half, mean + half)
+
+
+def mcnemar(better: int, worse: int) -> float:
+    """The exact two-sided p-value that two classifiers are equally good (McNemar 1947).
+
+    better, worse: on how many images the one is right and the other wrong, and the reverse.
+    """
+    from scipy.stats import binomtest
+
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p-values that hold for all of these tests together (Holm 1979): of m, the k-th smallest times
+    m − k + 1, at least the one before it and at most 1."""
+    order = np.argsort(values, kind="stable")
+    steps = np.asarray(values, np.float64)[order] * np.arange(len(values), 0, -1)
+    corrected = np.empty(len(values))
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return corrected.tolist()
 
 
 @dataclass(frozen=True)

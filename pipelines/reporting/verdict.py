@@ -137,6 +137,7 @@ def _counted(found: Found, method: str) -> Predictions:
     both = np.concatenate([own.labels, own.predicted])
     sound = (
         len(own.labels) == row.test_images > 0
+        and len(own.ids) in (0, row.test_images)
         and both.dtype.kind == "i"
         and bool(np.all((both >= 0) & (both < classes)))
         and bool(np.all((own.confidence >= 0) & (own.confidence <= 1)))

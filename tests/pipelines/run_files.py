@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = "seconds"
-TESTED = ("test_accuracy", "new_accuracy", "harmonic_mean")
+TESTED = ("test_accuracy", "balanced_accuracy", "new_accuracy", "harmonic_mean")
 
 
 def results(run: Path) -> list[dict[str, str]]:

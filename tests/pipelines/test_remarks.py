@@ -44,10 +44,8 @@ def test_the_majority_rate(said: list[str]):
 
 
 def test_the_classes_it_does_worst_on(said: list[str]):
-    """Over the seeds; a class without test images is none of them."""
-    assert said[1] == (
-        "clip-adapter at 4 shots does worst on 'ant' (30.0 %), 'b\\x1bee' (95.0 %), 'cat' (100.0 %)"
-    )
+    """Over the seeds; a class without test images is none of them, nor is one that is all right."""
+    assert said[1] == ("clip-adapter at 4 shots does worst on 'ant' (30.0 %), 'b\\x1bee' (95.0 %)")
 
 
 def test_a_baseline_that_did_better(said: list[str]):

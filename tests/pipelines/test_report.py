@@ -183,7 +183,7 @@ def test_it_folds_to_the_width_of_the_terminal(printed: Report, width: int):
 
 def test_csv_has_a_row_for_each_cell(runs: Path, printed: Report):
     found = rows_of(printed("low", "high", form="csv"))
-    assert len(found) == 4 * 2
+    assert [row["factor"] for row in found] == [""] * 4 * 2 + ["against"] * 6 * 2
     row = next(r for r in found if (r["entry"], r["shots"]) == ("clip-adapter alpha 0.8", "4"))
     own = accuracies(runs / "high", "clip-adapter", 4)
     assert float(row["mean"]) == pytest.approx(statistics.mean(own))

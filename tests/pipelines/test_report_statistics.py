@@ -1,6 +1,8 @@
 """The report's statistics against independent references."""
 
 import shlex
+from itertools import combinations
+from math import comb
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +25,8 @@ from clip_adapter.pipelines.reporting.selection_section import of_every_seed
 from clip_adapter.pipelines.reporting.significance import (
     bootstrap,
     confusion,
+    holm,
+    mcnemar,
     over_seeds,
     reliability,
 )
@@ -62,6 +66,26 @@ def test_over_seeds_it_is_the_paired_t_test():
     assert (found.low, found.high) == pytest.approx((reference.low, reference.high))
     assert found.sign == (1 if reference.low > 0 else 0)
     assert over_seeds([0.1]) is None
+
+
+@pytest.mark.parametrize(("better", "worse"), [(0, 0), (1, 0), (7, 2), (2, 7), (30, 12), (5, 5)])
+def test_mcnemar_counts_what_chance_makes_as_uneven(better: int, worse: int):
+    tosses = better + worse
+    as_uneven = (
+        comb(tosses, k) for k in range(tosses + 1) if abs(2 * k - tosses) >= abs(better - worse)
+    )
+    assert mcnemar(better, worse) == pytest.approx(sum(as_uneven) / 2**tosses)
+
+
+def test_holms_correction_is_the_closed_test_of_bonferroni():
+    """A hypothesis falls where every intersection that it is part of does: of k with the smallest
+    p-value times k."""
+    values = [0.01, 0.04, 0.03, 0.005, 0.03]
+    for place, found in enumerate(holm(values)):
+        others = [v for other, v in enumerate(values) if other != place]
+        parts = [(values[place], *some) for k in range(5) for some in combinations(others, k)]
+        assert found == pytest.approx(max(min(1, len(part) * min(part)) for part in parts))
+    assert holm([]) == []
 
 
 def test_the_calibration_error_by_its_definition():

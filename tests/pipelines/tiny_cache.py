@@ -50,7 +50,7 @@ def tiny_data(
     *,
     train: tuple[int, ...] = (9, 9, 9, 9),
     val: int = 6,
-    test: int = 15,
+    test: int | tuple[int, ...] = 15,
     views: int = 1,
     noise: float = 1.6,
     dim: int = DIM,
@@ -58,7 +58,7 @@ def tiny_data(
 ) -> TinyData:
     """Classes around random centres, in a shuffled order; text features are the centres, disturbed.
 
-    train: images per class; val, test: for every class.
+    train: images per class; val: for every class; test: either.
     """
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(len(train), dim))
@@ -66,7 +66,7 @@ def tiny_data(
     for name, counts in (
         ("train", train),
         ("val", (val,) * len(train)),
-        ("test", (test,) * len(train)),
+        ("test", test if isinstance(test, tuple) else (test,) * len(train)),
     ):
         labels = rng.permutation(np.repeat(np.arange(len(train)), counts))
         shape = (views if name == "train" else 1, len(labels), dim)
