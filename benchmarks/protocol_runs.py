@@ -1,190 +1,239 @@
-"""Train and judge what protocol.py compares."""
+"""What protocol.py compares: each part makes the rows of a table for one data set."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from ours import KeepsNothing
+from protocol_grid import ALPHAS, LADDER, RULES, SETTINGS, Run, choose, grid
 from protocol_sets import DataSet
+from protocol_tables import Row, TaskKey, Values
 
-from clip_adapter.adapters.clip_adapter import CLIP_ADAPTER
-from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.evaluation import Evaluation
-from clip_adapter.adapters.method import Arrays, Setting, Task
-from clip_adapter.adapters.recipe import evaluated_epochs
-from clip_adapter.adapters.scoring import make_classify
-from clip_adapter.adapters.search import search
+from clip_adapter.adapters.methods import METHODS
+from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.pipelines.fit import fit
+from clip_adapter.pipelines.fitting.config import FitConfig
+from clip_adapter.pipelines.fitting.data import available
+from clip_adapter.pipelines.fitting.results import TaskResult
 
-ALPHAS = (0.2, 0.4, 0.6, 0.8)
-STARTS = (0.2, 0.8)
-RATIO_RATES = (0.01, 0.05, 0.1, 0.2)
-GRID = {
+Results = Mapping[TaskKey, TaskResult]
+YESTERDAY = {"alpha": ALPHAS, "learning_rate": 1e-3}
+STARTS, RATIO_RATES = (0.2, 0.8), (0.01, 0.05, 0.1, 0.2)
+SEARCHED, SEARCHED_SEEDS = (4, 16), 2
+SEARCHED_GRID = {
     "alpha": ALPHAS,
-    "learning_rate": (3e-4, 1e-3, 3e-3, 1e-2),
-    "weight_decay": (0.0, 1e-2, 1e-1),
+    "learning_rate": (1e-4, 3e-4, 1e-3, 3e-3),
+    "weight_decay": (0.0, 1e-2, 1.0),
 }
-SEEDS_OF_SLOW_PARTS = 2
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The tasks, and where the search by halving is compared with the full one."""
+@dataclass
+class Study:
+    """A data set at some numbers of shots and seeds. What was fitted once is not fitted again.
 
-    shots: Sequence[int] = (1, 2, 4, 8, 16)
-    seeds: Sequence[int] = (1, 2, 3, 4)
-    epochs: int = 200
-    searched_shots: Sequence[int] = (4, 16)
+    methods: those of the part `methods`, by default all. epochs: of whatever is trained, by default
+    its own.
+    """
 
+    data: DataSet
+    shots: Sequence[int]
+    seeds: Sequence[int]
+    methods: Sequence[str] | None = None
+    epochs: int | None = None
+    _found: dict[str, Results] = field(default_factory=dict)
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a classifier did: accuracies in percent, nll on validation."""
+    def results(self, method: str = "clip-adapter", **asked: Any) -> Results:
+        """What `fit` finds. asked: fields of FitConfig that differ from the study's."""
+        usual = {"shots": self.shots, "seeds": self.seeds, "select": self.data.select}
+        asked = {**usual, **asked}
+        if self.epochs and "epochs" in METHODS[method].hyper:
+            asked["hyper"] = {"epochs": self.epochs, **asked.get("hyper", {})}
+        key = f"{method} {sorted(asked.items())}"
+        if key not in self._found:
+            with TemporaryDirectory() as folder:
+                place = {"cache": self.data.path, "out": Path(folder) / "run"}
+                config = FitConfig(**place, method=(method,), baselines=(), **asked)
+                rows = fit(config).results
+            self._found[key] = {(int(row.shots), row.seed): row for row in rows}
+        return self._found[key]
 
-    val: float
-    nll: float
-    test: float
+    def tests(self, method: str = "clip-adapter", **asked: Any) -> Values:
+        """Test accuracy of the same."""
+        return percent(self.results(method, **asked))
 
+    @property
+    def zero_shot(self) -> Row:
+        return Row("zero-shot", self.tests("zero-shot", select="none"))
 
-@dataclass(frozen=True)
-class Run:
-    """One training at a fixed α: after its last epoch, and after the best on validation."""
+    def compared(self, name: str, values: Values) -> Row:
+        """The difference from zero-shot."""
+        return Row(name, values, self.zero_shot.values)
 
-    alpha: float
-    last: Outcome
-    best: Outcome
+    @cached_property
+    def grid(self) -> Mapping[TaskKey, list[Run]]:
+        return grid(self.data, self.shots, self.seeds, self.epochs)
 
-
-@dataclass(frozen=True)
-class Learned:
-    """One training of a learned α. ratio: what it ended at."""
-
-    start: float
-    rate: float
-    ratio: float
-    last: Outcome
-
-
-@dataclass(frozen=True)
-class Searched:
-    """What the full grid and halving chose."""
-
-    full: Outcome
-    halving: Outcome
-    same: bool
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A task. learned, searched: measured for some tasks."""
-
-    dataset: str
-    shots: int
-    seed: int
-    fixed: Sequence[Run]
-    learned: Sequence[Learned] = ()
-    searched: Searched | None = None
+    def setting(self, recipe: str, alpha: float) -> Row:
+        """A setting of the grid against zero-shot."""
+        index = SETTINGS.index((recipe, alpha))
+        values = {task: runs[index].test for task, runs in self.grid.items()}
+        return self.compared(f"{recipe}, α {alpha:g}", values)
 
 
-def measure(data: DataSet, asked: Asked) -> Iterator[Measured]:
-    """Every task of a data set."""
-    engine = Engine()
-    for shots in asked.shots:
-        for number, seed in enumerate(asked.seeds):
-            task = data.task(shots, seed)
-            parts: dict[str, Any] = {}
-            if number < SEEDS_OF_SLOW_PARTS:
-                parts["learned"] = learned_runs(engine, data, task, asked.epochs)
-                if shots in asked.searched_shots:
-                    parts["searched"] = searched(engine, data, task, asked.epochs)
-            fixed = fixed_runs(engine, data, task, asked.epochs)
-            yield Measured(data.name, shots, seed, fixed, **parts)
+def percent(results: Results, name: str = "test_accuracy") -> Values:
+    found = {task: getattr(result, name) for task, result in results.items()}
+    return {task: np.nan if value is None else 100 * value for task, value in found.items()}
 
 
-def fixed_runs(engine: Engine, data: DataSet, task: Task, epochs: int) -> list[Run]:
-    """Validation is watched on the way, which changes nothing of the training."""
-    values = CLIP_ADAPTER.values({"alpha": ALPHAS, "epochs": (epochs,), "epoch": ("best",)})
-    found = []
-    for setting, state in trained(engine, task, CLIP_ADAPTER.settings(values)):
-        history = np.asarray(state["history"])[: len(evaluated_epochs(setting))]
-        best = history[int(state["best_evaluation"])]
-        last = outcome(data, setting, state["trained"], task, history[-1])
-        found.append(Run(setting["alpha"], last, outcome(data, setting, state["best"], task, best)))
-    return found
-
-
-def learned_runs(engine: Engine, data: DataSet, task: Task, epochs: int) -> list[Learned]:
-    settings = [
-        setting
-        for start in STARTS
-        for rate in RATIO_RATES
-        for setting in CLIP_ADAPTER.settings(
-            CLIP_ADAPTER.values(
-                {
-                    "alpha": ("learned",),
-                    "alpha_init": (start,),
-                    "ratio_learning_rate": (rate,),
-                    "epochs": (epochs,),
-                }
-            )
-        )
+def default_rows(study: Study) -> list[Row]:
+    """CLIP-Adapter: as `fit` takes it, the authors' recipe, yesterday's default."""
+    authors = study.tests(select="none", preset="paper")
+    yesterday, today = study.tests(hyper=YESTERDAY), study.tests()
+    others = {
+        "zero-shot": study.zero_shot.values,
+        "authors'": authors,
+        "yesterday's": yesterday,
+        "better of the two": better_mean(authors, yesterday),
+    }
+    return [
+        study.zero_shot,
+        Row("authors' recipe", authors),
+        Row("yesterday's default (AdamW 0.001, α chosen)", yesterday),
+        Row("today's default", today),
+        *(Row(f"today's − {name}", today, values) for name, values in others.items()),
     ]
-    found = []
-    for setting, state in trained(engine, task, settings):
-        logit = float(state["trained"]["image/ratio/logit"])
-        found.append(
-            Learned(
-                setting["alpha_init"],
-                setting["ratio_learning_rate"],
-                1 / (1 + np.exp(-logit)),
-                outcome(data, setting, state["trained"], task, np.asarray(state["history"])[0]),
-            )
-        )
-    return found
 
 
-def searched(engine: Engine, data: DataSet, task: Task, epochs: int) -> Searched:
-    values = CLIP_ADAPTER.values({**GRID, "epochs": (epochs,)})
+def better_mean(one: Values, other: Values) -> Values:
+    """At each number of shots the one with the higher mean: task by task would be hindsight."""
 
-    def chosen(halving: bool) -> Evaluation:
-        """As `fit` chooses: of the settings that ran to the end the best on validation."""
-        found = search(CLIP_ADAPTER, values, [task], engine, KeepsNothing(), halving=halving)
-        return max(found, key=lambda evaluation: (evaluation.epochs_run, evaluation.score))
+    def mean(values: Values, shots: int) -> float:
+        return float(np.mean([value for task, value in values.items() if task[0] == shots]))
 
-    def judged(evaluation: Evaluation) -> Outcome:
-        assert evaluation.arrays is not None
-        score = np.array([evaluation.accuracy, evaluation.nll])
-        return outcome(data, evaluation.setting, evaluation.arrays(), task, score)
-
-    full, halving = chosen(False), chosen(True)
-    return Searched(judged(full), judged(halving), full.setting == halving.setting)
+    return {
+        task: (one if mean(one, task[0]) >= mean(other, task[0]) else other)[task] for task in one
+    }
 
 
-def trained(
-    engine: Engine, task: Task, settings: Sequence[Setting]
-) -> Iterator[tuple[Setting, dict[str, Any]]]:
-    """Settings that share a program, each with its state at the end."""
-    static = CLIP_ADAPTER.split(settings[0])[0]
-    numbers = [CLIP_ADAPTER.split(setting)[1] for setting in settings]
-    for chunk in engine.run(CLIP_ADAPTER, static, task, numbers):
-        for row, index in enumerate(chunk.indices):
-            state = chunk.state
-            yield (
-                settings[index],
-                {
-                    "trained": {name: np.asarray(a)[row] for name, a in state.trained.items()},
-                    "best": {name: np.asarray(a)[row] for name, a in state.best.items()},
-                    "best_evaluation": np.asarray(state.best_evaluation)[row],
-                    "history": np.asarray(state.history)[row],
-                },
-            )
+def method_rows(study: Study) -> list[Row]:
+    """Every method: its default, and where nothing chooses, and its official recipe."""
+    rows = [study.zero_shot]
+    with FeatureCache(study.data.path) as cache:
+        there = available(cache)
+    for name, method in METHODS.items():
+        if name == "zero-shot" or name not in (study.methods or METHODS):
+            continue
+        if missing := set(method.needs) - there:
+            print(f"Left out: {name}, which needs what is not there ({', '.join(missing)}).\n")
+            continue
+        default, none = study.tests(name), study.tests(name, select="none")
+        rows += [study.compared(name, default), study.compared(f"{name}, none", none)]
+        if "paper" in method.presets:
+            official = study.tests(name, preset="paper")
+            unchosen = study.tests(name, preset="paper", select="none")
+            rows += [study.compared(f"{name}, paper", official)]
+            rows += [Row(f"{name} − paper", default, official)]
+            rows += [Row(f"{name}, none − paper, none", none, unchosen)]
+    return rows
 
 
-def outcome(
-    data: DataSet, setting: Setting, arrays: Arrays, task: Task, score: np.ndarray
-) -> Outcome:
-    """score: (2,) accuracy and negative log-likelihood on validation."""
-    features, labels = data.test
-    classify = make_classify(CLIP_ADAPTER, setting, arrays, task.head)
-    test = float(np.mean(classify(features).argmax(axis=1) == labels))
-    return Outcome(100 * float(score[0]), float(score[1]), 100 * test)
+def recipe_rows(study: Study) -> list[Row]:
+    """Optimiser × rate × decay × epochs, at one α."""
+    recipes = dict.fromkeys(recipe for recipe, _ in SETTINGS)
+    return [study.zero_shot, *(study.setting(recipe, ALPHAS[0]) for recipe in recipes)]
+
+
+def alpha_rows(study: Study) -> list[Row]:
+    return [study.zero_shot, *(study.setting(name, a) for name in LADDER for a in ALPHAS)]
+
+
+def rule_rows(study: Study) -> list[Row]:
+    """What chooses, and between what; the last of each has hindsight of test, and is no rule."""
+    grids = {
+        f"4 α at {LADDER[-1]}": (LADDER[-1:], ALPHAS),
+        **{f"4 rates at α {alpha:g}": (LADDER, (alpha,)) for alpha in ALPHAS[:2]},
+        "4 rates × 4 α": (LADDER, ALPHAS),
+    }
+    rows = [study.zero_shot]
+    for grid_name, (recipes, alphas) in grids.items():
+        among = {
+            task: [run for run in runs if run.recipe in recipes and run.alpha in alphas]
+            for task, runs in study.grid.items()
+        }
+        for name, rule in RULES.items():
+            values = {task: choose(rule, runs).test for task, runs in among.items()}
+            rows.append(study.compared(f"{grid_name}, {name}", values))
+        values = {task: max(run.test for run in runs) for task, runs in among.items()}
+        rows.append(study.compared(f"{grid_name}, hindsight", values))
+    return rows
+
+
+def selection_rows(study: Study) -> list[Row]:
+    """`--select`, everything else as by default."""
+    rules = ("few-shot-val", "full-val", "cv", "none")
+    usable = rules if study.data.select == "few-shot-val" else rules[2:]
+    return [
+        study.zero_shot,
+        *(study.compared(rule, study.tests(select=rule)) for rule in usable),
+    ]
+
+
+def epoch_rows(study: Study) -> list[Row]:
+    """The best epoch on validation against the last, everything else as by default."""
+    last, best = (study.results(hyper={"epoch": epoch}) for epoch in ("last", "best"))
+    rows = [
+        study.compared("last epoch", percent(last)),
+        Row("best − last", percent(best), percent(last)),
+    ]
+    for name, found in (("last", last), ("best", best)):
+        # Where nothing could choose there is no validation accuracy.
+        judged = {task: one for task, one in found.items() if one.val_accuracy is not None}
+        val = percent(judged, "val_accuracy")
+        rows.append(Row(f"validation − test, {name} epoch", val, percent(judged)))
+    return rows
+
+
+def learned_rows(study: Study) -> list[Row]:
+    """A learned α from two starts against the fixed one, where nothing is chosen."""
+    rows, fixed = [], study.tests(select="none")
+    for rate in RATIO_RATES:
+        for start in STARTS:
+            hyper = {"alpha": "learned", "alpha_init": start, "ratio_learning_rate": rate}
+            found = study.results(select="none", hyper=hyper)
+            ends = {task: r.learned["alpha"].mean for task, r in found.items() if r.learned}
+            rows.append(Row(f"rate {rate:g} from {start:g}: α ends at", ends))
+            rows.append(Row(f"rate {rate:g} from {start:g} − fixed α", percent(found), fixed))
+    return rows
+
+
+def halving_rows(study: Study) -> list[Row]:
+    """A grid of 48 in full and by halving."""
+    shots = tuple(count for count in study.shots if count in SEARCHED)
+    asked = {"hyper": SEARCHED_GRID, "shots": shots, "seeds": study.seeds[:SEARCHED_SEEDS]}
+    if not shots:
+        return []
+    full, halved = (study.results(search=search, **asked) for search in ("full", "halving"))
+    same = {task: 100.0 * (full[task].setting == halved[task].setting) for task in full}
+    return [
+        Row("the same setting (% of tasks)", same),
+        *(
+            Row(f"{what}, halving − full", percent(halved, name), percent(full, name))
+            for what, name in (("validation", "val_accuracy"), ("test", "test_accuracy"))
+        ),
+    ]
+
+
+PARTS: Mapping[str, Callable[[Study], list[Row]]] = {
+    "default": default_rows,
+    "methods": method_rows,
+    "recipe": recipe_rows,
+    "alpha": alpha_rows,
+    "rule": rule_rows,
+    "selection": selection_rows,
+    "epoch": epoch_rows,
+    "learned": learned_rows,
+    "halving": halving_rows,
+}

@@ -2,19 +2,19 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from ours import task_of
 from PIL import Image
 
-from clip_adapter.adapters.classifier import classifier_weights, unit
-from clip_adapter.adapters.method import Task
-from clip_adapter.cache.few_shot import draw_few_shot
+from clip_adapter.adapters.classifier import unit
 from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.pipelines.fitting.config import Selection
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int32]
@@ -31,34 +31,42 @@ PERIOD = 8.0  # pixels
 
 @dataclass(frozen=True)
 class DataSet:
-    """What `fit` reads of a cache. weights: (C, D), unit rows."""
+    """A feature cache."""
 
     name: str
-    train: Split
-    val: Split
-    test: Split
-    weights: Floats
-    logit_scale: float
+    path: Path
 
-    def task(self, shots: int, seed: int) -> Task:
-        """A support set and min(shots, 4) validation images a class, drawn as `fit` draws them."""
-        drawn = draw_few_shot(self.train[1], self.val[1], shots=shots, seed=seed)
-        support, validation = (
-            (features[rows], labels[rows])
-            for (features, labels), rows in (
-                (self.train, drawn.support),
-                (self.val, drawn.validation),
-            )
-        )
-        return task_of(support, validation, self.weights, self.logit_scale, seed)
+    @cached_property
+    def counts(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Images of each class, by split."""
+        with FeatureCache(self.path) as cache:
+            classes = len(cache.class_names)
+            return {s: np.bincount(cache.labels(s), minlength=classes) for s in cache.splits}
+
+    @property
+    def select(self) -> Selection:
+        """What chooses: the usual few images, or the support set where there is no validation."""
+        return "few-shot-val" if "val" in self.counts else "cv"
+
+    @property
+    def largest_class(self) -> int:
+        return int(self.counts["train"].max())
+
+    def words(self) -> str:
+        test, train = self.counts["test"], self.counts["train"]
+        return f"{len(train)} classes, {test.sum()} test images, selected by {self.select}"
 
 
-def digits(folder: Path) -> DataSet:
+def caches_in(folder: Path) -> list[DataSet]:
+    return [DataSet(path.stem, path) for path in sorted(folder.glob("*.h5"))]
+
+
+def digits(folder: Path) -> Path:
     """The embedded digits through the embedded CLIP, which knows digits."""
     return _encoded("digits", folder, [])
 
 
-def textures(folder: Path) -> DataSet:
+def textures(folder: Path) -> Path:
     """Twelve gratings and rings through the same CLIP, which knows nothing of the kind."""
     rng = np.random.default_rng(0)
     images = folder / "textures"
@@ -94,22 +102,45 @@ def texture(wave: str, angle: float, rng: np.random.Generator) -> npt.NDArray[np
     return (255 * np.clip(noisy, 0, 1)).astype(np.uint8)
 
 
-def _encoded(name: str, folder: Path, options: list[str]) -> DataSet:
+def _encoded(name: str, folder: Path, options: list[str]) -> Path:
     path = folder / f"{name}.h5"
     command = [Path(sys.executable).parent / "extract", "--out", path, *options]
     subprocess.run(command, check=True, capture_output=True)
-    with FeatureCache(path) as cache:
-        splits = {split: cache.images(split, views=1) for split in ("train", "val", "test")}
-        return DataSet(
-            name,
-            *((images.features[0], images.labels) for images in splits.values()),
-            classifier_weights(np, cache.text_features()),
-            cache.logit_scale,
+    return path
+
+
+def _written(path: Path, splits: Mapping[str, Split], weights: Floats) -> Path:
+    """A cache of made-up features. weights: (C, D), the classes' text features."""
+    with CacheWriter(path, {"dataset": path.stem}, views=1) as writer:
+        writer.append_text(weights[:, None], [f"class {c}" for c in range(len(weights))])
+        for split, (features, labels) in splits.items():
+            ids = [f"{split}/{row}" for row in range(len(labels))]
+            writer.append_images(split, features[:, None], labels, ids)
+        writer.finish(
+            templates=["a {}"],
+            backbone={
+                "name": "made-up",
+                "pretrained": "made-up",
+                "weights_sha256": "0" * 64,
+                "embed_dim": weights.shape[1],
+                "image_size": 1,
+                "quick_gelu": False,
+            },
+            preprocess={},
+            dataset={
+                "name": path.stem,
+                "source": "drawn as features",
+                "version": "1",
+                "splits": dict.fromkeys(splits, "drawn"),
+            },
+            logit_scale=100.0,
+            logit_bias=0.0,
         )
+    return path
 
 
 def drawn(
-    name: str,
+    path: Path,
     dim: int,
     classes: int,
     *,
@@ -118,7 +149,7 @@ def drawn(
     within: float,
     beyond: float,
     mislabelled: float = 0.0,
-) -> DataSet:
+) -> Path:
     """Features as CLIP's lie: images in one narrow cone, texts in another, classes apart in a few
     directions.
 
@@ -144,23 +175,31 @@ def drawn(
 
     train, val = split(TRAIN_PER_CLASS, mislabelled), split(VAL_PER_CLASS, mislabelled)
     weights = unit(np, 0.85 * text_cone + 0.5 * names).astype(np.float32)
-    return DataSet(name, train, val, split(TEST_PER_CLASS, 0.0), weights, 100.0)
+    splits = {"train": train, "val": val, "test": split(TEST_PER_CLASS, 0.0)}
+    return _written(path, splits, weights)
 
 
-SETS: dict[str, Callable[[Path], DataSet]] = {
+SETS: dict[str, Callable[[Path], Path]] = {
     "digits": digits,
     "textures": textures,
     "good-names": lambda folder: drawn(
-        "good-names", 512, 25, named=0.2, unnamed=0.1, within=0.6, beyond=0.5
+        folder / "good-names.h5", 512, 25, named=0.2, unnamed=0.1, within=0.6, beyond=0.5
     ),
     "poor-names": lambda folder: drawn(
-        "poor-names", 256, 20, named=0.1, unnamed=0.25, within=0.45, beyond=0.35
+        folder / "poor-names.h5", 256, 20, named=0.1, unnamed=0.25, within=0.45, beyond=0.35
     ),
     "noisy-images": lambda folder: drawn(
-        "noisy-images", 128, 10, named=0.2, unnamed=0.2, within=0.8, beyond=0.6
+        folder / "noisy-images.h5", 128, 10, named=0.2, unnamed=0.2, within=0.8, beyond=0.6
     ),
     "wrong-labels": lambda folder: drawn(
-        "wrong-labels", 256, 30, named=0.25, unnamed=0.2, within=0.45, beyond=0.35, mislabelled=0.15
+        folder / "wrong-labels.h5",
+        256,
+        30,
+        named=0.25,
+        unnamed=0.2,
+        within=0.45,
+        beyond=0.35,
+        mislabelled=0.15,
     ),
 }
 """What makes each, given a folder for files."""

@@ -1,28 +1,28 @@
 """The figures behind the defaults: the script runs, and its tables say what was measured."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from protocol import main
-from protocol_runs import ALPHAS, Learned, Measured, Outcome, Run, Searched, fixed_runs
-from protocol_sets import SETS, DataSet, drawn, texture
-from protocol_tables import (
-    alpha_table,
-    epoch_tables,
-    halving_table,
-    learned_tables,
-    preferred,
-    spread,
+from protocol_grid import (
+    TEMPERATURES,
+    Run,
+    by_accuracy,
+    by_likelihood,
+    one_standard_error,
+    tempered,
 )
-
-from clip_adapter.adapters.clip_adapter import CLIP_ADAPTER
-from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.search import fit
+from protocol_runs import Study, better_mean
+from protocol_sets import SETS, DataSet, caches_in, texture
+from protocol_tables import Row, over_sets, spread, table
+from scipy.special import log_softmax
 
 EPOCHS = 5
 """The same everywhere, so that programs are compiled once."""
-NOISE = {"within": 0.45, "beyond": 0.35}
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    return DataSet("noisy", SETS["noisy-images"](tmp_path_factory.mktemp("noisy")))
 
 
 def cells(tables: str, row: str) -> list[str]:
@@ -31,75 +31,56 @@ def cells(tables: str, row: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")[2:-1]]
 
 
-def zero_shot(data: DataSet) -> float:
-    features, labels = data.test
-    return float(np.mean((features @ data.weights.T).argmax(axis=1) == labels))
+def test_a_setting_of_the_grid_is_what_fit_fits(noisy: DataSet):
+    study = Study(noisy, (2,), (3,), epochs=EPOCHS)
+    asked = {"alpha": 0.4, "learning_rate": 1e-3}
+    (result,) = study.results(hyper=asked).values()
+    assert result.test_accuracy is not None
+    assert result.val_nll is not None
+    (runs,) = study.grid.values()
+    (run,) = [run for run in runs if (run.recipe, run.alpha) == ("AdamW 0.001", 0.4)]
+    assert run.test == pytest.approx(100 * result.test_accuracy)
+    assert run.right.mean() == pytest.approx(result.val_accuracy)
+    assert run.losses[len(TEMPERATURES) // 2].mean() == pytest.approx(result.val_nll, rel=1e-4)
+    authors = next(run for run in runs if run.recipe.startswith("authors'"))
+    assert [authors.test] == pytest.approx([*study.tests(select="none", preset="paper").values()])
 
 
-def test_a_run_watched_on_validation_ends_where_one_that_is_not_ends(tmp_path: Path):
-    data = SETS["noisy-images"](tmp_path)
-    engine, task = Engine(), data.task(shots=1, seed=1)
-    runs = fixed_runs(engine, data, task, EPOCHS)
-    assert [run.alpha for run in runs] == list(ALPHAS)
-    (setting,) = CLIP_ADAPTER.settings(
-        CLIP_ADAPTER.values({"alpha": (runs[1].alpha,), "epochs": (EPOCHS,)})
-    )
-    assert setting["epoch"] == "last"
-    arrays = fit(CLIP_ADAPTER, setting, None, task, engine)
-    features, labels = data.test
-    logits = CLIP_ADAPTER.logits(np, arrays, setting, features, task.head)
-    right = 100 * np.mean(np.asarray(logits).argmax(axis=1) == labels)
-    assert runs[1].last.test == pytest.approx(right)
-    assert all(run.best.val >= run.last.val for run in runs)
+def test_rules():
+    """Losses at the temperature in the middle and at another one; the smallest rate first."""
+
+    def run(name: str, right: int, as_is: list[float], other: list[float]) -> Run:
+        losses = np.full((len(TEMPERATURES), 4), 9.0)
+        losses[len(TEMPERATURES) // 2], losses[0] = as_is, other
+        return Run(name, 0.2, 0.0, losses, np.arange(4) < right)
+
+    bad = run("bad", 2, [2.0] * 4, [3.0] * 4)
+    near = run("near", 3, [1.1, 1.5, 0.6, 1.3], [9.0] * 4)
+    surer = run("surer", 4, [1.0] * 4, [9.0] * 4)
+    best = run("best", 4, [5.0] * 4, [0.9, 1.2, 0.8, 0.9])
+    runs = [bad, near, surer, best]
+    assert by_accuracy(runs) is surer
+    assert by_likelihood(runs) is best
+    # 0.175 ± 0.15 above the best one is beyond a standard error, 0.05 ± 0.09 is not.
+    assert one_standard_error(runs) is surer
+    logits, labels = np.array([[3, 1, 0], [0, 2, 1]], np.float32), np.array([0, 2], np.int32)
+    for temperature, losses in zip(TEMPERATURES, tempered(logits, labels), strict=True):
+        right = -log_softmax(logits / temperature, axis=1)[[0, 1], labels]
+        np.testing.assert_allclose(losses, right, rtol=1e-6)
 
 
-def test_the_tables_say_what_was_measured():
-    def task(seed: int, last: list[float], best: list[float]) -> Measured:
-        """Validation prefers the second α; the best epoch is 10 points too hopeful."""
-        vals = (50.0, 80.0, 60.0, 70.0)
-        runs = [
-            Run(alpha, Outcome(val, 1.0, one), Outcome(val + 10, 1.0, other))
-            for alpha, val, one, other in zip(ALPHAS, vals, last, best, strict=True)
-        ]
-        learned = [
-            Learned(start, rate, start + rate, Outcome(0.0, 1.0, start * 100))
-            for start in (0.2, 0.8)
-            for rate in (0.01, 0.05, 0.1, 0.2)
-        ]
-        searched = Searched(Outcome(80, 1, 70), Outcome(78, 1, 71), same=seed == 1)
-        return Measured("made up", 4, seed, runs, learned, searched)
-
-    tasks = [task(1, [60, 70, 74, 76], [60, 69, 74, 76]), task(2, [60, 70, 74, 76], [60] * 4)]
-    assert cells(epoch_tables(tasks), "made up") == [
-        "−5.50 ± 4.50",  # −1 and −10
-        "−5.12 ± 4.87",  # −0.25 and −10
-        "+10.00 ± 0.00",
-        "+25.50 ± 4.50",  # 90 − 69 and 90 − 60
-        "30.0",
-    ]
-    assert cells(alpha_table(tasks), "made up")[:2] == ["70.0", "−10.00 ± 0.00"]
-    assert cells(alpha_table(tasks), "made up")[-1] == "+0.00 ± 0.00"
-    at_a_tenth = ["0.30", "0.90", "0.60", "−56.00 ± 0.00", "+4.00 ± 0.00", "−20.00 ± 0.00"]
-    assert cells(learned_tables(tasks), "0.1") == at_a_tenth
-    assert cells(learned_tables(tasks), "made up (best 0.8)") == at_a_tenth
-    assert cells(halving_table(tasks), "all") == ["2", "1", "−2.00 ± 0.00", "+1.00 ± 0.00"]
-
-
-def test_means_and_choices():
-    assert spread([1, 3]) == "+2.00 ± 1.00"
+def test_tables():
+    one = {(1, 1): 60.0, (1, 2): 64.0, (4, 1): 70.0, (4, 2): 70.0}
+    other = {(1, 1): 61.0, (1, 2): 61.0, (4, 1): 71.0, (4, 2): np.nan}
+    rows = [Row("one", one), Row("apart", one, other)]
+    printed = table("made up", rows)
+    assert printed.startswith("| made up | 1 shot | 4 shots |\n")
+    assert cells(printed, "one") == ["62.00 ± 2.00", "70.00 ± 0.00"]
+    assert cells(printed, "apart") == ["+1.00 ± 2.00", "1 of 2 diverged"]
+    lower = {task: value - 10 for task, value in one.items() if task[0] == 1}
+    assert cells(over_sets("all", [rows, [Row("one", lower)]]), "one") == ["57.00 ± 5.00", "70.00"]
     assert spread([-1.5]) == "−1.50"
-    same, surer, worse = Outcome(50, 2.0, 1), Outcome(50, 1.0, 2), Outcome(49, 0.1, 3)
-    assert preferred([same, worse, surer]) is surer
-
-
-def test_names_help_as_far_as_texts_share_them_and_test_labels_are_right():
-    good = drawn("good", 64, 8, named=0.5, unnamed=0.0, **NOISE)
-    poor = drawn("poor", 64, 8, named=0.02, unnamed=0.3, **NOISE)
-    assert zero_shot(good) > 0.8 > 0.4 > zero_shot(poor)
-    wrong = drawn("wrong", 64, 8, named=0.5, unnamed=0.0, mislabelled=0.25, **NOISE)
-    differing = np.mean(wrong.train[1] != good.train[1])
-    assert differing == pytest.approx(0.25, abs=0.1)
-    np.testing.assert_array_equal(wrong.test[1], good.test[1])
+    assert better_mean(one, {**other, (4, 2): 68.0})[1, 1] == 60.0
 
 
 def test_textures_turn_with_their_direction():
@@ -113,11 +94,17 @@ def test_textures_turn_with_their_direction():
         assert along > 4 * across
 
 
-def test_the_script_prints_its_tables(capsys: pytest.CaptureFixture[str]):
-    small = f"--sets noisy-images --shots 1 --seeds 1 --epochs {EPOCHS} --searched-shots 1"
-    main(small.split())
+def test_the_script_prints_its_tables(noisy: DataSet, capsys: pytest.CaptureFixture[str]):
+    """On a folder of caches; more shots than there are images are left out, and said to be."""
+    folder = noisy.path.parent
+    parts = ("default", "epoch", "methods")
+    asked = f"--shots 1 99 --seeds 1 --epochs {EPOCHS} --methods gda clip-adapter coop --parts"
+    main(["--caches", str(folder), *asked.split(), *parts])
     printed = capsys.readouterr().out
-    assert printed.startswith(f"1 tasks, {EPOCHS} epochs")
-    for title in ("The epoch that is kept", "α", "A learned α", "Halving"):
-        assert f"#### {title}\n" in printed
+    name = caches_in(folder)[0].name
+    assert printed.startswith("## Real features\n")
+    for part in parts:
+        assert f"| {name}, {part} | 1 shot |\n" in printed
+    assert "99 shots; the largest class has 32" in printed
+    assert "coop, which needs" in printed
     assert "nan" not in printed
