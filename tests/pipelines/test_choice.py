@@ -1,0 +1,86 @@
+"""What chooses among settings that a few validation images judge."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+
+from clip_adapter.adapters.evaluation import Evaluation, Images
+from clip_adapter.adapters.method import Task
+from clip_adapter.adapters.methods import METHODS
+from clip_adapter.pipelines.fit import fit
+from clip_adapter.pipelines.fitting.choice import Search
+from clip_adapter.pipelines.fitting.config import FitConfig
+from clip_adapter.pipelines.fitting.fit_rows import unpacked
+from clip_adapter.pipelines.fitting.run import FitResult
+from tests.pipelines.run_files import results
+from tests.pipelines.tiny_cache import TinyData, tiny_data, write_cache
+
+RATES = (1e-3, 1e-2, 4e-2, 6e-2, 8e-2, 0.15)
+
+
+def evaluated(losses: np.ndarray) -> Evaluation:
+    images = Images(np.ones(len(losses), bool), losses.astype(np.float32))
+    return Evaluation({}, 1, 1, 1.0, float(losses.mean()), 0.0, images)
+
+
+def search_over(rows: int, weights: np.ndarray | None = None) -> Search:
+    labels = np.zeros(rows, np.int32)
+    task = Task(None, None, None, labels, None, None, validation_weights=weights)
+    return Search(METHODS["clip-adapter"], {}, "default", [task], np.arange(rows))
+
+
+def test_the_excess_is_the_paired_t_statistic():
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(2, 40)).astype(np.float32)
+    found = search_over(40).excess(evaluated(one + 0.3), evaluated(other))
+    assert found == pytest.approx(ttest_rel(one + np.float32(0.3), other).statistic, rel=1e-5)
+    assert search_over(40).excess(evaluated(one), evaluated(one)) == 0
+    # Images that count nothing are as if they were not there, but for n / (n − 1).
+    weights = np.repeat([1.0, 0.0], 20)
+    half = search_over(40, weights).excess(evaluated(one), evaluated(other))
+    alone = ttest_rel(one[:20], other[:20]).statistic
+    assert half == pytest.approx(alone * np.sqrt((20 / 19) / (40 / 39)), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Names that say little, and images enough to judge by."""
+    data = tiny_data(noise=1.2, val=15)
+    unlike = 2 * np.random.default_rng(1).normal(size=data.text.shape).astype(np.float32)
+    poor = TinyData(data.splits, data.text + unlike)
+    return write_cache(tmp_path_factory.mktemp("cache") / "features.h5", poor)
+
+
+def run(cache: Path, out: Path, rates: tuple[float, ...]) -> FitResult:
+    hyper = {"learning_rate": rates, "epochs": 50}
+    return fit(FitConfig(cache, out, baselines=(), shots=8, select="full-val", hyper=hyper))
+
+
+def test_of_the_rates_within_a_standard_error_of_the_likeliest_the_smallest(
+    cache: Path, tmp_path: Path
+):
+    """Computed anew in float64 from what results.csv says of each image."""
+    found = run(cache, tmp_path / "run", RATES)
+    losses = {float(r["learning_rate"]): unpacked(r["images"]).losses for r in results(found.run)}
+    assert tuple(losses) == RATES
+    likeliest = min(losses.values(), key=np.mean)
+    within = []
+    for rate, own in losses.items():
+        difference = own.astype(np.float64) - likeliest
+        error = difference.std(ddof=1) / np.sqrt(len(difference))
+        if difference.mean() <= error:
+            within.append(rate)
+    (row,) = found.results
+    assert row.setting["learning_rate"] == min(within)
+    assert min(losses) < min(within) < max(within), "nothing to tell: another rule would do it too"
+
+
+def test_zero_shot_is_outdone_where_validation_shows_it(cache: Path, tmp_path: Path):
+    """Trained with a rate of which nothing comes, and with a good one."""
+    shown = {}
+    for rate in (1e-9, 1e-2):
+        (row,) = run(cache, tmp_path / f"{rate}", (rate,)).results
+        shown[rate] = row.outdoes_zero_shot
+    assert shown == {1e-9: False, 1e-2: True}
