@@ -1,15 +1,18 @@
 """Files that are whole or absent, that one process writes, and that are files at all."""
 
 import fcntl
+import json
 import os
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
 from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.words import size
 
 LARGEST = 2**28  # bytes that are read into memory: of results.csv a million rows
+DEEPEST = 32  # levels of a JSON document; our own have five
 FOLDER = "a folder"
 KINDS = {
     stat.S_IFDIR: FOLDER,
@@ -99,3 +102,26 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
 def read_text(path: Path, largest: int = LARGEST) -> str:
     """The content as UTF-8; see `read_bytes`. Raises ValueError where it is none."""
     return read_bytes(path, largest).decode("utf-8")
+
+
+def parse_json(text: str | bytes, **how: Any) -> Any:
+    """What `json.loads` makes of a document that somebody else may have made.
+
+    how: as `json.loads` takes it. Raises ValueError for anything else, and for one that is nested
+    so deep that whatever walks it would end in a RecursionError.
+    """
+    try:
+        found = json.loads(text, **how)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    level: list[Any] = [[found]]
+    for _ in range(DEEPEST + 1):
+        if not (level := [inner for outer in level for inner in _containers(outer)]):
+            return found
+    raise ValueError("it is nested too deep")
+
+
+def _containers(values: Any) -> list[Any]:
+    """The objects and lists among what an object or a list holds."""
+    several = values.values() if isinstance(values, dict) else values
+    return [value for value in several if isinstance(value, dict | list)]

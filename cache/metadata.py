@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_adapter.cache import schema
+from clip_adapter.cache import files, schema
 from clip_adapter.cache.errors import Contradiction
 from clip_adapter.cache.words import quoted
 
@@ -69,7 +69,7 @@ def encode(metadata: Metadata) -> tuple[bytes, str]:
 def parse_object(text: str | bytes) -> dict[str, Any]:
     """A JSON object of Unicode strings and finite numbers. Raises Contradiction for others."""
     try:
-        found = json.loads(text, parse_constant=_no_number)
+        found = files.parse_json(text, parse_constant=_no_number)
         json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate could not be printed
     except (ValueError, RecursionError, TypeError) as error:
         raise Contradiction("is not a JSON object") from error

@@ -119,14 +119,14 @@ def load_adapter(run: str | Path) -> SavedAdapter:
 
 def _read_document(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(files.read_text(path, DOCUMENT_MAX))
+        document = files.parse_json(files.read_text(path, DOCUMENT_MAX))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"There is no adapter at {path.parent} (no {INFO_FILE}).") from None
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} cannot be read as JSON; fit the adapter again.") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{path} does not describe an adapter of clip-adapter.")

@@ -13,6 +13,8 @@ from clip_adapter.pipelines.command import run_command
 from clip_adapter.pipelines.named_method import know_method
 from clip_adapter.pipelines.spoken import Spoken
 
+NARROWEST = 20  # columns; a terminal of none (COLUMNS=0) is none
+
 
 @dataclass(frozen=True)
 class ReportConfig:
@@ -61,7 +63,11 @@ def report(config: ReportConfig) -> None:
     entries = pool(runs)
     table = accuracies(runs, entries)
     ablations = pooled_ablations(runs)
-    print(FORMATS[config.format](table, ablations, Console().width), end="", flush=True)
+    print(
+        FORMATS[config.format](table, ablations, max(Console().width, NARROWEST)),
+        end="",
+        flush=True,
+    )
     if config.html == "none":
         return
     from clip_adapter.pipelines.reporting.page import find_cache, write_page

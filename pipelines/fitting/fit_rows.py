@@ -39,5 +39,5 @@ def is_sound(row: Row) -> bool:
             and (failed or 0 <= accuracy <= 1)
             and (failed or right is None or abs(accuracy - right.mean()) < 1e-6)
         )
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, AttributeError):  # a cell that is not there is None
         return False

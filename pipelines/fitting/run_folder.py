@@ -192,12 +192,12 @@ def read_selected(path: Path) -> list[TaskResult]:
     selected = path / "selected.jsonl"
     try:
         lines = files.read_text(selected).splitlines(keepends=True)
-        return [TaskResult.of_document(json.loads(ln)) for ln in lines if ln.endswith("\n")]
+        return [TaskResult.of_document(files.parse_json(ln)) for ln in lines if ln.endswith("\n")]
     except FileNotFoundError:
         return []
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{selected} cannot be read; fit it again.") from error
 
 
@@ -210,10 +210,10 @@ def read_plan(path: Path) -> Plan:
     try:
         if not plan.is_file():
             raise UserError(f"{path} holds no run of `fit` (there is no {PLAN}).")
-        return Plan.of_document(json.loads(files.read_text(plan)))
+        return Plan.of_document(files.parse_json(files.read_text(plan)))
     except UserError:
         raise
-    except (OSError, RecursionError) as error:
+    except OSError as error:
         raise UserError(f"{plan} cannot be read; start a new run.") from error
     except ValueError as error:
         reason = "it is no JSON" if isinstance(error, json.JSONDecodeError) else str(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,10 +77,10 @@ def _load(path: Path) -> Run:
             f"to go; go on with: fit --resume {path}"
         )
     try:
-        document = json.loads(files.read_text(path / PROVENANCE))
+        document = files.parse_json(files.read_text(path / PROVENANCE))
         provenance = Provenance.of_document(document)
         versions = {str(name): str(number) for name, number in document["versions"].items()}
-    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{path / PROVENANCE} cannot be read; fit it again.") from error
     if provenance.cache_sha256 != plan.cache_sha256:
         raise UserError(f"{path / PROVENANCE} is of another cache than run.json; fit it again.")
