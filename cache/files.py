@@ -5,6 +5,8 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,23 @@ def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
     sync: not even after a power cut, for which the disk is waited for.
     """
     temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)  # of a process that was killed, or a link to another file
+    with temporary.open("xb") as file:
         file.write(content)
         if sync:
             file.flush()
             os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Raises UserError where one of these folders in it, or one within them, is a link: what is
+    written, removed or read there would be in a folder that somebody else has named."""
+    for name in names:
+        inner = (Path(at, one) for at, folders, _ in os.walk(folder / name) for one in folders)
+        for place in chain([folder / name], inner):
+            if place.is_symlink():
+                raise UserError(f"{place} is a link; put the folder itself there, or remove it.")
 
 
 def take_lock(descriptor: int, path: Path) -> bool:

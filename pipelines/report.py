@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.argument_types import Positional
 from clip_adapter.pipelines.command import run_command
 from clip_adapter.pipelines.named_method import know_method
@@ -28,6 +29,8 @@ class ReportConfig:
         html: Where the page goes, with its figures beside it in figures/, or none; by default
             report.html in the first run's folder.
         cache: The cache of the runs, where it lies elsewhere now.
+        images: Folder that the images' ids start from, for the pictures of the page; without it
+            they are taken from the folder that was extracted where it lies in the cache's own.
         method: MODULE:NAME of each method of the runs that is one of your own.
     """
 
@@ -35,6 +38,7 @@ class ReportConfig:
     format: Literal["text", "md", "tex", "csv"] = "text"
     html: Path | Literal["none"] | None = None
     cache: Path | None = None
+    images: Path | None = None
     method: tuple[str, ...] = ()
 
 
@@ -59,6 +63,8 @@ def report(config: ReportConfig) -> None:
 
     for name in config.method:
         know_method(name)
+    if config.images and not config.images.is_dir():
+        raise UserError(f"--images: there is no folder {config.images}.")
     runs = load_runs(config.runs)
     entries = pool(runs)
     table = accuracies(runs, entries)
@@ -74,7 +80,7 @@ def report(config: ReportConfig) -> None:
 
     path = config.html or runs[0].path / "report.html"
     with find_cache(runs, config.cache) or nullcontext() as cache:
-        write_page(path, runs, entries, table, ablations, cache)
+        write_page(path, runs, entries, table, ablations, cache, config.images)
     Spoken("report").note(f"the page is {path}, its figures are beside it in figures/")
 
 

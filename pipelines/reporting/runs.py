@@ -13,7 +13,7 @@ from clip_adapter.pipelines.fitting.ablation_rows import FILE, AblationRow, abla
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.fitting.provenance import PROVENANCE, Provenance
 from clip_adapter.pipelines.fitting.results import TaskResult
-from clip_adapter.pipelines.fitting.run_folder import read_plan, read_selected
+from clip_adapter.pipelines.fitting.run_folder import OWN_FOLDERS, read_plan, read_selected
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _load(path: Path) -> Run:
     plan = read_plan(path)
+    files.refuse_links(path, OWN_FOLDERS)
     results = read_selected(path)
     planned = {p.method.name: p.method for p in plan.methods}
     wanted = {(name, k, s) for name in planned for k in plan.shots for s in plan.seeds}

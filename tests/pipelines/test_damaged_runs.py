@@ -305,6 +305,41 @@ def test_a_state_is_kept_as_it_is_or_lost(tmp_path: Path):
     assert not (tmp_path / "halving").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["adapters", "adapters/clip-adapter", "predictions", "halving", "figures"]
+)
+def test_a_folder_that_is_a_link_is_not_written_into(whole: Path, tmp_path: Path, name: str):
+    """Of a run that somebody sent."""
+    run, target = Path(shutil.copytree(whole, tmp_path / "run")), tmp_path / "target"
+    target.mkdir()
+    if (run / name).exists():
+        shutil.rmtree(run / name)
+    (run / name).symlink_to(target)
+    said = f"{run / name} is a link"
+    if name != "figures":
+        assert resume(run).startswith(said)
+    with pytest.raises(UserError, match=said):
+        report(ReportConfig((run,)))
+    assert not list(target.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["results.csv", "results.csv.new", "summary.csv", "adapter.json.new"]
+)
+def test_a_file_that_is_a_link_is_written_beside_it(whole: Path, tmp_path: Path, name: str):
+    run, target = Path(shutil.copytree(whole, tmp_path / "run")), tmp_path / "target"
+    content = (whole / "results.csv").read_bytes()
+    target.write_bytes(content)
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(target)
+    if name == "results.csv.new":
+        (run / "results.csv").write_bytes(content + b"half a li")
+    (run / "selected.jsonl").unlink()
+    assert resume(run) == ""
+    assert target.read_bytes() == content
+    assert_same_end(run, whole)
+
+
 def test_files_of_others_in_the_folder_stay(whole: Path, tmp_path: Path):
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     (run / "notes.txt").write_text("mine")
