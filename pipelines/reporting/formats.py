@@ -17,6 +17,7 @@ from clip_adapter.cache.words import printable
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.results import MethodSummary, Spread
 from clip_adapter.pipelines.fitting.tables import accuracy
+from clip_adapter.pipelines.prediction_formats import cell as as_cell
 from clip_adapter.pipelines.reporting.ablations import Ablation
 from clip_adapter.pipelines.reporting.accuracies import Accuracies, Column
 from clip_adapter.pipelines.reporting.figures import Numbers
@@ -102,18 +103,19 @@ def _heading(column: Column) -> list[str]:
 def as_markdown(table: Accuracies, ablations: Sequence[Ablation], width: int) -> str:
     """Tables, each with its caption above it."""
     accuracies = _by_shots(table, [column.heading for column in table.columns])
-    about = "".join(f"{_markdown(line)}  \n" for line in table.about)
+    about = "".join(f"{markdown(line)}  \n" for line in table.about)
     drawn = map(_markdown_table, (accuracies, *(ablation.numbers for ablation in ablations)))
     return about + "\n".join(drawn)
 
 
 def _markdown_table(numbers: Numbers) -> str:
-    drawn = [f"| {' | '.join(map(_markdown, row))} |" for row in (numbers.head, *numbers.rows)]
+    drawn = [f"| {' | '.join(map(markdown, row))} |" for row in (numbers.head, *numbers.rows)]
     drawn.insert(1, f"|{' ---: |' * len(numbers.head)}")
-    return "\n".join([f"{_markdown(numbers.caption)}  ", "", *drawn]) + "\n"
+    return "\n".join([f"{markdown(numbers.caption)}  ", "", *drawn]) + "\n"
 
 
-def _markdown(text: str) -> str:
+def markdown(text: str) -> str:
+    """`text` as Markdown, and HTML made of it, show it."""
     escaped = MARKDOWN.sub(r"\\\1", printable(text))
     return "".join(HTML.get(char, char) for char in escaped)
 
@@ -163,13 +165,13 @@ def as_csv(table: Accuracies, ablations: Sequence[Ablation], width: int) -> str:
     for column in table.columns:
         for shots, row in column.cells.items():
             numbers = _numbers(column.seeds[shots], row, column.spread(shots))
-            writer.writerow((printable(column.label), column.kind or "all", *numbers, "", ""))
+            writer.writerow((as_cell(column.label), column.kind or "all", *numbers, "", ""))
     for ablation in ablations:
         for one in ablation.series:
             label = f"{one.method} ({ablation.folder})" if ablation.folder else one.method
             for shots, row in one.cells.items():
                 numbers = _numbers(one.seeds[shots], row, row.test_accuracy)
-                start = (printable(label), ablation.kind or "all")
+                start = (as_cell(label), ablation.kind or "all")
                 writer.writerow((*start, *numbers, ablation.factor, printable(one.value)))
     return out.getvalue()
 
