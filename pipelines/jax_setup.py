@@ -5,11 +5,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import BuiltinFunctionType, FrameType, FunctionType
 
+from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.interruption import Handler
 
 # On a CPU 945 programs took 15 MB.
@@ -24,7 +25,12 @@ def set_up_jax() -> None:
     call must not call it.
     """
     with _uninterrupted():
-        import jax
+        try:
+            import jax
+        except (ValueError, RuntimeError) as error:  # it reads its variables at once
+            raise UserError(
+                f"JAX cannot begin: {error}; see the variables whose names begin with JAX_."
+            ) from error
 
     in_main = threading.current_thread() is threading.main_thread()
     earlier = signal.getsignal(signal.SIGINT)
@@ -42,6 +48,19 @@ def set_up_jax() -> None:
     # Without a GPU build of JAX on a machine with a GPU, JAX says so in a warning of its own; a
     # cache folder that cannot be written is no reason to warn at every compilation.
     logging.getLogger("jax._src.compiler").setLevel(logging.ERROR)
+
+
+@contextmanager
+def usable_jax() -> Iterator[None]:
+    """`own_jax`, which raises UserError where JAX cannot be used."""
+    from clip_adapter.adapters.jax_process import own_jax
+
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(own_jax())
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        yield
 
 
 def remove_oldest(folder: Path, limit: int) -> None:
