@@ -4,7 +4,7 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import NoReturn, TypeVar
 
@@ -51,7 +51,7 @@ def run(program: str, work: Callable[[], object]) -> NoReturn:
         if sys.stdout:
             sys.stdout.flush()
     except UserError as error:
-        _exit(EXIT_BAD_INPUT, f"{program}: {error}")
+        _exit(EXIT_BAD_INPUT, f"{program}: {error}", getattr(error, "__notes__", ()))
     except BrokenPipeError:  # whoever read the output has seen enough
         _exit(EXIT_PARTIAL)
     except KeyboardInterrupt as interruption:
@@ -78,11 +78,13 @@ def _result(work: Callable[[], object], interrupted: Sequence[bool]) -> object:
         raise
 
 
-def _exit(code: int, sentence: str | None = None) -> NoReturn:
-    """Say the sentence on standard error and exit, also where nothing can be written any more."""
+def _exit(code: int, sentence: str | None = None, notes: Iterable[str] = ()) -> NoReturn:
+    """Say the sentence, with notes below it, on standard error and exit, also where nothing can be
+    written any more."""
     with suppress(OSError):
         if sentence:
-            print(readable(sentence), file=sys.stderr)
+            lines = (line for note in notes for line in note.splitlines())
+            print("\n".join(map(readable, (sentence, *lines))), file=sys.stderr)
     for stream in _streams():
         try:
             stream.flush()
