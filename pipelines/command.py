@@ -3,13 +3,14 @@
 import errno
 import io
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import NoReturn, TypeVar
 
 from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.words import readable
+from clip_adapter.cache.words import readable, size
 from clip_adapter.pipelines.interruption import EXIT_INTERRUPTED, noticed
 
 Config = TypeVar("Config")
@@ -59,6 +60,15 @@ def run(program: str, work: Callable[[], object]) -> NoReturn:
     except MemoryError as error:
         reason = f" ({error})" if str(error) else ""
         _exit(EXIT_BAD_INPUT, f"{program}: There is not enough memory for this{reason}.")
+    except ImportError as error:
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit == resource.RLIM_INFINITY:
+            raise
+        _exit(
+            EXIT_BAD_INPUT,
+            f"{program}: A library cannot be loaded within the address space of {size(limit)} that "
+            f"`ulimit -v` allows ({error}); allow more.",
+        )
     except OSError as error:
         if error.filename is None and error.errno not in OF_THE_SYSTEM:
             raise

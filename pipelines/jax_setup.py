@@ -4,6 +4,7 @@ import atexit
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -15,12 +16,15 @@ from pathlib import Path
 from types import BuiltinFunctionType, FrameType, FunctionType
 
 from clip_adapter.cache import files
+from clip_adapter.cache.cores import available_cores
 from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.words import readable
+from clip_adapter.cache.words import readable, size
 from clip_adapter.pipelines.interruption import Handler
 
 # On a CPU 945 programs took 15 MB.
 LARGEST_CACHE = 2**28
+# On 2 cores 1.7 GiB are enough and 1.4 are not; each further one has threads, and memory of theirs.
+ADDRESS_SPACE, ADDRESS_SPACE_PER_CORE = 3 * 2**29, 2**27
 SUFFIX = "-cache"  # of JAX's programs
 NOTED = "clip-adapter-programs.json"
 
@@ -32,6 +36,13 @@ def set_up_jax() -> None:
     main thread it puts `_interrupt` before the handler of Ctrl-C. A function that others
     call must not call it.
     """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    needed = ADDRESS_SPACE + available_cores() * ADDRESS_SPACE_PER_CORE
+    if limit != resource.RLIM_INFINITY and limit < needed:  # JAX would end the process
+        raise UserError(
+            f"The address space is limited to {size(limit)} (ulimit -v), which JAX cannot begin "
+            f"in; allow at least {size(needed)}."
+        )
     with _uninterrupted():
         try:
             import jax
