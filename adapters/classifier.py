@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 # Added to squared norms. An adapter may return the zero vector (all its ReLUs closed, α = 1), whose
-# direction is undefined; this keeps value and gradient finite, and is below float32 rounding for
-# any feature of norm 0.01 or more.
-TINY = 1e-12
+# direction is undefined; this keeps value and gradient finite, and is below half a unit in the last
+# place of a float32 square of 1e-6, the smallest norm that a feature of the format can have.
+TINY = 1e-20
 
 # The mean length of text features: 8.9 for OpenAI's ViT-B/32 over the names of ImageNet's classes
 # (from 6.3 to 13.6). Rows whose lengths are so near to 1 were normalised.
@@ -64,6 +64,12 @@ def classifier_weights(xp: Any, text: Float[Array, "C P D"]) -> Float[Array, "C 
     normalised again.
     """
     return unit(xp, xp.mean(unit(xp, text), axis=1))
+
+
+def ensemble_length(xp: Any, text: Float[Array, "C P D"]) -> Float[Array, " C"]:
+    """‖mean_p unit(t_cp)‖: 1 where all prompts of a class agree, 0 where they cancel, so that there
+    is no W_c."""
+    return norm(xp, xp.mean(unit(xp, text), axis=1))[:, 0]
 
 
 def mean_text(xp: Any, head: Head) -> Float[Array, "C D"]:

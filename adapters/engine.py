@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from clip_adapter.adapters.draws import kept_draws
 from clip_adapter.adapters.evaluation import Leaves
+from clip_adapter.adapters.jax_process import own_jax_in_thread
 from clip_adapter.adapters.method import Method, Setting, Task
 from clip_adapter.adapters.program import Grid, Program, program_of
 from clip_adapter.adapters.recipe import steps_and_batch
@@ -93,7 +94,9 @@ class Engine:
         cores = cores or len(os.sched_getaffinity(0))
         self._at_once = 1 if alone else min(cores, MOST_AT_ONCE)
         # One pool for all runs: under cross-validation the folds are run in step.
-        self._pool = ThreadPoolExecutor(self._at_once, thread_name_prefix="train")
+        self._pool = ThreadPoolExecutor(
+            self._at_once, thread_name_prefix="train", initializer=own_jax_in_thread
+        )
 
     def run(
         self,

@@ -5,6 +5,8 @@ A package offers its own through the entry-point group `clip_adapter.methods`; a
 """
 
 import sys
+import traceback
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,6 +21,7 @@ from clip_adapter.adapters.lp_plus_plus import LP_PLUS_PLUS
 from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.pro_lip import PRO_LIP
 from clip_adapter.adapters.proker import PROKER
+from clip_adapter.adapters.record_check import check_record
 from clip_adapter.adapters.rla import RLA
 from clip_adapter.adapters.task_res import TASK_RES
 from clip_adapter.adapters.tip_adapter import TIP_ADAPTER, TIP_ADAPTER_F
@@ -60,7 +63,7 @@ def find_method(name: str) -> Method:
     if ":" in name:
         return _imported(name)
     for entry in entry_points(group=GROUP, name=name):
-        return _known(entry.load(), name)
+        return _known(_loaded(entry.load, name), name)
     known = sorted({*METHODS, *(entry.name for entry in entry_points(group=GROUP))})
     raise LookupError(
         f"there is no method {name!r:.80}; the methods are {', '.join(known)}, and MODULE:NAME of "
@@ -75,17 +78,39 @@ def _imported(name: str) -> Method:
     if added:
         sys.path.insert(0, here)
     try:
-        return _known(getattr(import_module(module), attribute), name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise LookupError(f"the method {name!r:.80} cannot be imported ({error})") from error
+        return _known(_loaded(lambda: getattr(import_module(module), attribute), name), name)
     finally:
         if added:
             sys.path.remove(here)
 
 
+def _loaded(load: Callable[[], object], name: str) -> object:
+    """Whatever a module of somebody else's raises becomes a LookupError, with a note that is the
+    traceback of their code."""
+    try:
+        return load()
+    except (Exception, SystemExit) as error:
+        known = isinstance(error, ImportError | AttributeError | TypeError | ValueError)
+        reason = str(error) if known else f"{type(error).__name__}: {error}"
+        raised = LookupError(f"the method {name!r:.80} cannot be imported ({reason})")
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if f.filename != __file__ and "importlib" not in f.filename]
+        if own or isinstance(error, SyntaxError):
+            lines = [
+                *traceback.StackSummary.from_list(own).format(),
+                *traceback.format_exception_only(error),
+            ]
+            raised.add_note("".join(lines).rstrip())
+        raise raised from error
+
+
 def _known(method: object, name: str) -> Method:
     if not isinstance(method, Method):
         raise LookupError(f"{name!r:.80} is no Method")
+    try:
+        check_record(method)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise LookupError(f"{name!r:.80} is no method that can be used: {error}") from error
     if METHODS.setdefault(method.name, method) is not method:
         raise LookupError(f"{name!r:.80} is called {method.name}, like another method")
     return method

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from clip_adapter.adapters.classifier import cross_entropy, log_softmax
 from clip_adapter.adapters.hyper import Value
+from clip_adapter.adapters.jax_process import own_jax
 from clip_adapter.adapters.method import Arrays, Classify, Head, Method, Setting, Task
 
 if TYPE_CHECKING:
@@ -163,15 +164,17 @@ def make_classify(
     """
     static, numbers = method.split(setting)
     program = _logits_program(method, tuple(static.items()))
-    placed = jax.device_put((dict(arrays), {n: np.float32(v) for n, v in numbers.items()}, head))
+    with own_jax():
+        values = {n: np.float32(v) for n, v in numbers.items()}
+        placed = jax.device_put((dict(arrays), values, head))
 
     def classify(features: npt.ArrayLike) -> npt.NDArray[np.float32]:
         rows = np.asarray(features, np.float32)
         logits = np.empty((len(rows), len(head.weights)), np.float32)
-        for start in range(0, len(rows), BLOCK):
-            block = rows[start : start + BLOCK]
-            filled = jnp.asarray(np.pad(block, ((0, BLOCK - len(block)), (0, 0))))
-            with jax.default_matmul_precision("float32"):
+        with own_jax(), jax.default_matmul_precision("float32"):
+            for start in range(0, len(rows), BLOCK):
+                block = rows[start : start + BLOCK]
+                filled = jnp.asarray(np.pad(block, ((0, BLOCK - len(block)), (0, 0))))
                 logits[start : start + BLOCK] = np.asarray(program(*placed, filled))[: len(block)]
         return logits
 

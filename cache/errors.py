@@ -1,8 +1,18 @@
 """The one exception that a command turns into a sentence and exit code 2."""
 
+from typing import Self
+
 
 class UserError(ValueError):
-    """What was given cannot be used; the message is one sentence that says why and what to do."""
+    """What was given cannot be used; the message is one sentence that says why and what to do.
+
+    Notes, such as the traceback of a user's own code, are shown below it.
+    """
+
+    def with_notes_of(self, error: BaseException) -> Self:
+        for note in getattr(error, "__notes__", ()):
+            self.add_note(note)
+        return self
 
 
 def require_within(name: str, value: int, most: int, least: int = 1) -> None:

@@ -1,11 +1,13 @@
 """Files that are whole or absent, that one process writes, and that are files at all."""
 
 import fcntl
+import json
 import os
 import stat
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from clip_adapter.cache.errors import Contradiction, UserError
 from clip_adapter.cache.words import quoted, size
 
 LARGEST = 2**28  # bytes that are read into memory: of results.csv a million rows
+DEEPEST = 32  # levels of a JSON document; our own have five
 FOLDER = "a folder"
 KINDS = {
     stat.S_IFDIR: FOLDER,
@@ -34,12 +37,23 @@ def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
     sync: not even after a power cut, for which the disk is waited for.
     """
     temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)  # of a process that was killed, or a link to another file
+    with temporary.open("xb") as file:
         file.write(content)
         if sync:
             file.flush()
             os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Raises UserError where one of these folders in it, or one within them, is a link: what is
+    written, removed or read there would be in a folder that somebody else has named."""
+    for name in names:
+        inner = (Path(at, one) for at, folders, _ in os.walk(folder / name) for one in folders)
+        for place in chain([folder / name], inner):
+            if place.is_symlink():
+                raise UserError(f"{place} is a link; put the folder itself there, or remove it.")
 
 
 def take_lock(descriptor: int, path: Path) -> bool:
@@ -112,3 +126,26 @@ def named_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise Contradiction(f"names {quoted(twice)} twice in one object; join the two")
     return found
+
+
+def parse_json(text: str | bytes, **how: Any) -> Any:
+    """What `json.loads` makes of a document that somebody else may have made.
+
+    how: as `json.loads` takes it. Raises ValueError for anything else, and for one that is nested
+    so deep that whatever walks it would end in a RecursionError.
+    """
+    try:
+        found = json.loads(text, **how)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    level: list[Any] = [[found]]
+    for _ in range(DEEPEST + 1):
+        if not (level := [inner for outer in level for inner in _containers(outer)]):
+            return found
+    raise ValueError("it is nested too deep")
+
+
+def _containers(values: Any) -> list[Any]:
+    """The objects and lists among what an object or a list holds."""
+    several = values.values() if isinstance(values, dict) else values
+    return [value for value in several if isinstance(value, dict | list)]

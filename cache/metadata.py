@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-import numpy as np
-
-from clip_adapter.cache import schema
+from clip_adapter.cache import files, schema
 from clip_adapter.cache.errors import Contradiction
 from clip_adapter.cache.words import quoted
 
 MOST_PARTS = 999_999
+SCALE_WORDS = f"a positive number from {schema.SMALLEST_SCALE:g} to {schema.LARGEST_SCALE:g}"
+BIAS_WORDS = f"a finite number from −{schema.LARGEST_BIAS:g} to {schema.LARGEST_BIAS:g}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def encode(metadata: Metadata) -> tuple[bytes, str]:
 def parse_object(text: str | bytes) -> dict[str, Any]:
     """A JSON object of Unicode strings and finite numbers. Raises Contradiction for others."""
     try:
-        found = json.loads(text, parse_constant=_no_number)
+        found = files.parse_json(text, parse_constant=_no_number)
         json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate could not be printed
     except (ValueError, RecursionError, TypeError) as error:
         raise Contradiction("is not a JSON object") from error
@@ -131,15 +131,16 @@ def _is_integer(value: object, least: int = 1, most: int = 2**31 - 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
+def is_bias(value: Any) -> bool:
+    return _is_number(value) and abs(value) <= schema.LARGEST_BIAS
+
+
+def is_scale(value: Any) -> bool:
+    return _is_number(value) and schema.SMALLEST_SCALE <= value <= schema.LARGEST_SCALE
+
+
 def _is_number(value: object) -> bool:
-    """A number that float32, in which logits are computed, can hold."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) <= float(np.finfo(np.float32).max)
-
-
-def _is_scale(value: Any) -> bool:
-    return _is_number(value) and float(np.float32(value)) > 0
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_image_size(value: Any) -> bool:
@@ -186,8 +187,8 @@ _REQUIRED: _Checks = {
     "backbone": _OBJECT,
     "preprocess": _OBJECT,
     "dataset": _OBJECT,
-    "logit_scale": ("a positive, finite number", _is_scale),
-    "logit_bias": ("a finite number", _is_number),
+    "logit_scale": (SCALE_WORDS, is_scale),
+    "logit_bias": (BIAS_WORDS, is_bias),
 }
 _OF_VERSION_2: _Checks = {"datasets_sha256": ("an object of SHA-256 sums", _are_sha256)}
 _OPTIONAL: _Checks = {

@@ -15,6 +15,10 @@ METADATA_SHA256 = "metadata_sha256"
 # Between which the largest number of a feature lies, by magnitude: far from where squares and sums
 # of products leave float32, and from the smallest norm that normalising divides by.
 SMALLEST_FEATURE, LARGEST_FEATURE = 1e-6, 1e6
+# Beyond these losses or slopes may leave float32, or a bias leaves a logit no digits for the rest.
+# CLIP's scale is 100 and SigLIP's bias −17 at most.
+SMALLEST_SCALE, LARGEST_SCALE = 1e-6, 1e10
+LARGEST_BIAS = 1e4
 
 CHUNK_BYTES = 1 << 20
 LARGEST_CHUNK_BYTES = 64 << 20

@@ -97,8 +97,8 @@ class StagingFolder:
         path = self.folder / ARGUMENTS
         try:
             files.is_there(path)
-            found = json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError) as error:
+            found = files.parse_json(path.read_text())
+        except (OSError, ValueError) as error:
             raise self.damaged(ARGUMENTS) from error
         if not isinstance(found, dict):
             raise self.damaged(ARGUMENTS)

@@ -21,6 +21,7 @@ from clip_adapter.adapters.method import Head, Method
 from clip_adapter.adapters.methods import find_method
 from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.metadata import BIAS_WORDS, SCALE_WORDS, is_bias, is_scale
 from clip_adapter.pipelines.adapter_check import check_usable
 
 FORMAT = "clip-adapter"
@@ -33,6 +34,7 @@ ARRAYS_FILE = "adapter.safetensors"
 # The classifier weights before adaptation, and what is before the names of what was fitted, which
 # may be called `weights` as well; version 1, whose methods had no such array, had no prefix.
 WEIGHTS = "weights"
+SHORTEST_WEIGHTS = 0.5  # they are unit rows
 FITTED = "fitted/"
 DOCUMENT_MAX = 1 << 25  # bytes: the names of 21,000 classes take 1 << 19
 ARRAYS_SHA256 = "safetensors_sha256"
@@ -119,14 +121,14 @@ def load_adapter(run: str | Path) -> SavedAdapter:
 
 def _read_document(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(files.read_text(path, DOCUMENT_MAX))
+        document = files.parse_json(files.read_text(path, DOCUMENT_MAX))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"There is no adapter at {path.parent} (no {INFO_FILE}).") from None
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} cannot be read as JSON; fit the adapter again.") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{path} does not describe an adapter of clip-adapter.")
@@ -173,15 +175,6 @@ def _method(name: str) -> Method:
         raise ValueError(str(error)) from None
 
 
-def _is_number(value: object) -> bool:
-    """Whether it is a number (no bool) that float32, in which all is computed, can hold."""
-    return type(value) in (int, float) and abs(value) <= 3.4e38  # type: ignore[arg-type]
-
-
-def _is_positive(value: object) -> bool:
-    return _is_number(value) and float(np.float32(value)) > 0  # type: ignore[arg-type]
-
-
 def _is_string(value: object) -> bool:
     return isinstance(value, str)
 
@@ -199,8 +192,8 @@ _TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
     "setting": ("an object", _is_object),
     "class_names": ("a list of strings", _are_strings),
     "templates": ("a list of strings", _are_strings),
-    "logit_scale": ("a positive number", _is_positive),
-    "logit_bias": ("a number", _is_number),
+    "logit_scale": (SCALE_WORDS, is_scale),
+    "logit_bias": (BIAS_WORDS, is_bias),
     "backbone": ("an object", _is_object),
     "preprocess": ("an object", _is_object),
     "dataset": ("an object", _is_object),
@@ -243,6 +236,8 @@ def _checked_weights(
         raise UserError(f"{path} does not hold the classifier weights of its classes.")
     if weights.dtype != np.float32 or not weights.size or not np.isfinite(weights).all():
         raise UserError(f"{path}: {WEIGHTS} holds something else than finite float32 numbers.")
+    if not (np.linalg.norm(weights, axis=1) > SHORTEST_WEIGHTS).all():
+        raise UserError(f"{path}: {WEIGHTS} holds a class without a direction.")
     head = Head(weights, np.float32(info.logit_scale), np.float32(info.logit_bias))
     try:
         check_usable(_method(info.method), info.setting, arrays, head)

@@ -3,13 +3,14 @@
 import errno
 import io
 import os
+import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import NoReturn, TypeVar
 
 from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.words import readable
+from clip_adapter.cache.words import readable, size
 from clip_adapter.pipelines.interruption import EXIT_INTERRUPTED, noticed
 
 Config = TypeVar("Config")
@@ -52,7 +53,7 @@ def run(program: str, work: Callable[[], object]) -> NoReturn:
         if sys.stdout:
             sys.stdout.flush()
     except UserError as error:
-        _exit(EXIT_BAD_INPUT, f"{program}: {error}")
+        _exit(EXIT_BAD_INPUT, f"{program}: {error}", getattr(error, "__notes__", ()))
     except BrokenPipeError:  # whoever read the output has seen enough
         _exit(EXIT_PARTIAL)
     except KeyboardInterrupt as interruption:
@@ -60,6 +61,15 @@ def run(program: str, work: Callable[[], object]) -> NoReturn:
     except MemoryError as error:
         reason = f" ({error})" if str(error) else ""
         _exit(EXIT_BAD_INPUT, f"{program}: There is not enough memory for this{reason}.")
+    except ImportError as error:
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit == resource.RLIM_INFINITY:
+            raise
+        _exit(
+            EXIT_BAD_INPUT,
+            f"{program}: A library cannot be loaded within the address space of {size(limit)} that "
+            f"`ulimit -v` allows ({error}); allow more.",
+        )
     except OSError as error:
         if error.filename is None and error.errno == NO_TEMPORARY_FOLDER:
             advice = "let TMPDIR name a folder that can be written"
@@ -82,11 +92,13 @@ def _result(work: Callable[[], object], interrupted: Sequence[bool]) -> object:
         raise
 
 
-def _exit(code: int, sentence: str | None = None) -> NoReturn:
-    """Say the sentence on standard error and exit, also where nothing can be written any more."""
+def _exit(code: int, sentence: str | None = None, notes: Iterable[str] = ()) -> NoReturn:
+    """Say the sentence, with notes below it, on standard error and exit, also where nothing can be
+    written any more."""
     with suppress(OSError):
         if sentence:
-            print(readable(sentence), file=sys.stderr)
+            lines = (line for note in notes for line in note.splitlines())
+            print("\n".join(map(readable, (sentence, *lines))), file=sys.stderr)
     for stream in _streams():
         try:
             stream.flush()

@@ -37,14 +37,31 @@ def main() -> NoReturn:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         _call(name, f"clip-adapter {name}", sys.argv[2:])
-    handle(leave_at_once)
+    begin()
     from clip_adapter.pipelines.command import run
 
     run("clip-adapter", lambda: _about(name))
 
 
+def begin() -> None:
+    """Ctrl-C ends the process until the command itself begins, and the standard streams are open.
+
+    cron and services close them; the next file that is opened would become one of them, and be
+    written to by whatever prints.
+    """
+    handle(leave_at_once)
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free: this one
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: PTH123, SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: PTH123, SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115
+
+
 def _call(name: str, program: str, arguments: Sequence[str]) -> NoReturn:
-    handle(leave_at_once)  # until the command itself begins
+    begin()
     module = import_module(f"{ROOM}.{COMMANDS[name][0]}")
     try:
         module.main(arguments)

@@ -15,7 +15,9 @@ from clip_adapter.pipelines.comparison import Comparison, read_comparisons
 from clip_adapter.pipelines.fitting.config import shots_words
 from clip_adapter.pipelines.fitting.run_folder import writing
 from clip_adapter.pipelines.fitting.tables import meanings
+from clip_adapter.pipelines.prediction_formats import cell as csv_cell
 from clip_adapter.pipelines.reporting.figures import label, series
+from clip_adapter.pipelines.reporting.formats import markdown
 
 AVERAGE = "average"
 PANEL = (3.2, 2.8)  # inches
@@ -51,7 +53,10 @@ def _csv(found: Sequence[Comparison]) -> str:
     first = found[0]
     for place in np.ndindex(first.accuracy.shape):
         dataset, method, shots = place
-        names = [first.datasets[dataset], first.methods[method], first.shots[shots]]
+        names = [
+            *map(csv_cell, (first.datasets[dataset], first.methods[method])),
+            first.shots[shots],
+        ]
         cells = [cell for one in every for cell in (one.accuracy[place], one.std[place])]
         writer.writerow([*names, *("" if np.isnan(cell) else float(cell) for cell in cells)])
     return text.getvalue()
@@ -108,12 +113,12 @@ def _rows(found: Comparison, cells: Callable[[Comparison, int], Iterable[str]]) 
 
 
 def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [title, "", _line(heads), _line(["---"] * len(heads)), *map(_line, rows), ""]
+    lines = [markdown(title), "", _line(heads), f"|{' --- |' * len(heads)}", *map(_line, rows), ""]
     return "\n".join(lines)
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '¦') for cell in cells)} |"
+    return f"| {' | '.join(map(markdown, cells))} |"
 
 
 def _percent(value: float) -> str:

@@ -18,12 +18,15 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from clip_adapter.adapters.classifier import classifier_weights
 from clip_adapter.adapters.engine import Engine
 from clip_adapter.adapters.hyper import Value
-from clip_adapter.adapters.method import Head, Method, Task
+from clip_adapter.adapters.jax_process import own_jax
+from clip_adapter.adapters.method import Arrays, Head, Method, Task
 from clip_adapter.adapters.methods import find_method
 from clip_adapter.adapters.scoring import make_classify
 from clip_adapter.adapters.search import fit
 from clip_adapter.cache.cores import available_cores
-from clip_adapter.cache.schema import LARGEST_FEATURE, SMALLEST_FEATURE
+from clip_adapter.cache.metadata import BIAS_WORDS, SCALE_WORDS, is_bias, is_scale
+from clip_adapter.pipelines.estimator_arrays import check_size, class_means, counted, number
+from clip_adapter.pipelines.fitting.data import check_directions
 
 Estimator = TypeVar("Estimator", bound=type[Any])
 
@@ -47,12 +50,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         The labels that the rows of `text_features` belong to; None for the sorted labels that occur
         in y. With them, y need not hold every class.
     logit_scale, logit_bias : float
-        The backbone's; the scale is the multiplier itself (about 100 for CLIP).
+        The backbone's; the scale is the multiplier itself (about 100 for CLIP). From 1e-6 to 1e10,
+        and from −1e4 to 1e4.
     random_state : int, RandomState or None
         Decides initialisation and batch order.
     **hyper
         The method's hyper-parameters by name (`fit --method NAME --help` lists them); those not
-        given have the table's defaults.
+        given have the table's defaults. A `reduction` at its default is at most D.
 
     Attributes
     ----------
@@ -63,7 +67,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     logit_scale_, logit_bias_ : float, as they were in fitting.
 
     Rows are image features as the encoder gives them, un-normalised; they are computed with in
-    float32. Bad parameters and data raise ValueError.
+    float32. Bad parameters and data raise ValueError; so does a process that was forked from one
+    which uses JAX, where it would wait for ever.
     """
 
     def __init__(
@@ -83,39 +88,77 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.logit_scale = logit_scale
         self.logit_bias = logit_bias
         self.random_state = random_state
-        self.__dict__ |= hyper
+        self._hyper = hyper  # scikit-learn knows what the signature names, and what begins so
+
+    def __getattr__(self, name: str) -> Any:
+        """A hyper-parameter that was given."""
+        try:
+            return vars(self)["_hyper"][name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Whatever is no parameter of the signature's and nothing fitted is a hyper-parameter."""
+        if name.strip("_") != name or name in FewShotClassifier._get_param_names():
+            super().__setattr__(name, value)
+        else:
+            self._hyper[name] = value
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The parameters by name, the method's hyper-parameters among them."""
-        own = super().get_params(deep)
-        return own | {n: getattr(self, n, v) for n, v in self._method().defaults().items()}
+        try:
+            table = self._method().defaults()
+        except ValueError:  # a method that there is not; `fit` says so
+            table = self._hyper
+        return super().get_params(deep) | {n: self._hyper.get(n, v) for n, v in table.items()}
 
     def set_params(self, **params: Any) -> Self:
         """Set parameters; the method first, as it decides which others there are. Another method
         starts from its own defaults: what was set for the one before is forgotten."""
         if "method" in params:
-            before = self._method()
+            before, known = self.method, super().get_params(False).keys()
+            values = {n: v for n, v in self.get_params(False).items() if n not in known}
             super().set_params(method=params.pop("method"))
-            if self._method() is not before:
-                for name in before.hyper.keys() & vars(self).keys():
-                    delattr(self, name)
+            try:
+                same = before == self.method or self._method().name == before
+                self._hyper = self._hyper if same else {}
+            except ValueError:
+                self._hyper = values
         return super().set_params(**params)
 
-    def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
-        """Fit on image features X (S, D) with labels y (S,) of any type that can be sorted."""
+    def fit(
+        self, X: npt.ArrayLike, y: npt.ArrayLike, sample_weight: npt.ArrayLike | None = None
+    ) -> Self:
+        """Fit on image features X (S, D) with labels y (S,) of any type that can be sorted.
+
+        sample_weight: (S,) whole numbers, how often each row counts; a row that is there twice and
+            one of weight 2 are the same.
+        """
         method = self._method()
         features, labels = validate_data(self, X, y, dtype=np.float32)
-        _check_size(features)
+        check_size(features)
         check_classification_targets(labels)
+        features, labels = counted(features, labels, sample_weight)
         self.classes_, order = self._known_classes(labels)
         targets = np.searchsorted(self.classes_, labels)
         if self.text_features is None:
-            self._text_ = _class_means(features, targets, len(self.classes_))[:, None]
+            self._text_ = class_means(features, targets, len(self.classes_))[:, None]
         else:
             self._text_ = self._text(features.shape[1])[order]
-        self.weights_ = np.asarray(classifier_weights(jnp, jnp.asarray(self._text_)))
-        self.setting_ = self._setting(method)
-        self.logit_scale_, self.logit_bias_ = float(self.logit_scale), float(self.logit_bias)
+            check_directions(self._text_, self.classes_.tolist())
+        self.setting_ = self._setting(method, features.shape[1])
+        self.logit_scale_ = number("logit_scale", self.logit_scale, is_scale, SCALE_WORDS)
+        self.logit_bias_ = number("logit_bias", self.logit_bias, is_bias, BIAS_WORDS)
+        with own_jax():
+            self.weights_ = np.asarray(classifier_weights(jnp, jnp.asarray(self._text_)))
+            self.arrays_ = self._fitted(method, features, targets)
+        if not all(np.isfinite(array).all() for array in self.arrays_.values()):
+            raise ValueError("Training diverged; try a smaller learning_rate.")
+        return self
+
+    def _fitted(
+        self, method: Method, features: npt.NDArray[np.float32], targets: npt.NDArray[np.intp]
+    ) -> Arrays:
         task = Task(
             features=features[None],
             labels=targets.astype(np.int32),
@@ -124,27 +167,29 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             head=self._head(),
             seed=np.int32(check_random_state(self.random_state).randint(2**31 - 1)),
         )
-        self.arrays_ = fit(method, self.setting_, None, jax.tree.map(jnp.asarray, task), _engine())
-        if not all(np.isfinite(array).all() for array in self.arrays_.values()):
-            raise ValueError("Training diverged; try a smaller learning_rate.")
-        return self
+        return fit(method, self.setting_, None, jax.tree.map(jnp.asarray, task), _engine())
 
     def _method(self) -> Method:
         try:
+            if not isinstance(self.method, str):
+                raise LookupError(f"method is {self.method!r:.80} and no name")
             return find_method(self.method)
         except LookupError as error:
             raise ValueError(f"{error}.") from None
 
-    def _setting(self, method: Method) -> dict[str, Value]:
+    def _setting(self, method: Method, dim: int) -> dict[str, Value]:
         """The hyper-parameters as `fit` takes them."""
         if lacking := set(method.needs) - {"text"}:
             raise ValueError(f"{method.name} needs more than features: {', '.join(lacking)}.")
-        own = {*method.hyper, *self._get_param_names(), "method"}
-        # scikit-learn's own attributes begin, and what was fitted ends, with an underscore.
-        if unknown := [n for n in vars(self) if n not in own and n.strip("_") == n]:
+        if unknown := [name for name in self._hyper if name not in method.hyper]:
             raise ValueError(f"{method.name} has no {', '.join(unknown)}.")
-        given = {name: (getattr(self, name),) for name in method.hyper if hasattr(self, name)}
-        return method.settings(method.values(given, one=True))[0]
+        given = {name: (value,) for name, value in self._hyper.items()}
+        setting = method.settings(method.values(given, one=True))[0]
+        # Of fewer columns than it divides by, a default would leave a bottleneck no unit.
+        default = method.defaults().get("reduction", 0)
+        if isinstance(default, int) and setting.get("reduction") == default > dim:
+            setting["reduction"] = dim
+        return setting
 
     def _head(self) -> Head:
         scale, bias = np.float32(self.logit_scale_), np.float32(self.logit_bias_)
@@ -156,6 +201,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         best = self._logits(X).argmax(axis=1)
         return self.classes_[best]
 
+    def decision_function(self, X: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """The logits (N, C) in the order of `classes_`; of two classes (N,), the second one's minus
+        the first one's."""
+        logits = self._logits(X)
+        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
+
     def predict_proba(self, X: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Softmax of the logits, (N, C) in the order of `classes_`."""
         return softmax(self._logits(X).astype(np.float64), axis=1)
@@ -163,6 +214,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def _logits(self, X: npt.ArrayLike) -> npt.NDArray[np.float32]:
         check_is_fitted(self)
         features = validate_data(self, X, dtype=np.float32, reset=False)
+        check_size(features)
         return make_classify(self._method(), self.setting_, self.arrays_, self._head())(features)
 
     def _known_classes(
@@ -185,7 +237,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def _text(self, dim: int) -> npt.NDArray[np.float32]:
         """The text features (C, P, D), in the order in which they were given."""
         features = check_array(self.text_features, dtype=np.float32, allow_nd=True)
-        _check_size(features)
+        check_size(features)
         given = features.shape
         if features.ndim == 2:
             features = features[:, None]
@@ -237,27 +289,6 @@ class ClipAdapterClassifier(FewShotClassifier):
             random_state=random_state,
             **self._method().defaults() | hyper,
         )
-
-
-def _check_size(features: npt.NDArray[np.float32]) -> None:
-    """Raises ValueError where products of (…, D) features would leave float32."""
-    largest = np.abs(features).max(axis=-1)
-    if largest.max() > LARGEST_FEATURE or (largest[largest < SMALLEST_FEATURE] > 0).any():
-        raise ValueError(
-            f"A feature's largest number must lie between {SMALLEST_FEATURE:g} and "
-            f"{LARGEST_FEATURE:g}; scale them."
-        )
-
-
-def _class_means(
-    features: npt.NDArray[np.float32], targets: npt.NDArray[np.intp], classes: int
-) -> npt.NDArray[np.float32]:
-    """The direction of the mean of each class's unit rows: (C, D) float32."""
-    rows = features.astype(np.float64)
-    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float64).tiny)
-    means = np.stack([rows[targets == label].mean(axis=0) for label in range(classes)])
-    means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), np.finfo(np.float64).tiny)
-    return means.astype(np.float32)
 
 
 @cache

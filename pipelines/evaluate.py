@@ -23,6 +23,7 @@ from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter, load_
 from clip_adapter.pipelines.argument_types import Positional
 from clip_adapter.pipelines.class_match import Classes, match_classes
 from clip_adapter.pipelines.command import EXIT_PARTIAL, run_command
+from clip_adapter.pipelines.jax_setup import usable_jax
 from clip_adapter.pipelines.labelled import (
     Encoding,
     Labelled,
@@ -99,7 +100,7 @@ def evaluate(config: EvaluateConfig, listener: Listener | None = None) -> Scores
     know_method(config.method)
     adapter = load_adapter(config.adapter)
     listener = listener or Listener()
-    with _images(config, adapter, listener) as images:
+    with usable_jax(), _images(config, adapter, listener) as images:
         known = match_classes(images, adapter.info, config.classes)
         return _score(config, adapter, images, known, listener)
 

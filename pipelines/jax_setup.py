@@ -1,19 +1,32 @@
 """JAX as the commands use it: compiled programs are kept between runs, and Ctrl-C ends a run."""
 
+import atexit
+import json
 import logging
 import os
+import resource
 import signal
+import sys
 import threading
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import BuiltinFunctionType, FrameType, FunctionType
 
+from clip_adapter.cache import files
+from clip_adapter.cache.cores import available_cores
+from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.words import readable, size
 from clip_adapter.pipelines.interruption import Handler
 
 # On a CPU 945 programs took 15 MB.
 LARGEST_CACHE = 2**28
+# On 2 cores 1.7 GiB are enough and 1.4 are not; each further one has threads, and memory of theirs.
+ADDRESS_SPACE, ADDRESS_SPACE_PER_CORE = 3 * 2**29, 2**27
+SUFFIX = "-cache"  # of JAX's programs
+NOTED = "clip-adapter-programs.json"
 
 
 def set_up_jax() -> None:
@@ -23,25 +36,97 @@ def set_up_jax() -> None:
     main thread it puts `_interrupt` before the handler of Ctrl-C. A function that others
     call must not call it.
     """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    needed = ADDRESS_SPACE + available_cores() * ADDRESS_SPACE_PER_CORE
+    if limit != resource.RLIM_INFINITY and limit < needed:  # JAX would end the process
+        raise UserError(
+            f"The address space is limited to {size(limit)} (ulimit -v), which JAX cannot begin "
+            f"in; allow at least {size(needed)}."
+        )
     with _uninterrupted():
-        import jax
+        try:
+            import jax
+        except (ValueError, RuntimeError) as error:  # it reads its variables at once
+            raise UserError(
+                f"JAX cannot begin: {error}; see the variables whose names begin with JAX_."
+            ) from error
 
     in_main = threading.current_thread() is threading.main_thread()
     earlier = signal.getsignal(signal.SIGINT)
     if in_main and isinstance(earlier, FunctionType | BuiltinFunctionType):
         signal.signal(signal.SIGINT, partial(_interrupt, earlier))
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        with suppress(RuntimeError):  # somebody without a home has nothing kept
-            home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-            folder = home / "clip-adapter" / "jax"
+    folder = _folder()
+    if folder is not None:
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             remove_oldest(folder, LARGEST_CACHE)
-            jax.config.update("jax_compilation_cache_dir", str(folder))
+        remove_changed(folder)
+        atexit.register(note_programs, folder)
+    jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # Without a GPU build of JAX on a machine with a GPU, JAX says so in a warning of its own; a
-    # cache folder that cannot be written is no reason to warn at every compilation.
+    # cache folder that cannot be written, or an entry that is damaged, is no reason to warn at
+    # every compilation.
     logging.getLogger("jax._src.compiler").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r"Error (reading|writing) persistent compilation cache")
+
+
+def _folder() -> Path | None:
+    """Where programs are kept; None where that cannot be a folder, or for somebody without a home.
+
+    What the user has named is named where it is of no use."""
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = Path(named) if named else home / "clip-adapter" / "jax"
+        if "://" not in str(folder):  # which JAX opens by other means
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    except (OSError, RuntimeError) as error:
+        if named:
+            reason = getattr(error, "strerror", None) or error
+            sentence = (
+                f"warning: JAX_COMPILATION_CACHE_DIR={named} is no folder to keep programs in"
+            )
+            print(readable(f"{sentence} ({reason})."), file=sys.stderr)
+        return None
+
+
+def remove_changed(folder: Path) -> None:
+    """Remove programs that are not what they were when `note_programs` noted them: one in the place
+    of another would be run as if it were that one."""
+    with suppress(OSError, ValueError, AttributeError):
+        noted = files.parse_json(files.read_text(folder / NOTED))
+        for name, stamp in _programs(folder).items():
+            if noted.get(name, stamp) != stamp:
+                (folder / name).unlink(missing_ok=True)
+
+
+def note_programs(folder: Path) -> None:
+    """Note which programs lie in the folder."""
+    with suppress(OSError):  # a folder that cannot be written
+        files.write_bytes(folder / NOTED, json.dumps(_programs(folder)).encode(), sync=False)
+
+
+def _programs(folder: Path) -> dict[str, list[int]]:
+    """What a file cannot get by being written, copied or renamed: size, time and inode."""
+    with os.scandir(folder) as found:
+        stats = {each.name: each.stat() for each in found if each.name.endswith(SUFFIX)}
+    return {name: [s.st_size, s.st_mtime_ns, s.st_ino] for name, s in stats.items()}
+
+
+@contextmanager
+def usable_jax() -> Iterator[None]:
+    """`own_jax`, which raises UserError where JAX cannot be used."""
+    from clip_adapter.adapters.jax_process import own_jax
+
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(own_jax())
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        yield
 
 
 def remove_oldest(folder: Path, limit: int) -> None:

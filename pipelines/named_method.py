@@ -15,4 +15,4 @@ def know_method(name: str | None) -> None:
     try:
         find_method(name)
     except LookupError as error:
-        raise UserError(f"--method: {error}.") from None
+        raise UserError(f"--method: {error}.").with_notes_of(error) from None

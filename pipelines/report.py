@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.argument_types import Positional
 from clip_adapter.pipelines.command import run_command
 from clip_adapter.pipelines.named_method import know_method
 from clip_adapter.pipelines.spoken import Spoken
+
+NARROWEST = 20  # columns; a terminal of none (COLUMNS=0) is none
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class ReportConfig:
         html: Where the page goes, with its figures beside it in figures/, or none; by default
             report.html in the first run's folder.
         cache: The cache of the runs, where it lies elsewhere now.
+        images: Folder that the images' ids start from, for the pictures of the page; without it
+            they are taken from the folder that was extracted where it lies in the cache's own.
         method: MODULE:NAME of each method of the runs that is one of your own.
     """
 
@@ -33,6 +38,7 @@ class ReportConfig:
     format: Literal["text", "md", "tex", "csv"] = "text"
     html: Path | Literal["none"] | None = None
     cache: Path | None = None
+    images: Path | None = None
     method: tuple[str, ...] = ()
 
 
@@ -59,6 +65,8 @@ def report(config: ReportConfig) -> None:
 
     for name in config.method:
         know_method(name)
+    if config.images and not config.images.is_dir():
+        raise UserError(f"--images: there is no folder {config.images}.")
     runs = load_runs(config.runs)
     entries = pool(runs)
     table = accuracies(runs, entries)
@@ -69,14 +77,15 @@ def report(config: ReportConfig) -> None:
     # Of what is read by people, one table of pairs: at the most shots.
     shots = table.shots if config.format == "csv" else table.shots[-1:]
     pairs = pairwise(entries, shots) if kept else []
-    print(FORMATS[config.format](table, ablations, pairs, Console().width), end="", flush=True)
+    width = max(Console().width, NARROWEST)
+    print(FORMATS[config.format](table, ablations, pairs, width), end="", flush=True)
     if config.html == "none":
         return
     from clip_adapter.pipelines.reporting.page import find_cache, write_page
 
     path = config.html or runs[0].path / "report.html"
     with find_cache(runs, config.cache) or nullcontext() as cache:
-        write_page(path, runs, entries, table, ablations, cache)
+        write_page(path, runs, entries, table, ablations, cache, config.images)
     Spoken("report").note(f"the page is {path}, its figures are beside it in figures/")
 
 

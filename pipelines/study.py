@@ -31,6 +31,11 @@ studies. What is fitted here, too, is pooled with them; runs on one cache are on
 EVERYTHING = frozenset(option.name for option in fields(FitConfig))
 
 
+# A data set's name is that of its run's folder, beside which these files lie.
+FILES = ("study.md", "study.csv", "study.png")
+NO_NAMES = {"", ".", "..", *FILES, *(f"{name}.new" for name in FILES)}
+
+
 @dataclass(frozen=True)
 class StudyConfig:
     """caches: feature caches, one for each data set; out: the folder of the study; fit: what to do
@@ -68,6 +73,10 @@ def study(config: StudyConfig, listener: Listener | None = None) -> Study:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
             f"--caches names several files {some(twice)}; a data set is called by its file's name."
+        )
+    if taken := sorted(NO_NAMES.intersection(names)):
+        raise UserError(
+            f"--caches: {some(taken)} cannot be the name of a data set's folder; rename the file."
         )
     finished = [read for folder in config.runs for read in _finished(folder)]
     fitted, failed = _fitted(config, listener)

@@ -23,6 +23,7 @@ def check_feasible(plan: Plan, data: Data, rows: TaskRows) -> None:
         _check_halves(plan, data)
     for planned in plan.everything:
         method = planned.method
+        data.head(method)  # refuses prompts that cancel
         if missing := set(method.needs) - available(data.cache):
             flags = " ".join(sorted(PROVIDED_BY[need] for need in missing))
             raise UserError(f"{method.name} needs what this cache lacks; extract it with {flags}.")

@@ -46,5 +46,5 @@ def is_sound(row: Row) -> bool:
             and row["status"] == ("failed" if failed else "ok")
             and (failed or 0 <= accuracy <= 1)
         )
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, AttributeError):  # a cell that is not there is None
         return False

@@ -170,7 +170,8 @@ def named(name: str) -> Method:
         return find_method(name)
     except LookupError as error:
         reason = str(error)
-        raise UserError(f"{reason[:1].upper()}{reason[1:]}.") from None
+        sentence = f"{reason[:1].upper()}{reason[1:]}."
+        raise UserError(sentence).with_notes_of(error) from None
 
 
 def check_protocol(plan: Plan) -> None:

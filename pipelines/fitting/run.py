@@ -43,6 +43,7 @@ from clip_adapter.pipelines.fitting.tasks import (
     draw_tasks,
     only_classes,
 )
+from clip_adapter.pipelines.jax_setup import usable_jax
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def run_fit(config: FitConfig, listener: Listener) -> FitResult:
         raise UserError("--resume goes on in its own folder; leave --out out.")
     stored = read_plan(config.resume) if config.resume else None
     path = config.cache or (Path(stored.cache) if stored else DEFAULT_CACHE)
-    with FeatureCache(path) as cache:
+    with usable_jax(), FeatureCache(path) as cache:
         if stored is None and config.select is None:
             config = replace(config, select=_usual_rule(cache, listener))
         plan = _plan(config, cache, stored)

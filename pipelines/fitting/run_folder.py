@@ -41,6 +41,7 @@ OUTCOME_COLUMNS = (
 )
 PLAN = "run.json"
 # Files of a run's first moments, before its plan is there: they hold nothing.
+OWN_FOLDERS = ("adapters", "predictions", "halving")
 BEFORE_THE_PLAN = {f"{PLAN}.new"}
 
 
@@ -66,6 +67,7 @@ class RunFolder:
             self._lock = _lock(path)
             undo.callback(os.close, self._lock)
             if resume:
+                files.refuse_links(path, OWN_FOLDERS)
                 self._known = {self._key(row): row for row in self._read_results()}
                 methods = [planned.method.name for planned in plan.methods]
                 planned_tasks = set(product(methods, plan.shots, plan.seeds))
@@ -89,6 +91,7 @@ class RunFolder:
         try:
             text = files.read_bytes(path).decode("utf-8", errors="replace")
         except FileNotFoundError:
+            path.unlink(missing_ok=True)  # a link to a file that would be made by writing to it
             return []
         try:
             rows = list(csv.DictReader(StringIO(text[: text.rfind("\n") + 1])))
@@ -99,7 +102,7 @@ class RunFolder:
         writer = csv.DictWriter(kept, self._columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(sound)
-        if kept.getvalue() != text:
+        if kept.getvalue() != text or path.is_symlink():
             files.write_text(path, kept.getvalue())
         return sound
 
@@ -194,12 +197,12 @@ def read_selected(path: Path) -> list[TaskResult]:
     selected = path / "selected.jsonl"
     try:
         lines = files.read_text(selected).splitlines(keepends=True)
-        return [TaskResult.of_document(json.loads(ln)) for ln in lines if ln.endswith("\n")]
+        return [TaskResult.of_document(files.parse_json(ln)) for ln in lines if ln.endswith("\n")]
     except FileNotFoundError:
         return []
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{selected} cannot be read; fit it again.") from error
 
 
@@ -212,10 +215,10 @@ def read_plan(path: Path) -> Plan:
     try:
         if not plan.is_file():
             raise UserError(f"{path} holds no run of `fit` (there is no {PLAN}).")
-        return Plan.of_document(json.loads(files.read_text(plan)))
+        return Plan.of_document(files.parse_json(files.read_text(plan)))
     except UserError:
         raise
-    except (OSError, RecursionError) as error:
+    except OSError as error:
         raise UserError(f"{plan} cannot be read; start a new run.") from error
     except ValueError as error:
         reason = "it is no JSON" if isinstance(error, json.JSONDecodeError) else str(error)

@@ -19,6 +19,7 @@ from clip_adapter.cache.words import printable
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.results import MethodSummary, Spread
 from clip_adapter.pipelines.fitting.tables import accuracy
+from clip_adapter.pipelines.prediction_formats import cell as as_cell
 from clip_adapter.pipelines.reporting.ablations import Ablation
 from clip_adapter.pipelines.reporting.accuracies import Accuracies, Column
 from clip_adapter.pipelines.reporting.figures import Numbers
@@ -115,19 +116,20 @@ def as_markdown(
 ) -> str:
     """Tables, each with its caption above it."""
     accuracies = _by_shots(table, [column.heading for column in table.columns])
-    about = "".join(f"{_markdown(line)}  \n" for line in table.about)
+    about = "".join(f"{markdown(line)}  \n" for line in table.about)
     further = [*(one.numbers for one in ablations), *(one.numbers for one in pairs)]
     drawn = map(_markdown_table, (accuracies, *further))
     return about + "\n".join(drawn)
 
 
 def _markdown_table(numbers: Numbers) -> str:
-    drawn = [f"| {' | '.join(map(_markdown, row))} |" for row in (numbers.head, *numbers.rows)]
+    drawn = [f"| {' | '.join(map(markdown, row))} |" for row in (numbers.head, *numbers.rows)]
     drawn.insert(1, f"|{' ---: |' * len(numbers.head)}")
-    return "\n".join([f"{_markdown(numbers.caption)}  ", "", *drawn]) + "\n"
+    return "\n".join([f"{markdown(numbers.caption)}  ", "", *drawn]) + "\n"
 
 
-def _markdown(text: str) -> str:
+def markdown(text: str) -> str:
+    """`text` as Markdown, and HTML made of it, show it."""
     escaped = MARKDOWN.sub(r"\\\1", printable(text))
     return "".join(HTML.get(char, char) for char in escaped)
 
@@ -208,19 +210,19 @@ def as_csv(
     for column in table.columns:
         for shots, row in column.cells.items():
             numbers = _numbers(column.seeds[shots], row, column.spread(shots))
-            writer.writerow((printable(column.label), column.kind or "all", *numbers, *[""] * 4))
+            writer.writerow((as_cell(column.label), column.kind or "all", *numbers, *[""] * 4))
     for ablation in ablations:
         for one in ablation.series:
             label = f"{one.method} ({ablation.folder})" if ablation.folder else one.method
             for shots, row in one.cells.items():
                 numbers = _numbers(one.seeds[shots], row, row.test_accuracy)
-                start = (printable(label), ablation.kind or "all")
+                start = (as_cell(label), ablation.kind or "all")
                 writer.writerow((*start, *numbers, ablation.factor, printable(one.value), "", ""))
     for at in pairs:
         for a in at.found:
             numbers = (at.shots, " ".join(map(str, a.seeds)), "", a.difference, "", a.images)
-            start, end = (printable(a.one), a.classes), (a.p, a.corrected)
-            writer.writerow((*start, *numbers, "against", printable(a.other), *end))
+            start, end = (as_cell(a.one), a.classes), (a.p, a.corrected)
+            writer.writerow((*start, *numbers, "against", as_cell(a.other), *end))
     return out.getvalue()
 
 

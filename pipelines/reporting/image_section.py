@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from base64 import b64encode
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.words import printable, shortened
+from clip_adapter.extract.datasets.catalogue import load_catalogue
+from clip_adapter.extract.datasets.registry import open_dataset
+from clip_adapter.extract.images import open_image, read_rgb
 from clip_adapter.pipelines.reporting.class_section import Pair
 from clip_adapter.pipelines.reporting.section import Gallery, Section, Thumbnail
 
@@ -26,17 +30,15 @@ SIDE = 96
 QUALITY = 80
 LONGEST_ID = 60
 ReadImage = Callable[[str], "Image"]
-# Sources whose images lie on this machine; others might be downloaded, which no report should do.
 EMBEDDED = "digits"
-LOCAL = ("folder:", "coop:", "csv:")
 
 
-def image_section(pair: Pair, cache: FeatureCache) -> Section | None:
-    """None where no image changed sides in every seed."""
+def image_section(pair: Pair, cache: FeatureCache, root: Path | None) -> Section | None:
+    """None where no image changed sides in every seed. root: what `originals` takes."""
     helped, hurt = changed_sides(pair)
     if not len(helped) + len(hurt):
         return None
-    read = originals(cache)
+    read = originals(cache, root)
     # Predictions are of the test images of the pair's classes, in the cache's order.
     stored = np.flatnonzero(cache.labels("test") < len(pair.class_names))
 
@@ -53,7 +55,10 @@ def image_section(pair: Pair, cache: FeatureCache) -> Section | None:
     ]
     text = "Those of which the classifiers were surest first."
     if not any(t.data_uri for g in galleries for t in g.thumbnails):
-        text += " The originals were not found, so that their ids stand here."
+        text += (
+            " The originals were not found in the cache's folder, so that their ids stand here; "
+            "--images says where these paths begin."
+        )
     return Section("Images helped and hurt most", [text], galleries=galleries)
 
 
@@ -74,42 +79,60 @@ def changed_sides(pair: Pair) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int
     return surest(helped), surest(hurt)
 
 
-def originals(cache: FeatureCache) -> ReadImage | None:
-    """id → image as stored, through the source that the cache was extracted from; None where it
-    does not lie on this machine any more, or is not what it was."""
+def originals(cache: FeatureCache, root: Path | None = None) -> ReadImage | None:
+    """id → image as stored, of the embedded data set or of a file below `root`: below the folder
+    that the user names or, without one, the folder that the cache was extracted from, where that
+    lies in the cache's own. None where there is no such folder.
+
+    A cache may come from elsewhere. So nothing is searched, an id is a relative path that leads
+    upwards nowhere, and what a file alone names is followed through no link out of its folder.
+    """
+    if cache.arguments.get("dataset") == EMBEDDED:
+        split = open_dataset(EMBEDDED).splits["test"]
+        row_of = {name: row for row, name in enumerate(split.ids)}
+        return lambda name: split.read(row_of[name])
+    allowed = None if root else os.path.realpath(cache.path.parent)
+    root = root or _extracted_from(cache)
+    if root is None or not _lies_in(root, allowed):
+        return None
+
+    def read(name: str) -> Image:
+        inner = PurePosixPath(name)
+        place = root / inner
+        if inner.is_absolute() or ".." in inner.parts or not _lies_in(place, allowed):
+            raise ValueError("not below the folder of the images")
+        return open_image(place)
+
+    return read
+
+
+def _lies_in(place: Path, folder: str | None) -> bool:
+    """Whether it lies in a folder without links in it that is not the whole machine; None for
+    whatever the user has named."""
+    if folder is None:
+        return True
+    return Path(folder) != Path("/") and Path(os.path.realpath(place)).is_relative_to(folder)
+
+
+def _extracted_from(cache: FeatureCache) -> Path | None:
+    """What the ids are relative to, as the cache has it."""
     arguments = cache.arguments
-    spec = arguments.get("dataset")
-    if not isinstance(spec, str):
-        return None
-    from clip_adapter.extract.datasets.catalogue import load_catalogue
-    from clip_adapter.extract.datasets.registry import open_dataset
-    from clip_adapter.extract.datasets.source import SourceOptions
-
-    def folder(name: str) -> Path | None:
-        return Path(value) if isinstance(value := arguments.get(name), str) else None
-
-    def share(name: str) -> float | None:
-        return value if isinstance(value := arguments.get(name), float) else None
-
-    entry = load_catalogue().get(spec)
-    root = folder("data_root")
-    in_root = entry is not None and root is not None and (root / entry.coop_dir).is_dir()
-    if not (spec == EMBEDDED or spec.startswith(LOCAL) or in_root):
-        return None
-    seed = arguments.get("split_seed")
-    options = SourceOptions(
-        data_root=root,
-        image_root=folder("image_root"),
-        val=share("val"),
-        test=share("test"),
-        seed=seed if isinstance(seed, int) else 0,
+    spec, data_root, image_root = (
+        value if isinstance(value := arguments.get(name), str) else ""
+        for name in ("dataset", "data_root", "image_root")
     )
-    try:
-        split = open_dataset(spec, options).splits["test"]
-    except (UserError, OSError, KeyError, ValueError):
-        return None
-    row_of = {name: row for row, name in enumerate(split.ids)}
-    return lambda name: split.read(row_of[name])
+    catalogue = load_catalogue()
+    rest = spec.partition(":")[2]
+    if rest and spec.startswith("folder:"):
+        return Path(rest)
+    if rest and spec.startswith("csv:"):
+        return Path(image_root) if image_root else Path(rest).parent
+    if rest and spec.startswith("coop:"):
+        entry = catalogue.get(str(cache.dataset.get("name")))
+        return Path(rest) / entry.coop_images if entry else None
+    if spec in catalogue and data_root:
+        return Path(data_root) / catalogue[spec].coop_dir / catalogue[spec].coop_images
+    return None
 
 
 def _thumbnail(pair: Pair, row: int, name: str, read: ReadImage | None) -> Thumbnail:
@@ -121,7 +144,7 @@ def _thumbnail(pair: Pair, row: int, name: str, read: ReadImage | None) -> Thumb
     shown = ""
     if read:
         with suppress(OSError, ValueError, KeyError):
-            shown = small_jpeg(read(name))
+            shown = small_jpeg(read_rgb(partial(read, name)))
     words = [true, *guesses] if shown else [true, *guesses, shortened(printable(name), LONGEST_ID)]
     return Thumbnail(shown, f"{true}; {'; '.join(guesses)}", words)
 

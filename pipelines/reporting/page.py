@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.files import write_bytes, write_text
+from clip_adapter.cache.files import refuse_links, write_bytes, write_text
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.words import printable
 from clip_adapter.pipelines.adapter_file import load_adapter
@@ -42,15 +42,16 @@ def write_page(
     table: Accuracies,
     ablations: Sequence[Ablation],
     cache: FeatureCache | None,
+    images: Path | None = None,
 ) -> None:
     """Write the page to `path` and its figures beside it, into `figures/`.
 
     cache: what the runs were made on, for the parts that need features or images; None where it is
-        not to be had.
+        not to be had. images: the folder of the original images, where the user names one.
     Raises UserError for parts of a run that cannot be read, and where nothing can be written.
     """
     verdict = judge(entries)
-    sections = _sections(runs, entries, table, ablations, verdict, cache)
+    sections = _sections(runs, entries, table, ablations, verdict, cache, images)
     page = _rendered(
         title=_title(runs[0]),
         first=first_screen(verdict),
@@ -59,6 +60,7 @@ def write_page(
         sections=sections,
     )
     with writing(path.parent):
+        refuse_links(path.parent, [FIGURES])
         folder = path.parent / FIGURES
         folder.mkdir(parents=True, exist_ok=True)
         for section in sections:
@@ -80,6 +82,7 @@ def _sections(
     ablations: Sequence[Ablation],
     verdict: Verdict | None,
     cache: FeatureCache | None,
+    images: Path | None,
 ) -> list[Section]:
     found: list[Section | None] = [accuracy_section(table, published(runs[0].provenance))]
     found.append(pairs_section(entries, table.shots))
@@ -97,7 +100,7 @@ def _sections(
             found.append(_manifold(verdict, pair, cache))
         found += [class_section(pair), calibration_section(pair)]
         if cache is not None:
-            found.append(image_section(pair, cache))
+            found.append(image_section(pair, cache, images))
     return [section for section in found if section]
 
 

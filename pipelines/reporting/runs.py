@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from clip_adapter.pipelines.fitting.ablation_rows import FILE, AblationRow, abla
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.fitting.provenance import PROVENANCE, Provenance
 from clip_adapter.pipelines.fitting.results import TaskResult
-from clip_adapter.pipelines.fitting.run_folder import read_plan, read_selected
+from clip_adapter.pipelines.fitting.run_folder import OWN_FOLDERS, read_plan, read_selected
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _load(path: Path) -> Run:
     plan = read_plan(path)
+    files.refuse_links(path, OWN_FOLDERS)
     results = read_selected(path)
     planned = {p.method.name: p.method for p in plan.methods}
     wanted = {(name, k, s) for name in planned for k in plan.shots for s in plan.seeds}
@@ -78,10 +78,10 @@ def _load(path: Path) -> Run:
             f"to go; go on with: fit --resume {path}"
         )
     try:
-        document = json.loads(files.read_text(path / PROVENANCE))
+        document = files.parse_json(files.read_text(path / PROVENANCE))
         provenance = Provenance.of_document(document)
         versions = {str(name): str(number) for name, number in document["versions"].items()}
-    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{path / PROVENANCE} cannot be read; fit it again.") from error
     if provenance.cache_sha256 != plan.cache_sha256:
         raise UserError(f"{path / PROVENANCE} is of another cache than run.json; fit it again.")

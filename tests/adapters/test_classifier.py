@@ -8,6 +8,7 @@ import torch
 
 from clip_adapter.adapters import classifier
 from clip_adapter.adapters.method import Batch, Head
+from clip_adapter.cache.schema import LARGEST_FEATURE, SMALLEST_FEATURE
 
 
 def test_templates_are_normalised_before_they_are_averaged():
@@ -33,6 +34,25 @@ def test_cosine_logits_take_the_scale_as_a_multiplier():
     head = Head(jnp.asarray(weights), 100.0, -10.0)
     found = classifier.cosine_logits(jnp, jnp.asarray(features), head)
     np.testing.assert_allclose(np.asarray(found), 100 * cosines - 10, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [SMALLEST_FEATURE, 1e-3, 0.01, 1.0, LARGEST_FEATURE])
+def test_the_direction_of_every_feature_that_the_format_takes(size: float):
+    """To rounding: nothing of what keeps the zero vector from dividing by zero is left in it."""
+    x = np.random.default_rng(2).normal(size=(5, 8))
+    x[0, 1:] = 0  # no squared norm is smaller than this one's
+    x *= size / np.abs(x).max(axis=1, keepdims=True)
+    for xp, asarray in ((np, np.asarray), (jnp, jnp.asarray), (torch, torch.tensor)):
+        found = np.asarray(classifier.unit(xp, asarray(x.astype(np.float32))))
+        wanted = x / np.linalg.norm(x, axis=1, keepdims=True)
+        np.testing.assert_allclose(found, wanted, rtol=5e-7)
+
+
+def test_the_zero_vector_has_finite_slopes():
+    slopes = jax.grad(lambda x: classifier.unit(jnp, x).sum())(jnp.zeros((1, 4)))
+    zeros = torch.zeros((1, 4), requires_grad=True)
+    classifier.unit(torch, zeros).sum().backward()
+    assert np.isfinite(slopes).all() and np.isfinite(zeros.grad.numpy()).all()
 
 
 def test_a_zero_feature_gives_finite_logits():

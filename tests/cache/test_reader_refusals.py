@@ -232,6 +232,8 @@ REFUSALS: dict[str, tuple[Change, str]] = {
     "scale text": (stated("logit_scale", "100"), "logit_scale is '100', not a positive"),
     "scale zero": (stated("logit_scale", 0), "logit_scale is 0, not a positive"),
     "scale negative": (stated("logit_scale", -1.5), "logit_scale is -1.5, not a positive"),
+    "scale beyond digits": (stated("logit_scale", 3e38), "logit_scale is 3e.38, not a positive"),
+    "bias beyond digits": (stated("logit_bias", 1e30), "logit_bias is 1e.30, not a finite"),
     "scale too large": (stated("logit_scale", 1e39), "logit_scale is 1e.39, not a positive"),
     "scale too small": (stated("logit_scale", 1e-50), "logit_scale is 1e-50, not a positive"),
     "bias too large": (stated("logit_bias", 10**50), "logit_bias is 10+, not a finite"),

@@ -177,6 +177,11 @@ def test_an_edited_json_is_noticed(run: Path) -> None:
         (lambda d: d.update(logit_scale=1e-60), "logit_scale is 1e-60, not a positive number"),
         (lambda d: d.update(logit_scale=10**400), "logit_scale is 1000.*, not a positive number"),
         (lambda d: d.update(logit_scale=float("nan")), "logit_scale is nan"),
+        (lambda d: d.update(logit_scale=3e38), "logit_scale is 3e.38, not a positive number from"),
+        (
+            lambda d: d.update(logit_bias=-1e30),
+            "logit_bias is -1e.30, not a finite number from −10000",
+        ),
         (lambda d: d.update(logit_bias=float("inf")), "logit_bias is inf"),
         (lambda d: d.update(backbone="RN50"), "backbone is 'RN50', not an object"),
         (lambda d: d.update(safetensors_sha256=7), "damaged or was changed"),

@@ -254,6 +254,21 @@ def test_a_closed_standard_output() -> None:
     assert (finished.returncode, finished.stderr) == (0, "")
 
 
+def test_no_file_becomes_a_standard_stream_that_was_closed(tmp_path: Path) -> None:
+    """As cron and services start programs."""
+    program = (
+        "import sys\n"
+        "from clip_adapter.pipelines.commands import begin\n"
+        "begin()\n"
+        "print('a result')\n"
+        "print('a note', sys.stderr.isatty(), sys.stdin.read(), file=sys.stderr)\n"
+        "with open('found', 'w') as file: file.write(str(file.fileno()))\n"
+    )
+    closed = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, program]
+    assert subprocess.run(closed, cwd=tmp_path).returncode == 0
+    assert int((tmp_path / "found").read_text()) > 2
+
+
 @pytest.mark.parametrize(
     "command",
     [

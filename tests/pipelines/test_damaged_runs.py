@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("pictures_drawn_once")
 DATA = tiny_data()
 GRID = {"alpha": (0.2, 0.5, 0.8), "learning_rate": (0.001, 0.003, 0.01)}
 TOP = ("run.json", "provenance.json", "tasks.json", "results.csv", "selected.jsonl", "summary.csv")
+CUT = "the cell is missing"
 DEEP = b"[" * 100_000 + b"]" * 100_000
 
 
@@ -199,7 +200,7 @@ def test_rows_with_nonsense_are_fitted_again(
     assert len(fitted) >= 5
     # fields from the end: epochs_run best_epoch val_accuracy val_nll status seconds right
     nonsense = {
-        -1: ["", "16:", "16:zz", "1600000:ff00", "16:0000"],
+        -1: ["", CUT, "16:zz", "1600000:ff00", "16:0000"],
         -2: ["", "soon"],
         -3: ["", "failed", "fine"],
         -4: ["", "nan", "much", "inf"],
@@ -215,6 +216,7 @@ def test_rows_with_nonsense_are_fitted_again(
             fields = line.split(",")
             if line in victims:
                 fields[position] = victims[line]
+                fields = fields[:position] if victims[line] == CUT else fields
             damaged.append(",".join(fields))
         (run / "results.csv").write_text("\n".join(damaged) + "\n")
         assert resume(run) == "", position
@@ -301,6 +303,41 @@ def test_a_state_is_kept_as_it_is_or_lost(tmp_path: Path):
         kept["rung-0"]
     del kept["rung-0"]
     assert not (tmp_path / "halving").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["adapters", "adapters/clip-adapter", "predictions", "halving", "figures"]
+)
+def test_a_folder_that_is_a_link_is_not_written_into(whole: Path, tmp_path: Path, name: str):
+    """Of a run that somebody sent."""
+    run, target = Path(shutil.copytree(whole, tmp_path / "run")), tmp_path / "target"
+    target.mkdir()
+    if (run / name).exists():
+        shutil.rmtree(run / name)
+    (run / name).symlink_to(target)
+    said = f"{run / name} is a link"
+    if name != "figures":
+        assert resume(run).startswith(said)
+    with pytest.raises(UserError, match=said):
+        report(ReportConfig((run,)))
+    assert not list(target.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["results.csv", "results.csv.new", "summary.csv", "adapter.json.new"]
+)
+def test_a_file_that_is_a_link_is_written_beside_it(whole: Path, tmp_path: Path, name: str):
+    run, target = Path(shutil.copytree(whole, tmp_path / "run")), tmp_path / "target"
+    content = (whole / "results.csv").read_bytes()
+    target.write_bytes(content)
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(target)
+    if name == "results.csv.new":
+        (run / "results.csv").write_bytes(content + b"half a li")
+    (run / "selected.jsonl").unlink()
+    assert resume(run) == ""
+    assert target.read_bytes() == content
+    assert_same_end(run, whole)
 
 
 def test_files_of_others_in_the_folder_stay(whole: Path, tmp_path: Path):

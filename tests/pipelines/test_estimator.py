@@ -2,9 +2,13 @@
 
 import inspect
 import pickle
+import subprocess
+import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from scipy.special import softmax
@@ -25,11 +29,26 @@ SKIPPED_BY_SCIKIT_LEARN = {
     "check_classifier_data_not_an_array",  # needs pandas
 }
 
+CALLS = ("predict", "predict_proba", "decision_function")
+NO_SCALES = (0, -1.0, float("nan"), float("inf"), 3e38, 1e-40, "much", None, 10**400)
+NO_BIASES = (float("nan"), -float("inf"), 1e39, -1e30, "some", None)
+CANCELLING = np.random.default_rng(0).normal(size=(10, 2, 128))
+CANCELLING[0, 1] = -CANCELLING[0, 0]
 
-def test_scikit_learns_estimator_checks() -> None:
-    """All of them, none excepted; without text features, as the checks make up their classes, and
-    with a bottleneck that their data of two columns have room for."""
-    results = check_estimator(ClipAdapterClassifier(reduction=1), on_skip=None, on_fail=None)
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        ClipAdapterClassifier(epochs=20),
+        FewShotClassifier(epochs=20),
+        FewShotClassifier("zero-shot"),
+        FewShotClassifier("linear-probe"),
+    ],
+    ids=repr,
+)
+def test_scikit_learns_estimator_checks(estimator: FewShotClassifier) -> None:
+    """All of them, none excepted; without text features, as the checks make up their classes."""
+    results = check_estimator(estimator, on_skip=None, on_fail=None)
     failed = {r["check_name"]: r["exception"] for r in results if r["status"] == "failed"}
     assert failed == {}
     skipped = {r["check_name"] for r in results if r["status"] == "skipped"}
@@ -194,6 +213,93 @@ def test_a_grid_search_may_choose_the_method(digits: Any, X: np.ndarray, y: np.n
         start.set_params(sharpness=1.0)
 
 
+@pytest.mark.parametrize("name", ["clip-adapter", "tip-adapter", "linear-probe"])
+def test_a_weight_is_as_many_copies(digits: Any, X: np.ndarray, y: np.ndarray, name: str) -> None:
+    counts = np.random.default_rng(3).integers(0, 3, len(y))
+    order = np.random.default_rng(4).permutation(counts.sum())
+    model = FewShotClassifier(name, digits.text_features, classes=range(10), random_state=1)
+    if name == "clip-adapter":
+        model.set_params(epochs=10, batch_size=16)
+    weighted = clone(model).fit(X, y, sample_weight=counts)
+    copied = clone(model).fit(X.repeat(counts, 0)[order], y.repeat(counts)[order])
+    assert all(np.array_equal(array, copied.arrays_[n]) for n, array in weighted.arrays_.items())
+    ones = clone(model).fit(X, y, sample_weight=np.ones(len(y)))
+    plain = clone(model).fit(X, y)
+    assert np.array_equal(ones.decision_function(X), plain.decision_function(X))
+    assert not np.array_equal(ones.decision_function(X), weighted.decision_function(X))
+
+
+@pytest.mark.parametrize("weights", [[0.5], [-1.0], [0.0], [1e9], [np.nan]])
+def test_other_weights_are_refused(X: np.ndarray, y: np.ndarray, weights: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"(?i)sample.weight"):
+        FewShotClassifier("zero-shot").fit(X, y, sample_weight=weights * len(y))
+
+
+def test_the_decision_function_is_the_logits(digits: Any, X: np.ndarray, y: np.ndarray) -> None:
+    model = FewShotClassifier("zero-shot", digits.text_features, logit_scale=20, logit_bias=3)
+    rows = X.astype(np.float64) / np.linalg.norm(X, axis=1, keepdims=True)
+    logits = 20 * rows @ digits.weights.T + 3
+    np.testing.assert_allclose(model.fit(X, y).decision_function(X), logits, atol=1e-4)
+    two = clone(model).set_params(text_features=digits.text_features[:2]).fit(X[y < 2], y[y < 2])
+    found = two.decision_function(X)
+    np.testing.assert_allclose(found, logits[:, 1] - logits[:, 0], atol=1e-4)
+    assert np.array_equal(two.predict(X), (found > 0).astype(int))
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e7, 1e21, np.inf, np.nan])
+def test_what_fit_refuses_predict_refuses_too(X: np.ndarray, y: np.ndarray, size: float) -> None:
+    model = FewShotClassifier("zero-shot").fit(X, y)
+    rows = (X / np.abs(X).max(axis=1, keepdims=True) * size).astype(np.float32)
+    for call in (lambda: model.fit(rows, y), *(lambda n=n: getattr(model, n)(rows) for n in CALLS)):
+        with pytest.raises(ValueError, match=r"largest number must lie|NaN|infinity"):
+            call()
+
+
+FORKED = """
+import multiprocessing
+import jax, numpy as np
+from clip_adapter.pipelines.estimator import FewShotClassifier
+def fit(name): return FewShotClassifier(name).fit(np.eye(4), [0, 0, 1, 1]).predict(np.eye(4))
+def call(name):
+    try: return fit(name)
+    except ValueError as error: return str(error)
+jax.devices()
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    print(pool.map_async(call, ["zero-shot"]).get(60)[0])
+"""
+
+
+def test_a_forked_process_says_so_instead_of_waiting_for_ever() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORKED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("This process was forked from one that uses JAX"), done.stderr
+    assert "loky" in done.stdout
+
+
+def test_jax_as_its_process_has_it(digits: Any, X: np.ndarray, y: np.ndarray) -> None:
+    """Computes the same, and is as it was afterwards."""
+    plain = quick(digits).fit(X, y).decision_function(X)
+    with ExitStack() as stack:
+        for setting in (
+            jax.enable_x64(True),
+            jax.disable_jit(),
+            jax.debug_nans(True),
+            jax.debug_infs(True),
+            jax.default_matmul_precision("bfloat16"),
+            jax.numpy_dtype_promotion("strict"),
+            jax.numpy_rank_promotion("raise"),
+            jax.default_prng_impl("rbg"),
+            jax.threefry_partitionable(False),
+            jax.legacy_prng_key("error"),
+            jax.transfer_guard("disallow"),
+        ):
+            stack.enter_context(setting)
+        assert np.array_equal(quick(digits).fit(X, y).decision_function(X), plain)
+        with pytest.raises(ValueError, match="diverged"):
+            quick(digits, learning_rate=1e30).fit(X, y)
+        assert jax.eval_shape(lambda: jax.numpy.zeros(1)).dtype == np.float64
+
+
 def test_random_state_decides(digits: Any, X: np.ndarray, y: np.ndarray) -> None:
     one, same, other = (quick(digits, random_state=s).fit(X, y) for s in (1, 1, 2))
     assert np.array_equal(one.predict_proba(X), same.predict_proba(X))
@@ -219,6 +325,9 @@ def test_random_state_decides(digits: Any, X: np.ndarray, y: np.ndarray) -> None
         ({"classes": [0, 0, *range(2, 10)]}, "names a label twice"),
         ({"classes": range(10), "text_features": None}, "give those too"),
         ({"learning_rate": 1e30}, "diverged"),
+        *(({"logit_scale": s}, "logit_scale is .*, not a positive") for s in NO_SCALES),
+        *(({"logit_bias": b}, "logit_bias is .*, not a finite number") for b in NO_BIASES),
+        ({"text_features": CANCELLING}, "The text features of 0 cancel"),
     ],
 )
 def test_bad_parameters_are_named(

@@ -1,5 +1,8 @@
 """Bad input to `fit`: one sentence, exit code 2, nothing written."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import pytest
 
 from clip_adapter.pipelines.fit import main
 from tests.cache.rewriting import rewrite
-from tests.pipelines.tiny_cache import run_fit, tiny_data, write_cache
+from tests.pipelines.tiny_cache import TinyData, run_fit, tiny_data, write_cache
 
 DATA = tiny_data()
 
@@ -292,3 +295,28 @@ def test_arguments_that_do_not_parse(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: str
 ):
     refused(capsys, *arguments.split())
+
+
+def test_prompts_that_cancel_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such a class would have no direction, and no image of its own or all of them."""
+    monkeypatch.chdir(tmp_path)
+    text = DATA.text.copy()
+    text[2, 1] = -3 * text[2, 0]
+    write_cache(tmp_path / "features.h5", TinyData(DATA.splits, text))
+    said = refused(capsys, "--shots", 1, "--method", "zero-shot")
+    assert "The text features of 'class 2' cancel" in said
+
+
+@pytest.mark.parametrize(
+    "named", ["JAX_PLATFORMS=cuda", "JAX_PLATFORMS=rubbish", "JAX_ENABLE_X64=?"]
+)
+def test_jax_that_cannot_begin_is_one_sentence(folder: Path, named: str) -> None:
+    before = contents(folder)
+    command = [sys.executable, "-c", "from clip_adapter.pipelines.fit import main; main([])"]
+    environment = os.environ | dict([named.split("=")])
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("fit: JAX ") and done.stderr.count("\n") == 1, done.stderr
+    assert contents(folder) == before

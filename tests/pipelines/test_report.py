@@ -171,6 +171,11 @@ def test_no_column_hides_another(runs: Path, tmp_path: Path, printed: Report):
     assert mean(accuracies(tmp_path / "edited", "clip-adapter", 2)) in cells["2"]
 
 
+@pytest.mark.parametrize("width", [-3, 0, 1])
+def test_a_terminal_of_no_width_is_none(printed: Report, width: int):
+    assert "zero-shot" in printed("low", width=width)
+
+
 @pytest.mark.parametrize("width", [40, 60, 80])
 def test_it_folds_to_the_width_of_the_terminal(printed: Report, width: int):
     text = printed("low", "high", "other", width=width)

@@ -3,7 +3,9 @@
 import shlex
 from itertools import combinations
 from math import comb
+from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ import scipy.stats
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
+from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.extract.datasets.catalogue import load_catalogue
 from clip_adapter.pipelines.fitting.flags import parse
 from clip_adapter.pipelines.fitting.planning import make_plan
 from clip_adapter.pipelines.fitting.predictions import Predictions
@@ -229,27 +233,65 @@ def test_the_command_makes_the_plan_again(line: str):
     assert plan(words) == stated
 
 
-def test_originals_come_from_where_the_cache_was_extracted(tmp_path):
-    for split in ("train", "test"):
-        for name in ("a", "b"):
-            (tmp_path / split / name).mkdir(parents=True)
-            for number in range(3):
-                image = Image.new("RGB", (200, 100), (10 * number, 0, 0))
-                image.save(tmp_path / split / name / f"{number}.png")
+def picture(path: Path, shade: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (200, 100), (shade, 0, 0)).save(path)
+    return path
 
-    def read(**arguments):
-        return originals(SimpleNamespace(arguments=arguments))  # type: ignore[arg-type]
 
-    found = read(dataset=f"folder:{tmp_path}")
-    assert found is not None
-    assert found("test/b/2.png").getpixel((0, 0)) == (20, 0, 0)
-    assert read(dataset="digits")("digits/0002").size == (8, 8)
-    for missing in (f"folder:{tmp_path / 'gone'}", "tfds:mnist", "dtd", "hf:a/b", 3, None):
-        assert read(dataset=missing) is None
-    with pytest.raises(KeyError):
-        found("../outside.png")
-    uri = small_jpeg(found("test/b/2.png"))
-    assert uri.startswith("data:image/jpeg;base64,") and len(uri) < 4000
+def extracted(home: Path, **arguments: object) -> FeatureCache:
+    name = arguments.pop("name", None)
+    stated = SimpleNamespace(path=home / "features.h5", arguments=arguments, dataset={"name": name})
+    return cast(FeatureCache, stated)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"dataset": "folder:HOME/photos"}, "test/b/2.png"),
+        ({"dataset": "csv:HOME/photos/table.csv"}, "test/b/2.png"),
+        ({"dataset": "csv:HOME/table.csv", "image_root": "HOME/photos/test"}, "b/2.png"),
+        ({"dataset": "coop:HOME/pets", "name": "oxford_pets"}, "2.png"),
+        ({"dataset": "oxford_pets", "data_root": "HOME"}, "2.png"),
+    ],
+)
+def test_originals_come_from_the_folder_of_the_cache(
+    tmp_path: Path, arguments: dict[str, str], name: str
+) -> None:
+    """And from nowhere else, whatever a received cache names."""
+    home, private = tmp_path / "received", picture(tmp_path / "private" / "me.png", 99)
+    entry = load_catalogue()["oxford_pets"]
+    pets = home / ("pets" if "coop:" in arguments["dataset"] else entry.coop_dir)
+    picture(home / "photos" / "test" / "b" / "2.png", 20)
+    picture(pets / entry.coop_images / "2.png", 20)
+    stated = {key: value.replace("HOME", str(home)) for key, value in arguments.items()}
+    read = originals(extracted(home, **stated))
+    assert read is not None
+    assert read(name).getpixel((0, 0)) == (20, 0, 0)
+    assert small_jpeg(read(name)).startswith("data:image/jpeg;base64,")
+    (home / "photos" / "link.png").symlink_to(private)
+    (pets / entry.coop_images / "link.png").symlink_to(private)
+    above = "../" * (name.count("/") + 4)
+    for other in (str(private), f"{above}private/me.png", "a/../../x.png", "\0", "link.png"):
+        with pytest.raises((ValueError, OSError)):
+            read(other)
+    assert originals(extracted(tmp_path / "elsewhere", **stated)) is None
+
+
+def test_originals_are_nowhere_else_unless_the_user_says_so(tmp_path: Path) -> None:
+    picture(tmp_path / "photos" / "b" / "2.png", 20)
+    home = tmp_path / "caches"
+    outside = [f"folder:{tmp_path}/photos", "folder:/", "folder:..", f"csv:{tmp_path}/t.csv"]
+    for dataset in (*outside, "folder:", "coop:.", "tfds:mnist", "dtd", "hf:a/b", 3, None):
+        assert originals(extracted(home, dataset=dataset)) is None
+        read = originals(extracted(home, dataset=dataset), tmp_path / "photos")
+        assert read is not None and read("b/2.png").getpixel((0, 0)) == (20, 0, 0)
+        for other in ("../photos/b/2.png", str(tmp_path / "photos" / "b" / "2.png")):
+            with pytest.raises(ValueError, match="not below"):
+                read(other)
+    assert originals(extracted(Path("/"), dataset="folder:/")) is None
+    digits = originals(extracted(home, dataset="digits"))
+    assert digits is not None and digits("digits/0002").size == (8, 8)
 
 
 def test_a_curve_has_only_values_that_every_seed_tried():

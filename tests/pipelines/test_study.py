@@ -143,6 +143,17 @@ def test_averages_ranks_and_differences(whole: Path) -> None:
     assert (whole / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_names_are_text_wherever_they_are_shown(whole: Path, tmp_path: Path) -> None:
+    names = ['=1+cmd|"\udcff"', "[x](javascript:alert(1))<b>\x1b[2J", "two\nlines|_x_ a_b"]
+    write_comparison(tmp_path, {n: [whole / own] for n, own in zip(names, NAMES, strict=True)})
+    shown = [row["dataset"] for row in rows(tmp_path)[::6]]
+    assert shown[0].startswith("'=1") and shown[0].endswith('\\udcff"')
+    assert shown[1].endswith("<b>\\x1b[2J") and shown[2].startswith("two\\nlines")
+    page = (tmp_path / "study.md").read_text()
+    assert r"\[x\](javascript:alert(1))&lt;b&gt;\\x1b\[2J" in page
+    assert r"two\\nlines\|\_x\_ a\_b" in page and "\x1b" not in page
+
+
 def test_a_method_without_a_number_on_a_data_set() -> None:
     """It has no average; the others have theirs, and pairs are compared where both have one."""
     nan = np.nan
@@ -271,6 +282,8 @@ def test_another_command_does_not_go_on(caches: Path, whole: Path) -> None:
         ("--caches", "A study needs --caches to fit on, or --runs that are finished."),
         ("", "A study needs --caches to fit on, or --runs that are finished."),
         ("--caches a.h5 sub/a.h5", "names several files 'a'; a data set is called by its file's"),
+        *((f"--caches sub/{name}.h5", "rename the file") for name in (".", "..", "study.md")),
+        ("--caches .", "rename the file"),
         ("--caches a.h5 --cache b.h5", "--cache is for `fit`; a study takes --caches and --out."),
         ("--caches a.h5 --resume run", "--resume is for `fit`"),
         ("--caches a.h5 --shot 1", "--shot"),
