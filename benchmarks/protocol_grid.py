@@ -60,11 +60,14 @@ class Run:
 
 
 def grid(
-    source: DataSet, shots: Sequence[int], seeds: Sequence[int], epochs: int | None
+    source: DataSet,
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    epochs: int | None = None,
+    named: Sequence[tuple[str, float]] = SETTINGS,
 ) -> dict[TaskKey, list[Run]]:
-    """A run of each of SETTINGS, in that order, for each task as `fit` draws it."""
+    """A run of each recipe and α that is named, in that order, for each task as `fit` draws it."""
     engine = Engine()
-    settings = [_setting(RECIPES[name], alpha, epochs) for name, alpha in SETTINGS]
     with FeatureCache(source.path) as cache:
         train = cache.labels("train")
         val = cache.labels("val") if "val" in cache.splits else None
@@ -72,14 +75,22 @@ def grid(
         drawn = draw_tasks(train, val, classes, shots, seeds, source.select, repeat=False)
         data = open_data(cache, drawn, augment=False)
         return {
-            (int(rows.shots), rows.seed): list(_runs(engine, data, rows, settings, source.select))
+            (int(rows.shots), rows.seed): list(
+                _runs(engine, data, rows, source.select, named, epochs)
+            )
             for rows in drawn
         }
 
 
 def _runs(
-    engine: Engine, data: Data, rows: TaskRows, settings: Sequence[Setting], select: str
+    engine: Engine,
+    data: Data,
+    rows: TaskRows,
+    select: str,
+    named: Sequence[tuple[str, float]],
+    epochs: int | None,
 ) -> Iterator[Run]:
+    settings = [_setting(RECIPES[name], alpha, epochs) for name, alpha in named]
     whole = data.task(CLIP_ADAPTER, rows)
     heads = trained(engine, whole, settings)
     judged = [(whole, heads)]
@@ -88,7 +99,7 @@ def _runs(
         parts = [data.task(CLIP_ADAPTER, rows, fold) for fold in divided]
         judged = [(part, trained(engine, part, settings)) for part in parts]
     test = list(data.test_blocks(CLIP_ADAPTER))
-    for index, (name, alpha) in enumerate(SETTINGS):
+    for index, (name, alpha) in enumerate(named):
         right = np.concatenate([heads[index](f).argmax(axis=1) == own for f, own in test])
         losses, correct = [np.zeros((len(TEMPERATURES), 0))], [np.zeros(0, bool)]
         for part, own_heads in judged:
