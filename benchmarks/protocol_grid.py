@@ -63,10 +63,10 @@ def grid(
     source: DataSet,
     shots: Sequence[int],
     seeds: Sequence[int],
-    epochs: int | None,
-    named: Sequence[tuple[str, float]],
+    epochs: int | None = None,
+    named: Sequence[tuple[str, float]] = SETTINGS,
 ) -> dict[TaskKey, list[Run]]:
-    """A run of each of some of SETTINGS, in their order, for each task as `fit` draws it."""
+    """A run of each recipe and α that is named, in that order, for each task as `fit` draws it."""
     engine = Engine()
     with FeatureCache(source.path) as cache:
         train = cache.labels("train")
@@ -76,7 +76,7 @@ def grid(
         data = open_data(cache, drawn, augment=False)
         return {
             (int(rows.shots), rows.seed): list(
-                _runs(engine, data, rows, named, epochs, source.select)
+                _runs(engine, data, rows, source.select, named, epochs)
             )
             for rows in drawn
         }
@@ -86,9 +86,9 @@ def _runs(
     engine: Engine,
     data: Data,
     rows: TaskRows,
+    select: str,
     named: Sequence[tuple[str, float]],
     epochs: int | None,
-    select: str,
 ) -> Iterator[Run]:
     settings = [_setting(RECIPES[name], alpha, epochs) for name, alpha in named]
     whole = data.task(CLIP_ADAPTER, rows)

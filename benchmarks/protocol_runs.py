@@ -83,7 +83,7 @@ class Study:
 
     @cached_property
     def grid(self) -> Mapping[TaskKey, list[Run]]:
-        return grid(self.data, self.shots, self.seeds, self.epochs, SETTINGS)
+        return grid(self.data, self.shots, self.seeds, self.epochs)
 
     def setting(self, recipe: str, alpha: float) -> Row:
         """A setting of the grid against zero-shot."""
