@@ -34,8 +34,11 @@ def unpacked(text: str) -> Images | None:
     return Images(bits[: int(length)].astype(bool), numbers)
 
 
-def is_sound(row: Row) -> bool:
-    """Whether a row of results.csv can be used, and agrees with itself."""
+def is_sound(row: Row, *, images_alike: bool) -> bool:
+    """Whether a row of results.csv can be used, and agrees with itself.
+
+    images_alike: whether all count alike in its accuracy.
+    """
     try:
         float(row["seconds"])
         accuracy, failed = float(row["val_accuracy"]), not np.isfinite(float(row["val_nll"]))
@@ -45,6 +48,12 @@ def is_sound(row: Row) -> bool:
             and (images is not None or int(row["epochs_run"]) == 0)
             and row["status"] == ("failed" if failed else "ok")
             and (failed or 0 <= accuracy <= 1)
+            and (
+                not images_alike
+                or failed
+                or images is None
+                or abs(accuracy - images.right.mean()) < 1e-5
+            )
         )
     except (TypeError, ValueError, AttributeError):  # a cell that is not there is None
         return False

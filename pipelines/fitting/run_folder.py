@@ -58,6 +58,7 @@ class RunFolder:
         self.setting_columns = tuple(names)
         self._columns = (*TASK_COLUMNS, *self.setting_columns, *OUTCOME_COLUMNS)
         self._key_columns = (*TASK_COLUMNS, *self.setting_columns, "epochs_run")
+        self._images_alike = plan.score == "accuracy"
         self._known: dict[tuple[str, ...], Row] = {}
         self._found: dict[TaskKey, TaskResult] = {}
         with ExitStack() as undo, writing(path):
@@ -97,7 +98,11 @@ class RunFolder:
             rows = list(csv.DictReader(StringIO(text[: text.rfind("\n") + 1])))
         except csv.Error:
             rows = []
-        sound = [row for row in rows if row.keys() == set(self._columns) and is_sound(row)]
+        sound = [
+            row
+            for row in rows
+            if row.keys() == set(self._columns) and is_sound(row, images_alike=self._images_alike)
+        ]
         kept = StringIO(newline="")
         writer = csv.DictWriter(kept, self._columns, lineterminator="\n")
         writer.writeheader()

@@ -2,8 +2,13 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from clip_adapter.pipelines.fitting.fit_rows import unpacked
 
 SECONDS = "seconds"
 TESTED = ("test_accuracy", "balanced_accuracy", "new_accuracy", "harmonic_mean")
@@ -13,6 +18,23 @@ def results(run: Path) -> list[dict[str, str]]:
     """The rows of results.csv without their times."""
     with (run / "results.csv").open(newline="") as file:
         return [{k: v for k, v in row.items() if k != SECONDS} for row in csv.DictReader(file)]
+
+
+def nearest_of(rows: Sequence[dict[str, str]], kept: Sequence[int] | None = None) -> dict[str, str]:
+    """The row of the smallest rate, then α, of which the images' losses are within a standard error
+    of the likeliest row's, in float64. kept: images that count, by default all."""
+    some = slice(None) if kept is None else list(kept)
+    losses = [unpacked(row["images"]).losses.astype(np.float64)[some] for row in rows]
+    likeliest = losses[np.argmin([float(row["val_nll"]) for row in rows])]
+
+    def within(own: np.ndarray) -> bool:
+        worse = own - likeliest
+        return bool(worse.mean() <= worse.std(ddof=1) / np.sqrt(len(worse)))
+
+    near = [row for row, own in zip(rows, losses, strict=True) if within(own)]
+    return min(
+        near, key=lambda r: (float(r["learning_rate"]), float(r["alpha"]), float(r["val_nll"]))
+    )
 
 
 def summary(run: Path) -> list[dict[str, str]]:

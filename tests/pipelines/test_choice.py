@@ -12,9 +12,8 @@ from clip_adapter.adapters.methods import METHODS
 from clip_adapter.pipelines.fit import fit
 from clip_adapter.pipelines.fitting.choice import Search
 from clip_adapter.pipelines.fitting.config import FitConfig
-from clip_adapter.pipelines.fitting.fit_rows import unpacked
 from clip_adapter.pipelines.fitting.run import FitResult
-from tests.pipelines.run_files import results
+from tests.pipelines.run_files import nearest_of, results
 from tests.pipelines.tiny_cache import TinyData, tiny_data, write_cache
 
 RATES = (1e-3, 1e-2, 4e-2, 6e-2, 8e-2, 0.15)
@@ -63,18 +62,12 @@ def test_of_the_rates_within_a_standard_error_of_the_likeliest_the_smallest(
 ):
     """Computed anew in float64 from what results.csv says of each image."""
     found = run(cache, tmp_path / "run", RATES)
-    losses = {float(r["learning_rate"]): unpacked(r["images"]).losses for r in results(found.run)}
-    assert tuple(losses) == RATES
-    likeliest = min(losses.values(), key=np.mean)
-    within = []
-    for rate, own in losses.items():
-        difference = own.astype(np.float64) - likeliest
-        error = difference.std(ddof=1) / np.sqrt(len(difference))
-        if difference.mean() <= error:
-            within.append(rate)
+    rows = results(found.run)
     (row,) = found.results
-    assert row.setting["learning_rate"] == min(within)
-    assert min(losses) < min(within) < max(within), "nothing to tell: another rule would do it too"
+    rate = float(nearest_of(rows)["learning_rate"])
+    assert row.setting["learning_rate"] == rate
+    likeliest = min(rows, key=lambda r: float(r["val_nll"]))
+    assert min(RATES) < rate < float(likeliest["learning_rate"]), "another rule would do it too"
 
 
 def test_zero_shot_is_outdone_where_validation_shows_it(cache: Path, tmp_path: Path):

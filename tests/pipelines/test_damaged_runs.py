@@ -198,9 +198,9 @@ def test_rows_with_nonsense_are_fitted_again(
     lines = (base / "results.csv").read_text().splitlines()
     fitted = [line for line in lines if line.startswith("clip-adapter")]
     assert len(fitted) >= 5
-    # fields from the end: epochs_run best_epoch val_accuracy val_nll status seconds right
+    # fields from the end: epochs_run best_epoch val_accuracy val_nll status seconds images
     nonsense = {
-        -1: ["", CUT, "16:zz", "1600000:ff00", "16:0000"],
+        -1: ["", CUT, "16:zz:", "1600000:ff00:", "16:0000:AAAA", "16:0000"],
         -2: ["", "soon"],
         -3: ["", "failed", "fine"],
         -4: ["", "nan", "much", "inf"],

@@ -16,8 +16,9 @@ from clip_adapter.adapters.method import Head
 from clip_adapter.adapters.methods import METHODS
 from clip_adapter.pipelines.adapter_file import load_adapter
 from clip_adapter.pipelines.fit import fit
+from clip_adapter.pipelines.fitting.fit_rows import unpacked
 from clip_adapter.pipelines.fitting.predictions import read_predictions
-from tests.pipelines.run_files import files, results, selected, summary
+from tests.pipelines.run_files import files, nearest_of, results, selected, summary
 from tests.pipelines.tiny_cache import FIT, TinyData, run_fit, short, tiny_data, write_cache
 
 DATA = tiny_data()
@@ -65,7 +66,7 @@ def test_results_have_a_row_per_fit(command: Command):
     assert header[:3] == ["method", "shots", "seed"]
     assert header[3 : 3 + len(ours)] == ours and set(METHODS["clip-adapter"].hyper) <= {*ours}
     assert header[3 + len(ours) :] == (
-        ["epochs_run", "best_epoch", "val_accuracy", "val_nll", "status", "seconds", "right"]
+        ["epochs_run", "best_epoch", "val_accuracy", "val_nll", "status", "seconds", "images"]
     )
     rows = results(run)
     tried = [(r["alpha"], r["learning_rate"]) for r in rows if r["method"] == "clip-adapter"]
@@ -79,10 +80,10 @@ def test_results_have_a_row_per_fit(command: Command):
     assert len({tuple(row.items()) for row in rows}) == len(rows)
     for row in rows:
         assert None not in row and None not in row.values()
-        if row["right"]:  # a bit for each validation image
-            count, bits = row["right"].split(":")
-            right = np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8))[: int(count)]
-            assert float(row["val_accuracy"]) == pytest.approx(right.mean())
+        if row["images"]:  # a bit and a loss for each validation image
+            images = unpacked(row["images"])
+            assert float(row["val_accuracy"]) == pytest.approx(images.right.mean())
+            assert float(row["val_nll"]) == pytest.approx(images.losses.mean(), rel=1e-5)
 
 
 def test_the_summary_is_mean_and_deviation_over_seeds(command: Command):
@@ -195,7 +196,7 @@ def test_halving_has_a_row_per_setting_and_rung(cache: Path, tmp_path: Path):
     assert Counter(row["epochs_run"] for row in rows) == {"1": 10, "3": 4, "10": 2}
     (chosen,) = halved.results
     final = [row for row in rows if row["epochs_run"] == "10"]
-    best = min(final, key=lambda r: (-float(r["val_accuracy"]), float(r["val_nll"])))
+    best = nearest_of(final)
     assert chosen.setting
     assert (str(chosen.setting["alpha"]), str(chosen.setting["learning_rate"])) == (
         best["alpha"],

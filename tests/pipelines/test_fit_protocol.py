@@ -10,9 +10,10 @@ from scipy.stats import binomtest
 
 from clip_adapter.pipelines.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
+from clip_adapter.pipelines.fitting.fit_rows import unpacked
 from clip_adapter.pipelines.fitting.run import FitResult
 from clip_adapter.pipelines.fitting.tables import print_run
-from tests.pipelines.run_files import results
+from tests.pipelines.run_files import nearest_of, results
 from tests.pipelines.tiny_cache import short, tiny_data, write_cache
 
 DATA = tiny_data()
@@ -150,18 +151,16 @@ GRID = {"alpha": (0.0, 0.4, 1.0), "learning_rate": (1e-3, 1e-1)}
 
 
 def told_apart(result: FitResult, validation: list[int]) -> tuple[int, int]:
-    """(settings compared, those that McNemar's test does not tell from the best), by scipy, from
+    """(settings compared, those that McNemar's test does not tell from the chosen one), by scipy, from
     what results.csv says of every validation image."""
     kept = [validation.index(row) for row in dict.fromkeys(validation)]
     rows = [row for row in results(result.run) if row["method"] == "clip-adapter"]
     longest = max(int(row["epochs_run"]) for row in rows)
     rows = [row for row in rows if int(row["epochs_run"]) == longest]
-    best = min(rows, key=lambda r: (-float(r["val_accuracy"]), float(r["val_nll"])))
+    best = nearest_of(rows, kept)
 
     def right(row: dict[str, str]) -> np.ndarray:
-        count, bits = row["right"].split(":")
-        every = np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8))[: int(count)]
-        return every.astype(bool)[kept]
+        return unpacked(row["images"]).right[kept]
 
     alike = 0
     for row in rows:
