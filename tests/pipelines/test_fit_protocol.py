@@ -151,8 +151,8 @@ GRID = {"alpha": (0.0, 0.4, 1.0), "learning_rate": (1e-3, 1e-1)}
 
 
 def told_apart(result: FitResult, validation: list[int]) -> tuple[int, int]:
-    """(settings compared, those that McNemar's test does not tell from the chosen one), by scipy, from
-    what results.csv says of every validation image."""
+    """(settings compared, those that McNemar's test does not tell from the chosen one), by scipy,
+    from what results.csv says of every validation image."""
     kept = [validation.index(row) for row in dict.fromkeys(validation)]
     rows = [row for row in results(result.run) if row["method"] == "clip-adapter"]
     longest = max(int(row["epochs_run"]) for row in rows)
