@@ -23,7 +23,7 @@ from clip_adapter.pipelines.jax_setup import set_up_jax
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--caches", type=Path, help="folder of feature caches (*.h5) to measure on")
+    parser.add_argument("--caches", nargs="+", type=Path, help="feature caches, or folders of them")
     parser.add_argument("--sets", nargs="+", choices=list(SETS), help="made-up data sets")
     parser.add_argument("--shots", nargs="+", type=int, default=[1, 2, 4, 8, 16])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
@@ -38,11 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, help="for a trial run")
     given = parser.parse_args(arguments)
     set_up_jax()
+    real = caches_in(given.caches or [])
+    if given.caches and not real:
+        parser.error(f"there is no *.h5 in {', '.join(map(str, given.caches))}")
     names = given.sets or ([] if given.caches else list(SETS))
     with tempfile.TemporaryDirectory() as folder:
         made_up = [DataSet(name, SETS[name](Path(folder))) for name in names]
         for family, sets in (
-            ("Real features", caches_in(given.caches) if given.caches else []),
+            ("Real features", real),
             ("Made-up features", made_up),
         ):
             if sets:
@@ -64,12 +67,16 @@ def measure(sets: Sequence[DataSet], given: argparse.Namespace) -> None:
         shots = tuple(shots for shots in given.shots if shots <= data.largest_class)
         study = Study(data, shots, tuple(given.seeds), given.methods, given.epochs)
         for part in given.parts if shots else ():
-            found[data.name, part] = rows = PARTS[part](study)
-            print(table(f"{data.name}, {part}", rows), flush=True)
+            if rows := PARTS[part](study):
+                found[data.name, part] = rows
+                print(table(f"{data.name}, {part}", rows), flush=True)
     for part in given.parts:
         own = [rows for (_, name), rows in found.items() if name == part]
         if len(own) > 1:
-            print(over_sets(f"{part}, mean over {len(own)} sets", own), flush=True)
+            print(
+                over_sets(f"{part}, mean over those of {len(own)} sets with so many shots", own),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

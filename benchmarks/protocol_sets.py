@@ -10,7 +10,7 @@ for what lies outside CLIP's usual regime.
 
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,8 +67,10 @@ class DataSet:
         return f"{len(train)} classes, {test.sum()} test images, selected by {self.select}"
 
 
-def caches_in(folder: Path) -> list[DataSet]:
-    return [DataSet(path.stem, path) for path in sorted(folder.glob("*.h5"))]
+def caches_in(places: Sequence[Path]) -> list[DataSet]:
+    """The caches (*.h5) of folders, and those that are named themselves."""
+    paths = [sorted(place.glob("*.h5")) if place.is_dir() else [place] for place in places]
+    return [DataSet(path.stem, path) for several in paths for path in several]
 
 
 def digits(folder: Path) -> Path:

@@ -123,7 +123,7 @@ def test_the_script_prints_its_tables(small: DataSet, capsys: pytest.CaptureFixt
     asked = f"--shots 2 99 --seeds 1 --epochs {EPOCHS} --methods gda coop --parts"
     main(["--caches", str(folder), *asked.split(), *parts])
     printed = capsys.readouterr().out
-    name = caches_in(folder)[0].name
+    name = caches_in([folder])[0].name
     assert printed.startswith("## Real features\n")
     for part in parts:
         assert f"| {name}, {part} | 2 shots |\n" in printed
