@@ -57,6 +57,24 @@ def one_hot(xp: Any, labels: Int[Array, " N"], classes: int, like: Array) -> Flo
     return xp.asarray(labels[:, None] == xp.arange(classes)[None], dtype=like.dtype)
 
 
+def sum_by_class(
+    xp: Any, rows: Float[Array, "S N"], labels: Float[Array, " S"], classes: int
+) -> Float[Array, "C N"]:
+    """The sum of each class's rows; labels: their classes, whole numbers in any type.
+
+    A product with one-hot labels is S · C · N multiplications for these S · N additions: at 1,000
+    classes of 16 rows it took ten times as long, on a CPU.
+    """
+    own = xp.asarray(labels, dtype=xp.int32)
+    if hasattr(rows, "index_add"):  # PyTorch
+        return rows.new_zeros((classes, rows.shape[1])).index_add(0, own, rows)
+    sums = xp.zeros((classes, rows.shape[1]), dtype=rows.dtype)
+    if hasattr(sums, "at"):  # JAX
+        return sums.at[own].add(rows)
+    xp.add.at(sums, own, rows)
+    return sums
+
+
 def classifier_weights(xp: Any, text: Float[Array, "C P D"]) -> Float[Array, "C D"]:
     """Prompt-ensembled classifier weights W (CLIP, arXiv 2103.00020, section 3.1.4).
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.adapters.classifier import cross_entropy, log_softmax
+from clip_adapter.adapters.classifier import cross_entropy
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.jax_process import own_jax
 from clip_adapter.adapters.method import Arrays, Classify, Head, Method, Setting, Task
@@ -30,9 +30,10 @@ VALIDATION_ROWS = 2048
 # Logits are computed for this many rows at a time, always: how a matrix product is blocked depends
 # on its shape, and with it the last bit of the result.
 BLOCK = 512
-# The largest sharpness of logits of spread 1; and bisections: 10 leave its error below 0.3 %.
+# The largest sharpness of logits of spread 1; and how often the slope is evaluated: over tasks of
+# 24 to 400 rows the likelihood was then within 0.02 % of the best.
 SHARPEST = 16.0
-HALVINGS = 10
+SLOPES = 6
 
 
 class Scored(NamedTuple):
@@ -68,27 +69,39 @@ def _scored(
 def best_sharpness(logits: Float[Array, "M C"], labels: Int[Array, " M"]) -> Float[Array, ""]:
     """b = 1/T that minimises the mean negative log-likelihood of softmax(b · logits).
 
-    That is convex in b, with the derivative mean(E[z] − z_label) under the softmax, whose sign is
-    bisected. b lies between 1/16 and 16 over the spread of the logits (the root mean square of
-    their deviations from each row's mean), so that it is the same at any scale of the logits, and
-    finite where every row is right.
+    That is convex in b. Its slope, mean(E[z] − z_label) under the softmax, is −mean(z_label) at 0
+    for centred z, and has its zero found by the Illinois rule (false position, with half the slope
+    of an end that stays) over log b. b lies between 1/16 and 16 over the spread of the logits (the
+    root mean square of their deviations from each row's mean), so that it is the same at any scale
+    of the logits, and finite where every row is right.
     """
-    centred = logits - jnp.mean(logits, axis=1, keepdims=True)
-    spread = jnp.sqrt(jnp.mean(centred**2))
-    z = centred / jnp.where(spread == 0, 1, spread)
-    own = jnp.take_along_axis(z, labels[:, None], axis=1)[:, 0]
+    z = logits - jnp.max(logits, axis=1, keepdims=True)
+    spread = jnp.sqrt(jnp.mean((z - jnp.mean(z, axis=1, keepdims=True)) ** 2))
+    spread = jnp.where(spread == 0, 1, spread)
+    z = z / spread
+    own = jnp.mean(jnp.take_along_axis(z, labels[:, None], axis=1))
 
-    def half(_: Any, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bracket
-        b = jnp.sqrt(low * high)
-        expected = jnp.sum(jnp.exp(log_softmax(jnp, b * z)) * z, axis=1)
-        too_flat = jnp.mean(expected - own) < 0
-        return jnp.where(too_flat, b, low), jnp.where(too_flat, high, b)
+    def closer(_: Any, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        low, slope_low, high, slope_high, b = found
+        weights = jnp.exp(b * z)
+        expected = jnp.sum(weights * z, axis=1) / jnp.sum(weights, axis=1)
+        slope = jnp.mean(expected) - own
+        flat = slope < 0
+        low, high = jnp.where(flat, b, low), jnp.where(flat, high, b)
+        slope_low = jnp.where(flat, slope, slope_low / 2)
+        slope_high = jnp.where(flat, slope_high / 2, slope)
+        between = jnp.log(low) * slope_high - jnp.log(high) * slope_low
+        b = jnp.exp(between / (slope_high - slope_low))
+        # As long as no slope is known above, three times as sharp.
+        b = jnp.where(jnp.isfinite(slope_high), b, 3 * low)
+        return low, slope_low, high, slope_high, jnp.clip(b, low, high)
 
-    widest = (jnp.float32(1 / SHARPEST), jnp.float32(SHARPEST))
-    low, high = jax.lax.fori_loop(0, HALVINGS, half, widest)
-    b = jnp.sqrt(low * high)
-    return b / jnp.where(spread == 0, 1, spread)
+    least, most = jnp.float32(1 / SHARPEST), jnp.float32(SHARPEST)
+    at_0 = jnp.mean(z) - own
+    # The spread is 1: were the logits Gaussian around their classes, this would be the answer.
+    first = jnp.clip(-at_0, least, most)
+    start = (least, jnp.minimum(at_0, -1e-6), most, jnp.float32(jnp.inf), first)
+    return jax.lax.fori_loop(0, SLOPES, closer, start)[-1] / spread
 
 
 def is_right(logits: Float[Array, "N C"], labels: Int[Array, " N"]) -> Bool[Array, " N"]:

@@ -1,8 +1,8 @@
 """Tip-Adapter and Tip-Adapter-F (Zhang et al., arXiv 2111.03930): a cache of the support set.
 
-    logits = zero-shot logits + α · exp(−β (1 − unit(f) Kᵀ)) V
+    logits_c = zero-shot logits_c + α · Σ_{i of class c} exp(−β (1 − unit(f) · k_i))
 
-K (S, D): directions of the support features, averaged over views. V (S, C): their labels, one-hot.
+k_i (D,): directions of the support features, averaged over views.
 Tip-Adapter trains nothing. Tip-Adapter-F trains K at one (β, α), and then tries others on it.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from clip_adapter.adapters.classifier import cosine_logits, one_hot, unit
+from clip_adapter.adapters.classifier import cosine_logits, sum_by_class, unit
 from clip_adapter.adapters.hyper import Hyper
 from clip_adapter.adapters.method import Array, Arrays, Head, Method, Setting, Task
 from clip_adapter.adapters.recipe import trained_with
@@ -21,18 +21,20 @@ if TYPE_CHECKING:
 
 
 def fit(xp: Any, task: Task, setting: Setting) -> Arrays:
-    """keys: unit(mean over views of the unit features). values: the labels, one-hot."""
+    """keys: unit(mean over views of the unit features). labels: as float32, as all that
+    is saved."""
     keys = unit(xp, xp.mean(unit(xp, task.features), axis=0))
-    return {"keys": keys, "values": one_hot(xp, task.labels, len(task.head.weights), keys)}
+    return {"keys": keys, "labels": xp.asarray(task.labels, dtype=keys.dtype)}
 
 
 def logits(
     xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
 ) -> Float[Array, "N C"]:
-    """scale · unit(f) · unit(W)ᵀ + bias + α · exp(−β (1 − unit(f) Kᵀ)) V."""
-    affinity = unit(xp, features) @ arrays["keys"].T
-    cache = xp.exp(-setting["beta"] * (1 - affinity)) @ arrays["values"]
-    return cosine_logits(xp, features, head) + setting["alpha"] * cache
+    """scale · unit(f) · unit(W)ᵀ + bias + α · the cache's sums, class by class."""
+    affinity = arrays["keys"] @ unit(xp, features).T
+    near = xp.exp(-setting["beta"] * (1 - affinity))
+    cache = sum_by_class(xp, near, arrays["labels"], len(head.weights))
+    return cosine_logits(xp, features, head) + setting["alpha"] * cache.T
 
 
 def even(scale: float, count: int) -> tuple[float, ...]:
@@ -52,7 +54,7 @@ TIP_ADAPTER = Method(
         "alpha": Hyper(1.0, "Weight of the cache.", ALPHAS, low=0),
     },
     logits=logits,
-    shapes={"keys": "S D", "values": "S C"},
+    shapes={"keys": "S D", "labels": "S"},
     fit=fit,
     uses_views=True,
 )

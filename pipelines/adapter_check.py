@@ -83,6 +83,8 @@ def _sizes(method: Method, arrays: Mapping[str, npt.NDArray[Any]], head: Head) -
             raise ValueError(f"{name!r:.80} is no array of {method.name}")
         if array.dtype != np.float32 or not np.isfinite(array).all():
             raise ValueError(f"{name} holds something else than finite float32 numbers")
+        if name == "labels" and not np.isin(array, np.arange(classes)).all():
+            raise ValueError(f"labels holds something else than numbers of {classes} classes")
         letters = method.shapes[name].split()
         fits = len(letters) == array.ndim and all(
             sizes.setdefault(letter, size) == size

@@ -116,7 +116,21 @@ def load_adapter(run: str | Path) -> SavedAdapter:
         arrays = {n.removeprefix(FITTED): t for n, t in tensors.items()}
         if len(arrays) < len(tensors):
             raise UserError(f"{path} holds two arrays of one name; fit the adapter again.")
+    if "labels" in _method(info.method).shapes:
+        arrays = _with_labels(arrays, len(info.class_names))
     return SavedAdapter(info, arrays, _checked_weights(path, info, weights, arrays))
+
+
+def _with_labels(arrays: dict[str, npt.NDArray[Any]], classes: int) -> dict[str, npt.NDArray[Any]]:
+    """The same with `labels` for what stood there before: `values`, their one-hot rows."""
+    values = arrays.get("values")
+    if values is None or values.ndim != 2 or values.shape[1] != classes:
+        return arrays
+    labels = values.argmax(axis=1)
+    if not np.array_equal(values, np.eye(classes, dtype=np.float32)[labels]):
+        return arrays
+    kept = {name: array for name, array in arrays.items() if name != "values"}
+    return {**kept, "labels": labels.astype(np.float32)}
 
 
 def _read_document(path: Path) -> dict[str, Any]:

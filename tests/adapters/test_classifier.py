@@ -89,8 +89,9 @@ def test_relu_has_no_slope_at_zero_and_shows_nan():
     np.testing.assert_array_equal(found, [0, 0, 2, np.nan])
 
 
-def test_one_hot_and_sigmoid_in_three_libraries():
+def test_one_hot_sums_by_class_and_sigmoid_in_three_libraries():
     x, labels = np.linspace(-20, 20, 9, dtype=np.float32), np.array([1, 0])
+    rows, own = np.arange(8, dtype=np.float32).reshape(4, 2), np.float32([2, 0, 2, 2])
     for xp, asarray in ((np, np.asarray), (jnp, jnp.asarray), (torch, torch.tensor)):
         np.testing.assert_allclose(
             classifier.sigmoid(xp, asarray(x)), 1 / (1 + np.exp(-x.astype(np.float64))), atol=1e-7
@@ -98,3 +99,6 @@ def test_one_hot_and_sigmoid_in_three_libraries():
         hot = classifier.one_hot(xp, asarray(labels), 3, asarray(x))
         np.testing.assert_array_equal(hot, np.float32([[0, 1, 0], [1, 0, 0]]))
         assert str(hot.dtype).endswith("float32")
+        sums = classifier.sum_by_class(xp, asarray(rows), asarray(own), 4)
+        np.testing.assert_array_equal(sums, np.float32([[2, 3], [0, 0], [10, 13], [0, 0]]))
+        assert str(sums.dtype).endswith("float32")

@@ -80,7 +80,7 @@ def test_other_settings_are_tried_on_keys_trained_once(engine: Engine):
     best = max(found, key=lambda e: e.score)
     again = fit(TIP_ADAPTER_F, best.setting, best.epoch, on_device(task), engine)
     kept = best.arrays()
-    assert all(np.array_equal(kept[name], again[name]) for name in ("keys", "values"))
+    assert all(np.array_equal(kept[name], again[name]) for name in ("keys", "labels"))
 
 
 def test_each_fold_judges_on_the_keys_that_it_trained(engine: Engine):

@@ -7,6 +7,7 @@ import pickle
 import sys
 import tracemalloc
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,21 @@ def test_loading_gives_back_what_was_saved(
             assert loaded.arrays.keys() == adapter.arrays.keys()
             assert all(np.array_equal(loaded.arrays[n], a) for n, a in adapter.arrays.items())
             assert np.array_equal(loaded.weights, adapter.weights)
+
+
+@pytest.mark.parametrize("value", [1.0, 2.0], ids=["one-hot", "others"])
+def test_labels_that_were_saved_one_hot_are_read(
+    tmp_path: Path, saved_adapters: Mapping[str, SavedAdapter], value: float
+) -> None:
+    adapter = saved_adapters["tip-adapter"]
+    keys, labels = adapter.arrays["keys"], adapter.arrays["labels"]
+    values = value * np.eye(10, dtype=np.float32)[labels.astype(int)]
+    save_adapter(tmp_path, replace(adapter, arrays={"keys": keys, "values": values}))
+    if value != 1:
+        with pytest.raises(UserError, match="'values' is no array of tip-adapter"):
+            load_adapter(tmp_path)
+        return
+    assert np.array_equal(load_adapter(tmp_path).arrays["labels"], labels)
 
 
 def test_a_scale_without_a_point_can_be_used(run: Path, digits: Any, flax_logits: LogitsOf) -> None:

@@ -39,6 +39,8 @@ DAMAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "not a number": lambda a: _with_last(a, np.nan),
     "infinite": lambda a: _with_last(a, np.inf),
 }
+# And where the numbers are those of classes.
+NO_CLASSES = {"a class too many": 10.0, "a class before the first": -1.0, "half a class": 0.5}
 
 
 def _with_last(array: np.ndarray, value: float) -> np.ndarray:
@@ -61,6 +63,9 @@ def damaged(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, Arrays]]:
             if not same or not np.isfinite(changed).all():
                 yield f"{name}: {kind}", {**arrays, name: changed}
         yield f"{name} missing", {key: a for key, a in arrays.items() if key != name}
+    if "labels" in arrays:
+        for kind, number in NO_CLASSES.items():
+            yield kind, {**arrays, "labels": _with_last(arrays["labels"], number)}
     for extra in ("extra", "keys", "kernel", "image/ratio/logit", "projection"):
         if extra not in arrays:
             yield f"{extra} too many", {**arrays, extra: np.ones((2, 2), np.float32)}
@@ -102,10 +107,12 @@ def test_an_adapter_of_other_classes_is_refused(
     adapter = saved_adapters[name]
     method = METHODS[adapter.info.method]
     fewer = Head(adapter.weights[1:], np.float32(20), np.float32(0))
-    if not any("C" in shape.split() for shape in method.shapes.values()):
+    if not any("C" in shape.split() for shape in method.shapes.values()) and "labels" not in (
+        adapter.arrays
+    ):
         check_usable(method, adapter.info.setting, adapter.arrays, fewer)
         return
-    with pytest.raises(ValueError, match="has the shape"):
+    with pytest.raises(ValueError, match=r"has the shape|than numbers of 9 classes"):
         check_usable(method, adapter.info.setting, adapter.arrays, fewer)
 
 
