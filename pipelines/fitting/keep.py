@@ -67,6 +67,7 @@ def _refit(runner: TaskRunner, rows: TaskRows, best: TaskResult, folder: RunFold
             f"{folder.path / 'adapters'}."
         )
     images = {"refitted_on": task.features.shape[1]}
-    saved = runner.saved(method, rows, setting, arrays, fitted_on(best) | images)
+    seen = runner.data.hashes(runner.data.labelled_rows())
+    saved = runner.saved(method, setting, arrays, fitted_on(best) | images, seen)
     with writing(folder.path):
         save_adapter(folder.path, saved)
