@@ -149,7 +149,9 @@ def _read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(files.read_text(path, DOCUMENT_MAX))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"There is no adapter at {path.parent} (no {INFO_FILE}).") from None
+        within = path.parent / "adapters"  # of a run where nothing chose, or that was interrupted
+        where = f"; name one of those in {within}" if within.is_dir() else ""
+        raise UserError(f"There is no adapter at {path.parent} (no {INFO_FILE}){where}.") from None
     except UserError:
         raise
     except OSError as error:
