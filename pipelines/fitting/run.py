@@ -25,12 +25,13 @@ from clip_adapter.pipelines.fitting.config import (
 from clip_adapter.pipelines.fitting.data import Data, available, open_data
 from clip_adapter.pipelines.fitting.feasible import check_feasible
 from clip_adapter.pipelines.fitting.idle import without_effect
-from clip_adapter.pipelines.fitting.keep import candidates, keep_one
+from clip_adapter.pipelines.fitting.keep import keep_one
 from clip_adapter.pipelines.fitting.one_task import TaskRunner
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.fitting.planning import make_plan
 from clip_adapter.pipelines.fitting.plot import write_plot
 from clip_adapter.pipelines.fitting.provenance import PROVENANCE, Provenance
+from clip_adapter.pipelines.fitting.remarks import candidates
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
 from clip_adapter.pipelines.fitting.run_folder import (
     RunFolder,

@@ -13,9 +13,8 @@ from rich.table import Table
 from clip_adapter.cache.few_shot import VALIDATION_SHOTS
 from clip_adapter.cache.words import counted, printable, some
 from clip_adapter.pipelines.fitting.config import Selection, Shots, shots_words
-from clip_adapter.pipelines.fitting.keep import what_is_kept
 from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
-from clip_adapter.pipelines.fitting.remarks import remarks
+from clip_adapter.pipelines.fitting.remarks import remarks, what_is_kept
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
 
 if TYPE_CHECKING:
