@@ -21,6 +21,7 @@ from clip_adapter.adapters.method import Head, Method
 from clip_adapter.adapters.methods import find_method
 from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.hdf5 import row_hashes
 from clip_adapter.cache.metadata import BIAS_WORDS, SCALE_WORDS, is_bias, is_scale
 from clip_adapter.pipelines.adapter_check import check_usable
 
@@ -36,6 +37,8 @@ ARRAYS_FILE = "adapter.safetensors"
 WEIGHTS = "weights"
 SHORTEST_WEIGHTS = 0.5  # they are unit rows
 FITTED = "fitted/"
+# Hashes of the images that fitted or chose it; files of before they were kept have none.
+SEEN = "seen"
 DOCUMENT_MAX = 1 << 25  # bytes: the names of 21,000 classes take 1 << 19
 ARRAYS_SHA256 = "safetensors_sha256"
 OWN_SHA256 = "sha256"
@@ -65,11 +68,32 @@ class AdapterInfo:
 @dataclass(frozen=True)
 class SavedAdapter:
     """info; arrays: what was fitted, float32; weights: (C, D) float32, the zero-shot classifier
-    weights."""
+    weights. seen: `image_hashes` of what fitted or chose it, in any order; None where the file
+    does not say."""
 
     info: AdapterInfo
     arrays: Mapping[str, npt.NDArray[Any]]
     weights: npt.NDArray[np.float32]
+    seen: npt.NDArray[np.uint64] | None = None
+
+    def has_seen(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """(N,): whether it was fitted or chosen on the images of which these are `image_hashes`."""
+        if self.seen is None:
+            return np.zeros(len(hashes), np.bool_)
+        known: npt.NDArray[np.bool_] = np.isin(hashes, self.seen)
+        return np.any(known, axis=1)
+
+
+def image_hashes(
+    features: npt.NDArray[np.float32], digests: npt.NDArray[np.uint64] | None
+) -> npt.NDArray[np.uint64]:
+    """(N, 1 or 2): by which N images are known again, also in another cache or in a folder.
+
+    features: (N, D), of view 0. digests: (N,), of the pixels that were encoded, where they are
+    known; another device or number type makes other features of the same pixels.
+    """
+    found = [row_hashes(features), *([] if digests is None else [digests])]
+    return np.stack(found, axis=1)
 
 
 def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
@@ -77,6 +101,8 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {FITTED + name: array for name, array in adapter.arrays.items()}
     tensors[WEIGHTS] = adapter.weights
+    if adapter.seen is not None:
+        tensors[SEEN] = adapter.seen
     content = save({name: np.asarray(array, order="C") for name, array in tensors.items()})
     files.write_bytes(folder / ARRAYS_FILE, content)
     document = {
@@ -109,7 +135,9 @@ def load_adapter(run: str | Path) -> SavedAdapter:
     info = _checked_info(run / INFO_FILE, document)
     path = run / ARRAYS_FILE
     tensors = _read_tensors(path, document[ARRAYS_SHA256])
-    weights = tensors.pop(WEIGHTS, None)
+    weights, seen = tensors.pop(WEIGHTS, None), tensors.pop(SEEN, None)
+    if seen is not None and (seen.ndim != 1 or seen.dtype != np.uint64):
+        raise UserError(f"{path}: {SEEN} holds no hashes of images; fit the adapter again.")
     if document["format_version"] == 1:
         arrays = {n: t for n, t in tensors.items() if not n.endswith(ONLY_IN_VERSION_1)}
     else:
@@ -118,7 +146,7 @@ def load_adapter(run: str | Path) -> SavedAdapter:
             raise UserError(f"{path} holds two arrays of one name; fit the adapter again.")
     if "labels" in _method(info.method).shapes:
         arrays = _with_labels(arrays, len(info.class_names))
-    return SavedAdapter(info, arrays, _checked_weights(path, info, weights, arrays))
+    return SavedAdapter(info, arrays, _checked_weights(path, info, weights, arrays), seen)
 
 
 def _with_labels(arrays: dict[str, npt.NDArray[Any]], classes: int) -> dict[str, npt.NDArray[Any]]:
@@ -137,7 +165,9 @@ def _read_document(path: Path) -> dict[str, Any]:
     try:
         document = files.parse_json(files.read_text(path, DOCUMENT_MAX))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"There is no adapter at {path.parent} (no {INFO_FILE}).") from None
+        within = path.parent / "adapters"  # of a run where nothing chose, or that was interrupted
+        where = f"; name one of those in {within}" if within.is_dir() else ""
+        raise UserError(f"There is no adapter at {path.parent} (no {INFO_FILE}){where}.") from None
     except UserError:
         raise
     except OSError as error:

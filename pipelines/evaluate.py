@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,12 @@ from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.words import counted, printable
 from clip_adapter.extract.config import check_work
 from clip_adapter.pipelines.adapted_features import make_adapt, write_features
-from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter, load_adapter
+from clip_adapter.pipelines.adapter_file import (
+    AdapterInfo,
+    SavedAdapter,
+    image_hashes,
+    load_adapter,
+)
 from clip_adapter.pipelines.argument_types import Positional
 from clip_adapter.pipelines.class_match import Classes, match_classes
 from clip_adapter.pipelines.command import EXIT_PARTIAL, run_command
@@ -32,7 +36,7 @@ from clip_adapter.pipelines.labelled import (
     is_folder,
 )
 from clip_adapter.pipelines.named_method import know_method
-from clip_adapter.pipelines.prediction_formats import cell, rounded
+from clip_adapter.pipelines.prediction_formats import predictions_file
 from clip_adapter.pipelines.scores import Scores
 
 
@@ -44,6 +48,9 @@ class EvaluateConfig:
     choose between all classes of the adapter, unless --only-present restricts them to those that
     the images show, as the protocols of ImageNet-A and ImageNet-R have it.
 
+    Images that the adapter was fitted or chosen on are counted and left out: what it gets right of
+    them is no accuracy.
+
     Attributes:
         data: Feature cache of the adapter's backbone, or a folder of images with one folder per
             class (or with such folders in a folder per split), which are encoded on the way.
@@ -53,7 +60,7 @@ class EvaluateConfig:
             leaves the images of a class out.
         only_present: Choose between the classes that have images.
         confusion: CSV file for the confusion matrix: a row per class, a column per prediction.
-        predictions: CSV file for what is predicted for each image.
+        predictions: CSV file for what is predicted for each image, those it was fitted on as well.
         features: NPZ file for the image features after the adapter, with ids, labels and class
             names; for the methods that move image features.
         method: MODULE:NAME of the adapter's method, where that is one of your own.
@@ -142,11 +149,12 @@ def _score(
     adapt = make_adapt(adapter) if config.features else None
     ids: list[str] = []
     adapted: list[npt.NDArray[np.float32]] = []
-    found: list[tuple[npt.NDArray[np.int64], ...]] = []
+    found: list[tuple[npt.NDArray[Any], ...]] = []
     scored = 0
     with ExitStack() as stack:
         advance = stack.enter_context(listener.progress("evaluate", len(targets)))
-        rows_written = stack.enter_context(_predictions_file(config.predictions, adapter.info))
+        names = adapter.info.class_names
+        rows_written = stack.enter_context(predictions_file(config.predictions, names))
         for block in images.blocks():
             scored += len(block.rows)
             kept = targets[block.rows] >= 0
@@ -155,7 +163,9 @@ def _score(
                 logits = classify(block.features[kept])[:, candidates].astype(np.float64)
                 before = zero_shot(block.encoded[kept])[:, candidates].argmax(axis=1)
                 best = logits.argmax(axis=1)
-                found.append((targets[rows], candidates[best], candidates[before]))
+                digests = None if block.digests is None else block.digests[kept]
+                familiar = adapter.has_seen(image_hashes(block.encoded[kept], digests))
+                found.append((targets[rows], candidates[best], candidates[before], familiar))
                 if adapt:
                     ids += images.ids(rows)
                     adapted.append(adapt(block.features[kept]))
@@ -166,16 +176,20 @@ def _score(
             advance(len(block.rows), "")
         if not found:
             raise UserError(f"No image of {images.name} could be decoded.")
-    labels, predicted, before = (
-        np.concatenate(parts).astype(np.int32) for parts in zip(*found, strict=True)
-    )
+        labels, predicted, before, seen = (
+            np.concatenate(parts).astype(np.int32) for parts in zip(*found, strict=True)
+        )
+        rest = seen == 0
+        if not rest.any() and (config.confusion or not (config.predictions or config.features)):
+            raise UserError(_all_seen(images.name, len(rest), adapter.info))
     scores = Scores(
         adapter.info.class_names,
-        labels,
-        predicted,
-        before,
+        labels[rest],
+        predicted[rest],
+        before[rest],
         candidates.astype(np.int32),
         skipped=len(targets) - scored,
+        seen=int(seen.sum()),
     )
     if config.features:
         moved = np.concatenate(adapted)
@@ -183,6 +197,14 @@ def _score(
     if config.confusion:
         files.write_text(config.confusion, scores.confusion_csv())
     return scores
+
+
+def _all_seen(name: str, count: int, info: AdapterInfo) -> str:
+    refit = "; `fit` printed the one of before --refit" if "refitted_on" in info.fitted else ""
+    return (
+        f"The adapter was fitted or chosen on all of the {counted(count, 'image')} of {name}: "
+        f"right answers there are no accuracy; score it on other images{refit}."
+    )
 
 
 Logits = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
@@ -211,32 +233,6 @@ def _check_place(path: Path | None, suffix: str) -> None:
         raise UserError(f"{path} cannot be written: there is no such folder, or it is one itself.")
 
 
-@contextmanager
-def _predictions_file(path: Path | None, info: AdapterInfo) -> Iterator[Callable[..., None] | None]:
-    """A function that writes rows, into a file that gets its name when all is written."""
-    if path is None:
-        yield None
-        return
-    temporary = path.with_name(path.name + ".new")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["image", "class", "predicted", "probability", "zero_shot"])
-            names = [cell(name) for name in info.class_names]
-
-            def write(ids: Sequence[str], *columns: npt.NDArray[Any]) -> None:
-                for name, label, predicted, before, share in zip(
-                    ids, *(column.tolist() for column in columns), strict=True
-                ):
-                    shown = names[label], names[predicted], rounded(share), names[before]
-                    writer.writerow([cell(name), *shown])
-
-            yield write
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def print_scores(config: EvaluateConfig) -> int:
     """Run `evaluate`, print the scores, and return the exit code."""
     from clip_adapter.pipelines.jax_setup import set_up_jax
@@ -244,7 +240,13 @@ def print_scores(config: EvaluateConfig) -> int:
 
     set_up_jax()
     scores = evaluate(config, Spoken("clip-adapter evaluate"))
-    _print_table(scores)
+    if len(scores.labels):
+        _print_table(scores)
+    if scores.seen:
+        print(
+            f"left out {counted(scores.seen, 'image')} on which the adapter was fitted or chosen: "
+            "right answers there are no accuracy"
+        )
     if scores.skipped:
         left_out = counted(scores.skipped, "image")
         Spoken("clip-adapter evaluate").note(f"{left_out} cannot be decoded and are left out")

@@ -30,11 +30,13 @@ Features = npt.NDArray[np.float32]
 @dataclass(frozen=True)
 class Block:
     """Some images. rows: (R,) which. features: (R, F), what the adapter takes. encoded: (R, D), the
-    image features; the same array unless the adapter takes what comes before the projection."""
+    image features; the same array unless the adapter takes what comes before the projection.
+    digests: (R,), see `image_hashes`."""
 
     rows: npt.NDArray[np.int64]
     features: Features
     encoded: Features
+    digests: npt.NDArray[np.uint64] | None
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,14 @@ def cached_images(cache: FeatureCache, split: str, adapter: SavedAdapter) -> Lab
         width = cache.pre_projection(split, np.zeros(1, np.int64), views=1).shape[2]
         check_same_width(width, _width(adapter), str(cache.path))
 
+    digests = cache.hashes(split, "digests")
+
     def blocks() -> Iterator[Block]:
         for start in range(0, len(labels), BLOCK_ROWS):
             rows = np.arange(start, min(start + BLOCK_ROWS, len(labels)))
             encoded = cache.features(split, rows, views=1)[0]
             features = cache.pre_projection(split, rows, views=1)[0] if before else encoded
-            yield Block(rows, features, encoded)
+            yield Block(rows, features, encoded, None if digests is None else digests[rows])
 
     name = f"{cache.dataset.get('name', cache.path.name)} {split}"
     return Labelled(name, cache.class_names, labels, blocks, lambda rows: cache.ids(split, rows))
@@ -142,7 +146,7 @@ def images_of_folder(
             features = encoded
             if batch.pre_projection is not None:
                 features = batch.pre_projection[:, 0].astype(np.float32)
-            yield Block(batch.rows, features, encoded)
+            yield Block(batch.rows, features, encoded, batch.digests)
 
     def ids(rows: npt.NDArray[np.int64]) -> list[str]:
         return [images.ids[row] for row in rows.tolist()]

@@ -2,11 +2,13 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
+import numpy.typing as npt
 from rich.cells import cell_len
 
 from clip_adapter.cache.words import printable
@@ -91,3 +93,34 @@ def rounded(probability: float) -> float:
 
 Writer = Callable[[TextIO, Scope, Iterable[Prediction]], None]
 FORMATS: dict[str, Writer] = {"table": write_table, "csv": write_csv, "json": write_json}
+
+
+@contextmanager
+def predictions_file(
+    path: Path | None, class_names: Sequence[str]
+) -> Iterator[Callable[..., None] | None]:
+    """Of `evaluate`: a function that writes rows, into a file that gets its name when all is
+    written."""
+    if path is None:
+        yield None
+        return
+    temporary = path.with_name(path.name + ".new")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(
+                ["image", "class", "predicted", "probability", "zero_shot", "fitted_on"]
+            )
+            names = [cell(name) for name in class_names]
+
+            def write(ids: Sequence[str], *columns: npt.NDArray[Any]) -> None:
+                for name, label, predicted, before, seen, share in zip(
+                    ids, *(column.tolist() for column in columns), strict=True
+                ):
+                    shown = names[label], names[predicted], rounded(share), names[before]
+                    writer.writerow([cell(name), *shown, "yes" if seen else "no"])
+
+            yield write
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -22,7 +22,9 @@ class Scores:
 
     class_names: of the adapter. labels: (N,), what the images show. predicted, zero_shot: (N,),
     what the adapter said, and what it said before it was fitted. candidates: the classes between
-    which both chose. skipped: how many images could not be decoded and are not here.
+    which both chose. skipped: how many images could not be decoded and are not here. seen: how many
+    are not here because the adapter was fitted or chosen on them; where none are left, accuracies
+    are NaN.
     """
 
     class_names: Sequence[str]
@@ -31,16 +33,17 @@ class Scores:
     zero_shot: Indices
     candidates: Indices
     skipped: int = 0
+    seen: int = 0
 
     @property
     def accuracy(self) -> float:
         """In [0, 1]."""
-        return float(np.mean(self.predicted == self.labels))
+        return float(np.mean(self.predicted == self.labels)) if len(self.labels) else np.nan
 
     @property
     def zero_shot_accuracy(self) -> float:
         """In [0, 1]."""
-        return float(np.mean(self.zero_shot == self.labels))
+        return float(np.mean(self.zero_shot == self.labels)) if len(self.labels) else np.nan
 
     @property
     def present(self) -> Indices:

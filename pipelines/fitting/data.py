@@ -22,6 +22,7 @@ from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.text_tower import read_text_tower, tower_path
 from clip_adapter.cache.words import some
+from clip_adapter.pipelines.adapter_file import image_hashes
 from clip_adapter.pipelines.fitting.tasks import Fold, Rows, TaskRows, needed_rows
 
 if TYPE_CHECKING:
@@ -161,13 +162,12 @@ class Data:
         """The task whose support set is every labelled image of the classes, of all splits."""
         features, labels = [], []
         views = self.views_of(method)
-        for split, own in self.labels.items():
-            inside = self._inside(own)
-            found = self._read(split, source_of(method), np.flatnonzero(inside), views)
+        for split, rows in self.labelled_rows().items():
+            found = self._read(split, source_of(method), rows, views)
             # Only training images have augmented views; of the others each is taken as often.
             repeated = found if len(found) == views else np.repeat(found, views, axis=0)
             features.append(repeated)
-            labels.append(own[inside] - np.int32(self.classes.start))
+            labels.append(self._labels(split, rows))
         task = Task(
             features=np.concatenate(features, axis=1),
             labels=np.concatenate(labels),
@@ -178,6 +178,22 @@ class Data:
             extra=self.extra(method),
         )
         return jax.tree.map(jnp.asarray, task)
+
+    def labelled_rows(self) -> dict[str, Rows]:
+        """Every labelled image of the classes, by split."""
+        return {split: np.flatnonzero(self._inside(own)) for split, own in self.labels.items()}
+
+    def hashes(self, rows: Mapping[str, Rows]) -> npt.NDArray[np.uint64]:
+        """By which the images of these rows of the splits are known again, each once."""
+        found = [np.zeros(0, np.uint64)]
+        for split, own in rows.items():
+            digests = self.cache.hashes(split, "digests") if len(own) else None
+            for start in range(0, len(own), BLOCK_ROWS):
+                block = own[start : start + BLOCK_ROWS]
+                features = self._read(split, "features", block, views=1)[0]
+                known = image_hashes(features, None if digests is None else digests[block])
+                found.append(known.ravel())
+        return np.unique(np.concatenate(found))
 
     def views_of(self, method: Method) -> int:
         """How many views of a training image the method sees."""

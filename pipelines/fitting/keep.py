@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from clip_adapter.adapters.search import fit
 from clip_adapter.cache.errors import UserError
 from clip_adapter.pipelines.adapter_file import load_adapter, save_adapter
 from clip_adapter.pipelines.fitting.choice import is_finite
 from clip_adapter.pipelines.fitting.one_task import TaskRunner, fitted_on
+from clip_adapter.pipelines.fitting.remarks import candidates, is_judged, rank
 from clip_adapter.pipelines.fitting.results import TaskResult
 from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder, writing
 from clip_adapter.pipelines.fitting.tasks import TaskRows, kept_task
@@ -23,22 +22,15 @@ def keep_one(
     results: Sequence[TaskResult],
 ) -> TaskResult | None:
     """Put one adapter at the top of the folder and return its row: at the most shots and the first
-    seed, of the methods that were asked for the one that validation prefers (without validation the
-    first). None where every setting of all of them diverged.
+    seed, of the methods that were asked for the one that validation prefers. None where nothing
+    chose between several, or every setting of all of them diverged.
 
     Raises UserError where the chosen setting diverges on all labelled images.
     """
-    rows = kept_task(tasks)
-    by_key = {result.key: result for result in results}
-    names = [planned.method.name for planned in runner.plan.fitted]
-    sound = [
-        result
-        for name in names
-        if (result := by_key[name, rows.shots, rows.seed]).setting is not None
-    ]
-    if not sound:
+    sound = candidates(runner.plan, tasks, results)
+    if not sound or (len(sound) > 1 and not any(map(is_judged, sound))):
         return None
-    best = max(sound, key=_ranks)
+    best, rows = max(sound, key=rank), kept_task(tasks)
     if runner.plan.refit:
         _refit(runner, rows, best, folder)
         return best
@@ -47,12 +39,6 @@ def keep_one(
     for name in ("adapter.safetensors", "adapter.json"):  # without the JSON it is no adapter
         folder.write(name, (source / name).read_bytes())
     return best
-
-
-def _ranks(result: TaskResult) -> tuple[float, float]:
-    if result.val_accuracy is None or result.val_nll is None:
-        return (-np.inf, -np.inf)
-    return result.val_accuracy, -result.val_nll
 
 
 def _refit(runner: TaskRunner, rows: TaskRows, best: TaskResult, folder: RunFolder) -> None:
@@ -67,6 +53,7 @@ def _refit(runner: TaskRunner, rows: TaskRows, best: TaskResult, folder: RunFold
             f"{folder.path / 'adapters'}."
         )
     images = {"refitted_on": task.features.shape[1]}
-    saved = runner.saved(method, rows, setting, arrays, fitted_on(best) | images)
+    seen = runner.data.hashes(runner.data.labelled_rows())
+    saved = runner.saved(method, setting, arrays, fitted_on(best) | images, seen)
     with writing(folder.path):
         save_adapter(folder.path, saved)

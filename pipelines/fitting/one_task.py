@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from clip_adapter.adapters.engine import Engine
 from clip_adapter.adapters.evaluation import Evaluation
@@ -51,6 +52,7 @@ class TaskRunner:
     engine: Engine
     tell: Callable[[str], None]
     _references: dict[tuple[Shots, int], Evaluation] = field(default_factory=dict)
+    _seen: dict[tuple[Shots, int], npt.NDArray[np.uint64]] = field(default_factory=dict)
 
     def run(
         self,
@@ -73,7 +75,8 @@ class TaskRunner:
             folder.write(name, predictions.content())
         result = self.result(method, rows, chosen, predictions)
         if not planned.baseline:
-            saved = self.saved(method, rows, chosen.setting, chosen.arrays, fitted_on(result))
+            fitted, seen = fitted_on(result), self._seen_by(rows)
+            saved = self.saved(method, chosen.setting, chosen.arrays, fitted, seen)
             with writing(folder.path):
                 save_adapter(folder.path / adapter_folder(*result.key), saved)
         return result
@@ -189,15 +192,24 @@ class TaskRunner:
         found = {name: np.asarray(values) for name, values in described.items()}
         return {name: Spread(float(v.mean()), float(v.std())) for name, v in found.items()}
 
+    def _seen_by(self, rows: TaskRows) -> npt.NDArray[np.uint64]:
+        """Hashes of the images that fit or choose on a task; looked at once for all methods."""
+        key = rows.shots, rows.seed
+        if key not in self._seen:
+            seen = {"train": rows.support, "val": rows.validation}
+            self._seen[key] = self.data.hashes(seen)
+        return self._seen[key]
+
     def saved(
         self,
         method: Method,
-        rows: TaskRows,
         setting: Setting,
         arrays: Arrays,
         fitted: Mapping[str, Any],
+        seen: npt.NDArray[np.uint64],
     ) -> SavedAdapter:
-        """An adapter with all that it was fitted from."""
+        """An adapter with all that it was fitted from; one that has nothing to fit or to choose,
+        such as zero-shot, has seen no image."""
         about, head = self.provenance, self.data.head(method)
         info = AdapterInfo(
             method=method.name,
@@ -212,7 +224,7 @@ class TaskRunner:
             cache_sha256=about.cache_sha256,
             fitted={"train_classes": self.plan.train_classes, **fitted},
         )
-        return SavedAdapter(info, arrays, head.weights)
+        return SavedAdapter(info, arrays, head.weights, seen if arrays or setting else seen[:0])
 
 
 def fitted_on(result: TaskResult) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """What a mean accuracy hides: the classes it does worst on, what always guessing the largest class
-would reach, and a baseline that did better."""
+would reach, a baseline that did better; and whose adapter is kept."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_adapter.cache.words import quoted
+from clip_adapter.pipelines.fitting.command_line_of import command_that_keeps
 from clip_adapter.pipelines.fitting.config import shots_words
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.fitting.predictions import (
@@ -20,6 +21,7 @@ from clip_adapter.pipelines.fitting.predictions import (
     recalls,
 )
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult
+from clip_adapter.pipelines.fitting.tasks import TaskRows, kept_task
 
 WORST_SHOWN = 3
 
@@ -129,3 +131,65 @@ def _beaten(plan: Plan, summary: Sequence[MethodSummary]) -> list[str]:
 
 def _list(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def candidates(
+    plan: Plan, tasks: Sequence[TaskRows], results: Sequence[TaskResult], *, baseline: bool = False
+) -> list[TaskResult]:
+    """The rows of the methods that were asked for, or of the baselines, on the task whose adapter
+    is kept; without those of which every setting diverged."""
+    rows = kept_task(tasks)
+    by_key = {result.key: result for result in results}
+    names = [p.method.name for p in plan.methods if p.baseline == baseline]
+    found = [by_key.get((name, rows.shots, rows.seed)) for name in names]
+    return [result for result in found if result and result.setting is not None]
+
+
+def what_is_kept(
+    plan: Plan,
+    run: Path,
+    tasks: Sequence[TaskRows],
+    results: Sequence[TaskResult],
+    kept: TaskResult | None,
+) -> list[str]:
+    """Sentences: whose adapter stands at the top of the run folder, and the command that keeps
+    another where nothing chose or a baseline did better on validation."""
+    if kept is None:
+        return _unchosen(plan, run, candidates(plan, tasks, results))
+    which = f"{kept.method} at {shots_words(kept.shots)}, seed {kept.seed}"
+    if plan.refit:
+        which += ", fitted once more on every labelled image (the accuracies are those of before)"
+    lines = [f"{run}: adapter of {which}"]
+    rivals = [r for r in candidates(plan, tasks, results, baseline=True) if is_judged(r)]
+    best = max(rivals, key=rank, default=None)
+    if best and is_judged(kept) and (best.val_accuracy or 0) > (kept.val_accuracy or 0):
+        ours, theirs = (f"{100 * (row.val_accuracy or 0):.2f} %" for row in (kept, best))
+        lines += [
+            f"the baseline {best.method} did better on validation ({theirs} against {ours}); the "
+            "command that keeps it:",
+            f"  {command_that_keeps(plan, *best.key)}",
+        ]
+    return lines
+
+
+def _unchosen(plan: Plan, run: Path, sound: Sequence[TaskResult]) -> list[str]:
+    if not sound:
+        return []
+    first = next((row for row in sound if row.setting), sound[0])  # rather than zero-shot
+    return [
+        f"{run}: no adapter is kept at the top, as nothing chose between "
+        f"{', '.join(row.method for row in sound)}; each lies in {run / 'adapters'}",
+        f"the command that keeps {first.method}, or another by its name (validation chooses "
+        "between several where --select is not none):",
+        f"  {command_that_keeps(plan, *first.key)}",
+    ]
+
+
+def is_judged(result: TaskResult) -> bool:
+    return result.val_accuracy is not None and result.val_nll is not None
+
+
+def rank(result: TaskResult) -> tuple[float, float]:
+    if result.val_accuracy is None or result.val_nll is None:
+        return (-np.inf, -np.inf)
+    return result.val_accuracy, -result.val_nll

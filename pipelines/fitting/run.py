@@ -31,6 +31,7 @@ from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.fitting.planning import make_plan
 from clip_adapter.pipelines.fitting.plot import write_plot
 from clip_adapter.pipelines.fitting.provenance import PROVENANCE, Provenance
+from clip_adapter.pipelines.fitting.remarks import candidates
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
 from clip_adapter.pipelines.fitting.run_folder import (
     RunFolder,
@@ -53,8 +54,8 @@ class FitResult:
     run: its folder. about: where its numbers come from, in words. results: a row per method and
     task. summary: a row per method and number of shots. ablations: a row per factor, value, method
     and task, [] where none were asked for. kept: the row whose adapter stands at the
-    top of the folder, None where there is none. compilations: programs compiled or loaded.
-    problem: a sentence on what could not be done, or "".
+    top of the folder, None where nothing chose or all diverged. compilations: programs compiled or
+    loaded. problem: a sentence on what could not be done, or "".
     """
 
     run: Path
@@ -184,7 +185,7 @@ def _execute(
             write_plot(folder, plan)
     except UserError as error:
         problem = str(error)
-    if kept is None and not problem:
+    if not problem and not candidates(plan, tasks, results):
         names = ", ".join(planned.method.name for planned in plan.fitted)
         problem = f"Every setting of {names} diverged at the most shots; see the notes above."
     return FitResult(

@@ -14,7 +14,7 @@ from clip_adapter.cache.few_shot import VALIDATION_SHOTS
 from clip_adapter.cache.words import counted, printable, some
 from clip_adapter.pipelines.fitting.config import Selection, Shots, shots_words
 from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
-from clip_adapter.pipelines.fitting.remarks import remarks
+from clip_adapter.pipelines.fitting.remarks import remarks, what_is_kept
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
 
 if TYPE_CHECKING:
@@ -82,14 +82,10 @@ def print_run(result: FitResult) -> None:
         console.print(_ablation_table(plan, factor, result.ablations))
     programs = result.compilations
     console.print(f"{programs} program{'s' * (programs != 1)} compiled or loaded")
-    if result.kept:
-        kept = result.kept
-        which = f"{kept.method} at {shots_words(kept.shots)}, seed {kept.seed}"
-        if plan.refit:
-            which += (
-                ", fitted once more on every labelled image (the accuracies are those of before)"
-            )
-        console.print(f"\n{result.run}: adapter of {which}")
+    if result.kept or not result.problem:
+        console.print()
+        for line in what_is_kept(plan, result.run, result.tasks, result.results, result.kept):
+            console.print(printable(line))
 
 
 def judged_by(select: str, shots: Sequence[Shots], results: Sequence[TaskResult]) -> str:

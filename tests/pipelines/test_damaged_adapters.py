@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,15 @@ def test_every_damaged_array_of_every_method_is_refused(
     assert count > 500
 
 
+@pytest.mark.parametrize("seen", [np.zeros((2, 2), np.uint64), np.zeros(2, np.int64)])
+def test_hashes_of_images_that_are_none_are_refused(
+    tmp_path: Path, saved_adapters: Mapping[str, SavedAdapter], seen: np.ndarray
+) -> None:
+    save_adapter(tmp_path, replace(saved_adapters["zero-shot"], seen=seen))
+    with pytest.raises(UserError, match="seen holds no hashes of images; fit the adapter again"):
+        load_adapter(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["zero-shot", "linear-probe", "both-hypernet", "tip-adapter"])
 def test_an_adapter_of_other_classes_is_refused(
     saved_adapters: Mapping[str, SavedAdapter], name: str
@@ -119,8 +129,6 @@ def test_an_adapter_of_other_classes_is_refused(
 def test_logits_that_depend_on_other_images_are_refused(
     saved_adapters: Mapping[str, SavedAdapter],
 ) -> None:
-    from dataclasses import replace
-
     method = METHODS["zero-shot"]
     adapter = saved_adapters["zero-shot"]
     head = Head(adapter.weights, np.float32(20), np.float32(0))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,13 @@ import pytest
 
 from clip_adapter.adapters.methods import METHODS
 from clip_adapter.cache.errors import UserError
+from clip_adapter.pipelines.adapter_file import load_adapter
 from clip_adapter.pipelines.fit import fit, main
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.flags import parse
 from clip_adapter.pipelines.fitting.plan import Plan
+from clip_adapter.pipelines.fitting.run import FitResult
+from clip_adapter.pipelines.fitting.tables import print_run
 from tests import processes
 from tests.pipelines import toy_methods
 from tests.pipelines.run_files import results, selected
@@ -154,13 +158,42 @@ def test_several_methods_in_one_run(cache: Path, tmp_path: Path):
 
 
 @pytest.mark.usefixtures("toys")
-def test_without_validation_the_first_method_is_kept(cache: Path, tmp_path: Path):
-    names = ("worse", "weighted")
-    config = FitConfig(
-        cache=cache, out=tmp_path / "run", method=names, shots=2, select="none", baselines=()
-    )
-    kept = fit(config).kept
-    assert kept and kept.method == "worse"
+@pytest.mark.parametrize(("select", "shots"), [("none", (1, 2)), ("cv", (1,))])
+def test_where_nothing_chose_none_is_kept(cache: Path, tmp_path: Path, capsys, select, shots):
+    """And the command that is printed keeps one, as it was fitted."""
+    names = ("zero-shot", "worse", "weighted")
+    asked = FitConfig(cache, tmp_path / "run", names, (), shots, (1, 2), select)
+    result = fit(asked)
+    assert result.kept is None and not result.problem
+    with pytest.raises(
+        UserError, match=r"no adapter at .*run.*; name one of those in .*adapters\.$"
+    ):
+        load_adapter(result.run)
+    *_, said, _, command = printed(result, capsys)
+    assert f"no adapter is kept at the top, as nothing chose between {', '.join(names)}" in said
+    again = fit(parse([*shlex.split(command)[1:], "--out", str(tmp_path / "again")]))
+    assert again.kept and again.kept.key == ("worse", shots[-1], 1)
+    first = result.run / f"adapters/worse/shots-{shots[-1]}-seed-1/adapter.safetensors"
+    assert (again.run / "adapter.safetensors").read_bytes() == first.read_bytes()
+
+
+@pytest.mark.usefixtures("toys")
+def test_the_command_that_keeps_a_better_baseline(cache: Path, tmp_path: Path, capsys):
+    config = FitConfig(cache, tmp_path / "run", ("worse",), ("zero-shot", "weighted"), (1, 4))
+    result = fit(config)
+    (best,) = (r for r in result.results if r.key == ("weighted", 4, 1))
+    assert result.kept and result.kept.method == "worse"
+    *_, said, command = printed(result, capsys)
+    ours, theirs = (f"{100 * row.val_accuracy:.2f} %" for row in (result.kept, best))
+    assert f"baseline weighted did better on validation ({theirs} against {ours})" in said
+    again = fit(parse([*shlex.split(command)[1:], "--out", str(tmp_path / "again")]))
+    assert again.kept == best
+    assert "did better on validation" not in "".join(printed(again, capsys))
+
+
+def printed(result: FitResult, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    print_run(result)
+    return capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.usefixtures("thin_grids")

@@ -15,11 +15,11 @@ from sklearn.metrics import confusion_matrix
 
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.extract.datasets.catalogue import load_catalogue
+from clip_adapter.pipelines.fitting.command_line_of import command_line
 from clip_adapter.pipelines.fitting.flags import parse
 from clip_adapter.pipelines.fitting.planning import make_plan
 from clip_adapter.pipelines.fitting.predictions import Predictions
 from clip_adapter.pipelines.reporting.class_section import Pair, changed_most
-from clip_adapter.pipelines.reporting.command_line_of import command_line
 from clip_adapter.pipelines.reporting.figures import series
 from clip_adapter.pipelines.reporting.fits import Fit, best_by, ordered
 from clip_adapter.pipelines.reporting.image_section import changed_sides, originals, small_jpeg
@@ -217,7 +217,8 @@ def test_published_figures_are_those_of_the_log():
         "--method clip-adapter tip-adapter --clip-adapter.alpha 0.2 --tip-adapter.alpha 1 2",
         "--method taskres --select none --lr 0.01 --drop-last false --epochs 7",
         "--preset paper --baselines --augment --repeat --shots all --alpha 0.2 hypernet",
-        "--method tip-adapter clip-adapter --select cv --train-classes base --search halving",
+        "--method tip-adapter clip-adapter --select cv --train-classes base --search halving "
+        "--score balanced-accuracy",
         "--ablate alpha branch --alpha 0.2 0.4 --branch text both --refit",
         "--ablate learning_rate method --lr 0.1 0.2 --select none",
         "--ablate alpha reduction",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -76,13 +77,18 @@ def tiny_data(
     return TinyData(splits, text.astype(np.float32))
 
 
-def write_cache(path: Path, data: TinyData, class_names: Sequence[str] = ()) -> Path:
-    """The ids are `<split>/<row>`. class_names: by default `class 0` and so on."""
+def write_cache(
+    path: Path, data: TinyData, class_names: Sequence[str] = (), *, digests: bool = False
+) -> Path:
+    """The ids are `<split>/<row>`. class_names: by default `class 0` and so on. digests: with
+    some, which depend on the ids alone."""
     names = class_names or [f"class {number}" for number in range(data.classes)]
     with CacheWriter(path, {"data": data.name}, views=data.splits["train"][0].shape[0]) as writer:
         for split, (features, labels) in data.splits.items():
             ids = [f"{split}/{row}" for row in range(len(labels))]
-            writer.append_images(split, features.transpose(1, 0, 2), labels, ids)
+            known = np.array([crc32(name.encode()) for name in ids], np.uint64) if digests else None
+            images = features.transpose(1, 0, 2), labels, ids
+            writer.append_images(split, *images, digests=known)
         writer.append_text(data.text, names)
         writer.finish(
             templates=["a {}", "the {}"],

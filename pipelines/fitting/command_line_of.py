@@ -1,11 +1,12 @@
-"""The command that a plan amounts to."""
+"""The commands that a plan amounts to."""
 
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 
 from clip_adapter.adapters.hyper import Value
-from clip_adapter.pipelines.fitting.config import FitConfig
+from clip_adapter.pipelines.fitting.config import FitConfig, Shots
 from clip_adapter.pipelines.fitting.flags import flags_of
 from clip_adapter.pipelines.fitting.plan import Plan
 
@@ -20,7 +21,7 @@ def command_line(plan: Plan) -> str:
         words += ["--baselines", *baselines]
     for name in ("shots", "seeds"):
         words += [f"--{name}", *map(str, getattr(plan, name))]
-    for name in ("select", "preset", "train_classes", "search", "placement"):
+    for name in ("select", "score", "preset", "train_classes", "search", "placement"):
         if getattr(plan, name) != getattr(FitConfig, name):
             words += [f"--{name.replace('_', '-')}", getattr(plan, name)]
     words += [f"--{name}" for name in ("repeat", "augment", "refit") if getattr(plan, name)]
@@ -29,6 +30,18 @@ def command_line(plan: Plan) -> str:
     for flag, values in _hyper(plan).items():
         words += [f"--{flag}", *map(_written, values)]
     return shlex.join(words)
+
+
+def command_that_keeps(plan: Plan, method: str, shots: Shots, seed: int) -> str:
+    """`fit …`, which fits one of the plan's methods as the plan does, on one of its tasks, and so
+    keeps its adapter."""
+    methods = tuple(
+        replace(planned, baseline=planned.method.name != method, ablation={})
+        for planned in plan.methods
+        if planned.baseline or planned.method.name == method
+    )
+    alone = replace(plan, methods=methods, compared=(), ablate=(), shots=(shots,), seeds=(seed,))
+    return shlex.join([*shlex.split(command_line(alone)), "--cache", plan.cache])
 
 
 def _hyper(plan: Plan) -> dict[str, tuple[Value, ...]]:
