@@ -101,8 +101,8 @@ def test_what_breaks_on_real_features_breaks_on_those_drawn_like_them(name: str,
         tasks = [runs for task, runs in found.items() if task[0] == shots]
         chosen = [choose(one_standard_error, runs[: len(careful)]).test for runs in tasks]
         assert np.mean(chosen) >= zero_shot - 0.3
-        # The bar of the other, by a margin that other machines' rounding does not bridge.
-        assert np.mean([runs[-1].test for runs in tasks]) < zero_shot - 1
+        # Beyond that bar by more than other machines' rounding bridges.
+        assert np.mean([runs[-1].test for runs in tasks]) < zero_shot - 0.6
 
 
 def test_textures_turn_with_their_direction():
