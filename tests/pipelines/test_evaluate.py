@@ -11,12 +11,14 @@ import pytest
 from PIL import Image
 
 from clip_adapter.cache.errors import UserError
+from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.writer import CacheWriter
 from clip_adapter.pipelines.adapter_file import SavedAdapter, load_adapter, save_adapter
 from clip_adapter.pipelines.evaluate import EvaluateConfig, evaluate, main
 from clip_adapter.pipelines.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.predictions import read_predictions
+from clip_adapter.pipelines.labelled import Encoding, images_of_folder
 from tests.pipelines.tiny_cache import short, tiny_data, write_cache
 
 DATA = tiny_data(test=60)
@@ -339,6 +341,12 @@ def test_images_of_a_folder_are_encoded_on_the_way(
     assert np.array_equal(scores.labels, digits.labels[order])
     plain = digits.features[order] @ digits.weights.T
     assert np.array_equal(scores.zero_shot, plain.argmax(axis=1))
+    how = Encoding(None, None, batch_size=8, workers=1, device="cpu", skip=False)
+    first = next(images_of_folder(folder, "test", adapter, how, Listener()).blocks())
+    knowing = dataclasses.replace(adapter, seen=first.digests)
+    save_adapter(tmp_path / "knowing", knowing)
+    scores = evaluate(EvaluateConfig(folder, tmp_path / "knowing", batch_size=16))
+    assert (scores.seen, len(scores.labels)) == (8, 32)
     # In folders for splits, the one that is asked for.
     (tmp_path / "splits").mkdir()
     folder.rename(tmp_path / "splits" / "val")
