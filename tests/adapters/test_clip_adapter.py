@@ -142,7 +142,9 @@ def test_a_learned_ratio_comes_near_the_best_one(best: str, reduction: int, engi
     def runs(**given: list[Any]) -> tuple[np.ndarray, np.ndarray]:
         """(what is described of α, validation's (accuracy, NLL)) of each value."""
         settings = [
-            setting_of(reduction=reduction, **dict(zip(given, values, strict=True)))
+            setting_of(
+                reduction=reduction, learning_rate=1e-3, **dict(zip(given, values, strict=True))
+            )
             for values in zip(*given.values(), strict=True)
         ]
         static, _ = CLIP_ADAPTER.split(settings[0])
