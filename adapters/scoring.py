@@ -152,20 +152,21 @@ def balanced(folds: Sequence[Task]) -> list[Task]:
 def pooled(judged: Sequence[npt.ArrayLike], folds: Sequence[Task]) -> npt.NDArray[np.float64]:
     """Accuracy and mean negative log-likelihood over the validation images of all folds.
 
-    judged: (…, 2) per fold, accuracy in [0, 1] and mean negative log-likelihood. Returns (…, 2);
-    accuracies are rounded to 1e-6, so that equal ones are equal numbers.
+    judged: (…, 2) per fold, accuracy in [0, 1] and mean negative log-likelihood. Returns (…, 2).
+    Equal accuracies are equal numbers: images that are right are counted; weighted ones are rounded
+    to a millionth of an image.
     """
+    weights = [fold.validation_weights for fold in folds]
+    counted = all(own is None for own in weights)
     masses = np.array(
         [
-            len(fold.validation_labels)
-            if fold.validation_weights is None
-            else np.asarray(fold.validation_weights, np.float64).sum()
-            for fold in folds
+            len(fold.validation_labels) if own is None else np.asarray(own, np.float64).sum()
+            for fold, own in zip(folds, weights, strict=True)
         ]
     )
-    shares = masses / masses.sum()
-    accuracy, nll = np.moveaxis(np.asarray(judged, np.float64), (0, -1), (-1, 0)) @ shares
-    return np.stack([np.round(accuracy, 6), nll], axis=-1)
+    accuracy, nll = np.moveaxis(np.asarray(judged, np.float64), (0, -1), (-1, 0))
+    right = np.round(accuracy * masses, 0 if counted else 6).sum(axis=-1)
+    return np.stack([right, (nll * masses).sum(axis=-1)], axis=-1) / masses.sum()
 
 
 def make_classify(
