@@ -1,9 +1,9 @@
 """Score every point of a closed form's grid in one compiled program.
 
-The axes are nested, not zipped into points: the first runs one value after another, the others side
-by side. What depends on no hyper-parameter, or on some of them, is then computed once for each of
-their values: batching leaves alone what does not touch the batched number, and XLA moves what does
-not change out of the loop.
+The axes are nested, not zipped into points: the first runs one value after another, of the others
+as many points lie side by side as fit into memory. What does not depend on an axis is computed once
+for all of its values: batching leaves alone what does not touch the batched number, and `_hoisted`
+takes it out of the loop over what did not fit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var, jaxpr_as_fun
 
 from clip_adapter.adapters.blas import one_blas_thread
 from clip_adapter.adapters.hyper import Value
@@ -25,6 +25,9 @@ from clip_adapter.adapters.scoring import VALIDATION_ROWS, Scored, validation_sc
 
 # What the points that are computed side by side may take in memory.
 SIDE_BY_SIDE_BYTES = 1 << 28
+# Up to so many validation rows are scored at once, so that what no number of the grid touches, such
+# as the products of rows and keys, is computed once for the whole grid.
+AT_ONCE = 4096
 
 
 def grid_scores(
@@ -37,11 +40,8 @@ def grid_scores(
     """
     # A tuple: a dictionary leaves `jit` with its keys sorted.
     values = tuple(jnp.asarray(axis, jnp.float32) for axis in axes.values())
-    # A single axis has nothing to be nested in.
-    beside = list(axes)[1:] or list(axes)
-    points = int(np.prod([len(axes[name]) for name in beside], dtype=int))
-    fits = points * _point_bytes(method, static, list(axes), beside, task) <= SIDE_BY_SIDE_BYTES
-    program = _grid_program(method, tuple(static.items()), tuple(axes), fits)
+    sizes = _side_by_side(method, static, axes, task)
+    program = _grid_program(method, tuple(static.items()), tuple(axes), sizes)
     with _arithmetic():
         return jax.device_get(program(values, task))
 
@@ -65,6 +65,20 @@ def _arithmetic() -> Iterator[None]:
         yield
 
 
+def _side_by_side(
+    method: Method, static: Setting, axes: Mapping[str, Sequence[float]], task: Task
+) -> tuple[int, ...]:
+    """How many values of each axis lie side by side."""
+    # A single axis has nothing to be nested in.
+    beside = list(axes)[1:] or list(axes)
+    fit = SIDE_BY_SIDE_BYTES // _point_bytes(method, static, list(axes), beside, task)
+    sizes = []
+    for name in reversed([*axes]):
+        sizes.append(max(1, min(len(axes[name]), fit)) if name in beside else 1)
+        fit //= len(axes[name])
+    return tuple(reversed(sizes))
+
+
 def _point_bytes(
     method: Method, static: Setting, names: Sequence[str], beside: Sequence[str], task: Task
 ) -> int:
@@ -78,15 +92,45 @@ def _point_bytes(
     inner = dict.fromkeys(beside, number)
     outer = {name: number for name in names if name not in inner}
     closed, shapes = jax.make_jaxpr(arrays, return_shape=True)(inner, outer, task)
-    traced = closed.jaxpr
-    dependent = set(traced.invars[: len(inner)])
-    for equation in traced.eqns:
-        if any(isinstance(v, Var) and v in dependent for v in equation.invars):
-            dependent |= set(equation.outvars)
-    outputs = zip(traced.outvars, shapes, strict=True)
+    dependent = _dependent(closed.jaxpr, closed.jaxpr.invars[: len(inner)])
+    outputs = zip(closed.jaxpr.outvars, shapes, strict=True)
     fitted = sum(shape.size for v, shape in outputs if isinstance(v, Var) and v in dependent)
-    rows = min(len(task.validation_labels), VALIDATION_ROWS)
+    count = len(task.validation_labels)
+    rows = count if count <= AT_ONCE else VALIDATION_ROWS
     return 4 * (5 * rows * len(task.head.weights) + 2 * fitted)
+
+
+def _dependent(jaxpr: Jaxpr, inputs: Sequence[Var]) -> set[Var]:
+    """The variables that depend on these inputs."""
+    found = set(inputs)
+    for equation in jaxpr.eqns:
+        if any(isinstance(v, Var) and v in found for v in equation.invars):
+            found |= set(equation.outvars)
+    return found
+
+
+def _hoisted(function: Callable[[jax.Array], Any], number: jax.Array) -> Callable[..., Any]:
+    """`function` of a number, with what does not depend on the number computed here and now.
+
+    XLA takes little out of a loop by itself: neither an eigendecomposition nor a large product.
+    """
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(number)
+    traced = closed.jaxpr
+    dependent = _dependent(traced, traced.invars)
+    once = [e for e in traced.eqns if not dependent.intersection(e.outvars)]
+    again = [e for e in traced.eqns if dependent.intersection(e.outvars)]
+    known = [*traced.constvars, *(v for equation in once for v in equation.outvars)]
+    read = {v for e in again for v in e.invars if isinstance(v, Var)}
+    read |= {v for v in traced.outvars if isinstance(v, Var)}
+    kept = [v for v in known if v in read]
+    unnamed = traced.debug_info.with_unknown_names()
+    before = traced.replace(invars=[], outvars=kept, eqns=once, debug_info=unnamed)
+    after = traced.replace(
+        constvars=[], invars=[*traced.invars, *kept], eqns=again, debug_info=unnamed
+    )
+    values = jaxpr_as_fun(ClosedJaxpr(before, closed.consts))()
+    rest = jaxpr_as_fun(ClosedJaxpr(after, []))
+    return lambda number: jax.tree.unflatten(jax.tree.structure(shape), rest(number, *values))
 
 
 @lru_cache(maxsize=256)
@@ -102,32 +146,35 @@ def _grid_program(
     method: Method,
     static: tuple[tuple[str, Value], ...],
     names: tuple[str, ...],
-    side_by_side: bool,
+    sizes: tuple[int, ...],
 ) -> Callable[[tuple[jax.Array, ...], Task], Scored]:
     def program(values: tuple[jax.Array, ...], task: Task) -> Scored:
         def point(*numbers: Any) -> Scored:
             setting = {**dict(static), **dict(zip(names, numbers, strict=True))}
             arrays = method.fit(jnp, task, setting)
             return validation_score(
-                lambda features: method.logits(jnp, arrays, setting, features, task.head), task
+                lambda features: method.logits(jnp, arrays, setting, features, task.head),
+                task,
+                AT_ONCE,
             )
 
         function: Any = point
         for axis in reversed(range(len(names))):
-            nested = side_by_side and (axis > 0 or len(names) == 1)
-            function = _along(function, axis, values[axis], one_by_one=not nested)
+            function = _along(function, values[axis], sizes[axis])
         return function()
 
     return jax.jit(program)
 
 
-def _along(function: Any, axis: int, values: jax.Array, *, one_by_one: bool) -> Any:
-    """`function` of the numbers before `axis`, for every value there."""
+def _along(function: Any, values: jax.Array, size: int) -> Any:
+    """`function` of the numbers before an axis, for every value there, `size` at a time."""
 
     def mapped(*before: Any) -> Scored:
         def at(value: jax.Array) -> Scored:
             return function(*before, value)
 
-        return jax.lax.map(at, values) if one_by_one else jax.vmap(at)(values)
+        if size == len(values):
+            return jax.vmap(at)(values)
+        return jax.lax.map(_hoisted(at, values[0]), values, batch_size=size if size > 1 else None)
 
     return mapped

@@ -79,8 +79,10 @@ def test_each_point_of_the_grid_is_what_a_loop_in_float64_finds(engine: Engine):
         assert evaluation.nll == pytest.approx(nll, rel=1e-3, abs=1e-4)
 
 
-def test_one_eigendecomposition_serves_all_ridges(monkeypatch: pytest.MonkeyPatch):
-    """There is one for each β and not one for each (β, λ): counted as they are computed."""
+@pytest.mark.parametrize("points", [1, 7, 1000])
+def test_one_eigendecomposition_serves_all_ridges(monkeypatch: pytest.MonkeyPatch, points: int):
+    """There is one for each β and not one for each (β, λ), however few λ fit side by side: counted
+    as they are computed."""
     decomposed: list[tuple[int, ...]] = []
 
     def on_the_host(matrix: jax.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -96,9 +98,15 @@ def test_one_eigendecomposition_serves_all_ridges(monkeypatch: pytest.MonkeyPatc
     task = on_device(numpy_task(shots=3))
     axes = {"beta": (0.1, 1.0), "ridge": tuple(PROKER.hyper["ridge"].tried)}
     # A record of its own: programs are kept by their method, and this one is not as it should be.
+    bytes_of_one = closed_form._point_bytes(PROKER, {}, ["beta", "ridge"], ["ridge"], task)
+    monkeypatch.setattr(closed_form, "SIDE_BY_SIDE_BYTES", points * bytes_of_one)
     scores = closed_form.grid_scores(replace(PROKER), {}, axes, task)
-    assert scores.score.shape == (2, 100, 2)
     assert decomposed == [(15, 15)] * 2
+    monkeypatch.undo()
+    whole = closed_form.grid_scores(PROKER, {}, axes, task)
+    assert scores.score.shape == (2, 100, 2)
+    np.testing.assert_allclose(scores.score, whole.score, rtol=1e-4)
+    assert np.ptp(whole.score[..., 1], axis=1).min() > 1e-3, "all points are alike"
 
 
 @pytest.mark.parametrize(

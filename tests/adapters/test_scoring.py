@@ -6,7 +6,7 @@ import pytest
 
 from clip_adapter.adapters.method import Task
 from clip_adapter.adapters.scoring import (
-    VALIDATION_ROWS,
+    AT_ONCE,
     balanced,
     is_right,
     pooled,
@@ -61,12 +61,16 @@ def task_of(logits: np.ndarray, labels: np.ndarray) -> Task:
 
 
 def test_many_rows_are_judged_in_blocks_at_a_temperature_of_all():
-    logits, labels = logits_of(1.0, 5.0, rows=2 * VALIDATION_ROWS + 7)
+    logits, labels = logits_of(1.0, 5.0, rows=2 * AT_ONCE + 7)
     order = np.argsort(labels, kind="stable")  # class by class, as validation images lie
     scored = validation_score(lambda rows: rows, task_of(logits[order], labels[order]))
     expected = tempered_nll(logits, labels)
-    assert scored.score[1] == pytest.approx(expected, rel=1e-3)
-    np.testing.assert_array_equal(scored.right, (logits.argmax(axis=1) == labels)[order])
+    at_once = validation_score(
+        lambda rows: rows, task_of(logits[order], labels[order]), len(labels)
+    )
+    for found in (scored, at_once):
+        assert found.score[1] == pytest.approx(expected, rel=1e-3)
+        np.testing.assert_array_equal(found.right, (logits.argmax(axis=1) == labels)[order])
 
 
 def test_balanced_accuracy_is_the_mean_of_recalls_over_all_folds():
