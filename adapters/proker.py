@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 MOST_ROWS = 4096
 """Support rows, views included, up to which the kernel is exact."""
 RANDOM_FEATURES = 4096
+RATE = 2e10
+"""Validation images × support rows × classes for which a point is scored in a CPU second."""
 TRANSFERRED = {
     1: {"beta": 3.0, "ridge": 0.05},
     2: {"beta": 2.6, "ridge": 0.05},
@@ -129,14 +131,22 @@ def logits(
 
 
 def note(task: Task) -> str:
-    """A sentence where the kernel is approximated."""
+    """A sentence where the kernel is approximated, and one where a search takes long."""
     rows = task.features.shape[0] * task.features.shape[1]
-    if rows <= MOST_ROWS:
-        return ""
-    return (
-        f"ProKeR: {rows:,} support rows are more than {MOST_ROWS:,}, so {RANDOM_FEATURES:,} random "
-        "Fourier features approximate its kernel."
-    )
+    found = []
+    if rows > MOST_ROWS:
+        found.append(
+            f"ProKeR: {rows:,} support rows are more than {MOST_ROWS:,}, so {RANDOM_FEATURES:,} "
+            "random Fourier features approximate its kernel."
+        )
+    work = len(task.validation_labels) * min(rows, RANDOM_FEATURES) * len(task.head.weights)
+    points = math.prod(len(hyper.tried) for hyper in PROKER.hyper.values())
+    if (minutes := points * work / RATE / 60) > 1:
+        found.append(
+            f"ProKeR: searching its whole grid of {points:,} points takes about {minutes:.0f} CPU "
+            "minutes on this many classes and images; with fewer values of beta as much less."
+        )
+    return " ".join(found)
 
 
 def geometric(low: float, high: float, count: int) -> tuple[float, ...]:

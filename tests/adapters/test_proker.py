@@ -9,7 +9,7 @@ import pytest
 
 from clip_adapter.adapters import closed_form, proker
 from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.method import Task
+from clip_adapter.adapters.method import Head, Task
 from clip_adapter.adapters.methods import METHODS
 from clip_adapter.adapters.scoring import make_classify
 from clip_adapter.adapters.search import fit, search
@@ -77,6 +77,15 @@ def test_each_point_of_the_grid_is_what_a_loop_in_float64_finds(engine: Engine):
     for evaluation, (accuracy, nll) in zip(found, expected.values(), strict=True):
         assert evaluation.accuracy == pytest.approx(accuracy)
         assert evaluation.nll == pytest.approx(nll, rel=1e-3, abs=1e-4)
+
+
+def test_a_search_that_takes_long_is_announced():
+    task = numpy_task()._replace(
+        features=np.empty((1, 16000, 1)),
+        validation_labels=np.empty(4000),
+        head=Head(np.empty((1000, 1)), 20.0, 0.0),
+    )
+    assert "whole grid of 2,000 points takes about 27 CPU minutes" in proker.note(task)
 
 
 @pytest.mark.parametrize("points", [1, 7, 1000])
