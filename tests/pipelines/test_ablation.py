@@ -78,7 +78,7 @@ def test_all_ratios_of_the_table_by_default(cache: Path, tmp_path: Path) -> None
     asked = FitConfig(cache=cache, out=tmp_path / "zero", method="zero-shot", baselines=(), shots=2)
     zero_shot = fit(asked)
     assert shown(result.ablations)[0.0] == zero_shot.results[0].test_accuracy
-    assert result.results[0].setting["alpha"] == 0.4  # type: ignore[index]
+    assert result.results[0].setting["alpha"] == 0.2  # type: ignore[index]
     assert load_adapter(result.run).info.setting["alpha"] == 0.4
 
 
@@ -125,12 +125,12 @@ def test_each_method_shots_and_seed_has_its_rows(cache: Path, tmp_path: Path) ->
 def test_with_nothing_that_chooses(cache: Path, tmp_path: Path) -> None:
     """The given values are those to show; the run itself takes the default."""
     result = fit(
-        short(cache, tmp_path / "run", ablate="alpha", alpha=(0.2, 0.8), select="none", **QUICK)
+        short(cache, tmp_path / "run", ablate="alpha", alpha=(0.3, 0.8), select="none", **QUICK)
     )
-    assert result.results[0].setting["alpha"] == 0.4  # type: ignore[index]
+    assert result.results[0].setting["alpha"] == 0.2  # type: ignore[index]
     assert shown(result.ablations) == {
         value: alone(cache, tmp_path / f"{value}", alpha=value, select="none")
-        for value in (0.2, 0.8)
+        for value in (0.3, 0.8)
     }
 
 

@@ -146,7 +146,7 @@ def test_it_trains_what_the_engine_trains(
 
 
 def test_pipeline_grid_search_clone_and_pickle(digits: Any, X: np.ndarray, y: np.ndarray) -> None:
-    pipeline = make_pipeline(FunctionTransformer(), quick(digits))
+    pipeline = make_pipeline(FunctionTransformer(), quick(digits, learning_rate=1e-3))
     name = "clipadapterclassifier__alpha"
     search = GridSearchCV(pipeline, {name: [0.0, 0.6]}, cv=StratifiedKFold(2), error_score="raise")
     search.fit(X, y)

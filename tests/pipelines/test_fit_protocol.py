@@ -120,7 +120,7 @@ def test_one_shot_cannot_be_cross_validated_and_says_so(cache: Path, tmp_path: P
     assert all(row.val_accuracy is None and row.epoch is None for row in single.values())
     setting = single["clip-adapter"].setting
     assert setting
-    assert (setting["alpha"], setting["learning_rate"], setting["reduction"]) == (0.3, 1e-3, 4)
+    assert (setting["alpha"], setting["learning_rate"], setting["reduction"]) == (0.3, 1e-4, 4)
     assert single["linear-probe"].setting == {"C": 0.316}
     assert all(row.val_accuracy is not None for row in result.results if row.shots == 4)
 
@@ -137,7 +137,7 @@ def test_where_nothing_chooses_defaults_are_taken(cache: Path, tmp_path: Path, c
         )
     )
     rows = {row.method: row for row in result.results}
-    assert rows["clip-adapter"].setting and rows["clip-adapter"].setting["alpha"] == 0.4
+    assert rows["clip-adapter"].setting and rows["clip-adapter"].setting["alpha"] == 0.2
     assert rows["linear-probe"].setting == {"C": 0.316}
     assert all((row.val_accuracy, row.tried) == (None, 1) for row in result.results)
     assert results(result.run) == [], "nothing was tried"

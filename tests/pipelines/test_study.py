@@ -205,11 +205,11 @@ def test_what_fails_is_named_and_leaves_the_others_whole(
 
 
 def test_a_cache_that_lacks_what_is_asked_for_is_named(caches: Path, tmp_path: Path) -> None:
-    """One without a validation split, on which nothing can be chosen."""
+    """One without a validation split, where that is what shall choose."""
     data = tiny_data(train=(5,) * 3).with_split("val", None)
     other = write_cache(tmp_path / "other.h5", data)
-    config = parse(words(caches, tmp_path / "out", ("apples",)))
-    heard = Heard()
+    asked = [*words(caches, tmp_path / "out", ("apples",)), "--select", "few-shot-val"]
+    config, heard = parse(asked), Heard()
     found = study(StudyConfig((other, *config.caches), config.out, config.fit), heard)
     assert list(found.runs) == ["apples"]
     assert "validation split" in found.failed["other"]
