@@ -213,8 +213,8 @@ def test_another_ablation_does_not_go_on(cache: Path, tmp_path: Path) -> None:
     ("line", "sentence"),
     [
         ("--ablate temperature", "--ablate temperature: none of these methods has that."),
-        ("--ablate lr", "--ablate learning_rate needs several values; name them with --lr."),
-        ("--ablate lr --lr 0.1", "--ablate learning_rate needs several values"),
+        ("--ablate weight_decay", "--ablate weight_decay needs several values; name them with --"),
+        ("--ablate weight_decay --weight-decay 0.1", "--ablate weight_decay needs several values"),
         ("--ablate alpha --alpha 0.2 3", "alpha is 3.0, not a number in [0, 1]"),
         ("--ablate beta", "--ablate beta has no effect without --branch"),
     ],

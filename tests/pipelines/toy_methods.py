@@ -42,7 +42,9 @@ GROWING = Method(
     hyper=recipe.trained_with(optimizer="adam", weight_decay=0.0),
     # Better the larger the weight is, and no number where it is 0.5 or more.
     logits=lambda xp, arrays, setting, features, head: (
-        arrays["weight"] * cosine_logits(xp, features, head) + 0 * xp.log(0.5 - arrays["weight"])
+        arrays["weight"] * cosine_logits(xp, features, head)
+        + xp.arange(len(head.weights))
+        + 0 * xp.log(0.5 - arrays["weight"])
     ),
     shapes={"weight": ""},
     fit=lambda xp, task, setting: {"weight": xp.zeros(())},
