@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +24,12 @@ class Images(NamedTuple):
 
     right: npt.NDArray[np.bool_]
     losses: npt.NDArray[np.float32]
+
+    @classmethod
+    def joined(cls, folds: Sequence[Any]) -> Images:
+        """Of several folds that have both, one after the other along their last axis."""
+        of_each = ([np.asarray(getattr(fold, name)) for fold in folds] for name in cls._fields)
+        return cls(*(np.concatenate(rows, axis=-1) for rows in of_each))
 
 
 Judged = tuple[float, float, Images]

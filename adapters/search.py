@@ -129,10 +129,7 @@ def _train(
         ]
         for chunks in zip(*runs, strict=True):
             histories = pooled([chunk.state.history for chunk in chunks], rung.folds)
-            right, losses = (
-                np.concatenate([np.asarray(getattr(c.state, name)) for c in chunks], axis=1)
-                for name in Images._fields
-            )
+            right, losses = Images.joined([chunk.state for chunk in chunks])
             seconds = sum(chunk.seconds for chunk in chunks) / len(chunks[0].indices)
             for row, position in enumerate(chunks[0].indices):
                 index = members[position]
@@ -235,11 +232,8 @@ def _grid(method: Method, settings: Sequence[Setting], folds: Sequence[Task]) ->
         }
         scored = [closed_form.grid_scores(method, static, axes, fold) for fold in folds]
         scores = pooled([fold.score.reshape(-1, 2) for fold in scored], folds).tolist()
-        right, losses = (
-            np.concatenate([getattr(f, name).reshape(len(members), -1) for f in scored], axis=1)
-            for name in Images._fields
-        )
-        rows = zip(members, scores, map(Images, right, losses), strict=True)
+        of_each = (rows.reshape(len(members), -1) for rows in Images.joined(scored))
+        rows = zip(members, scores, map(Images, *of_each), strict=True)
         found |= {index: (accuracy, nll, images) for index, (accuracy, nll), images in rows}
     return [found[index] for index in range(len(settings))]
 
@@ -282,10 +276,9 @@ def _evaluate(
         judged = _score(logits, fold.validation_labels, fold.validation_weights)
         scored.append(jax.device_get(judged))
     accuracy, nll = pooled([fold.score for fold in scored], folds).tolist()
-    right, losses = (np.concatenate([getattr(f, name) for f in scored]) for name in Images._fields)
     kept = (lambda: fits[0]) if len(folds) == 1 else None
     seconds = time.perf_counter() - started
-    return Evaluation(setting, 0, 0, accuracy, nll, seconds, Images(right, losses), kept)
+    return Evaluation(setting, 0, 0, accuracy, nll, seconds, Images.joined(scored), kept)
 
 
 # One program: its operations one by one are ten, each to be compiled.
