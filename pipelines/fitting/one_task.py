@@ -234,13 +234,14 @@ def fitted_on(result: TaskResult) -> dict[str, Any]:
 
 
 def _advice(planned: PlannedMethod) -> str:
-    """What to try where everything diverged: smaller values of what is far above its default."""
+    """What to try where everything diverged: smaller values of what is far above the usual ones."""
     hypers = planned.method.hyper
     usual = [name for name in ("learning_rate", "weight_decay") if name in hypers]
     large = [
         name
         for name in usual
-        if min(map(float, planned.values[name])) > 3 * float(hypers[name].default)
+        if min(map(float, planned.values[name]))
+        > 3 * max(map(float, (hypers[name].default, *hypers[name].tried)))
     ]
     flags = [f"--{(hypers[n].flag or n).replace('_', '-')}" for n in large or usual[:1]]
     return f"try a smaller {' or '.join(flags)}" if flags else "try other values"

@@ -172,7 +172,8 @@ def test_caches_that_cannot_be_used(
     words: str,
 ):
     harm(folder / "features.h5")
-    assert words in refused(capsys, "--out", "run", "--shots", 2)
+    asked = ("--out", "run", "--shots", 2, "--select", "few-shot-val")
+    assert words in refused(capsys, *asked)
 
 
 def test_base_to_new_needs_two_classes(folder: Path, capsys: pytest.CaptureFixture[str]):

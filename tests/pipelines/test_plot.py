@@ -78,15 +78,18 @@ def test_where_everything_diverged_nothing_is_drawn(tmp_path: Path):
     assert not (tmp_path / "run" / PLOT).exists()
 
 
+ONE_RATE = {"learning_rate": (1e-3,)}
+
+
 @pytest.mark.parametrize(
     ("hyper", "axes"),
     [
         ({}, ("alpha", "learning_rate")),
         ({"alpha": (0.2,), "learning_rate": (0.1, 0.2)}, ("alpha", "learning_rate")),
         ({"alpha": (0.2,), "weight_decay": (0.1, 0.2)}, ("weight_decay", "learning_rate")),
-        ({"alpha": (0.2,)}, None),
-        ({"alpha": ("learned", "hypernet")}, None),
-        ({"alpha": tuple(i / 40 for i in range(40))}, None),
+        ({**ONE_RATE, "alpha": (0.2,)}, None),
+        ({**ONE_RATE, "alpha": ("learned", "hypernet")}, None),
+        ({**ONE_RATE, "alpha": tuple(i / 40 for i in range(40))}, None),
     ],
 )
 def test_which_hyper_parameters_are_shown(hyper: dict, axes: tuple[str, str] | None):
