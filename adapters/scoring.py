@@ -8,7 +8,7 @@ at the temperature at which it does best on the rows it is judged on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -59,7 +59,7 @@ def score(
     weights: Float[Array, " M"] | None = None,
 ) -> Scored:
     """How these logits do. weights: how much each row counts; None for all alike."""
-    losses = cross_entropy(jnp, best_sharpness(logits, labels) * logits, labels)
+    losses = cross_entropy(jnp, best_sharpness(logits, labels, weights) * logits, labels)
     return _scored(is_right(logits, labels), losses, weights)
 
 
@@ -70,29 +70,34 @@ def _scored(
     return Scored(jnp.average(both, axis=1, weights=weights), right, losses)
 
 
-def best_sharpness(logits: Float[Array, "M C"], labels: Int[Array, " M"]) -> Float[Array, ""]:
-    """b = 1/T that minimises the mean negative log-likelihood of softmax(b · logits).
+def best_sharpness(
+    logits: Float[Array, "M C"],
+    labels: Int[Array, " M"],
+    weights: Float[Array, " M"] | None = None,
+) -> Float[Array, ""]:
+    """b = 1/T that minimises the mean negative log-likelihood of softmax(b · logits), over rows of
+    these weights.
 
     That is convex in b. Its slope, mean(E[z] − z_label) under the softmax, is −mean(z_label) at 0
-    for centred z, and has its zero found by the Illinois rule (false position, with half the slope
-    of an end that stays) over log b. b lies between 1/16 and 16 over the spread of the logits (the
-    root mean square of their deviations from each row's mean), so that it is the same at any scale
-    of the logits, and finite where every row is right.
+    for centred z, and has its zero found by false position over log b, where an end that stays
+    counts with half its slope. b lies between 1/16 and 16 over the spread of the logits (the root
+    mean square of their deviations from each row's mean), so that it is the same at any scale of
+    the logits, and finite where every row is right.
     """
     # Rows lie class by class: every so many of them stand for all.
     every = -(-len(labels) // SHARPNESS_ROWS)
     logits, labels = logits[::every], labels[::every]
+    mean = partial(jnp.average, weights=None if weights is None else weights[::every])
     z = logits - jnp.max(logits, axis=1, keepdims=True)
     spread = jnp.sqrt(jnp.mean((z - jnp.mean(z, axis=1, keepdims=True)) ** 2))
     spread = jnp.where(spread == 0, 1, spread)
     z = z / spread
-    own = jnp.mean(jnp.take_along_axis(z, labels[:, None], axis=1))
+    own = mean(jnp.take_along_axis(z, labels[:, None], axis=1)[:, 0])
 
     def closer(_: Any, found: tuple[Array, ...]) -> tuple[Array, ...]:
         low, slope_low, high, slope_high, b = found
-        weights = jnp.exp(b * z)
-        expected = jnp.sum(weights * z, axis=1) / jnp.sum(weights, axis=1)
-        slope = jnp.mean(expected) - own
+        p = jnp.exp(b * z)
+        slope = mean(jnp.sum(p * z, axis=1) / jnp.sum(p, axis=1)) - own
         flat = slope < 0
         low, high = jnp.where(flat, b, low), jnp.where(flat, high, b)
         slope_low = jnp.where(flat, slope, slope_low / 2)
@@ -104,7 +109,7 @@ def best_sharpness(logits: Float[Array, "M C"], labels: Int[Array, " M"]) -> Flo
         return low, slope_low, high, slope_high, jnp.clip(b, low, high)
 
     least, most = jnp.float32(1 / SHARPEST), jnp.float32(SHARPEST)
-    at_0 = jnp.mean(z) - own
+    at_0 = mean(jnp.mean(z, axis=1)) - own
     # The spread is 1: were the logits Gaussian around their classes, this would be the answer.
     first = jnp.clip(-at_0, least, most)
     start = (least, jnp.minimum(at_0, -1e-6), most, jnp.float32(jnp.inf), first)
@@ -132,7 +137,10 @@ def validation_score(classify: Classify, task: Task, at_once: int = AT_ONCE) -> 
         return score(classify(features), labels, task.validation_weights)
     blocks = -(-count // VALIDATION_ROWS)
     some = slice(None, None, -(-count // SHARPNESS_ROWS))
-    sharpness = best_sharpness(classify(features[some]), labels[some])
+    weights = task.validation_weights
+    sharpness = best_sharpness(
+        classify(features[some]), labels[some], None if weights is None else weights[some]
+    )
 
     def cut(array: Array) -> Array:
         missing = blocks * VALIDATION_ROWS - count

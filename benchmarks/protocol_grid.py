@@ -147,9 +147,8 @@ def tempered(
 
 
 def by_accuracy(runs: Sequence[Run]) -> Run:
-    """Ties by the likelihood as it is: the temperature in the middle is 1."""
-    as_is = len(TEMPERATURES) // 2
-    return max(runs, key=lambda run: (run.right.mean(), -run.losses[as_is].mean()))
+    """Ties by the likelihood."""
+    return max(runs, key=lambda run: (run.right.mean(), -run.likely.mean()))
 
 
 def by_likelihood(runs: Sequence[Run]) -> Run:

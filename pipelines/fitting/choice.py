@@ -21,8 +21,6 @@ from clip_adapter.adapters.search import fit, search
 
 # Two settings are told apart where chance alone would separate them so rarely.
 SIGNIFICANCE = 0.05
-# Standard errors by which a difference of means exceeds 0 with that chance, one-sided.
-SHOWN = NormalDist().inv_cdf(1 - SIGNIFICANCE)
 
 
 class Record(Journal, Protocol):
@@ -52,12 +50,14 @@ class Chosen:
     note: str = ""
 
     def outdoes(self, asked: Search, reference: Evaluation) -> bool | None:
-        """Whether validation shows this to be better than `reference`: its images are likelier, by
-        more than chance explains, and as many of them are right. None where nothing judged."""
+        """Whether validation shows this to be better than `reference`: more images are right, and
+        they are likelier by more than chance explains, for as many settings as were compared
+        (Bonferroni). None where nothing judged."""
         if self.evaluation is None:
             return None
-        shown = asked.excess(reference, self.evaluation) > SHOWN
-        return bool(shown and self.evaluation.accuracy >= reference.accuracy)
+        bound = t_quantile(1 - SIGNIFICANCE / self.compared, len(asked.distinct) - 1)
+        likelier = asked.excess(reference, self.evaluation) > bound
+        return bool(likelier and self.evaluation.accuracy > reference.accuracy)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Search:
 
     def excess(self, one: Evaluation, other: Evaluation) -> float:
         """How much less likely the validation images are by `one` than by `other`, in standard
-        errors of the mean difference over images (0 where there is no difference).
+        errors of the mean difference over images; 0 where that cannot be told, as of one image.
 
         Within one standard error is how a simpler model is preferred in pruning trees (Breiman et
         al., Classification and Regression Trees, 1984, section 3.4.3).
@@ -152,12 +152,23 @@ def take_defaults(asked: Search, task: Task, engine: Engine, note: str = "") -> 
     return Chosen(setting, None, arrays, note=note) if is_finite(arrays) else None
 
 
+def t_quantile(probability: float, freedom: int) -> float:
+    """Of Student's t, by the expansion in 1/ν (Abramowitz and Stegun, 26.7.5); infinite for ν < 2,
+    where nothing can be shown. Within 1 % of it from ν = 5 on at the 5 % level."""
+    if freedom < 2:
+        return math.inf
+    z = NormalDist().inv_cdf(probability)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return z + first / freedom + second / freedom**2
+
+
 def is_finite(arrays: Arrays) -> bool:
     return all(np.isfinite(array).all() for array in arrays.values())
 
 
 def _ranks(evaluation: Evaluation) -> tuple[int, tuple[float, float]]:
-    """Longer first, then better; a setting that diverged is behind all that did not."""
+    """Longer (under halving) first, then better; one that diverged is behind all that did not."""
     return (-1 if evaluation.failed else evaluation.epochs_run), evaluation.score
 
 

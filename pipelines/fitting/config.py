@@ -35,8 +35,8 @@ class FitConfig:
         select: Validation data that choose the setting: min(shots, 4) images per class as in CoOp,
             the whole split, cross-validation on the support set, or none, which takes defaults.
             [few-shot-val, or cv where the cache has no validation split]
-        score: What the choice goes by; balanced accuracy is the mean of the classes' recalls, so
-            that a class of few images counts as much as one of many.
+        score: How validation images count in the choice: all alike, or (balanced-accuracy) every
+            class alike, so that one of few images counts as much as one of many.
         preset: How to train; `paper` does as a method's official implementation.
         repeat: Draw a class with too few images with repetition, as Tip-Adapter's and LP++'s code
             does, rather than take each of its images once.

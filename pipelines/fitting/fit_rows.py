@@ -48,12 +48,17 @@ def is_sound(row: Row, *, images_alike: bool) -> bool:
             and (images is not None or int(row["epochs_run"]) == 0)
             and row["status"] == ("failed" if failed else "ok")
             and (failed or 0 <= accuracy <= 1)
-            and (
-                not images_alike
-                or failed
-                or images is None
-                or abs(accuracy - images.right.mean()) < 1e-5
-            )
+            and (failed or images is None or _agree(images, accuracy, row, images_alike))
         )
     except (TypeError, ValueError, AttributeError):  # a cell that is not there is None
         return False
+
+
+def _agree(images: Images, accuracy: float, row: Row, images_alike: bool) -> bool:
+    """Whether what is said of each image gives the row's means."""
+    if not images_alike:
+        return bool(np.isfinite(images.losses).all())
+    nll = float(row["val_nll"])
+    return abs(accuracy - images.right.mean()) < 1e-5 and abs(
+        nll - images.losses.mean(dtype=np.float64)
+    ) <= 1e-4 * max(1.0, abs(nll))

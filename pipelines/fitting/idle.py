@@ -24,6 +24,8 @@ def without_effect(config: FitConfig, plan: Plan) -> list[str]:
     if plan.search == "halving" and (plan.select == "none" or not trained):
         why = "with --select none" if trained else "where no method is trained step by step"
         idle.append(f"--search halving has no effect {why}.")
+    if plan.score != "accuracy" and plan.select == "none":
+        idle.append(f"--score {plan.score} has no effect with --select none.")
     given = [own_values(config, planned.method).get("epoch") for planned in plan.fitted]
     if plan.select == "none" and ("best",) in given:
         idle.append("--epoch best has no effect with --select none, where nothing is judged.")

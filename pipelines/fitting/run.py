@@ -98,7 +98,7 @@ def _usual_rule(cache: FeatureCache, listener: Listener) -> Selection:
         return "few-shot-val"
     listener.note(
         f"{cache.path} has no validation split: settings are chosen by cross-validation on the "
-        "support set (--select cv)."
+        "support set (--select cv), where every class has two images or more."
     )
     return "cv"
 

@@ -66,6 +66,8 @@ def print_run(result: FitResult) -> None:
     for line in result.about:
         console.print(printable(line))
     judged = judged_by(plan.select, plan.shots, result.results)
+    if plan.score == "balanced-accuracy" and plan.select != "none":
+        judged += ", where every class counts alike (val % is balanced accuracy)"
     console.print(f"selected on {judged}; test computed for the selected setting only")
     for line in _sizes(result.tasks, result.class_names, repeat=plan.repeat):
         console.print(line)

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_rel
+from scipy.stats import t, ttest_rel
 
 from clip_adapter.adapters.evaluation import Evaluation, Images
 from clip_adapter.adapters.method import Task
 from clip_adapter.adapters.methods import METHODS
 from clip_adapter.pipelines.fit import fit
-from clip_adapter.pipelines.fitting.choice import Search
+from clip_adapter.pipelines.fitting.choice import Search, t_quantile
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.run import FitResult
 from tests.pipelines.run_files import nearest_of, results
@@ -77,3 +77,12 @@ def test_zero_shot_is_outdone_where_validation_shows_it(cache: Path, tmp_path: P
         (row,) = run(cache, tmp_path / f"{rate}", (rate,)).results
         shown[rate] = row.outdoes_zero_shot
     assert shown == {1e-9: False, 1e-2: True}
+
+
+@pytest.mark.parametrize("probability", [0.95, 1 - 0.05 / 4, 1 - 0.05 / 100])
+def test_the_bound_is_students(probability: float):
+    for freedom in (5, 23, 95, 1000):
+        assert t_quantile(probability, freedom) == pytest.approx(
+            t.ppf(probability, freedom), rel=0.15 if freedom == 5 else 0.01
+        )
+    assert t_quantile(probability, 1) == np.inf
