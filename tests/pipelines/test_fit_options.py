@@ -60,9 +60,10 @@ def test_classes_with_one_text_are_named(tmp_path: Path):
     assert note.startswith("these classes have the same text: 'class 1', 'class 3'; by it, all")
 
 
-def test_by_default_four_ratios_are_tried(cache: Path, tmp_path: Path):
+def test_by_default_four_rates_are_tried(cache: Path, tmp_path: Path):
     result = fit(short(cache, tmp_path / "run"))
-    assert [row["alpha"] for row in results(result.run)] == ["0.2", "0.4", "0.6", "0.8"]
+    tried = [(row["alpha"], row["learning_rate"]) for row in results(result.run)]
+    assert tried == [("0.2", rate) for rate in ("3e-05", "0.0001", "0.0003", "0.001")]
 
 
 def test_the_last_epoch_is_kept_unless_the_best_is_asked_for(tmp_path: Path):
