@@ -21,7 +21,6 @@ from clip_adapter.adapters.method import Head, Method
 from clip_adapter.adapters.methods import find_method
 from clip_adapter.cache import files
 from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.hdf5 import row_hashes
 from clip_adapter.cache.metadata import BIAS_WORDS, SCALE_WORDS, is_bias, is_scale
 from clip_adapter.pipelines.adapter_check import check_usable
 
@@ -92,6 +91,8 @@ def image_hashes(
     features: (N, D), of view 0. digests: (N,), of the pixels that were encoded, where they are
     known; another device or number type makes other features of the same pixels.
     """
+    from clip_adapter.cache.hdf5 import row_hashes  # h5py, which predicting does without
+
     found = [row_hashes(features), *([] if digests is None else [digests])]
     return np.stack(found, axis=1)
 

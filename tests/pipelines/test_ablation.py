@@ -78,7 +78,7 @@ def test_all_ratios_of_the_table_by_default(cache: Path, tmp_path: Path) -> None
     asked = FitConfig(cache=cache, out=tmp_path / "zero", method="zero-shot", baselines=(), shots=2)
     zero_shot = fit(asked)
     assert shown(result.ablations)[0.0] == zero_shot.results[0].test_accuracy
-    assert result.results[0].setting["alpha"] == 0.2  # type: ignore[index]
+    assert result.results[0].setting["alpha"] == 0.4  # type: ignore[index]
     assert load_adapter(result.run).info.setting["alpha"] == 0.4
 
 

@@ -179,7 +179,7 @@ def test_where_nothing_chose_none_is_kept(cache: Path, tmp_path: Path, capsys, s
 
 @pytest.mark.usefixtures("toys")
 def test_the_command_that_keeps_a_better_baseline(cache: Path, tmp_path: Path, capsys):
-    config = FitConfig(cache, tmp_path / "run", ("worse",), ("zero-shot", "weighted"), (1, 4))
+    config = FitConfig(cache, tmp_path / "run", ("worse",), ("weighted",), (1, 4))
     result = fit(config)
     (best,) = (r for r in result.results if r.key == ("weighted", 4, 1))
     assert result.kept and result.kept.method == "worse"
