@@ -61,7 +61,8 @@ def test_classes_with_one_text_are_named(tmp_path: Path):
 
 
 def test_by_default_four_rates_are_tried(cache: Path, tmp_path: Path):
-    result = fit(short(cache, tmp_path / "run"))
+    hyper = {"epochs": 10}
+    result = fit(FitConfig(cache, tmp_path / "run", baselines=(), shots=4, hyper=hyper))
     tried = [(row["alpha"], row["learning_rate"]) for row in results(result.run)]
     assert tried == [("0.2", rate) for rate in ("3e-05", "0.0001", "0.0003", "0.001")]
 
