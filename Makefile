@@ -4,7 +4,7 @@
 # make lock: a new environment with the newest versions that pyproject.toml admits, written down.
 PYTHON ?= python3
 BIN := .venv/bin
-ROOMS := adapters cache extract extract/datasets extract/glyph_clip pipelines pipelines/fitting pipelines/reporting
+ROOMS := $(sort $(dir $(wildcard $(foreach room,adapters cache clip_adapter extract pipelines,$(room)/*.py $(room)/*/*.py $(room)/*/*/*.py))))
 DEMO := runs/demo
 
 CONSTRAINTS := --constraint constraints.txt

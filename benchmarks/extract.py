@@ -28,18 +28,18 @@ from idle import machine, require_idle
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from clip_adapter.cache.cores import available_cores
 from clip_adapter.cache.writer import CacheWriter
-from clip_adapter.extract.backbone import Backbone, load_backbone
+from clip_adapter.cores import available_cores
+from clip_adapter.extract.backbones.loading import Backbone, load_backbone
 from clip_adapter.extract.datasets.image_files import ImageFiles
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import Split
-from clip_adapter.extract.decode import Plan, decode
-from clip_adapter.extract.device import find_device, find_precision
-from clip_adapter.extract.encode import EncodedBatch, Encoder, encode_images
-from clip_adapter.extract.forward import forward_passes
-from clip_adapter.extract.in_order import InOrder
-from clip_adapter.extract.stopwatch import Stopwatch
+from clip_adapter.extract.encoding.decode import Plan, decode
+from clip_adapter.extract.encoding.device import find_device, find_precision
+from clip_adapter.extract.encoding.encoder import EncodedBatch, Encoder, encode_images
+from clip_adapter.extract.encoding.forward import forward_passes
+from clip_adapter.extract.encoding.in_order import InOrder
+from clip_adapter.extract.encoding.stopwatch import Stopwatch
 
 # Oxford Pets' images are of about this size.
 PHOTOGRAPH = (500, 375)

@@ -25,11 +25,11 @@ from ours import KeepsNothing, task_of
 from synthetic import LOGIT_SCALE, SyntheticTask, synthetic_task
 from torch_opponents import Setting, Tensors, Work, train_eager, train_ensemble
 
-from clip_adapter.adapters.clip_adapter import CLIP_ADAPTER
-from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.evaluation import Evaluation
-from clip_adapter.adapters.search import search
-from clip_adapter.pipelines.jax_setup import set_up_jax
+from clip_adapter.adapters.engine.evaluation import Evaluation
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.adapters.engine.search import search
+from clip_adapter.adapters.methods.clip_adapter import CLIP_ADAPTER
+from clip_adapter.pipelines.console.jax_setup import set_up_jax
 
 DIM, CLASSES, REDUCTION = 1024, 64, 4
 GRID = {

@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from synthetic import SyntheticTask, synthetic_task
 from threadpoolctl import threadpool_limits
 
-from clip_adapter.adapters.logistic_regression import LogisticRegressionPath, fit_path
+from clip_adapter.adapters.methods.logistic.path import LogisticRegressionPath, fit_path
 
 EXPONENTS = (-6, -4, -2, 0, 2, 4, 6, 1, 3, 0.5, 1.5, 0.75, 1.25, 0.875, 1.125)
 MAX_ITERATIONS = 1000

@@ -24,12 +24,12 @@ from threadpoolctl import threadpool_limits
 from torch_closed_forms import Grid, Rows, gda_with, proker_with, tip_hoisted, tip_in_loops
 from torch_methods import TRAINED, Support
 
-from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.evaluation import Evaluation
+from clip_adapter.adapters.engine.evaluation import Evaluation
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.adapters.engine.search import search
 from clip_adapter.adapters.method import Head, Method, Setting, Task
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.adapters.search import search
-from clip_adapter.pipelines.jax_setup import set_up_jax
+from clip_adapter.adapters.registry import METHODS
+from clip_adapter.pipelines.console.jax_setup import set_up_jax
 
 DIM, SHOTS, VALIDATION_SHOTS = 1024, 16, 4
 TENTH = 10

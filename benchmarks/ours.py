@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.adapters.evaluation import Evaluation, Leaves
+from clip_adapter.adapters.engine.evaluation import Evaluation, Leaves
 from clip_adapter.adapters.method import Head, Setting, Task
 
 

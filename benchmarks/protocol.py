@@ -17,8 +17,8 @@ from protocol_runs import PARTS, SEARCHED, SEARCHED_SEEDS, Study
 from protocol_sets import SETS, DataSet, caches_in
 from protocol_tables import over_sets, table
 
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.pipelines.jax_setup import set_up_jax
+from clip_adapter.adapters.registry import METHODS
+from clip_adapter.pipelines.console.jax_setup import set_up_jax
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

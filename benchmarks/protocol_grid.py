@@ -12,10 +12,10 @@ import numpy.typing as npt
 from protocol_sets import DataSet
 from protocol_tables import TaskKey
 
-from clip_adapter.adapters.clip_adapter import CLIP_ADAPTER
-from clip_adapter.adapters.engine import Engine
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.adapters.engine.scoring import make_classify
 from clip_adapter.adapters.method import Setting, Task, same_program
-from clip_adapter.adapters.scoring import make_classify
+from clip_adapter.adapters.methods.clip_adapter import CLIP_ADAPTER
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.pipelines.fitting.data import Data, open_data
 from clip_adapter.pipelines.fitting.tasks import TaskRows, draw_tasks, folds

@@ -22,9 +22,9 @@ from protocol_grid import (
 from protocol_sets import DataSet
 from protocol_tables import Row, TaskKey, Values
 
-from clip_adapter.adapters.methods import METHODS
+from clip_adapter.adapters.registry import METHODS
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.pipelines.fit import fit
+from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.data import available
 from clip_adapter.pipelines.fitting.results import TaskResult

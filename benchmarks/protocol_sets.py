@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from clip_adapter.adapters.classifier import unit
+from clip_adapter.adapters.formulas import unit
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.writer import CacheWriter
 from clip_adapter.pipelines.fitting.config import Selection

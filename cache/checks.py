@@ -6,9 +6,9 @@ import numpy as np
 
 from clip_adapter.cache import schema
 from clip_adapter.cache.assemble import Projection
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.metadata import Part
-from clip_adapter.cache.words import quoted
+from clip_adapter.errors import UserError
+from clip_adapter.words import quoted
 
 
 def check_strings(strings: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache.errors import UserError
+from clip_adapter.errors import UserError
 
 Rows = npt.NDArray[np.int64]
 

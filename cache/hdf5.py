@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.cache import schema
-from clip_adapter.cache.errors import Contradiction
 from clip_adapter.cache.schema import Kind
+from clip_adapter.errors import Contradiction
 
 CHECKSUM_BYTES = 4
 # What h5py raises where the bytes of a file contradict each other.

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from clip_adapter.cache import files, schema
-from clip_adapter.cache.errors import Contradiction
-from clip_adapter.cache.words import quoted
+from clip_adapter import files
+from clip_adapter.cache import schema
+from clip_adapter.errors import Contradiction
+from clip_adapter.words import quoted
 
 MOST_PARTS = 999_999
 SCALE_WORDS = f"a positive number from {schema.SMALLEST_SCALE:g} to {schema.LARGEST_SCALE:g}"

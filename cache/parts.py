@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from clip_adapter.cache import schema
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.metadata import Part
 from clip_adapter.cache.staging import StagingFolder
 from clip_adapter.cache.stored_file import StoredFile
 from clip_adapter.cache.tally import Tally, in_several_splits, tally
-from clip_adapter.cache.words import printable
 from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.errors import UserError
+from clip_adapter.words import printable
 
 # What has to be the same in all parts beside the arguments, and what of the data set's record not.
 SHARED = ("backbone", "preprocess", "templates", "logit_scale", "logit_bias")

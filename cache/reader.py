@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from clip_adapter.cache import schema
 from clip_adapter.cache.checks import indistinct
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.stored_file import StoredFile
+from clip_adapter.errors import UserError
 
 BLOCK_ROWS = 4096
 Optional = Literal["prompts", "tokens", "pre_projection", "projection"]

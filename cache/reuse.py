@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.cache import schema
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.staging import StagedRows
+from clip_adapter.errors import UserError
 
 # What rows are known by again, and what goes with them.
 HASHES = ("stamps", "contents", "digests")

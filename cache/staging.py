@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from clip_adapter.cache import files
-from clip_adapter.cache.errors import UserError
+from clip_adapter import files
+from clip_adapter.errors import UserError
 
 ARGUMENTS = "arguments.json"
 LOCK = "lock"

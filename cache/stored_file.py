@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.cache import hdf5, schema
-from clip_adapter.cache.errors import Contradiction, UserError
-from clip_adapter.cache.files import is_there
 from clip_adapter.cache.metadata import parse, parse_object
 from clip_adapter.cache.structure import Structure
 from clip_adapter.cache.version_1 import read_metadata
-from clip_adapter.cache.words import quoted
+from clip_adapter.errors import Contradiction, UserError
+from clip_adapter.files import is_there
+from clip_adapter.words import quoted
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 # How others begin that people have features in.

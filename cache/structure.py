@@ -5,8 +5,8 @@ from math import prod
 import h5py
 
 from clip_adapter.cache import schema
-from clip_adapter.cache.errors import Contradiction
 from clip_adapter.cache.hdf5 import CheckedDatasets
+from clip_adapter.errors import Contradiction
 
 OF_A_SPLIT = "VNS"
 

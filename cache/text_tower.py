@@ -17,8 +17,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from clip_adapter.cache import files
-from clip_adapter.cache.errors import UserError
+from clip_adapter import files
+from clip_adapter.errors import UserError
 
 FORMAT = "clip-text-tower"
 FORMAT_VERSION = 1

@@ -17,8 +17,8 @@ import h5py
 import numpy as np
 
 from clip_adapter.cache import hdf5, schema
-from clip_adapter.cache.errors import Contradiction
 from clip_adapter.cache.metadata import parse, parse_object
+from clip_adapter.errors import Contradiction
 
 JSON_ATTRIBUTES = ("backbone", "preprocess", "dataset", "arguments")
 ATTRIBUTES = (

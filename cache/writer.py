@@ -14,9 +14,9 @@ import numpy.typing as npt
 from clip_adapter.cache import schema
 from clip_adapter.cache.assemble import Projection, assemble
 from clip_adapter.cache.checks import check_features, check_projection, check_strings, indistinct
-from clip_adapter.cache.errors import Contradiction, UserError
 from clip_adapter.cache.metadata import Metadata, Part, encode, parse, parse_object
 from clip_adapter.cache.staging import StagedRows, StagingFolder
+from clip_adapter.errors import Contradiction, UserError
 
 
 class CacheWriter:

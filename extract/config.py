@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from clip_adapter.cache.cores import available_cores
-from clip_adapter.cache.errors import UserError, require_within
-from clip_adapter.cache.listener import Listener
-from clip_adapter.extract.prompts import read_descriptions, resolve_templates
+from clip_adapter.cores import available_cores
+from clip_adapter.errors import UserError, require_within
 from clip_adapter.extract.shards import find_launch
+from clip_adapter.extract.text.prompts import read_descriptions, resolve_templates
+from clip_adapter.listener import Listener
 
 if TYPE_CHECKING:
     from clip_adapter.extract.datasets.source import SourceOptions

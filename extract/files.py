@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from clip_adapter.cache.errors import Contradiction, UserError
-from clip_adapter.cache.files import named_once, other_kind
+from clip_adapter.errors import Contradiction, UserError
+from clip_adapter.files import named_once, other_kind
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LFS_ADVICE = "is the pointer that Git LFS left in the file's place; get the file with git lfs pull"

@@ -10,25 +10,25 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.metadata import Part
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.reuse import rows_of_cache, rows_of_staging
 from clip_adapter.cache.staging import StagingFolder
 from clip_adapter.cache.tally import Tally, in_several_splits, tally
 from clip_adapter.cache.text_tower import encode_text_tower, tower_path, write_text_tower
-from clip_adapter.cache.words import counted, quoted, same_text
 from clip_adapter.cache.writer import CacheWriter
-from clip_adapter.extract.backbone import load_backbone
-from clip_adapter.extract.broken import BrokenImage, name_all
+from clip_adapter.extract.backbones.loading import load_backbone
+from clip_adapter.extract.backbones.text_tower import text_tower
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset
-from clip_adapter.extract.decode import Plan
-from clip_adapter.extract.device import find_device, find_precision
-from clip_adapter.extract.encode import Encoder, encode_images
+from clip_adapter.extract.encoding.decode import Plan
+from clip_adapter.extract.encoding.device import find_device, find_precision
+from clip_adapter.extract.encoding.encoder import Encoder, encode_images
+from clip_adapter.extract.encoding.in_order import InOrder
+from clip_adapter.extract.encoding.stopwatch import Stopwatch
+from clip_adapter.extract.encoding.unreadable import BrokenImage, name_all
 from clip_adapter.extract.fingerprints import stamps
-from clip_adapter.extract.in_order import InOrder
 from clip_adapter.extract.outcome import (
     describe,
     describe_skipped,
@@ -36,18 +36,18 @@ from clip_adapter.extract.outcome import (
     warn_of_duplicates,
     warn_of_lost_classes,
 )
-from clip_adapter.extract.prompts import (
+from clip_adapter.extract.reuse import NOWHERE, Earlier, listing_sha256, rows_sha256
+from clip_adapter.extract.shards import Shard
+from clip_adapter.extract.split_rows import SplitRows
+from clip_adapter.extract.text.encode_text import TextPlan, classes_with_one_text, encode_classes
+from clip_adapter.extract.text.prompts import (
     descriptions_in_order,
     read_descriptions,
     resolve_templates,
 )
-from clip_adapter.extract.reuse import NOWHERE, Earlier, listing_sha256, rows_sha256
-from clip_adapter.extract.shards import Shard
-from clip_adapter.extract.split_rows import SplitRows
-from clip_adapter.extract.stopwatch import Stopwatch
-from clip_adapter.extract.text import TextPlan, classes_with_one_text, encode_classes
-from clip_adapter.extract.text_tower import text_tower
 from clip_adapter.extract.update import UPDATABLE, refuse_other_features
+from clip_adapter.listener import Listener
+from clip_adapter.words import counted, quoted, same_text
 
 STAGING = "rows-"  # and the hash of the listing that they are the rows of
 

@@ -4,16 +4,16 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.parts import PartFile, merge_parts
 from clip_adapter.cache.text_tower import tower_path, write_text_tower
+from clip_adapter.errors import UserError
 from clip_adapter.extract.outcome import (
     describe,
     describe_skipped,
     warn_of_duplicates,
     warn_of_lost_classes,
 )
+from clip_adapter.listener import Listener
 
 
 def join_parts(parts: Sequence[Path], out: Path, listener: Listener) -> None:

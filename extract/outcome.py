@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.tally import Tally
-from clip_adapter.cache.words import counted, size, some
+from clip_adapter.errors import UserError
+from clip_adapter.listener import Listener
+from clip_adapter.words import counted, size, some
 
 
 def describe(out: Path, tallies: Mapping[str, Tally], classes: int, note: str = "") -> str:

@@ -12,10 +12,10 @@ from typing import Any
 import open_clip
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.words import quoted
+from clip_adapter.errors import UserError
+from clip_adapter.extract.backbones.torchscript import is_torchscript
 from clip_adapter.extract.files import LFS_ADVICE, is_lfs_pointer
-from clip_adapter.extract.torchscript_archive import is_torchscript
+from clip_adapter.words import quoted
 
 GLYPH_CLIP = "glyph-clip"
 GLYPH_CLIP_FOLDER = Path(__file__).parent / "glyph_clip"

@@ -6,10 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.files import is_there
-from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.schema import FORMAT_VERSION
+from clip_adapter.errors import UserError
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.shards import (
     Launch,
@@ -19,6 +17,8 @@ from clip_adapter.extract.shards import (
     part_path,
     wait_for_all,
 )
+from clip_adapter.files import is_there
+from clip_adapter.listener import Listener
 
 if TYPE_CHECKING:
     from clip_adapter.cache.staging import StagingFolder
@@ -58,7 +58,7 @@ def _extract_together(config: ExtractConfig, launch: Launch, listener: Listener)
 
         with _staging_folder(config, MERGING):  # better to find out before the parts are encoded
             pass
-    from clip_adapter.extract.device import device_of_process
+    from clip_adapter.extract.encoding.device import device_of_process
     from clip_adapter.extract.job import run_job
     from clip_adapter.extract.join import join_parts
 

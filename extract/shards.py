@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_adapter.cache.errors import UserError
+from clip_adapter.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ import numpy.typing as npt
 
 from clip_adapter.cache.writer import CacheWriter
 from clip_adapter.extract.datasets.source import Split
-from clip_adapter.extract.decode import Plan
-from clip_adapter.extract.encode import EncodedBatch
+from clip_adapter.extract.encoding.decode import Plan
+from clip_adapter.extract.encoding.encoder import EncodedBatch
 from clip_adapter.extract.reuse import NOWHERE, Known
 
 KNOWN_AT_ONCE = 1024  # rows that are copied before they are written

@@ -4,15 +4,15 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.cache.words import counted, some
+from clip_adapter.errors import UserError
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.datasets.registry import open_dataset, provenance_of
 from clip_adapter.extract.datasets.source import ImageDataset, Split
 from clip_adapter.extract.fingerprints import UNKNOWN, stamps
 from clip_adapter.extract.reuse import content_or_unknown, rows_sha256
+from clip_adapter.listener import Listener
+from clip_adapter.words import counted, some
 
 # Arguments that --update may change: they decide which rows and prompts there are, how the rows are
 # labelled and what else is told of the text, but not what the features of an image are. (With a

@@ -1,1 +1,1 @@
-"""The commands a person runs on a cache: fit, predict, report, inspect."""
+"""The commands a person runs on a cache, and what they are made of."""

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from clip_adapter.extract.broken import Skipped
+from clip_adapter.extract.encoding.unreadable import Skipped
 from tests.test_architecture import MODULES, tree
 
 # What those take that take more than words.

@@ -15,20 +15,20 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from clip_adapter.adapters.methods import METHODS, find_method
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.listener import Advance, Listener
+from clip_adapter.adapters.registry import METHODS, find_method
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.pipelines import commands
-from clip_adapter.pipelines.adapter_file import document_sha256, load_adapter
-from clip_adapter.pipelines.estimator import FewShotClassifier
-from clip_adapter.pipelines.evaluate import EvaluateConfig, evaluate
-from clip_adapter.pipelines.fit import fit
-from clip_adapter.pipelines.fitted_head import FittedHead
+from clip_adapter.errors import UserError
+from clip_adapter.listener import Advance, Listener
+from clip_adapter.pipelines.commands.evaluate import EvaluateConfig, evaluate
+from clip_adapter.pipelines.commands.fit import fit
+from clip_adapter.pipelines.commands.inspect_file import InspectConfig, inspect
+from clip_adapter.pipelines.console import entry as commands
+from clip_adapter.pipelines.console.jax_setup import set_up_jax
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.predictions import read_predictions
-from clip_adapter.pipelines.inspect_file import InspectConfig, inspect
-from clip_adapter.pipelines.jax_setup import set_up_jax
+from clip_adapter.pipelines.saved.adapter_file import document_sha256, load_adapter
+from clip_adapter.pipelines.saved.fitted_head import FittedHead
+from clip_adapter.pipelines.saved.sklearn import FewShotClassifier
 from tests.pipelines.tiny_cache import tiny_data, write_cache
 
 PAGE = Path(__file__).parents[1] / "docs" / "add-a-method.md"

@@ -57,7 +57,7 @@ def test_commands_that_need_a_network_parse(command: str) -> None:
 
 def _extract(arguments: list[str]) -> object:
     from clip_adapter.extract.config import ExtractConfig
-    from clip_adapter.pipelines.command_line import parse
+    from clip_adapter.pipelines.console.parser import parse
 
     return parse(ExtractConfig, "extract", arguments)
 
@@ -69,15 +69,15 @@ def _fit(arguments: list[str]) -> object:
 
 
 def _predict(arguments: list[str]) -> object:
-    from clip_adapter.pipelines.command_line import parse
-    from clip_adapter.pipelines.predict import PredictConfig
+    from clip_adapter.pipelines.commands.predict import PredictConfig
+    from clip_adapter.pipelines.console.parser import parse
 
     return parse(PredictConfig, "clip-adapter predict", arguments)
 
 
 def _reproduce(arguments: list[str]) -> object:
-    from clip_adapter.pipelines.command_line import parse
-    from clip_adapter.pipelines.reproduce import ReproduceConfig
+    from clip_adapter.pipelines.commands.reproduce import ReproduceConfig
+    from clip_adapter.pipelines.console.parser import parse
 
     return parse(ReproduceConfig, "clip-adapter reproduce", arguments)
 

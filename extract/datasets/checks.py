@@ -5,9 +5,9 @@ from collections import Counter
 
 import numpy as np
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.words import counted, some
+from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.source import ImageDataset
+from clip_adapter.words import counted, some
 
 MINIMUM_CLASSES = 2
 CLASS_NAME_MAX = 1000  # each takes the room of the longest in a cache

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.listener import Listener
-from clip_adapter.cache.words import counted, some
+from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.image_files import ImageFiles, Listing, natural_order
 from clip_adapter.extract.datasets.source import (
     DEFAULT_TEMPLATES,
@@ -21,6 +19,8 @@ from clip_adapter.extract.datasets.source import (
 )
 from clip_adapter.extract.datasets.splitting import complete_splits
 from clip_adapter.extract.files import is_folder, user_path
+from clip_adapter.listener import Listener
+from clip_adapter.words import counted, some
 
 ClassImages = dict[str, list[str]]
 

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.words import counted, quoted
+from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.image_files import natural_order
 from clip_adapter.extract.datasets.source import (
     DEFAULT_TEMPLATES,
@@ -21,8 +20,9 @@ from clip_adapter.extract.datasets.source import (
     splits_among,
 )
 from clip_adapter.extract.datasets.splitting import complete_splits, take
+from clip_adapter.extract.encoding.images import open_image
 from clip_adapter.extract.files import is_file, user_path
-from clip_adapter.extract.images import open_image
+from clip_adapter.words import counted, quoted
 
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves in a folder
 TEXT = ("string", "large_string")

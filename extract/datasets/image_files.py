@@ -13,16 +13,16 @@ from pathlib import Path
 
 from PIL import Image
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.listener import Listener
-from clip_adapter.cache.words import counted
-from clip_adapter.extract.files import unreadable
-from clip_adapter.extract.images import (
+from clip_adapter.errors import UserError
+from clip_adapter.extract.encoding.images import (
     HEIF_SUFFIXES,
     OTHER_SUFFIXES,
     open_image,
     readable_suffixes,
 )
+from clip_adapter.extract.files import unreadable
+from clip_adapter.listener import Listener
+from clip_adapter.words import counted
 
 PATH_SHOWN = 200
 NAMED_MAX = 5

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from clip_adapter.cache.errors import UserError
+from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.catalogue import CatalogueEntry, load_catalogue
 from clip_adapter.extract.datasets.checks import checked
 from clip_adapter.extract.datasets.image_files import Listing
@@ -46,7 +46,7 @@ def provenance_of(spec: str, options: SourceOptions) -> dict[str, Any] | None:
     if entry is not None and entry.tfds and _coop_folder(options.data_root, entry) is None:
         kind, rest = "tfds", entry.tfds
     if kind == "tfds" and rest:
-        from clip_adapter.extract.datasets.tfds_builders import builder_version
+        from clip_adapter.extract.datasets.tfds import builder_version
 
         return {"source": f"tfds:{rest}", "version": builder_version(rest, options.data_dir)}
     if kind == "hf" and not is_folder(Path(rest)):
@@ -98,7 +98,7 @@ def _open(spec: str, options: SourceOptions) -> ImageDataset:
 
 
 def _literature(entry: CatalogueEntry, options: SourceOptions) -> ImageDataset:
-    from clip_adapter.extract.datasets.coop import coop_instructions, open_coop
+    from clip_adapter.extract.datasets.coop_layout import coop_instructions, open_coop
 
     if (folder := _coop_folder(options.data_root, entry)) is not None:
         return open_coop(str(folder), options)
@@ -107,7 +107,7 @@ def _literature(entry: CatalogueEntry, options: SourceOptions) -> ImageDataset:
             f"{entry.name} is not in TensorFlow Datasets; "
             f"{coop_instructions(entry, options.data_root)}."
         )
-    from clip_adapter.extract.datasets.tfds_builders import open_tfds
+    from clip_adapter.extract.datasets.tfds import open_tfds
 
     if options.data_root is not None:
         options.listener.warn(

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from clip_adapter.cache.listener import Listener
+from clip_adapter.listener import Listener
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 # What a table says of each image, by the names that these columns have.

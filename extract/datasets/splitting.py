@@ -9,9 +9,9 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.words import counted
+from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.source import SourceOptions, Split
+from clip_adapter.words import counted
 
 Rows = npt.NDArray[np.int64]
 Of = TypeVar("Of")

@@ -10,9 +10,9 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from clip_adapter import files
 from clip_adapter.adapters.hyper import Value
-from clip_adapter.cache import files
-from clip_adapter.cache.errors import UserError
+from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.plan import METHOD, Plan, PlannedMethod
 from clip_adapter.pipelines.fitting.results import TaskResult

@@ -13,11 +13,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.evaluation import Evaluation, Journal
+from clip_adapter.adapters.engine.evaluation import Evaluation, Journal
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.adapters.engine.search import fit, search
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Arrays, Method, Setting, Task
-from clip_adapter.adapters.search import fit, search
 
 # Two settings are told apart where chance alone would separate them so rarely.
 SIGNIFICANCE = 0.05

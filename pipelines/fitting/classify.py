@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from clip_adapter.adapters.engine.scoring import make_classify
 from clip_adapter.adapters.method import Arrays, Method, Setting
-from clip_adapter.adapters.scoring import make_classify
 from clip_adapter.pipelines.fitting.data import Data
 from clip_adapter.pipelines.fitting.predictions import Predictions
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Method
-from clip_adapter.cache.errors import UserError
+from clip_adapter.errors import UserError
 
 Shots = int | Literal["all"]
 Selection = Literal["few-shot-val", "full-val", "cv", "none"]

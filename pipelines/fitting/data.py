@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.adapters.classifier import classifier_weights, ensemble_length
+from clip_adapter.adapters.formulas import classifier_weights, ensemble_length
 from clip_adapter.adapters.method import Head, Method, Task
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.text_tower import read_text_tower, tower_path
-from clip_adapter.cache.words import some
-from clip_adapter.pipelines.adapter_file import image_hashes
+from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.tasks import Fold, Rows, TaskRows, needed_rows
+from clip_adapter.pipelines.saved.adapter_file import image_hashes
+from clip_adapter.words import some
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -205,7 +205,7 @@ class Data:
             projection = self.cache.projection()
             return {"projection": projection.weights, "bias": projection.bias}
         if "tower" in method.needs:
-            from clip_adapter.adapters.coop_network import of_classes, prepare
+            from clip_adapter.adapters.methods.networks.coop_context import of_classes, prepare
 
             if "tower" not in self._extra:
                 path, sha256 = tower_path(self.cache.path), self.cache.backbone[TOWER_SHA256]

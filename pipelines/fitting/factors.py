@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Method
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.words import dashed
+from clip_adapter.adapters.registry import METHODS
+from clip_adapter.errors import UserError
+from clip_adapter.words import dashed
 
 Values = Mapping[str, Sequence[Value]]
 

@@ -6,8 +6,8 @@ import json
 
 import jax
 
-from clip_adapter.adapters.training import start
-from clip_adapter.cache.errors import UserError
+from clip_adapter.adapters.engine.training import start
+from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.data import PROVIDED_BY, Data, available
 from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
 from clip_adapter.pipelines.fitting.tasks import TaskRows, base_classes

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_adapter.adapters.evaluation import Images
+from clip_adapter.adapters.engine.evaluation import Images
 
 TASK_COLUMNS = ("method", "shots", "seed")
 Row = dict[str, Any]

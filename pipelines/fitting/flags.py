@@ -10,13 +10,13 @@ from typing import Any
 
 from clip_adapter.adapters.hyper import Hyper
 from clip_adapter.adapters.method import Method
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.words import dashed
-from clip_adapter.pipelines.argument_types import READERS, number_or
-from clip_adapter.pipelines.command_line import Parser, config_from, parser_for
+from clip_adapter.adapters.registry import METHODS
+from clip_adapter.errors import UserError
+from clip_adapter.pipelines.console.argument_types import READERS, number_or
+from clip_adapter.pipelines.console.parser import Parser, config_from, parser_for
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.plan import named
+from clip_adapter.words import dashed
 
 Flags = dict[str, tuple[str, list[Method]]]
 """Flag → (hyper-parameter, the methods that it is meant for)."""

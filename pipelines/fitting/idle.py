@@ -1,8 +1,8 @@
 """Options that were given and change nothing."""
 
-from clip_adapter.cache.words import dashed
 from clip_adapter.pipelines.fitting.config import FitConfig, own_values
 from clip_adapter.pipelines.fitting.plan import Plan
+from clip_adapter.words import dashed
 
 
 def without_effect(config: FitConfig, plan: Plan) -> list[str]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clip_adapter.adapters.search import fit
-from clip_adapter.cache.errors import UserError
-from clip_adapter.pipelines.adapter_file import load_adapter, save_adapter
+from clip_adapter.adapters.engine.search import fit
+from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.choice import is_finite
 from clip_adapter.pipelines.fitting.one_task import TaskRunner, fitted_on
 from clip_adapter.pipelines.fitting.remarks import candidates, is_judged, rank
 from clip_adapter.pipelines.fitting.results import TaskResult
 from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder, writing
 from clip_adapter.pipelines.fitting.tasks import TaskRows, kept_task
+from clip_adapter.pipelines.saved.adapter_file import load_adapter, save_adapter
 
 
 def keep_one(

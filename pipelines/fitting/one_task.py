@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.evaluation import Evaluation
+from clip_adapter.adapters.engine.evaluation import Evaluation
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.adapters.engine.scoring import balanced
+from clip_adapter.adapters.engine.search import judge, work
 from clip_adapter.adapters.method import Arrays, Method, Setting, Task
-from clip_adapter.adapters.methods import REFERENCE
-from clip_adapter.adapters.scoring import balanced
-from clip_adapter.adapters.search import judge, work
-from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter, save_adapter
+from clip_adapter.adapters.registry import REFERENCE
 from clip_adapter.pipelines.fitting.choice import (
     Chosen,
     Search,
@@ -33,6 +32,7 @@ from clip_adapter.pipelines.fitting.results import Spread, TaskResult, harmonic_
 from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder, writing
 from clip_adapter.pipelines.fitting.task_record import TaskRecord
 from clip_adapter.pipelines.fitting.tasks import Fold, TaskRows, folds
+from clip_adapter.pipelines.saved.adapter_file import AdapterInfo, SavedAdapter, save_adapter
 
 NOT_CROSS_VALIDATED = "a class has one image, cv impossible: defaults taken"
 

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Method
-from clip_adapter.adapters.methods import find_method
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.words import dashed, shortened
+from clip_adapter.adapters.registry import find_method
+from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.config import (
     FitConfig,
     Selection,
     Shots,
 )
+from clip_adapter.words import dashed, shortened
 
 if TYPE_CHECKING:
-    from clip_adapter.adapters.engine import Placement
+    from clip_adapter.adapters.engine.runner import Placement
 
 VERSION = version("clip-adapter")
 LARGEST_SEED = 2**31 - 1  # JAX takes an int32

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from clip_adapter.adapters.method import Method
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.words import dashed, shortened
+from clip_adapter.adapters.registry import METHODS
+from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.config import DEFAULT_CACHE, FitConfig, own_values
 from clip_adapter.pipelines.fitting.factors import check_effect, of_flag, shown_values
 from clip_adapter.pipelines.fitting.plan import (
@@ -18,6 +17,7 @@ from clip_adapter.pipelines.fitting.plan import (
     check_protocol,
     named,
 )
+from clip_adapter.words import dashed, shortened
 
 
 def make_plan(config: FitConfig, cache_sha256: str, available: Iterable[str] = ()) -> Plan:

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from clip_adapter.cache import files
-from clip_adapter.cache.errors import UserError
+from clip_adapter import files
+from clip_adapter.errors import UserError
 
 PREDICTIONS = "predictions"
 TEXTS = ("ids", "class_names")

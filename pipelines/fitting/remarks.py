@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_adapter.cache.words import quoted
 from clip_adapter.pipelines.fitting.command_line_of import command_that_keeps
 from clip_adapter.pipelines.fitting.config import shots_words
 from clip_adapter.pipelines.fitting.plan import Plan
@@ -22,6 +21,7 @@ from clip_adapter.pipelines.fitting.predictions import (
 )
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult
 from clip_adapter.pipelines.fitting.tasks import TaskRows, kept_task
+from clip_adapter.words import quoted
 
 WORST_SHOWN = 3
 

@@ -8,12 +8,12 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clip_adapter.adapters.engine import Engine
-from clip_adapter.cache.cores import available_cores
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.listener import Listener
+from clip_adapter.adapters.engine.runner import Engine
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.cache.words import same_text
+from clip_adapter.cores import available_cores
+from clip_adapter.errors import UserError
+from clip_adapter.listener import Listener
+from clip_adapter.pipelines.console.jax_setup import usable_jax
 from clip_adapter.pipelines.fitting.ablation import run_ablations
 from clip_adapter.pipelines.fitting.ablation_rows import AblationRow, ablated, read_ablations
 from clip_adapter.pipelines.fitting.config import (
@@ -44,7 +44,7 @@ from clip_adapter.pipelines.fitting.tasks import (
     draw_tasks,
     only_classes,
 )
-from clip_adapter.pipelines.jax_setup import usable_jax
+from clip_adapter.words import same_text
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from itertools import count, product
 from pathlib import Path
 from typing import Any
 
-from clip_adapter.cache import files
-from clip_adapter.cache.errors import UserError
+from clip_adapter import files
+from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.fit_rows import TASK_COLUMNS, Row, is_sound
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.fitting.results import (

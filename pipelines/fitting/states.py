@@ -10,9 +10,9 @@ from zlib import crc32
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from clip_adapter.adapters.evaluation import Leaves
-from clip_adapter.cache import files
-from clip_adapter.cache.errors import UserError
+from clip_adapter import files
+from clip_adapter.adapters.engine.evaluation import Leaves
+from clip_adapter.errors import UserError
 
 SUFFIX = ".state"
 CHECKSUM_BYTES = 4

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from clip_adapter.cache.few_shot import VALIDATION_SHOTS
-from clip_adapter.cache.words import counted, printable, some
 from clip_adapter.pipelines.fitting.config import Selection, Shots, shots_words
 from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
 from clip_adapter.pipelines.fitting.remarks import remarks, what_is_kept
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
+from clip_adapter.words import counted, printable, some
 
 if TYPE_CHECKING:
     from clip_adapter.pipelines.fitting.ablation_rows import AblationRow

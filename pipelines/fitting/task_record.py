@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clip_adapter.adapters.evaluation import Evaluation
+from clip_adapter.adapters.engine.evaluation import Evaluation
 from clip_adapter.adapters.method import Method, Setting
 from clip_adapter.pipelines.fitting.fit_rows import packed, unpacked
 from clip_adapter.pipelines.fitting.run_folder import RunFolder

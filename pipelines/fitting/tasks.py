@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.few_shot import draw_few_shot
+from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.config import Selection, Shots
 
 MAX_FOLDS = 4

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache.words import printable
 from clip_adapter.pipelines.fitting.predictions import Predictions
 from clip_adapter.pipelines.reporting.figures import (
     MUTED,
@@ -20,6 +19,7 @@ from clip_adapter.pipelines.reporting.figures import (
 )
 from clip_adapter.pipelines.reporting.section import Section, percent, points
 from clip_adapter.pipelines.reporting.significance import confusion
+from clip_adapter.words import printable
 
 MOST_CLASSES = 20
 MOST_CONFUSIONS = 10

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from clip_adapter.adapters.method import Method
-from clip_adapter.cache.words import dashed
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.plan import PlannedMethod
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
 from clip_adapter.pipelines.fitting.tables import judged_by
 from clip_adapter.pipelines.reporting.runs import Run
+from clip_adapter.words import dashed
 
 Task = tuple[Shots, int]
 """(shots, seed)."""

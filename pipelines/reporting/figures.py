@@ -15,7 +15,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from clip_adapter.cache.words import printable, shortened
+from clip_adapter.words import printable, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clip_adapter.adapters.zero_shot import ZERO_SHOT
+from clip_adapter.adapters.methods.zero_shot import ZERO_SHOT
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.remarks import guessing
 from clip_adapter.pipelines.fitting.tables import value_words

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 
-from clip_adapter.cache import files
-from clip_adapter.cache.errors import UserError
+from clip_adapter import files
+from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.factors import in_grid
 from clip_adapter.pipelines.reporting.entries import Entry

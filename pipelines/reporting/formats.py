@@ -15,15 +15,15 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from clip_adapter.cache.words import printable
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.results import MethodSummary, Spread
 from clip_adapter.pipelines.fitting.tables import accuracy
-from clip_adapter.pipelines.prediction_formats import cell as as_cell
 from clip_adapter.pipelines.reporting.ablations import Ablation
 from clip_adapter.pipelines.reporting.accuracies import Accuracies, Column
 from clip_adapter.pipelines.reporting.figures import Numbers
 from clip_adapter.pipelines.reporting.pairs import Pairs
+from clip_adapter.pipelines.scoring.prediction_formats import cell as as_cell
+from clip_adapter.words import printable
 
 NOTHING = "–"
 LONGEST_LINE, SHORT_LINE = 24, 16  # of a heading, and where names head rows as well

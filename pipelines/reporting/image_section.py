@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.cache.words import printable, shortened
 from clip_adapter.extract.datasets.catalogue import load_catalogue
 from clip_adapter.extract.datasets.registry import open_dataset
-from clip_adapter.extract.images import open_image, read_rgb
+from clip_adapter.extract.encoding.images import open_image, read_rgb
 from clip_adapter.pipelines.reporting.class_section import Pair
 from clip_adapter.pipelines.reporting.section import Gallery, Section, Thumbnail
+from clip_adapter.words import printable, shortened
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,10 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.adapters.method import Head
-from clip_adapter.adapters.zero_shot import ZERO_SHOT
+from clip_adapter.adapters.methods.zero_shot import ZERO_SHOT
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.cache.words import counted, printable
-from clip_adapter.pipelines.adapter_file import SavedAdapter
 from clip_adapter.pipelines.reporting.class_section import MOST_CLASSES, Pair, changed_most
 from clip_adapter.pipelines.reporting.entries import Entry
 from clip_adapter.pipelines.reporting.figures import (
@@ -28,6 +26,8 @@ from clip_adapter.pipelines.reporting.figures import (
     picture,
 )
 from clip_adapter.pipelines.reporting.section import Section, percent
+from clip_adapter.pipelines.saved.adapter_file import SavedAdapter
+from clip_adapter.words import counted, printable
 
 MOST_IMAGES = 1500
 MOST_LABELS = 12  # that leave the marks to be seen

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.files import refuse_links, write_bytes, write_text
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.cache.words import printable
-from clip_adapter.pipelines.adapter_file import load_adapter
+from clip_adapter.errors import UserError
+from clip_adapter.files import refuse_links, write_bytes, write_text
 from clip_adapter.pipelines.fitting.config import shots_words
 from clip_adapter.pipelines.fitting.run_folder import adapter_folder, writing
 from clip_adapter.pipelines.reporting.ablation_section import ablation_sections
@@ -30,6 +28,8 @@ from clip_adapter.pipelines.reporting.runs import Run
 from clip_adapter.pipelines.reporting.section import Section
 from clip_adapter.pipelines.reporting.selection_section import selection_section
 from clip_adapter.pipelines.reporting.verdict import Verdict, judge, predictions
+from clip_adapter.pipelines.saved.adapter_file import load_adapter
+from clip_adapter.words import printable
 
 FIGURES = "figures"
 TEMPLATE = "report.html"

@@ -9,13 +9,13 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache.words import counted
 from clip_adapter.pipelines.fitting.config import Shots, shots_words
 from clip_adapter.pipelines.reporting.entries import Entry
 from clip_adapter.pipelines.reporting.figures import Numbers
 from clip_adapter.pipelines.reporting.section import Section, points
 from clip_adapter.pipelines.reporting.significance import holm, mcnemar
 from clip_adapter.pipelines.reporting.verdict import predictions
+from clip_adapter.words import counted
 
 LEAST_SHOWN = 0.001
 ABOUT = (

@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 
 from clip_adapter.cache.few_shot import VALIDATION_SHOTS
-from clip_adapter.cache.words import counted, printable
 from clip_adapter.pipelines.fitting.command_line_of import command_line
 from clip_adapter.pipelines.fitting.provenance import Provenance
 from clip_adapter.pipelines.reporting.accuracies import Accuracies
 from clip_adapter.pipelines.reporting.runs import Run
+from clip_adapter.words import counted, printable
 
 Facts = list[tuple[str, str]]
 """(what, how it is)."""

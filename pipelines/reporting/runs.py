@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_adapter.cache import files
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.words import counted
+from clip_adapter import files
+from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.ablation_rows import FILE, AblationRow, ablated, read_ablations
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.fitting.provenance import PROVENANCE, Provenance
 from clip_adapter.pipelines.fitting.results import TaskResult
 from clip_adapter.pipelines.fitting.run_folder import OWN_FOLDERS, read_plan, read_selected
+from clip_adapter.words import counted
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from statistics import fmean
 
 import numpy as np
 
-from clip_adapter.adapters.zero_shot import ZERO_SHOT
-from clip_adapter.cache.errors import UserError
+from clip_adapter.adapters.methods.zero_shot import ZERO_SHOT
+from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.predictions import (
     Predictions,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from threadpoolctl import threadpool_limits
 
-from clip_adapter.adapters.engine import Engine
-from clip_adapter.pipelines.jax_setup import set_up_jax
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.pipelines.console.jax_setup import set_up_jax
 
 set_up_jax()
 

@@ -11,11 +11,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from clip_adapter.adapters.classifier import classifier_weights
-from clip_adapter.adapters.engine import Engine
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.adapters.engine.scoring import make_classify
+from clip_adapter.adapters.engine.search import fit
+from clip_adapter.adapters.formulas import classifier_weights
 from clip_adapter.adapters.method import Head, Method, Setting, Task
-from clip_adapter.adapters.scoring import make_classify
-from clip_adapter.adapters.search import fit
 from clip_adapter.cache.few_shot import draw_few_shot
 from clip_adapter.cache.reader import FeatureCache, Images
 

@@ -12,11 +12,11 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
-from clip_adapter.adapters import training
-from clip_adapter.adapters.coop_network import Tower, prepare
-from clip_adapter.adapters.evaluation import Evaluation, Leaves
+from clip_adapter.adapters.engine import training
+from clip_adapter.adapters.engine.evaluation import Evaluation, Leaves
 from clip_adapter.adapters.method import Head, Method, Setting, Task
-from clip_adapter.adapters.methods import METHODS
+from clip_adapter.adapters.methods.networks.coop_context import Tower, prepare
+from clip_adapter.adapters.registry import METHODS
 from clip_adapter.cache.text_tower import TextTowerConfig, array_shapes
 
 CLASSES, DIM, PROMPTS = 4, 16, 3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clip_adapter.adapters.method import Head
-from clip_adapter.adapters.methods import METHODS
+from clip_adapter.adapters.registry import METHODS
 
 RNG = np.random.default_rng(3)
 D, H, F, C, N = 8, 4, 6, 3, 5

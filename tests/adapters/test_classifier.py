@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from clip_adapter.adapters import classifier
+from clip_adapter.adapters import formulas as classifier
 from clip_adapter.adapters.method import Batch, Head
 from clip_adapter.cache.schema import LARGEST_FEATURE, SMALLEST_FEATURE
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from clip_adapter.adapters import training
-from clip_adapter.adapters.engine import Engine
+from clip_adapter.adapters.engine import training
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.adapters.engine.scoring import make_classify
+from clip_adapter.adapters.engine.search import fit
 from clip_adapter.adapters.method import Batch, Head, Task
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.adapters.scoring import make_classify
-from clip_adapter.adapters.search import fit
+from clip_adapter.adapters.registry import METHODS
 from tests.adapters import torch_reference as reference
 from tests.adapters.tasks import (
     CLIP_ADAPTER,

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from clip_adapter.adapters.coop_network import of_classes
-from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.evaluation import Evaluation
+from clip_adapter.adapters.engine.evaluation import Evaluation
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.adapters.engine.scoring import make_classify
+from clip_adapter.adapters.engine.search import fit, search
 from clip_adapter.adapters.hyper import Hyper, Value
 from clip_adapter.adapters.method import Head, Method, Task
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.adapters.scoring import make_classify
-from clip_adapter.adapters.search import fit, search
+from clip_adapter.adapters.methods.networks.coop_context import of_classes
+from clip_adapter.adapters.registry import METHODS
 from tests.adapters.tasks import (
     CLASSES,
     DIM,
@@ -135,7 +135,7 @@ def test_settings_are_plain_values_that_survive_json(method: Method):
 def test_the_records_import_no_array_library():
     program = """
 import sys
-import clip_adapter.adapters.methods
+import clip_adapter.adapters.registry
 heavy = {"numpy", "jax", "jaxlib", "flax", "optax", "torch", "scipy", "sklearn", "jaxtyping"}
 print(*sorted(heavy & set(sys.modules)))
 """

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from clip_adapter.adapters import training
-from clip_adapter.adapters.coop import COOP
-from clip_adapter.adapters.coop_network import prepare
-from clip_adapter.adapters.engine import Engine
+from clip_adapter.adapters.engine import training
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.adapters.engine.search import fit
 from clip_adapter.adapters.method import Head, Task
-from clip_adapter.adapters.search import fit
-from clip_adapter.extract.text_tower import text_tower
+from clip_adapter.adapters.methods.coop import COOP
+from clip_adapter.adapters.methods.networks.coop_context import prepare
+from clip_adapter.extract.backbones.text_tower import text_tower
 from tests.adapters.towers import NAMES, backbone, coop_features
 
 EPOCHS, SHOTS, SCALE = 3, 4, 20.0

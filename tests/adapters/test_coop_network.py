@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from clip_adapter.adapters import text_tower as flax_tower
-from clip_adapter.adapters.coop_network import (
+from clip_adapter.adapters.methods.networks import text_transformer as flax_tower
+from clip_adapter.adapters.methods.networks.coop_context import (
     Tower,
     check_room,
     class_weights,
@@ -17,8 +17,8 @@ from clip_adapter.adapters.coop_network import (
     of_classes,
     prepare,
 )
-from clip_adapter.extract.backbone import Backbone
-from clip_adapter.extract.text_tower import text_tower
+from clip_adapter.extract.backbones.loading import Backbone
+from clip_adapter.extract.backbones.text_tower import text_tower
 from tests.adapters.towers import NAMES, backbone, coop_features, named, unit
 
 WIDTH = {"glyph-clip": 64, "gelu": 32, "quick_gelu": 32}

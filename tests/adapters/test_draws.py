@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from clip_adapter.adapters import draws
-from clip_adapter.adapters.recipe import steps_and_batch
+from clip_adapter.adapters.engine import epoch_draws as draws
+from clip_adapter.adapters.optimisation import steps_and_batch
 from tests.adapters.tasks import separable_task, setting_of
 from tests.adapters.test_training import batches
 

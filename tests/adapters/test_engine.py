@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clip_adapter.adapters.engine import Engine, Placement
-from clip_adapter.adapters.evaluation import Leaves
+from clip_adapter.adapters.engine.evaluation import Leaves
+from clip_adapter.adapters.engine.runner import Engine, Placement
 from clip_adapter.adapters.method import Setting, Task
 from tests.adapters.tasks import (
     CLIP_ADAPTER,
@@ -67,7 +67,7 @@ def vectorised() -> Engine:
 
 
 def test_chunks_are_as_equal_as_can_be(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("clip_adapter.adapters.engine.LARGEST_CHUNK", 4)
+    monkeypatch.setattr("clip_adapter.adapters.engine.runner.LARGEST_CHUNK", 4)
     settings = [setting_of(alpha=alpha, **SHORT) for alpha in (0.2, 0.3, 0.4, 0.5, 0.6)]
     static, _ = CLIP_ADAPTER.split(settings[0])
     numbers = [CLIP_ADAPTER.split(setting)[1] for setting in settings]
@@ -152,8 +152,8 @@ def test_progress_adds_up_to_the_settings():
 SHARDED = """
 import sys
 import jax, numpy as np
-from clip_adapter.adapters.engine import Engine
-from clip_adapter.pipelines.jax_setup import set_up_jax
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.pipelines.console.jax_setup import set_up_jax
 from tests.adapters.test_engine import SETTINGS, histories
 
 set_up_jax()

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.gda import NEIGHBOURS
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.adapters.engine.scoring import make_classify
+from clip_adapter.adapters.engine.search import fit, search
 from clip_adapter.adapters.method import Head, Task
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.adapters.scoring import make_classify
-from clip_adapter.adapters.search import fit, search
+from clip_adapter.adapters.methods.gda import NEIGHBOURS
+from clip_adapter.adapters.registry import METHODS
 from tests.adapters.closed_tasks import NoJournal, numpy_task, on_device, rows, score
 
 GDA = METHODS["gda"]

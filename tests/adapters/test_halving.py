@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.evaluation import Evaluation, Leaves
-from clip_adapter.adapters.search import rungs_of, search
-from clip_adapter.adapters.successive_halving import (
+from clip_adapter.adapters.engine.evaluation import Evaluation, Leaves
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.adapters.engine.search import rungs_of, search
+from clip_adapter.adapters.engine.successive_halving import (
     Rung,
     rung_epochs,
     successive_halving,

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.linear_probe import coarse_to_fine
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.adapters.scoring import make_classify
-from clip_adapter.adapters.search import fit, search
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.adapters.engine.scoring import make_classify
+from clip_adapter.adapters.engine.search import fit, search
+from clip_adapter.adapters.methods.linear_probe import coarse_to_fine
+from clip_adapter.adapters.registry import METHODS
 from tests.adapters.tasks import Notes, separable_task, tempered_nll, validation_accuracy
 
 PROBE = METHODS["linear-probe"]

@@ -6,9 +6,10 @@ from scipy.special import logsumexp, softmax
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from clip_adapter.adapters import logistic_objective, logistic_regression
-from clip_adapter.adapters.logistic_objective import LogisticObjective
-from clip_adapter.adapters.logistic_regression import (
+from clip_adapter.adapters.methods.logistic import objective as logistic_objective
+from clip_adapter.adapters.methods.logistic import path as logistic_regression
+from clip_adapter.adapters.methods.logistic.objective import LogisticObjective
+from clip_adapter.adapters.methods.logistic.path import (
     LADDER,
     ROUNDING,
     TOLERANCE,

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.adapters.search import search
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.adapters.engine.search import search
+from clip_adapter.adapters.registry import METHODS
 from tests.adapters.closed_tasks import NoJournal
 from tests.adapters.official_targets import SEEDS, Splits, official
 from tests.adapters.tasks import needed, setting_of

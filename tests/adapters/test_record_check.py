@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from clip_adapter.adapters import methods
+from clip_adapter.adapters import registry as methods
 from clip_adapter.adapters.hyper import Hyper
-from clip_adapter.adapters.methods import METHODS, find_method
 from clip_adapter.adapters.record_check import TAKEN, check_record
-from clip_adapter.pipelines.command import run
+from clip_adapter.adapters.registry import METHODS, find_method
+from clip_adapter.pipelines.console.running import run
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.fit_rows import TASK_COLUMNS
 from clip_adapter.pipelines.fitting.flags import parse

@@ -4,8 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_adapter.adapters.method import Task
-from clip_adapter.adapters.scoring import (
+from clip_adapter.adapters.engine.scoring import (
     AT_ONCE,
     balanced,
     is_right,
@@ -13,6 +12,7 @@ from clip_adapter.adapters.scoring import (
     score,
     validation_score,
 )
+from clip_adapter.adapters.method import Task
 from tests.adapters.tasks import tempered_nll
 
 

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.evaluation import Evaluation
+from clip_adapter.adapters.engine.evaluation import Evaluation
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.adapters.engine.scoring import make_classify, pooled
+from clip_adapter.adapters.engine.search import fit, search
 from clip_adapter.adapters.method import Task
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.adapters.recipe import evaluated_epochs
-from clip_adapter.adapters.scoring import make_classify, pooled
-from clip_adapter.adapters.search import fit, search
+from clip_adapter.adapters.optimisation import evaluated_epochs
+from clip_adapter.adapters.registry import METHODS
 from tests.adapters.tasks import (
     CLIP_ADAPTER,
     EACH_EPOCH,

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from clip_adapter.adapters import text_tower as flax_tower
-from clip_adapter.adapters.coop_network import Tower, class_weights
-from clip_adapter.adapters.text_tower import TextTransformer, TowerShape, text_features
+from clip_adapter.adapters.methods.networks import text_transformer as flax_tower
+from clip_adapter.adapters.methods.networks.coop_context import Tower, class_weights
+from clip_adapter.adapters.methods.networks.text_transformer import (
+    TextTransformer,
+    TowerShape,
+    text_features,
+)
 from clip_adapter.cache.text_tower import TOKEN_EMBEDDING, TextTower, array_shapes
-from clip_adapter.extract.backbone import Backbone
-from clip_adapter.extract.text_tower import text_tower
+from clip_adapter.extract.backbones.loading import Backbone
+from clip_adapter.extract.backbones.text_tower import text_tower
 from tests.adapters.towers import NAMES, backbone, named, unit
 
 PROMPTS = ("a photo of a three.", "", "potholed, banded; woven (dog)", "x " * 40)

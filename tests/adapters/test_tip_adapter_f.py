@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from clip_adapter.adapters.engine import Engine
-from clip_adapter.adapters.evaluation import Evaluation
+from clip_adapter.adapters.engine.evaluation import Evaluation
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.adapters.engine.search import fit, rungs_of, search
 from clip_adapter.adapters.method import Setting, Task
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.adapters.search import fit, rungs_of, search
+from clip_adapter.adapters.registry import METHODS
 from tests.adapters.closed_tasks import NoJournal, numpy_task, on_device, rows, score
 from tests.adapters.test_tip_adapter import reference_keys, reference_logits
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, one_hot
 
-from clip_adapter.adapters.engine import Engine
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.adapters.engine.scoring import make_classify
+from clip_adapter.adapters.engine.search import fit
 from clip_adapter.adapters.method import Task
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.adapters.scoring import make_classify
-from clip_adapter.adapters.search import fit
+from clip_adapter.adapters.registry import METHODS
 from tests.adapters.tasks import (
     CLASSES,
     DIM,

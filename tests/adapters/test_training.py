@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from clip_adapter.adapters.draws import epochs_per_drawing
-from clip_adapter.adapters.engine import Chunk, Engine
+from clip_adapter.adapters.engine.epoch_draws import epochs_per_drawing
+from clip_adapter.adapters.engine.runner import Chunk, Engine
+from clip_adapter.adapters.engine.training import RunState
 from clip_adapter.adapters.method import Setting, Task
-from clip_adapter.adapters.recipe import evaluated_epochs, scheduled_rate, steps_and_batch
-from clip_adapter.adapters.training import RunState
+from clip_adapter.adapters.optimisation import evaluated_epochs, scheduled_rate, steps_and_batch
 from tests.adapters import torch_reference as reference
 from tests.adapters.tasks import (
     CLIP_ADAPTER,

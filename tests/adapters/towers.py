@@ -8,7 +8,7 @@ import numpy.typing as npt
 import open_clip
 import torch
 
-from clip_adapter.extract.backbone import BPE_FILE, Backbone, load_backbone
+from clip_adapter.extract.backbones.loading import BPE_FILE, Backbone, load_backbone
 from clip_adapter.extract.recipe import GLYPH_CLIP_FOLDER
 
 NAMES = ("three", "zig-zagged (dog)", "one_two", "potholed", "a b c")

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from clip_adapter.pipelines.jax_setup import set_up_jax
+from clip_adapter.pipelines.console.jax_setup import set_up_jax
 
 set_up_jax()
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from clip_adapter.cache import cores
-from clip_adapter.cache.cores import available_cores, limit_openmp
+from clip_adapter import cores
+from clip_adapter.cores import available_cores, limit_openmp
 
 
 @pytest.fixture

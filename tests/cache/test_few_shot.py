@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.few_shot import draw_few_shot
+from clip_adapter.errors import UserError
 
 PUBLISHED = json.loads(
     gzip.decompress((Path(__file__).parent / "data" / "few_shot_subsets.json.gz").read_bytes())

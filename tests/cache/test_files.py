@@ -2,7 +2,7 @@
 
 import pytest
 
-from clip_adapter.cache import files
+from clip_adapter import files
 
 
 @pytest.mark.parametrize("opened", ["[", '{"a":', '[{"a":'])

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.errors import UserError
 from tests.cache.small_cache import (
     ARGUMENTS,
     CLASSES,
@@ -24,7 +24,7 @@ import resource, sys
 from dataclasses import dataclass
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from clip_adapter.pipelines.command import run_command
+from clip_adapter.pipelines.console.running import run_command
 from tests.cache.small_cache import make_cache
 
 @dataclass

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_adapter.cache import files, staging
-from clip_adapter.cache.errors import UserError
+from clip_adapter import files
+from clip_adapter.cache import staging
 from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.errors import UserError
 from tests.cache.rewriting import datasets
 from tests.cache.small_cache import ARGUMENTS, BATCH, FINISH, make_cache, write_all
 

@@ -8,12 +8,12 @@ import h5py
 import numpy as np
 import pytest
 
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.metadata import Part
 from clip_adapter.cache.parts import merge_parts
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.writer import CacheWriter
-from clip_adapter.pipelines.inspect_file import InspectConfig, inspect
+from clip_adapter.errors import UserError
+from clip_adapter.pipelines.commands.inspect_file import InspectConfig, inspect
 from tests.cache.rewriting import datasets, put, rewrite
 from tests.cache.small_cache import CLASSES, DIM, FINISH, make_cache
 

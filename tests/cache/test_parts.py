@@ -10,11 +10,11 @@ import h5py
 import numpy as np
 import pytest
 
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.metadata import Part
 from clip_adapter.cache.parts import merge_parts, part_of
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.errors import UserError
 from tests.cache.rewriting import put, rewrite
 from tests.cache.small_cache import CLASSES, DIM, FINISH, features, make_cache
 from tests.fuzz.cache_mutations import mutate_cache

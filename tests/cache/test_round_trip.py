@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import clip_adapter.cache.writer
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.errors import UserError
 from tests.cache.small_cache import BACKBONE, DATASET
 
 FORMAT_PAGE = Path(clip_adapter.cache.writer.__file__).with_name("FORMAT.md")

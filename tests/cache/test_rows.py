@@ -9,9 +9,9 @@ import h5py
 import numpy as np
 import pytest
 
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.errors import UserError
 from tests.cache.rewriting import put, rewrite
 from tests.cache.small_cache import BACKBONE, FINISH
 

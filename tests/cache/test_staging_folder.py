@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from clip_adapter.cache import files
-from clip_adapter.cache.errors import UserError
+from clip_adapter import files
 from clip_adapter.cache.staging import StagingFolder
+from clip_adapter.errors import UserError
 
 
 def test_nothing_is_left_where_nothing_was_begun(tmp_path: Path) -> None:

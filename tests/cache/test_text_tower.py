@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.text_tower import (
     FORMAT,
     TextTower,
@@ -23,6 +22,7 @@ from clip_adapter.cache.text_tower import (
     tower_path,
     write_text_tower,
 )
+from clip_adapter.errors import UserError
 
 CONFIG = TextTowerConfig(
     width=8,

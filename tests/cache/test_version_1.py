@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from clip_adapter.cache import version_1
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.errors import UserError
 from tests import processes
 
 VERSION_1 = Path(__file__).parent / "data" / "version_1.h5"

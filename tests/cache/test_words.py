@@ -2,7 +2,7 @@
 
 import pytest
 
-from clip_adapter.cache.words import (
+from clip_adapter.words import (
     counted,
     printable,
     quoted,

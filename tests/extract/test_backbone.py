@@ -16,12 +16,12 @@ import torch
 from open_clip import factory, pretrained
 from safetensors.torch import save_file
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.extract.backbone import load_backbone
+from clip_adapter.errors import UserError
+from clip_adapter.extract.backbones.loading import load_backbone
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.recipe import GLYPH_CLIP_FOLDER
 from clip_adapter.extract.run import extract
-from clip_adapter.pipelines.spoken import Spoken
+from clip_adapter.pipelines.console.spoken import Spoken
 from tests.extract.image_folders import make_folder
 from tests.extract.tiny_models import VIT_CONFIG, random_model, register, with_weights_of
 

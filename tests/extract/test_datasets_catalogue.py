@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_adapter.cache.errors import UserError
+from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.catalogue import load_catalogue
 from clip_adapter.extract.datasets.checks import checked
 from clip_adapter.extract.datasets.registry import open_dataset

@@ -7,10 +7,10 @@ from unicodedata import normalize
 
 import pytest
 
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.few_shot import draw_few_shot
+from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.catalogue import load_catalogue
-from clip_adapter.extract.datasets.coop import open_coop
+from clip_adapter.extract.datasets.coop_layout import open_coop
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import SourceOptions
 from tests.extract.data_set_archives import grey, write_image
@@ -140,7 +140,7 @@ def test_published_sizes_are_recognised(tmp_path: Path, monkeypatch: pytest.Monk
     folder = tmp_path / "oxford_pets"
     folder.mkdir()
     (folder / str(PETS.coop_split_file)).write_text(json.dumps(split))
-    monkeypatch.setattr("clip_adapter.extract.datasets.coop.require_files", lambda *_: None)
+    monkeypatch.setattr("clip_adapter.extract.datasets.coop_layout.require_files", lambda *_: None)
     data = open_coop(str(folder), SourceOptions())
     assert data.splits["val"].origin == "val: published split split_zhou_OxfordPets.json"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_adapter.cache.errors import UserError
+from clip_adapter.errors import UserError
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions

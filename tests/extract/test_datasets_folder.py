@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.listener import Listener
-from clip_adapter.extract import images
+from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets import image_files
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import (
@@ -23,6 +21,8 @@ from clip_adapter.extract.datasets.source import (
     splits_among,
 )
 from clip_adapter.extract.datasets.splitting import complete_splits
+from clip_adapter.extract.encoding import images
+from clip_adapter.listener import Listener
 from tests.extract.data_set_archives import grey, write_image
 
 

@@ -10,10 +10,10 @@ import datasets
 import pytest
 from PIL import Image
 
-from clip_adapter.cache.errors import UserError
+from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import SourceOptions
-from clip_adapter.extract.images import BadImage
+from clip_adapter.extract.encoding.images import BadImage
 from tests.extract.data_set_archives import grey, image_bytes, write_image
 
 CLASSES = ["pug", "boxer"]

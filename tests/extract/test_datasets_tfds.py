@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.extract.datasets import tfds_builders, tfds_without_tensorflow
+from clip_adapter.errors import UserError
+from clip_adapter.extract.datasets import tfds as tfds_builders
+from clip_adapter.extract.datasets import tfds_without_tensorflow
 from clip_adapter.extract.datasets.catalogue import load_catalogue
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions
-from clip_adapter.extract.datasets.tfds_builders import LEFT_OUT, _label_map
+from clip_adapter.extract.datasets.tfds import LEFT_OUT, _label_map
 from tests.extract.data_set_archives import (
     caltech_archive,
     dtd_archive,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.extract.device import find_device
+from clip_adapter.errors import UserError
+from clip_adapter.extract.encoding.device import find_device
 from clip_adapter.extract.shards import Launch, find_launch
 
 TORCHRUN = {

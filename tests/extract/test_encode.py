@@ -18,13 +18,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch._dynamo.utils import counters
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.extract.backbone import Backbone, load_backbone
+from clip_adapter.errors import UserError
+from clip_adapter.extract.backbones.loading import Backbone, load_backbone
 from clip_adapter.extract.datasets.source import Split
-from clip_adapter.extract.decode import Plan
-from clip_adapter.extract.device import find_device, find_precision
-from clip_adapter.extract.encode import EncodedBatch, Encoder, encode_images
-from clip_adapter.extract.stopwatch import Stopwatch
+from clip_adapter.extract.encoding.decode import Plan
+from clip_adapter.extract.encoding.device import find_device, find_precision
+from clip_adapter.extract.encoding.encoder import EncodedBatch, Encoder, encode_images
+from clip_adapter.extract.encoding.stopwatch import Stopwatch
 from tests.extract.image_folders import photograph
 from tests.extract.tiny_models import TEXT
 
@@ -292,8 +292,8 @@ def test_a_gpu_that_is_not_there() -> None:
 
 def test_the_threads_decode_what_one_thread_decodes() -> None:
     """`read` is called in several threads at once."""
-    from clip_adapter.extract.decode import decode
-    from clip_adapter.extract.preprocess import Preprocess
+    from clip_adapter.extract.encoding.decode import decode
+    from clip_adapter.extract.encoding.preprocess import Preprocess
 
     config = {"size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "shortest"}
     preprocess = Preprocess({**config, "interpolation": "bicubic"})

@@ -15,8 +15,8 @@ from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.staging import StagingFolder
 from clip_adapter.extract import job
 from clip_adapter.extract.config import ExtractConfig
-from clip_adapter.pipelines import commands
-from clip_adapter.pipelines.extract_command import main
+from clip_adapter.pipelines.commands.extract import main
+from clip_adapter.pipelines.console import entry as commands
 from tests.extract.image_folders import make_folder
 
 ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
@@ -50,7 +50,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *words: st
 
 
 def test_the_default_in_a_process_of_its_own(tmp_path: Path, digits_cache: Path) -> None:
-    code = "from clip_adapter.pipelines.extract_command import main; main(sys.argv[1:])"
+    code = "from clip_adapter.pipelines.commands.extract import main; main(sys.argv[1:])"
     imported, printed = modules_after(code, cwd=tmp_path)
     assert printed.startswith("features.h5: 719 train, 179 val, 899 test images, 10 classes, ")
     assert "torch" in imported
@@ -175,7 +175,7 @@ def test_the_first_process_of_torchrun_looks_where_the_parts_will_be_joined(
 
 
 def test_fit_never_imports_torch(tmp_path: Path, digits_cache: Path) -> None:
-    code = "from clip_adapter.pipelines.fit import main; main(sys.argv[1:])"
+    code = "from clip_adapter.pipelines.commands.fit import main; main(sys.argv[1:])"
     small = ("--shots", "1", "--epochs", "1", "--alpha", "0.6")
     imported, printed = modules_after(
         code,
@@ -196,9 +196,9 @@ def test_fit_never_imports_torch(tmp_path: Path, digits_cache: Path) -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "from clip_adapter.pipelines.extract_command import main; main(['--help'])",
-        "from clip_adapter.pipelines.fit import main; main(['--help'])",
-        "from clip_adapter.pipelines.commands import main; sys.argv[1:] = ['--help']; main()",
+        "from clip_adapter.pipelines.commands.extract import main; main(['--help'])",
+        "from clip_adapter.pipelines.commands.fit import main; main(['--help'])",
+        "from clip_adapter.pipelines.console.entry import main; sys.argv[1:] = ['--help']; main()",
     ],
 )
 def test_help_imports_nothing_heavy(tmp_path: Path, code: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_adapter.extract.images import open_image, read_rgb, readable_suffixes
+from clip_adapter.extract.encoding.images import open_image, read_rgb, readable_suffixes
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (6, 5, 4))

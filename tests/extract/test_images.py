@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.extract import images
-from clip_adapter.extract.images import BadImage, naming, open_image, read_rgb
+from clip_adapter.errors import UserError
+from clip_adapter.extract.encoding import images
+from clip_adapter.extract.encoding.images import BadImage, naming, open_image, read_rgb
 from clip_adapter.extract.recipe import resolve
 
 RNG = np.random.default_rng(0)

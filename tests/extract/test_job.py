@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.errors import UserError
 from clip_adapter.extract import job
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset
 from clip_adapter.extract.run import extract
 from clip_adapter.extract.shards import Shard, parse_shard
-from clip_adapter.pipelines.merge import MergeConfig, merge
-from clip_adapter.pipelines.spoken import Spoken
+from clip_adapter.pipelines.commands.merge import MergeConfig, merge
+from clip_adapter.pipelines.console.spoken import Spoken
 from tests import processes
 from tests.cache.rewriting import datasets, put, rewrite
 from tests.extract.image_folders import make_folder, photograph
@@ -34,7 +34,7 @@ THREADS = 4  # as many passes at once, each on one thread
 ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(THREADS)}
 WITH_THREADS = f"""
 import torch
-from clip_adapter.pipelines.commands import extract
+from clip_adapter.pipelines.console.entry import extract
 torch.set_num_threads({THREADS})
 extract()
 """
@@ -472,7 +472,7 @@ def test_a_split_without_a_readable_image(tmp_path: Path) -> None:
 
 
 def test_training_draws_views_only_when_asked(whole: Path, digits_cache: Path) -> None:
-    from clip_adapter.adapters.methods import find_method
+    from clip_adapter.adapters.registry import find_method
     from clip_adapter.pipelines.fitting.data import open_data
     from clip_adapter.pipelines.fitting.tasks import TaskRows
 
@@ -510,11 +510,11 @@ from PIL import Image
 from clip_adapter.cache.tally import in_several_splits, tally
 from clip_adapter.cache.writer import CacheWriter
 from clip_adapter.extract.datasets.source import Split
-from clip_adapter.extract.decode import Plan
-from clip_adapter.extract.encode import Encoder, encode_images
-from clip_adapter.extract.in_order import InOrder
-from clip_adapter.extract.preprocess import Preprocess
-from clip_adapter.extract.stopwatch import Stopwatch
+from clip_adapter.extract.encoding.decode import Plan
+from clip_adapter.extract.encoding.encoder import Encoder, encode_images
+from clip_adapter.extract.encoding.in_order import InOrder
+from clip_adapter.extract.encoding.preprocess import Preprocess
+from clip_adapter.extract.encoding.stopwatch import Stopwatch
 
 class Free(Encoder):
     def __init__(self):

@@ -20,10 +20,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, dynamic_module_utils
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.extract import backbone as backbone_module
-from clip_adapter.extract.backbone import load_backbone
-from clip_adapter.extract.model_config import check_config
+from clip_adapter.errors import UserError
+from clip_adapter.extract.backbones import loading as backbone_module
+from clip_adapter.extract.backbones.config_check import check_config
+from clip_adapter.extract.backbones.loading import load_backbone
 from tests.extract.tiny_models import VIT_CONFIG
 
 VOCABULARY = {"<pad>": 0, "<unk>": 1, "a": 2, "photo": 3, "of": 4, "cat": 5}

@@ -11,8 +11,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from clip_adapter.extract.images import BadImage
-from clip_adapter.extract.preprocess import (
+from clip_adapter.extract.encoding.images import BadImage
+from clip_adapter.extract.encoding.preprocess import (
     CROP_RATIO,
     CROP_SCALE,
     RESIZED_PIXELS_MAX,

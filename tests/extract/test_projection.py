@@ -7,10 +7,10 @@ import open_clip
 import pytest
 import torch
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.extract.backbone import Backbone
-from clip_adapter.extract.encode import Encoder
-from clip_adapter.extract.projection import take_projection
+from clip_adapter.errors import UserError
+from clip_adapter.extract.backbones.loading import Backbone
+from clip_adapter.extract.encoding.encoder import Encoder
+from clip_adapter.extract.encoding.projection import take_projection
 from tests.adapters.towers import TEXT
 
 VIT = {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}

@@ -8,18 +8,18 @@ import h5py
 import numpy as np
 import pytest
 
-from clip_adapter.adapters.classifier import classifier_weights
-from clip_adapter.cache.errors import UserError
+from clip_adapter.adapters.formulas import classifier_weights
 from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.errors import UserError
 from clip_adapter.extract.config import ExtractConfig
-from clip_adapter.extract.prompts import (
+from clip_adapter.extract.run import extract
+from clip_adapter.extract.text.encode_text import TextPlan
+from clip_adapter.extract.text.prompts import (
     descriptions_in_order,
     read_descriptions,
     resolve_templates,
 )
-from clip_adapter.extract.run import extract
-from clip_adapter.extract.text import TextPlan
-from clip_adapter.pipelines.spoken import Spoken
+from clip_adapter.pipelines.console.spoken import Spoken
 from tests.extract.image_folders import make_folder, photograph
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

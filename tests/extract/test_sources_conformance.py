@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from clip_adapter.cache.errors import UserError
+from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets import tfds_without_tensorflow
 from clip_adapter.extract.datasets.catalogue import load_catalogue
 from clip_adapter.extract.datasets.registry import KINDS, NAMED, open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions, Split
+from clip_adapter.extract.encoding.images import BadImage, read_rgb
 from clip_adapter.extract.fingerprints import UNKNOWN, stamps
-from clip_adapter.extract.images import BadImage, read_rgb
 from tests.extract.data_set_archives import EUROSAT, image_bytes, serve, write_image
 
 PETS = load_catalogue()["oxford_pets"]

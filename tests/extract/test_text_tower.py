@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.text_tower import array_shapes
-from clip_adapter.extract.text_tower import PHRASES, text_tower
+from clip_adapter.errors import UserError
+from clip_adapter.extract.backbones.text_tower import PHRASES, text_tower
 from tests.adapters.towers import backbone
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clip_adapter.adapters.coop_network import class_weights, prepare
-from clip_adapter.cache.errors import UserError
+from clip_adapter.adapters.methods.networks.coop_context import class_weights, prepare
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.text_tower import read_text_tower, tower_path
-from clip_adapter.extract.backbone import load_backbone
+from clip_adapter.errors import UserError
+from clip_adapter.extract.backbones.loading import load_backbone
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.run import extract
-from clip_adapter.pipelines.merge import MergeConfig, merge
+from clip_adapter.pipelines.commands.merge import MergeConfig, merge
 from tests.adapters.towers import unit
 from tests.extract.image_folders import make_folder
 

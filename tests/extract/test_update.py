@@ -12,14 +12,14 @@ import h5py
 import numpy as np
 import pytest
 
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.text_tower import tower_path
+from clip_adapter.errors import UserError
 from clip_adapter.extract import job
 from clip_adapter.extract.config import ExtractConfig
-from clip_adapter.extract.decode import Plan
+from clip_adapter.extract.encoding.decode import Plan
 from clip_adapter.extract.run import extract
-from clip_adapter.pipelines.spoken import Spoken
+from clip_adapter.pipelines.console.spoken import Spoken
 from tests.cache.rewriting import datasets
 from tests.extract.image_folders import make_folder, photograph
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from clip_adapter.cache.errors import UserError
+from clip_adapter.errors import UserError
 from tests.fuzz.command import LONGEST, Said, run
 
 Read = Callable[[], Any]

@@ -11,7 +11,7 @@ from importlib import import_module
 from io import TextIOWrapper
 from typing import NoReturn
 
-from clip_adapter.pipelines.commands import COMMANDS
+from clip_adapter.pipelines.console.entry import COMMANDS
 
 LONGEST = 500
 MOST_LINES = 60

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_adapter.cache.errors import UserError
+from clip_adapter.errors import UserError
 from clip_adapter.extract import job  # noqa: F401 - imported before the forks
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.run import extract

@@ -24,10 +24,10 @@ import jax
 import matplotlib.backends.backend_agg  # noqa: F401 - imported before the forks
 from jax._src import xla_bridge
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.pipelines.fit import FitConfig, fit
+from clip_adapter.errors import UserError
+from clip_adapter.pipelines.commands.fit import FitConfig, fit
+from clip_adapter.pipelines.console.jax_setup import set_up_jax
 from clip_adapter.pipelines.fitting import run as _run  # noqa: F401 - imported before the forks
-from clip_adapter.pipelines.jax_setup import set_up_jax
 from tests.pipelines.tiny_cache import tiny_data, write_cache
 
 SOME: dict[str, Any] = {"baselines": ("zero-shot",), "shots": (1, 2), "seeds": (1,)}

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clip_adapter.cache.errors import UserError
+from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import SourceOptions
-from clip_adapter.extract.images import BadImage, open_image, read_rgb
-from clip_adapter.extract.preprocess import Preprocess
-from clip_adapter.extract.prompts import read_descriptions, resolve_templates
+from clip_adapter.extract.encoding.images import BadImage, open_image, read_rgb
+from clip_adapter.extract.encoding.preprocess import Preprocess
+from clip_adapter.extract.text.prompts import read_descriptions, resolve_templates
 from tests import processes
 from tests.fuzz import image_mutations, source_mutations
 

@@ -16,18 +16,18 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from clip_adapter.adapters.classifier import classifier_weights
-from clip_adapter.adapters.engine import Engine
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.adapters.engine.scoring import make_classify
+from clip_adapter.adapters.engine.search import fit
+from clip_adapter.adapters.formulas import classifier_weights
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Arrays, Head, Method, Setting, Task
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.adapters.scoring import make_classify
-from clip_adapter.adapters.search import fit
-from clip_adapter.extract.backbone import Backbone, load_backbone
-from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter
+from clip_adapter.adapters.registry import METHODS
+from clip_adapter.extract.backbones.loading import Backbone, load_backbone
+from clip_adapter.pipelines.console.jax_setup import set_up_jax
 from clip_adapter.pipelines.fitting import plot
 from clip_adapter.pipelines.fitting.plan import PlannedMethod
-from clip_adapter.pipelines.jax_setup import set_up_jax
+from clip_adapter.pipelines.saved.adapter_file import AdapterInfo, SavedAdapter
 
 CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TEMPLATES = ["a photo of the digit {}.", "the digit {}"]

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_adapter.adapters.engine import Engine
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.adapters.engine.search import fit as fit_arrays
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Head, Task
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.adapters.search import fit as fit_arrays
-from clip_adapter.cache.errors import UserError
-from clip_adapter.pipelines.adapter_file import SavedAdapter, load_adapter
-from clip_adapter.pipelines.fit import fit, main
+from clip_adapter.adapters.registry import METHODS
+from clip_adapter.errors import UserError
+from clip_adapter.pipelines.commands.fit import fit, main
 from clip_adapter.pipelines.fitting import one_task
 from clip_adapter.pipelines.fitting.ablation_rows import FILE, AblationRow, read_ablations
 from clip_adapter.pipelines.fitting.config import FitConfig
+from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter
 from tests.pipelines.run_files import files
 from tests.pipelines.tiny_cache import TinyData, short, tiny_data, write_cache
 

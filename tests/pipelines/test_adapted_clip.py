@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.extract.backbone import Backbone
+from clip_adapter.errors import UserError
+from clip_adapter.extract.backbones.loading import Backbone
 from clip_adapter.extract.recipe import GLYPH_CLIP_FOLDER
-from clip_adapter.pipelines import adapted_clip
-from clip_adapter.pipelines.adapted_clip import AdaptedClip
-from clip_adapter.pipelines.adapter_file import SavedAdapter, save_adapter
-from clip_adapter.pipelines.fitted_head import FittedHead
+from clip_adapter.pipelines.saved import pytorch as adapted_clip
+from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, save_adapter
+from clip_adapter.pipelines.saved.fitted_head import FittedHead
+from clip_adapter.pipelines.saved.pytorch import AdaptedClip
 
 LogitsOf = Callable[[SavedAdapter, np.ndarray], np.ndarray]
 

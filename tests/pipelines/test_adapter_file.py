@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.cache.errors import UserError
-from clip_adapter.pipelines.adapter_file import (
+from clip_adapter.adapters.registry import METHODS
+from clip_adapter.errors import UserError
+from clip_adapter.pipelines.saved.adapter_file import (
     SavedAdapter,
     document_sha256,
     load_adapter,
@@ -35,9 +35,9 @@ import sys
 from pathlib import Path
 import numpy as np
 from clip_adapter.adapters.method import Head
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.adapters.scoring import make_classify
-from clip_adapter.pipelines.adapter_file import load_adapter
+from clip_adapter.adapters.registry import METHODS
+from clip_adapter.adapters.engine.scoring import make_classify
+from clip_adapter.pipelines.saved.adapter_file import load_adapter
 
 folder = Path(sys.argv[1])
 features = np.load(folder / "features.npy")

@@ -13,10 +13,10 @@ import torch
 from safetensors.numpy import load_file
 
 from clip_adapter.adapters.method import Head
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.pipelines.adapter_file import SavedAdapter, load_adapter
-from clip_adapter.pipelines.fitted_head import FittedHead
-from clip_adapter.pipelines.inspect_file import InspectConfig, inspect
+from clip_adapter.adapters.registry import METHODS
+from clip_adapter.pipelines.commands.inspect_file import InspectConfig, inspect
+from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter
+from clip_adapter.pipelines.saved.fitted_head import FittedHead
 
 FOLDER = Path(__file__).parent / "version_1"
 EXPECTED = load_file(FOLDER / "expected.safetensors")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy.stats import t, ttest_rel
 
-from clip_adapter.adapters.evaluation import Evaluation, Images
+from clip_adapter.adapters.engine.evaluation import Evaluation, Images
 from clip_adapter.adapters.method import Task
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.pipelines.fit import fit
+from clip_adapter.adapters.registry import METHODS
+from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.choice import Search, t_quantile
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.run import FitResult

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.pipelines.command import run_command
+from clip_adapter.errors import UserError
+from clip_adapter.pipelines.console.running import run_command
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,15 @@ def test_an_interruption_may_say_how_to_go_on(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("entry", "arguments", "package"),
     [
-        ("extract", [], "clip_adapter.pipelines.extract_command"),
+        ("extract", [], "clip_adapter.pipelines.commands.extract"),
         ("extract", [], "argparse"),
         ("extract", [], "torch"),
-        ("fit", [], "clip_adapter.pipelines.fit"),
+        ("fit", [], "clip_adapter.pipelines.commands.fit"),
         ("fit", [], "argparse"),
         ("main", ["extract"], "argparse"),
         ("main", ["inspect", "x"], "h5py"),
         ("main", ["predict", "x"], "numpy"),
-        ("main", ["nothing"], "clip_adapter.cache.words"),
+        ("main", ["nothing"], "clip_adapter.words"),
     ],
 )
 def test_ctrl_c_while_packages_are_imported(
@@ -108,7 +108,7 @@ def test_ctrl_c_while_packages_are_imported(
         "            if name == 'torch': raise ImportError('as extensions do') from error\n"
         "            raise\n"
         "sys.meta_path.insert(0, Interrupting)\n"
-        f"from clip_adapter.pipelines.commands import {entry}; {entry}()\n"
+        f"from clip_adapter.pipelines.console.entry import {entry}; {entry}()\n"
     )
     command = [sys.executable, "-c", program, *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -129,7 +129,7 @@ def test_ctrl_c_in_a_real_process() -> None:
     program = (
         "import time\n"
         "from dataclasses import dataclass\n"
-        "from clip_adapter.pipelines.command import run_command\n"
+        "from clip_adapter.pipelines.console.running import run_command\n"
         "@dataclass\n"
         "class Nothing:\n    '''Wait.'''\n"
         "def wait(config):\n    print('ready', flush=True)\n    time.sleep(60)\n"
@@ -206,7 +206,7 @@ Finished = subprocess.CompletedProcess[str]
 
 STRANGE = r"""
 from dataclasses import dataclass
-from clip_adapter.pipelines.command import run_command
+from clip_adapter.pipelines.console.running import run_command
 @dataclass
 class Nothing:
     "Print."
@@ -258,7 +258,7 @@ def test_no_file_becomes_a_standard_stream_that_was_closed(tmp_path: Path) -> No
     """As cron and services start programs."""
     program = (
         "import sys\n"
-        "from clip_adapter.pipelines.commands import begin\n"
+        "from clip_adapter.pipelines.console.entry import begin\n"
         "begin()\n"
         "print('a result')\n"
         "print('a note', sys.stderr.isatty(), sys.stdin.read(), file=sys.stderr)\n"

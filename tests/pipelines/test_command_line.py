@@ -9,9 +9,9 @@ from typing import Literal
 
 import pytest
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.pipelines.argument_types import Positional, number_or
-from clip_adapter.pipelines.command_line import config_from, parse, parser_for
+from clip_adapter.errors import UserError
+from clip_adapter.pipelines.console.argument_types import Positional, number_or
+from clip_adapter.pipelines.console.parser import config_from, parse, parser_for
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import save
 
 from clip_adapter.adapters.method import Head
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.cache.errors import UserError
-from clip_adapter.pipelines.adapter_check import check_usable
-from clip_adapter.pipelines.adapter_file import (
+from clip_adapter.adapters.registry import METHODS
+from clip_adapter.errors import UserError
+from clip_adapter.pipelines.saved.adapter_check import check_usable
+from clip_adapter.pipelines.saved.adapter_file import (
     SavedAdapter,
     document_sha256,
     load_adapter,

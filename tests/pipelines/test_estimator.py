@@ -19,9 +19,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_estimator
 
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.pipelines.adapter_file import SavedAdapter
-from clip_adapter.pipelines.estimator import ClipAdapterClassifier, FewShotClassifier
+from clip_adapter.adapters.registry import METHODS
+from clip_adapter.pipelines.saved.adapter_file import SavedAdapter
+from clip_adapter.pipelines.saved.sklearn import ClipAdapterClassifier, FewShotClassifier
 
 # What scikit-learn skips by itself where its optional companions are not there.
 SKIPPED_BY_SCIKIT_LEARN = {
@@ -258,7 +258,7 @@ def test_what_fit_refuses_predict_refuses_too(X: np.ndarray, y: np.ndarray, size
 FORKED = """
 import multiprocessing
 import jax, numpy as np
-from clip_adapter.pipelines.estimator import FewShotClassifier
+from clip_adapter.pipelines.saved.sklearn import FewShotClassifier
 def fit(name): return FewShotClassifier(name).fit(np.eye(4), [0, 0, 1, 1]).predict(np.eye(4))
 def call(name):
     try: return fit(name)

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.listener import Listener
 from clip_adapter.cache.writer import CacheWriter
-from clip_adapter.pipelines.adapter_file import SavedAdapter, load_adapter, save_adapter
-from clip_adapter.pipelines.evaluate import EvaluateConfig, evaluate, main
-from clip_adapter.pipelines.fit import fit
+from clip_adapter.errors import UserError
+from clip_adapter.listener import Listener
+from clip_adapter.pipelines.commands.evaluate import EvaluateConfig, evaluate, main
+from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.predictions import read_predictions
-from clip_adapter.pipelines.labelled import Encoding, images_of_folder
+from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter, save_adapter
+from clip_adapter.pipelines.scoring.labelled_images import Encoding, images_of_folder
 from tests.pipelines.tiny_cache import short, tiny_data, write_cache
 
 DATA = tiny_data(test=60)

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from clip_adapter.adapters.method import Head
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.pipelines.adapter_file import load_adapter
-from clip_adapter.pipelines.fit import fit
+from clip_adapter.adapters.registry import METHODS
+from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.fit_rows import unpacked
 from clip_adapter.pipelines.fitting.predictions import read_predictions
+from clip_adapter.pipelines.saved.adapter_file import load_adapter
 from tests.pipelines.run_files import files, nearest_of, results, selected, summary
 from tests.pipelines.tiny_cache import FIT, TinyData, run_fit, short, tiny_data, write_cache
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.pipelines.fit import fit
+from clip_adapter.errors import UserError
+from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.predictions import read_predictions
 from clip_adapter.pipelines.fitting.results import Spread
@@ -38,7 +38,7 @@ def state():
         list(sys.path),
     )
 
-from clip_adapter.pipelines.fit import fit
+from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
 before = state()
 result = fit(FitConfig(

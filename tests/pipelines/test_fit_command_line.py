@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.cache.errors import UserError
-from clip_adapter.pipelines.adapter_file import load_adapter
-from clip_adapter.pipelines.fit import fit, main
+from clip_adapter.adapters.registry import METHODS
+from clip_adapter.errors import UserError
+from clip_adapter.pipelines.commands.fit import fit, main
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.flags import parse
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.fitting.run import FitResult
 from clip_adapter.pipelines.fitting.tables import print_run
+from clip_adapter.pipelines.saved.adapter_file import load_adapter
 from tests import processes
 from tests.pipelines import toy_methods
 from tests.pipelines.run_files import results, selected
@@ -47,7 +47,7 @@ def refusal(line: str) -> str:
 
 HELP = """
 import sys
-from clip_adapter.pipelines.commands import fit
+from clip_adapter.pipelines.console.entry import fit
 sys.argv = ["fit", *sys.argv[1:]]
 try:
     fit()
@@ -261,7 +261,7 @@ def test_a_run_file_imports_nothing(cache: Path, tmp_path: Path, monkeypatch: py
 
 def test_one_method_named_twice(cache: Path, tmp_path: Path):
     """Also by two of its names."""
-    where = "clip_adapter.adapters.clip_adapter:CLIP_ADAPTER"
+    where = "clip_adapter.adapters.methods.clip_adapter:CLIP_ADAPTER"
     for names in (("clip-adapter", "clip-adapter"), ("clip-adapter", where)):
         with pytest.raises(UserError, match="names a method twice"):
             fit(short(cache, tmp_path / "run", method=names))

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from clip_adapter.adapters.method import Head
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.cache.listener import Listener
-from clip_adapter.pipelines.adapter_file import load_adapter
-from clip_adapter.pipelines.fit import fit
+from clip_adapter.adapters.registry import METHODS
+from clip_adapter.listener import Listener
+from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.run_folder import new_folder
 from clip_adapter.pipelines.fitting.tables import print_run
+from clip_adapter.pipelines.saved.adapter_file import load_adapter
 from tests.pipelines.run_files import results
 from tests.pipelines.test_fit import zero_shot_accuracy
 from tests.pipelines.tiny_cache import TinyData, short, tiny_data, write_cache

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from clip_adapter.pipelines.fit import fit
+from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.fit_rows import unpacked
 from clip_adapter.pipelines.fitting.run import FitResult

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from clip_adapter.pipelines.fit import main
+from clip_adapter.pipelines.commands.fit import main
 from tests.cache.rewriting import rewrite
 from tests.pipelines.tiny_cache import TinyData, run_fit, tiny_data, write_cache
 
@@ -315,7 +315,11 @@ def test_prompts_that_cancel_are_named(
 )
 def test_jax_that_cannot_begin_is_one_sentence(folder: Path, named: str) -> None:
     before = contents(folder)
-    command = [sys.executable, "-c", "from clip_adapter.pipelines.fit import main; main([])"]
+    command = [
+        sys.executable,
+        "-c",
+        "from clip_adapter.pipelines.commands.fit import main; main([])",
+    ]
     environment = os.environ | dict([named.split("=")])
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert done.returncode == 2 and done.stdout == ""

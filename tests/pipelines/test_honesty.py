@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.pipelines.fit import fit
+from clip_adapter.adapters.registry import METHODS
+from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.run import FitResult
 from tests.pipelines.run_files import adapters, choices, files, nearest_of, results, selected
 from tests.pipelines.tiny_cache import TinyData, short, tiny_data, write_cache

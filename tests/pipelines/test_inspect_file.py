@@ -9,11 +9,11 @@ import h5py
 import numpy as np
 import pytest
 
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.writer import CacheWriter
-from clip_adapter.pipelines.adapter_file import SavedAdapter, save_adapter
-from clip_adapter.pipelines.inspect_file import InspectConfig, inspect, main
+from clip_adapter.errors import UserError
+from clip_adapter.pipelines.commands.inspect_file import InspectConfig, inspect, main
+from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, save_adapter
 from tests.cache.rewriting import rewrite
 
 CLASSES = 1000

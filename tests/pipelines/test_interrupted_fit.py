@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from clip_adapter.cache import files as written
-from clip_adapter.cache.listener import Advance, Listener
-from clip_adapter.pipelines.adapter_file import load_adapter
-from clip_adapter.pipelines.fit import fit, main
+from clip_adapter import files as written
+from clip_adapter.listener import Advance, Listener
+from clip_adapter.pipelines.commands.fit import fit, main
 from clip_adapter.pipelines.fitting.config import FitConfig
+from clip_adapter.pipelines.saved.adapter_file import load_adapter
 from tests import processes
 from tests.pipelines.run_files import assert_same_end, files
 from tests.pipelines.tiny_cache import FIT, short, tiny_data, write_cache
@@ -156,7 +156,7 @@ import jax
 jax.config.update("jax_enable_compilation_cache", False)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
-from clip_adapter.pipelines.fit import main
+from clip_adapter.pipelines.commands.fit import main
 main(sys.argv[2:])
 """
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from clip_adapter.pipelines.jax_setup import note_programs, remove_changed, remove_oldest
+from clip_adapter.pipelines.console.jax_setup import note_programs, remove_changed, remove_oldest
 
 SCRIPT = """
 import gc, signal, time
-from clip_adapter.pipelines.jax_setup import set_up_jax
+from clip_adapter.pipelines.console.jax_setup import set_up_jax
 
 def _xla_gc_callback(phase, info):
     gc.callbacks.remove(_xla_gc_callback)
@@ -68,7 +68,7 @@ def test_a_program_in_the_place_of_another_is_not_run(tmp_path: Path) -> None:
 def test_a_folder_for_programs_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     program = (
-        "from clip_adapter.pipelines.jax_setup import set_up_jax\nset_up_jax()\n"
+        "from clip_adapter.pipelines.console.jax_setup import set_up_jax\nset_up_jax()\n"
         "import jax\nprint(jax.jit(lambda x: x + 1)(1))\n"
     )
     others = {n: v for n, v in os.environ.items() if n != "JAX_COMPILATION_CACHE_DIR"}
@@ -86,8 +86,8 @@ def test_a_folder_for_programs_that_is_a_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("work", ["set_up_jax()", "import torch"])
 def test_too_little_address_space_is_a_sentence(work: str) -> None:
     program = (
-        "import resource\nfrom clip_adapter.pipelines.command import run\n"
-        "from clip_adapter.pipelines.jax_setup import set_up_jax\n"
+        "import resource\nfrom clip_adapter.pipelines.console.running import run\n"
+        "from clip_adapter.pipelines.console.jax_setup import set_up_jax\n"
         "resource.setrlimit(resource.RLIMIT_AS, (10**9, 10**9))\n"
         f"def work(): {work}\n"
         "run('fit', work)\n"
@@ -102,7 +102,7 @@ def test_nobody_without_a_home_gets_a_traceback(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "def no_home(): raise RuntimeError('Could not determine home directory.')\n"
         "Path.home = no_home\n"
-        "from clip_adapter.pipelines.jax_setup import set_up_jax\n"
+        "from clip_adapter.pipelines.console.jax_setup import set_up_jax\n"
         "set_up_jax()\n"
         "import jax\n"
         "print(jax.config.jax_compilation_cache_dir)\n"

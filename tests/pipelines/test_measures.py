@@ -13,17 +13,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from sklearn.metrics import balanced_accuracy_score
 
-from clip_adapter.pipelines.fit import fit
+from clip_adapter.pipelines.commands.fit import fit
+from clip_adapter.pipelines.commands.report import ReportConfig, report
+from clip_adapter.pipelines.commands.study import StudyConfig, study
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.predictions import Predictions, read_predictions
 from clip_adapter.pipelines.fitting.results import Spread, TaskResult, summarise
 from clip_adapter.pipelines.fitting.run import FitResult
 from clip_adapter.pipelines.fitting.tables import print_run
-from clip_adapter.pipelines.report import ReportConfig, report
 from clip_adapter.pipelines.reporting.entries import pool
 from clip_adapter.pipelines.reporting.pairs import pairwise
 from clip_adapter.pipelines.reporting.runs import load_runs
-from clip_adapter.pipelines.study import StudyConfig, study
 from tests.pipelines.run_files import selected, summary
 from tests.pipelines.tiny_cache import tiny_data, write_cache
 

@@ -23,7 +23,7 @@ SETTINGS = (
     + """
 import sys
 import numpy as np
-from clip_adapter.pipelines.fit import fit
+from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
 
 def peak_mebibytes(settings: int, search: str) -> float:
@@ -59,7 +59,7 @@ LARGE = (
     PEAK
     + """
 import sys
-from clip_adapter.pipelines.fit import fit
+from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
 
 result = fit(FitConfig(

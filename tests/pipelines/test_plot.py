@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib.figure
 import pytest
 
-from clip_adapter.pipelines.fit import fit
+from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.fitting.planning import make_plan

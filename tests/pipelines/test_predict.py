@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 from scipy.special import softmax
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.pipelines.adapter_file import SavedAdapter, save_adapter
-from clip_adapter.pipelines.predict import PredictConfig, main, predict, print_predictions
+from clip_adapter.errors import UserError
+from clip_adapter.pipelines.commands.predict import PredictConfig, main, predict, print_predictions
+from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, save_adapter
 from tests import processes
 
 LogitsOf = Callable[[SavedAdapter, np.ndarray], np.ndarray]
@@ -41,10 +41,10 @@ def exit_code(*arguments: object) -> int:
 def test_the_module_and_the_command_need_no_jax(run: Path, image_folder: Path, digits: Any) -> None:
     program = (
         "import sys, atexit, torch;"
-        "from clip_adapter.pipelines.adapted_clip import AdaptedClip;"
+        "from clip_adapter.pipelines.saved.pytorch import AdaptedClip;"
         "print(tuple(AdaptedClip.from_run(sys.argv[3])(torch.zeros(2, 3, 32, 32)).shape));"
         "assert 'h5py' not in sys.modules;"
-        "from clip_adapter.pipelines.commands import main;"
+        "from clip_adapter.pipelines.console.entry import main;"
         "atexit.register(lambda: print({'jax', 'flax'} & {*sys.modules}, file=sys.stderr)); main()"
     )
     result = subprocess.run(

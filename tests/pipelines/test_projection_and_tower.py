@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from clip_adapter.cache.errors import UserError
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.extract.backbone import Backbone
+from clip_adapter.errors import UserError
+from clip_adapter.extract.backbones.loading import Backbone
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.run import extract
-from clip_adapter.pipelines.adapted_clip import AdaptedClip
-from clip_adapter.pipelines.adapter_file import SavedAdapter, load_adapter, save_adapter
-from clip_adapter.pipelines.evaluate import EvaluateConfig, evaluate
-from clip_adapter.pipelines.fit import fit
+from clip_adapter.pipelines.commands.evaluate import EvaluateConfig, evaluate
+from clip_adapter.pipelines.commands.fit import fit
+from clip_adapter.pipelines.commands.inspect_file import InspectConfig, inspect
+from clip_adapter.pipelines.commands.predict import PredictConfig, predict
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.predictions import read_predictions
-from clip_adapter.pipelines.inspect_file import InspectConfig, inspect
-from clip_adapter.pipelines.predict import PredictConfig, predict
+from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter, save_adapter
+from clip_adapter.pipelines.saved.pytorch import AdaptedClip
 from tests.pipelines.test_damaged_adapters import damaged
 
 COUNT = 60

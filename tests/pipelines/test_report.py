@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.pipelines.fit import fit
+from clip_adapter.errors import UserError
+from clip_adapter.pipelines.commands.fit import fit
+from clip_adapter.pipelines.commands.report import ReportConfig, report
 from clip_adapter.pipelines.fitting.config import FitConfig
-from clip_adapter.pipelines.report import ReportConfig, report
 from clip_adapter.pipelines.reporting.entries import pool
 from clip_adapter.pipelines.reporting.runs import load_runs
 from tests.pipelines.tiny_cache import tiny_data, write_cache

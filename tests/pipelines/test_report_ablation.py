@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.pipelines.fit import fit
+from clip_adapter.errors import UserError
+from clip_adapter.pipelines.commands.fit import fit
+from clip_adapter.pipelines.commands.report import ReportConfig, report
 from clip_adapter.pipelines.fitting.ablation_rows import FILE
 from clip_adapter.pipelines.fitting.config import FitConfig
-from clip_adapter.pipelines.report import ReportConfig, report
 from clip_adapter.pipelines.reporting.ablation_section import ablation_sections
 from clip_adapter.pipelines.reporting.ablations import pooled_ablations
 from clip_adapter.pipelines.reporting.runs import load_runs

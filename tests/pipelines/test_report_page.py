@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.pipelines.fit import fit
+from clip_adapter.errors import UserError
+from clip_adapter.pipelines.commands.fit import fit
+from clip_adapter.pipelines.commands.report import ReportConfig, report
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.predictions import read_predictions
-from clip_adapter.pipelines.report import ReportConfig, report
 from clip_adapter.pipelines.reporting.entries import pool
 from clip_adapter.pipelines.reporting.runs import load_runs
 from clip_adapter.pipelines.reporting.verdict import judge

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_adapter.cache.errors import UserError
+from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.catalogue import CatalogueEntry, load_catalogue
-from clip_adapter.pipelines import reproduce as reproduction
+from clip_adapter.pipelines.commands import reproduce as reproduction
+from clip_adapter.pipelines.commands.reproduce import ReproduceConfig, main, reproduce
 from clip_adapter.pipelines.reporting.published import published_datasets, published_of
-from clip_adapter.pipelines.reproduce import ReproduceConfig, main, reproduce
 from tests.pipelines.run_files import summary
 
 HERE = ("oxford_pets", "eurosat")

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.cache.errors import UserError
-from clip_adapter.pipelines.fit import fit, main
+from clip_adapter.adapters.registry import METHODS
+from clip_adapter.errors import UserError
+from clip_adapter.pipelines.commands.fit import fit, main
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.run import FitResult
 from clip_adapter.pipelines.fitting.run_folder import RunFolder

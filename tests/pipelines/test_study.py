@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_adapter.cache.errors import UserError
-from clip_adapter.cache.listener import Listener
-from clip_adapter.pipelines.comparison import Comparison, read_comparisons
-from clip_adapter.pipelines.comparison_page import _figure, _markdown, write_comparison
-from clip_adapter.pipelines.fit import fit
+from clip_adapter.errors import UserError
+from clip_adapter.listener import Listener
+from clip_adapter.pipelines.commands.fit import fit
+from clip_adapter.pipelines.commands.study import StudyConfig, main, parse, study
 from clip_adapter.pipelines.fitting.config import FitConfig
+from clip_adapter.pipelines.reporting.comparison import Comparison, read_comparisons
+from clip_adapter.pipelines.reporting.comparison_page import _figure, _markdown, write_comparison
 from clip_adapter.pipelines.reporting.figures import series
-from clip_adapter.pipelines.study import StudyConfig, main, parse, study
 from tests import processes
 from tests.pipelines.run_files import assert_same_end, summary
 from tests.pipelines.tiny_cache import tiny_data, write_cache

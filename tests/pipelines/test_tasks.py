@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_adapter.adapters.methods import METHODS
-from clip_adapter.cache.errors import UserError
+from clip_adapter.adapters.registry import METHODS
 from clip_adapter.cache.few_shot import draw_few_shot
 from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.data import open_data
 from clip_adapter.pipelines.fitting.tasks import (
     TaskRows,

@@ -1,7 +1,7 @@
 """Methods of somebody else: what stands in a module of a user's own."""
 
-from clip_adapter.adapters import recipe
-from clip_adapter.adapters.classifier import cosine_logits
+from clip_adapter.adapters import optimisation as recipe
+from clip_adapter.adapters.formulas import cosine_logits
 from clip_adapter.adapters.hyper import Hyper
 from clip_adapter.adapters.method import Method
 

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from safetensors.numpy import load, save
 
-from clip_adapter.pipelines.adapter_file import (
+from clip_adapter.pipelines.commands.fit import FitConfig, fit
+from clip_adapter.pipelines.saved.adapter_file import (
     ARRAYS_FILE,
     INFO_FILE,
     SavedAdapter,
     document_sha256,
     load_adapter,
 )
-from clip_adapter.pipelines.fit import FitConfig, fit
-from clip_adapter.pipelines.fitted_head import FittedHead
+from clip_adapter.pipelines.saved.fitted_head import FittedHead
 from tests.extract.image_folders import make_folder, photograph
 from tests.fuzz.attempt import Attempt
 from tests.fuzz.command import run_command

@@ -8,7 +8,7 @@ import shutil
 from functools import cache
 from pathlib import Path
 
-from clip_adapter.pipelines.commands import COMMANDS
+from clip_adapter.pipelines.console.entry import COMMANDS
 from tests.cache.small_cache import make_cache
 from tests.extract.image_folders import photograph
 from tests.fuzz.attempt import Attempt

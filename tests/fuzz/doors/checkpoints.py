@@ -14,7 +14,7 @@ import open_clip
 import torch
 from safetensors.torch import load_file, save_file
 
-from clip_adapter.extract.backbone import load_backbone
+from clip_adapter.extract.backbones.loading import load_backbone
 from tests.extract.tiny_models import TEXT, VIT
 from tests.fuzz.attempt import Attempt
 from tests.fuzz.damage import NESTED, change_json, damage

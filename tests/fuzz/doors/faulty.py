@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from clip_adapter.cache.errors import UserError
+from clip_adapter.errors import UserError
 from tests.fuzz.attempt import Attempt
 from tests.fuzz.command import run
 

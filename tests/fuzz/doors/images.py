@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_adapter.extract.backbone import load_backbone
-from clip_adapter.pipelines.adapted_clip import AdaptedClip
-from clip_adapter.pipelines.adapter_file import AdapterInfo, SavedAdapter, save_adapter
-from clip_adapter.pipelines.predict import PredictConfig, Prediction, Predictions
+from clip_adapter.extract.backbones.loading import load_backbone
+from clip_adapter.pipelines.commands.predict import PredictConfig, Prediction, Predictions
+from clip_adapter.pipelines.saved.adapter_file import AdapterInfo, SavedAdapter, save_adapter
+from clip_adapter.pipelines.saved.pytorch import AdaptedClip
 from tests.fuzz import image_mutations
 from tests.fuzz.attempt import Attempt
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from unittest.mock import patch
 
-from clip_adapter.pipelines.fit import FitConfig, fit
+from clip_adapter.pipelines.commands.fit import FitConfig, fit
 from clip_adapter.pipelines.fitting.run_folder import RunFolder
 from tests.fuzz.attempt import Attempt
 from tests.fuzz.command import run_command

@@ -1,0 +1,1 @@
+"""What fits any method: search, training, programs, closed forms and scores."""

@@ -1,0 +1,170 @@
+"""Compiled training programs, which a process keeps.
+
+A program depends on the method, on what is static of the settings and on shapes, not on numbers. So
+the runs of a process share them: other seeds, other values, other data of the same shape.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from clip_adapter.adapters.engine.epoch_draws import Draws, draw, epochs_per_drawing
+from clip_adapter.adapters.engine.evaluation import Leaves
+from clip_adapter.adapters.engine.training import RunState, advance, initial_state
+from clip_adapter.adapters.method import Method, Setting, Task
+
+# Between two calls of a program a run can be interrupted, and says how far it is.
+SECONDS_PER_CALL = 0.25
+MOST_KEPT = 256
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Settings that share a program: what selects it, and the numbers of each of them."""
+
+    method: Method
+    static: Setting
+    task: Task
+    numbers: Sequence[Setting]
+
+    def abstract_numbers(self, *shape: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in self.numbers[0]}
+
+    def initial_state(self, task: Task, numbers: Setting) -> RunState:
+        """That of one setting. task: of the grid's shapes; within a program it is traced."""
+        return initial_state(self.method, task, {**self.static, **numbers})
+
+    def abstract_state(self) -> RunState:
+        """The shapes of one setting's state."""
+        return jax.eval_shape(self.initial_state, self.task, self.abstract_numbers())
+
+
+class Program:
+    """The compiled training of `size` settings that differ in numbers only: start and epochs.
+
+    The start is a program of its own: to draw a network's parameters takes long to compile, and
+    depends on less than the epochs do.
+    """
+
+    def __init__(self, grid: Grid, size: int, placement: str, mesh: Mesh) -> None:
+        self._epochs_per_call = 1
+        self._epochs_per_drawing = epochs_per_drawing(grid.task.features.shape[1])
+        one_by_one = placement == "sequential"
+
+        def each(one: Any, stacked: Any) -> Any:
+            return jax.lax.map(one, stacked) if one_by_one else jax.vmap(one)(stacked)
+
+        def start(task: Task, stacked: Any) -> RunState:
+            # The rows say how many there are, also where the settings have no numbers.
+            rows = jnp.arange(size // mesh.size)
+            return each(lambda pair: grid.initial_state(task, pair[0]), (stacked, rows))
+
+        def epochs(
+            task: Task, drawn: Draws, stacked: Any, states: Any, first: int, stop: int, judged: int
+        ) -> RunState:
+            def one(pair: tuple[Setting, RunState]) -> RunState:
+                return advance(grid.method, grid.static, task, drawn, *pair, first, stop, judged)
+
+            return each(one, (stacked, states))
+
+        alike, settings = PartitionSpec(), PartitionSpec("settings")
+        spread = partial(jax.shard_map, mesh=mesh, out_specs=settings, check_vma=False)
+        starts = spread(start, in_specs=(alike, settings))
+        trains = spread(epochs, in_specs=(alike, alike, settings, settings, alike, alike, alike))
+
+        task, numbers = _abstract(grid.task), grid.abstract_numbers(size)
+        drawn = jax.eval_shape(lambda: draw(grid.task, grid.static, 0))
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        with jax.default_matmul_precision("tensorfloat32"):
+            lowered = jax.jit(starts).lower(task, numbers)
+            self._states = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lowered.out_info
+            )
+            self._start = lowered.compile()
+            self._epochs = (
+                jax.jit(trains, donate_argnums=3)
+                .lower(task, drawn, numbers, self._states, number, number, number)
+                .compile()
+            )
+
+    def initial_states(self, task: Task, stacked: Setting) -> RunState:
+        """States before the first epoch."""
+        return self._start(task, stacked)
+
+    def states(self, rows: Sequence[Leaves]) -> RunState:
+        """The states whose leaves these are, on the host."""
+        stacks = [np.stack(leaf) for leaf in zip(*rows, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(self._states), stacks)
+
+    def fits(self, leaves: Leaves) -> bool:
+        """Whether these can be the state of one setting."""
+        wanted = [(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(self._states)]
+        return [(leaf.shape, leaf.dtype) for leaf in leaves] == wanted
+
+    def calls(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(drawing, epochs from … to) of each call, which takes about SECONDS_PER_CALL at most."""
+        while first < stop:
+            called = time.perf_counter()
+            drawing = first // self._epochs_per_drawing
+            end = (drawing + 1) * self._epochs_per_drawing
+            until = min(stop, end, first + self._epochs_per_call)
+            yield drawing, first, until
+            pace = (time.perf_counter() - called) / (until - first)
+            self._epochs_per_call = max(1, int(SECONDS_PER_CALL / max(pace, 1e-9)))
+            first = until
+
+    def __call__(
+        self,
+        task: Task,
+        drawn: Draws,
+        stacked: Setting,
+        state: RunState,
+        first: int,
+        stop: int,
+        judged: int,
+    ) -> RunState:
+        """All settings from epoch `first` to `stop`, as `advance`. `state` must not be used again.
+
+        task, drawn: of the shapes that the program was compiled for.
+        """
+        advanced = self._epochs(task, drawn, stacked, state, first, stop, judged)
+        return jax.block_until_ready(advanced)
+
+
+def program_of(grid: Grid, size: int, placement: str, mesh: Mesh) -> tuple[Program, bool]:
+    """The program of `size` settings of a grid, and whether it had to be compiled."""
+    leaves, structure = jax.tree.flatten(grid.task)
+    shapes = tuple((np.shape(leaf), str(leaf.dtype)) for leaf in leaves)
+    static, names = tuple(grid.static.items()), tuple(grid.numbers[0])
+    key = (grid.method, static, names, shapes, structure, size, placement, mesh)
+    with _LOCK:
+        if key in _KEPT:
+            _KEPT.move_to_end(key)
+            return _KEPT[key], False
+    program = Program(grid, size, placement, mesh)
+    with _LOCK:
+        _KEPT[key] = program
+        if len(_KEPT) > MOST_KEPT:
+            _KEPT.popitem(last=False)
+    return program, True
+
+
+def _abstract(task: Task) -> Task:
+    """The shapes of a task: a program that is kept must not keep its arrays."""
+    abstract: Task = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), task)
+    return abstract
+
+
+_KEPT: OrderedDict[Any, Program] = OrderedDict()
+_LOCK = threading.Lock()

@@ -1,0 +1,1 @@
+"""Multinomial logistic regression: the objective, and a path of regularised solutions."""

@@ -1,0 +1,185 @@
+"""ProKeR (Bendou et al., arXiv 2501.11175): kernel ridge regression on what zero-shot CLIP leaves.
+
+    k(x, y) = exp(−β (1 − x·y))         A = (K_SS / λ + I)⁻¹ (Y − S Wᵀ)
+    logits(x) = x·Wᵀ + k(x, S) A
+
+in cosines: x, the support rows S (all views beside each other) and W are unit vectors, Y is
+one-hot. As in the official code, neither the logit scale nor its bias takes part, and A is λ times
+the ridge solution (K_SS + λ I)⁻¹ (Y − S Wᵀ): a small λ fits closely and changes little. The
+logits' softmax is nearly even, and says nothing about confidence.
+
+One eigendecomposition of K_SS serves every λ. Where the support set is too large for that the
+kernel is approximated by orthogonal random Fourier features (Yu et al., arXiv 1610.09072).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from clip_adapter.adapters.formulas import one_hot, unit
+from clip_adapter.adapters.hyper import Hyper
+from clip_adapter.adapters.method import Array, Arrays, Head, Method, Setting, Task
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+MOST_ROWS = 4096
+"""Support rows, views included, up to which the kernel is exact."""
+RANDOM_FEATURES = 4096
+RATE = 2e10
+"""Validation images × support rows × classes for which a point is scored in a CPU second."""
+TRANSFERRED = {
+    1: {"beta": 3.0, "ridge": 0.05},
+    2: {"beta": 2.6, "ridge": 0.05},
+    4: {"beta": 1.5, "ridge": 0.05},
+    8: {"beta": 1.66, "ridge": 0.07},
+    16: {"beta": 1.7, "ridge": 0.1},
+}
+"""By shots: what the authors found on ImageNet and use where there is no validation data."""
+
+
+def fit(xp: Any, task: Task, setting: Setting) -> Arrays:
+    """points (S, D) and phases (F,) of the kernel's features, and β; A = vectors · duals.
+
+    The features of the exact kernel are the support rows', without phases. Only the duals depend on
+    λ: in a search, k(x, S) · vectors (S, S) is computed once for all of them.
+    """
+    views, support, dim = task.features.shape
+    beta, ridge = (transferred(task, name, setting[name]) for name in ("beta", "ridge"))
+    rows = unit(xp, task.features.reshape(views * support, dim))
+    own = xp.concatenate([one_hot(xp, task.labels, len(task.head.weights), rows)] * views)
+    residual = own - rows @ unit(xp, task.head.weights).T
+    if len(rows) > MOST_ROWS:
+        points, phases = random_frequencies(xp, task.seed, dim)
+        points = points * xp.sqrt(xp.asarray(beta, dtype=rows.dtype))
+        mapped = kernel_features(xp, points, phases, beta, rows)
+        gram, right = mapped.T @ mapped, mapped.T @ residual
+    else:
+        points, phases = rows, xp.zeros_like(rows[0, :0])
+        gram, right = kernel_features(xp, points, phases, beta, rows), residual
+    values, vectors = xp.linalg.eigh(gram)
+    # Those that are zero but for rounding may be negative.
+    shrunk = 1 / (xp.where(values > 0, values, 0) / ridge + 1)
+    return {
+        "points": points,
+        "phases": phases,
+        "vectors": vectors,
+        "duals": shrunk[:, None] * (vectors.T @ right),
+        "beta": xp.asarray(beta, dtype=rows.dtype),
+    }
+
+
+def finish(arrays: Arrays, setting: Setting, task: Task) -> Arrays:
+    """The same with A as duals (S, C), without the vectors."""
+    duals = arrays["vectors"] @ arrays["duals"]
+    return {name: arrays[name] for name in arrays if name != "vectors"} | {"duals": duals}
+
+
+def transferred(task: Task, name: str, value: Any) -> Any:
+    """The value, or in place of the word the authors' for the nearest number of shots."""
+    if not isinstance(value, str):
+        return value
+    shots = max(1.0, task.features.shape[1] / len(task.head.weights))
+    return TRANSFERRED[min(TRANSFERRED, key=lambda known: abs(math.log(known / shots)))][name]
+
+
+def random_frequencies(
+    xp: Any, seed: Int[Array, ""], dim: int
+) -> tuple[Float[Array, "F D"], Float[Array, " F"]]:
+    """Frequencies (F, D) for β = 1 and phases (F,): each frequency's cosine and sine.
+
+    Rows of D × D blocks are orthogonal and as long as Gaussian vectors.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    pairs = RANDOM_FEATURES // 2
+    blocks = -(-pairs // dim)
+    directions, lengths = jax.random.split(jax.random.key(seed))
+    orthogonal, _ = jnp.linalg.qr(jax.random.normal(directions, (blocks, dim, dim)))
+    long = jnp.linalg.norm(jax.random.normal(lengths, (blocks, dim, dim)), axis=-1, keepdims=True)
+    frequencies = (long * orthogonal).reshape(-1, dim)[:pairs]
+    phases = jnp.repeat(jnp.array([0, -jnp.pi / 2], jnp.float32), pairs)
+    return xp.asarray(jnp.concatenate([frequencies] * 2)), xp.asarray(phases)
+
+
+def kernel_features(
+    xp: Any,
+    points: Float[Array, "S D"],
+    phases: Float[Array, " F"],
+    beta: Float[Array, ""],
+    rows: Float[Array, "N D"],
+) -> Float[Array, "N S"]:
+    """k(x, S); or, where there are phases, random features whose products are near k(x, y)."""
+    products = rows @ points.T
+    if phases.shape[0]:
+        # cos and sin of √β ω·x: of unit vectors, exp(−β (1 − x·y)) = exp(−½ ‖√β x − √β y‖²).
+        return xp.cos(products + phases) * (2 / phases.shape[0]) ** 0.5
+    return xp.exp(-beta * (1 - products))
+
+
+def logits(
+    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
+) -> Float[Array, "N C"]:
+    """unit(f) · unit(W)ᵀ + k(unit(f), S) A."""
+    rows = unit(xp, features)
+    kernel = kernel_features(xp, arrays["points"], arrays["phases"], arrays["beta"], rows)
+    if "vectors" in arrays:
+        kernel = kernel @ arrays["vectors"]
+    return rows @ unit(xp, head.weights).T + kernel @ arrays["duals"]
+
+
+def note(task: Task) -> str:
+    """A sentence where the kernel is approximated, and one where a search takes long."""
+    rows = task.features.shape[0] * task.features.shape[1]
+    found = []
+    if rows > MOST_ROWS:
+        found.append(
+            f"ProKeR: {rows:,} support rows are more than {MOST_ROWS:,}, so {RANDOM_FEATURES:,} "
+            "random Fourier features approximate its kernel."
+        )
+    work = len(task.validation_labels) * min(rows, RANDOM_FEATURES) * len(task.head.weights)
+    points = math.prod(len(hyper.tried) for hyper in PROKER.hyper.values())
+    if (minutes := points * work / RATE / 60) > 1:
+        found.append(
+            f"ProKeR: searching its whole grid of {points:,} points takes about {minutes:.0f} CPU "
+            "minutes on this many classes and images; with fewer values of beta as much less."
+        )
+    return " ".join(found)
+
+
+def geometric(low: float, high: float, count: int) -> tuple[float, ...]:
+    """`count` values from low to high in equal ratios."""
+    return tuple(low * (high / low) ** (step / (count - 1)) for step in range(count))
+
+
+WORDS = ("transferred",)
+PROKER = Method(
+    name="proker",
+    reference="arXiv 2501.11175",
+    hyper={
+        # The costlier one first: one eigendecomposition for each β.
+        "beta": Hyper(
+            "transferred",
+            "Sharpness of the kernel; `transferred` takes the authors' for the number of shots.",
+            geometric(0.1, 20, 20),
+            low=0,
+            words=WORDS,
+        ),
+        "ridge": Hyper(
+            "transferred",
+            "λ, how closely the support set is followed; `transferred` as for beta.",
+            geometric(1e-3, 10, 100),
+            above=0,
+            words=WORDS,
+            flag="lambda",
+        ),
+    },
+    logits=logits,
+    shapes={"points": "S D", "phases": "F", "duals": "S C", "beta": ""},
+    fit=fit,
+    finish=finish,
+    note=note,
+    uses_views=True,
+)

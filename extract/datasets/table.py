@@ -1,0 +1,167 @@
+"""A CSV file that lists images and their labels."""
+
+import csv
+import reprlib
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from clip_adapter.errors import UserError
+from clip_adapter.extract.datasets.image_files import (
+    ImageFiles,
+    natural_order,
+    require_files,
+)
+from clip_adapter.extract.datasets.source import (
+    COLUMNS,
+    DEFAULT_TEMPLATES,
+    ImageDataset,
+    SourceOptions,
+    Split,
+    split_of,
+    splits_among,
+)
+from clip_adapter.extract.datasets.splitting import complete_splits
+from clip_adapter.extract.files import text_file, user_path
+from clip_adapter.words import counted, some
+
+REQUIRED = ("path", "label")
+DELIMITERS = ",;\t|"
+
+
+def open_csv(path: str, options: SourceOptions) -> ImageDataset:
+    """The images of a table with the columns path, label and, if it likes, split.
+
+    The first row names the columns, in any case; `options.columns` maps names of one's own. Others
+    are not read, which a remark says. Fields are separated by commas, semicolons, tabs or bars.
+    Labels are class names, composed (NFC), taken in natural order. Relative paths start from
+    `options.image_root`, or from the table's own folder. split is train, val or test, or what means
+    these (see `split_of`); rows keep their order within it. Without that column, splits are made as
+    `complete_splits` says. ids are the paths as written.
+
+    Raises UserError for a table that cannot be read, missing columns, rows with too few or too many
+    fields, repeated paths and unknown splits (with the line), and for images that do not exist.
+    """
+    table = user_path(path)
+    root = options.image_root or table.parent
+    with text_file(table) as file:
+        try:
+            found, unread = _rows(table, file, options.columns)
+        except csv.Error as error:
+            raise UserError(f"{table} is not a valid CSV file: {error}; save it again.") from error
+    if not found:
+        raise UserError(f"{table} has no rows; list your images below the row of column names.")
+    means = splits_among({written for written, _, _ in found})
+    rows: dict[str, list[tuple[str, str]]] = {}
+    for written, path, label in found:
+        rows.setdefault(means[written], []).append((path, label))
+    paths = [path for _, path, _ in found]
+    require_files(root, paths, "correct the paths, or say with --image-root where they start")
+    class_names = sorted({label for _, _, label in found}, key=natural_order)
+    splits = {name: _split(root, split, class_names, table) for name, split in rows.items()}
+    return ImageDataset(
+        table.stem,
+        class_names,
+        DEFAULT_TEMPLATES,
+        complete_splits(splits, class_names, options, published=False),
+        {"name": table.stem, "source": "csv", "version": None},
+        unread,
+    )
+
+
+def _rows(
+    table: Path, file: TextIO, columns: Mapping[str, str]
+) -> tuple[list[tuple[str, str, str]], list[str]]:
+    """Split as written, path and label of each row, and a remark on columns that are not read."""
+    headers: dict[str, list[str]] = {mark: next(_reader(file, mark), []) for mark in DELIMITERS}
+    delimiter = max(
+        headers, key=lambda mark: (len(_places(headers[mark], columns)), len(headers[mark]))
+    )
+    reader = _reader(file, delimiter)
+    header = [name.strip() for name in next(reader, [])]
+    if not header:
+        raise UserError(f"{table} is empty; name the columns path and label.")
+    places = _places(header, columns)
+    _check_columns(table, header, columns, places)
+    lines: dict[str, int] = {}
+    rows = [
+        _checked_row(
+            f"{table}, line {reader.line_num}", row, header, places, lines, reader.line_num
+        )
+        for row in reader
+        if row
+    ]
+    others = [name for n, name in enumerate(header) if name and n not in places.values()]
+    remark = f"{table} has {counted(len(others), 'column')} that no one reads: {some(others)}"
+    advice = "--columns path=NAME,label=NAME,split=NAME says which to read."
+    return rows, [f"{remark}; {advice}"] if others else []
+
+
+def _reader(file: TextIO, delimiter: str) -> Any:
+    """Of the rows, from the first one on."""
+    file.seek(0)
+    return csv.reader(file, delimiter=delimiter, skipinitialspace=True)
+
+
+def _places(header: Sequence[str], columns: Mapping[str, str]) -> dict[str, int]:
+    """Which column is the path, the label and the split, as far as they are there."""
+    named = [name.strip().casefold() for name in header]
+    wanted = {name: columns.get(name, name).strip().casefold() for name in COLUMNS}
+    return {name: named.index(own) for name, own in wanted.items() if own in named}
+
+
+def _check_columns(
+    table: Path, header: Sequence[str], columns: Mapping[str, str], places: Mapping[str, int]
+) -> None:
+    needed = dict.fromkeys((*REQUIRED, *columns))
+    if missing := [columns.get(name, name) for name in needed if name not in places]:
+        raise UserError(
+            f"{table} has no column {' and no column '.join(missing)} in its first row "
+            f"({reprlib.repr(list(header))[1:-1]}); name the columns path, label and, if you like, "
+            "split, or say what they are called: --columns path=NAME,label=NAME."
+        )
+    named = Counter(name.casefold() for name in header)
+    if twice := [header[n] for n in places.values() if named[header[n].casefold()] > 1]:
+        raise UserError(f"{table} has the column {twice[0]} twice; keep one of them.")
+
+
+def _checked_row(
+    place: str,
+    row: Sequence[str],
+    header: Sequence[str],
+    places: Mapping[str, int],
+    lines: dict[str, int],
+    line: int,
+) -> tuple[str, str, str]:
+    if any(field.strip() for field in row[len(header) :]):
+        raise UserError(
+            f"{place} has {len(row)} fields where the first row names {len(header)}; put a field "
+            "that holds the separator into quotes."
+        )
+    found = {name: row[n].strip() if n < len(row) else "" for name, n in places.items()}
+    path, label = found["path"], unicodedata.normalize("NFC", found["label"])
+    if not path or not label:
+        raise UserError(f"{place}: {'path' if not path else 'label'} is empty; fill it in.")
+    if path in lines:
+        raise UserError(
+            f"{place}: {reprlib.repr(path)} stands in line {lines[path]} already; keep one of them."
+        )
+    lines[path] = line
+    written = found.get("split", "train")
+    if split_of(written) is None:
+        raise UserError(
+            f"{place}: unknown split {reprlib.repr(written)}; write train, val or test."
+        )
+    return written, path, label
+
+
+def _split(root: Path, rows: list[tuple[str, str]], class_names: list[str], table: Path) -> Split:
+    label = {name: index for index, name in enumerate(class_names)}
+    paths = [path for path, _ in rows]
+    labels = np.array([label[name] for _, name in rows], np.int32)
+    files = ImageFiles(root, paths)
+    return Split(paths, labels, files, f"rows of {table.name}", files.file)

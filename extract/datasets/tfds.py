@@ -1,0 +1,293 @@
+"""Data sets of TensorFlow Datasets, prepared as array_record and read without TensorFlow.
+
+The splits are the builder's own, which are not the ones CoOp published.
+"""
+
+import difflib
+import os
+import re
+import socket
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from clip_adapter.errors import UserError
+from clip_adapter.extract.datasets.catalogue import CatalogueEntry
+from clip_adapter.extract.datasets.source import (
+    DEFAULT_TEMPLATES,
+    ImageDataset,
+    SourceOptions,
+    Split,
+    splits_among,
+)
+from clip_adapter.extract.datasets.splitting import complete_splits
+from clip_adapter.extract.datasets.tfds_without_tensorflow import file_operations_for_tfds
+from clip_adapter.extract.encoding.images import open_image
+from clip_adapter.words import counted
+
+ID_FEATURES = ("file_name", "filename", "image/file_name", "image/filename", "id")
+LEFT_OUT = -1
+
+
+def open_tfds(
+    builder_name: str, options: SourceOptions, entry: CatalogueEntry | None = None
+) -> ImageDataset:
+    """The data set of a builder, `BUILDER` or `BUILDER/CONFIG`, downloaded and prepared if need be.
+
+    Class names, templates and label order are those of `entry` where one is given, matched to the
+    builder's by name, or, where the names don't match, by their order. ids are the builder's file
+    names where it has unique ones, else split/index. A builder without a val or test split gets
+    it as `complete_splits` says. Opening reads every record once, since labels stand in them.
+
+    Raises UserError for an unknown builder, one without an image and a class label, a download
+    that fails, and a preparation that needs packages which are missing.
+    """
+    builder = _prepared(builder_name, options.data_dir)
+    features = builder.info.features
+    if not _fits(features):
+        raise UserError(
+            f"tfds:{builder_name} has no 'image' with a class 'label'; it cannot be used here."
+        )
+    builders_names = features["label"].names
+    matched, new_labels = _label_map(builders_names, entry)
+    splits: dict[str, Split] = {}
+    left_out = []
+    means = splits_among(builder.info.splits)
+    for published, info in builder.info.splits.items():
+        meant = means.get(published)
+        if meant is None or meant in splits:
+            left_out.append(f"{counted(info.num_examples, 'image')} of the split {published}")
+            continue
+        split, unlabelled = _split(builder, published, new_labels)
+        if unlabelled:
+            without = counted(unlabelled, "image")
+            left_out.append(f"{without} of the split {published} without a label")
+        if split is not None:
+            splits[meant] = split
+    if not splits:
+        raise UserError(
+            f"tfds:{builder_name} has no train, validation or test split with labels; "
+            f"it has {', '.join(builder.info.splits)}."
+        )
+    name = entry.name if entry else builder_name
+    class_names = entry.class_names if entry else tuple(builders_names)
+    provenance = {
+        "name": name,
+        "source": f"tfds:{builder_name}",
+        "version": str(builder.version),
+        "class_names_matched": matched,
+    }
+    templates = entry.templates if entry else DEFAULT_TEMPLATES
+    return ImageDataset(
+        name,
+        class_names,
+        templates,
+        complete_splits(splits, class_names, options),
+        provenance,
+        [f"left out {' and '.join(left_out)}."] if left_out else [],
+    )
+
+
+def _fits(features: Any) -> bool:
+    return (
+        isinstance(features, tfds.features.FeaturesDict)
+        and {"image", "label"} <= set(features)
+        and isinstance(features["image"], tfds.features.Image)
+        and isinstance(features["label"], tfds.features.ClassLabel)
+    )
+
+
+def builder_version(builder_name: str, data_dir: Path | None) -> str:
+    """The version that a builder has, or that lies in `data_dir`; nothing is downloaded."""
+    return str(_builder(builder_name, data_dir).version)
+
+
+def _builder(builder_name: str, data_dir: Path | None) -> Any:
+    try:
+        return tfds.builder(builder_name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError:
+        known = tfds.list_builders(with_community_datasets=False)
+        near = difflib.get_close_matches(builder_name.split("/")[0], known, n=3, cutoff=0.4)
+        raise UserError(
+            f"TensorFlow Datasets has no builder {builder_name!r}; "
+            f"near matches: {', '.join(near) or 'none'}."
+        ) from None
+    except ValueError as error:
+        if "File format is already set" in str(error):
+            raise UserError(
+                f"tfds:{builder_name} was prepared in a format that cannot be read without "
+                "TensorFlow; choose another --data-dir, to have it prepared there as array_record."
+            ) from error
+        raise UserError(f"tfds:{builder_name} cannot be opened: {_first_line(error)}") from error
+
+
+def _prepared(builder_name: str, data_dir: Path | None) -> Any:
+    builder = _builder(builder_name, data_dir)
+    closed = (
+        "on a machine without a network, give --data-dir a prepared copy, or use CoOp's layout "
+        "(coop:FOLDER)"
+    )
+    if not builder.is_prepared() and (host := _unreachable(builder)):
+        raise UserError(f"{host}, which serves tfds:{builder_name}, cannot be found; {closed}.")
+    try:
+        with file_operations_for_tfds():
+            builder.download_and_prepare()
+    except Exception as error:
+        if missing := _missing_package(error):
+            raise UserError(
+                f"tfds:{builder_name} needs the package {missing} to be prepared (afterwards it "
+                "does not): pip install 'clip-adapter[tfds]'."
+            ) from error
+        if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+            by_hand = " ".join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
+            raise UserError(
+                f"tfds:{builder_name} has to be downloaded by hand (or use CoOp's layout, "
+                f"coop:FOLDER); {by_hand} manual_dir is {_downloads(builder) / 'manual'}."
+            ) from error
+        raise UserError(
+            f"tfds:{builder_name} could not be downloaded and prepared: {_first_line(error)}; "
+            f"{closed}."
+        ) from error
+    return builder
+
+
+def _unreachable(builder: Any) -> str | None:
+    """The host of the downloads, where its name is not even known.
+
+    TensorFlow Datasets itself would try again for minutes. With a proxy, with files to be placed by
+    hand, or with files among its downloads already, only it can tell.
+    """
+    downloads = _downloads(builder)
+    places = (downloads, downloads / "manual", downloads / builder.name)
+    there = any(path.is_file() for place in places for path in place.glob("*"))
+    if there or builder.MANUAL_DOWNLOAD_INSTRUCTIONS or urllib.request.getproxies():
+        return None
+    hosts = sorted({host for url in builder.url_infos if (host := urlparse(url).hostname)})
+    for host in hosts:
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError:
+            continue
+        return None
+    return " or ".join(hosts) or None
+
+
+def _downloads(builder: Any) -> Path:
+    name_and_version = builder.info.full_name.split("/")
+    return Path(builder.data_dir).parents[len(name_and_version) - 1] / "downloads"
+
+
+def _missing_package(error: BaseException | None) -> str | None:
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError):
+            return error.name
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+
+
+def _label_map(
+    builders_names: Sequence[str], entry: CatalogueEntry | None
+) -> tuple[str, list[int]]:
+    """How the classes were matched, and for each of the builder's labels ours or LEFT_OUT."""
+    if entry is None:
+        return "the builder's own", list(range(len(builders_names)))
+    if entry.classes_kept:
+        kept = {label: index for index, label in enumerate(entry.classes_kept)}
+        return "by order", [kept.get(label, LEFT_OUT) for label in range(len(builders_names))]
+    ours = {
+        _words(entry.tfds_names.get(name, name)): label
+        for label, name in enumerate(entry.class_names)
+    }
+    left_out = {_words(name) for name in entry.tfds_left_out}
+    theirs = [_words(name) for name in builders_names]
+    expected = set(ours) | left_out
+    if len(ours) == entry.classes and set(theirs) == expected and len(theirs) == len(expected):
+        return "by name", [ours.get(words, LEFT_OUT) for words in theirs]
+    if len(builders_names) != entry.classes:
+        raise UserError(
+            f"tfds:{entry.tfds} has {len(builders_names)} classes, where {entry.name} has "
+            f"{entry.classes}; use CoOp's layout (coop:FOLDER) or another version of "
+            "tensorflow-datasets."
+        )
+    return "by order", list(range(entry.classes))
+
+
+def _words(name: str) -> tuple[str, ...]:
+    """What is left of a class name without case, punctuation and the order of its words."""
+    return tuple(sorted(re.findall(r"[a-z0-9]+", name.lower())))
+
+
+def _split(builder: Any, published: str, new_labels: list[int]) -> tuple[Split | None, int]:
+    """A published split without the classes that are left out, None where it has no labels; and how
+    many of its images have none."""
+    key = next((name for name in ID_FEATURES if name in builder.info.features), None)
+    names = builder.info.features["label"].names
+    rows, labels, keys, paths, unlabelled = [], [], [], [], 0
+    for row, (label, written) in enumerate(_labels_and_keys(builder, published, key)):
+        unlabelled += label < 0
+        if label >= 0 and new_labels[label] != LEFT_OUT:
+            rows.append(row)
+            labels.append(new_labels[label])
+            keys.append(written)
+            paths.append(f"{names[label]}/{written}")
+    if not rows:
+        return None, unlabelled
+    numbered = [f"{published}/{row}" for row in rows]
+    unique = (ids for ids in (keys, paths) if key and len(set(ids)) == len(ids))
+    split = Split(
+        next(unique, numbered),
+        np.array(labels, np.int32),
+        _TfdsImages(str(builder.data_dir), published, np.array(rows, np.int64)),
+        f"{published} split of tfds:{builder.info.full_name}",
+    )
+    return split, unlabelled
+
+
+def _labels_and_keys(builder: Any, split: str, key: str | None) -> Iterator[tuple[int, str]]:
+    source = _undecoded(builder, split)
+    for row in range(len(source)):
+        record = source[row]
+        yield int(record["label"]), record[key].decode() if key else ""
+
+
+@dataclass(frozen=True)
+class _TfdsImages:
+    """index → image of a prepared split; the record files are opened once per process.
+
+    array_record shares one reader per file between threads, which it documents as safe.
+    """
+
+    folder: str
+    split: str
+    rows: np.ndarray
+
+    def __call__(self, index: int) -> Image.Image:
+        record = _images(self.folder, self.split, os.getpid())[int(self.rows[index])]
+        return open_image(record["image"])
+
+
+@lru_cache(maxsize=8)
+def _images(folder: str, split: str, process: int) -> Any:
+    return _undecoded(tfds.builder_from_directory(folder), split)
+
+
+def _undecoded(builder: Any, split: str) -> Any:
+    """Records by their row, images in them as the bytes of their files."""
+    as_bytes = {
+        name: tfds.decode.SkipDecoding()
+        for name, feature in builder.info.features.items()
+        if isinstance(feature, tfds.features.Image)
+    }
+    return builder.as_data_source(split, decoders=as_bytes)

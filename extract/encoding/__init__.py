@@ -1,0 +1,1 @@
+"""Images in, features out: decoding, preprocessing and the forward pass."""

@@ -1,0 +1,154 @@
+"""Prompts: templates filled with class names, and sentences of a class's own."""
+
+import re
+import reprlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from unicodedata import normalize
+
+from clip_adapter.errors import UserError
+from clip_adapter.extract.files import read_json, read_text, user_path
+from clip_adapter.words import some
+
+PROMPT_MAX = 5000  # characters; text towers read 77 tokens
+ENSEMBLE = "ensemble"
+# A line of code or JSON: quoted as a whole, a bracket, a list, an assignment, a function.
+CODE = re.compile(
+    r"""[\[\](),]+|[\[(]\s*["'].*|\w+ *= *[\[(].*|\w{0,2}(["']).*\1[\s,\])]*(#.*)?|lambda .*"""
+)
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Raises UserError for a template without its place for the class name."""
+    for template in templates:
+        if template.count("{}") != 1:
+            raise UserError(
+                f"The template {reprlib.repr(template)} needs exactly one {{}} where the class "
+                "name goes."
+            )
+        _check_prompt(template, "template")
+
+
+def _check_prompt(text: str, what: str) -> None:
+    from clip_adapter.extract.datasets.checks import check_storable
+
+    check_storable(text, what)
+    if len(text) > PROMPT_MAX:
+        raise UserError(
+            f"The {what} {reprlib.repr(text)} has {len(text):,} characters, more than "
+            f"{PROMPT_MAX:,}, of which no text tower reads a part; shorten it."
+        )
+
+
+def resolve_templates(values: Sequence[str]) -> tuple[str, ...]:
+    """What `--templates` asks for.
+
+    values: templates, names of text files with a template per line (empty lines do not count), or
+        `ensemble`, the seven that were chosen for ImageNet with CLIP.
+
+    Raises UserError for a template without its place for the class name, one that comes twice, and
+    a file that cannot be read or is empty.
+    """
+    templates: list[str] = []
+    for value in values:
+        if value == ENSEMBLE:
+            from clip_adapter.extract.datasets.catalogue import load_catalogue
+
+            templates += load_catalogue()["imagenet"].templates_ensemble
+        elif value and "{}" not in value and _is_there(value):
+            templates += _lines(user_path(value))
+        elif "{}" not in value:
+            raise UserError(
+                f"The template {reprlib.repr(value)} needs exactly one {{}} where the class name "
+                "goes, and there is no file of that name either."
+            )
+        else:
+            templates.append(value)
+    check_templates(templates)
+    repeated = sorted(template for template, times in Counter(templates).items() if times > 1)
+    if repeated:
+        raise UserError(f"The template {reprlib.repr(repeated[0])} is given twice; name it once.")
+    return tuple(templates)
+
+
+def _is_there(value: str) -> bool:
+    """Whether something has this name: a pipe too, for which there is a sentence of its own."""
+    try:
+        return Path(value).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # a sentence is too long to be the name of a file
+        return False
+
+
+def _lines(path: Path) -> list[str]:
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    found = [line for line in lines if line]
+    if not found:
+        raise UserError(f"{path} has no templates; write one per line.")
+    for line in found:
+        if CODE.fullmatch(line):
+            raise UserError(
+                f"{path} holds code or JSON ({reprlib.repr(line)}), not templates; write one per "
+                "line, without quotes, commas and brackets."
+            )
+    return found
+
+
+def read_descriptions(path: Path) -> dict[str, list[str]]:
+    """Sentences by class from a JSON file `{class: [sentences]}`, CuPL's format.
+
+    Raises UserError for a file that is not that.
+    """
+    stored = read_json(path)
+    if not isinstance(stored, dict) or not all(map(_is_sentences, stored.values())):
+        raise UserError(
+            f"{path} does not hold descriptions; it has to be an object with a list of sentences "
+            "for each class."
+        )
+    for sentences in stored.values():
+        for sentence in sentences:
+            _check_prompt(sentence, "description")
+    return stored
+
+
+def _is_sentences(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(sentence, str) and sentence.strip() for sentence in value)
+    )
+
+
+def descriptions_in_order(
+    descriptions: Mapping[str, Sequence[str]], class_names: Sequence[str]
+) -> list[Sequence[str]]:
+    """The sentences of each class, C lists.
+
+    Names are compared without regard to case, with underscores as spaces, unless all are there as
+    they are written.
+
+    Raises UserError for classes without sentences and sentences of classes that do not exist.
+    """
+    plain = str if descriptions.keys() == set(class_names) else _plain
+    by_name: dict[str, Sequence[str]] = {}
+    for name, sentences in descriptions.items():
+        if by_name.setdefault(plain(name), sentences) is not sentences:
+            raise UserError(f"The descriptions have the class {name!r} twice; join the two.")
+    wanted = {plain(name): name for name in class_names}
+    missing = [name for key, name in wanted.items() if key not in by_name]
+    extra = [name for name in descriptions if plain(name) not in wanted]
+    if missing:
+        beside = f" (there are some of {some(extra)}, which is no class)" if extra else ""
+        raise UserError(f"There are no descriptions of {some(missing)}{beside}; add them.")
+    if extra:
+        raise UserError(f"There are descriptions of {some(extra)}, which is no class; remove them.")
+    return [by_name[plain(name)] for name in class_names]
+
+
+def _plain(name: str) -> str:
+    return " ".join(normalize("NFC", name).replace("_", " ").casefold().split())
+
+
+def prompts(class_name: str, templates: Sequence[str]) -> list[str]:
+    """The prompts of one class; underscores in its name become spaces (as in CoOp)."""
+    return [template.replace("{}", class_name.replace("_", " ")) for template in templates]

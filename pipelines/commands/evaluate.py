@@ -1,0 +1,284 @@
+"""`clip-adapter evaluate`: score a saved adapter, and zero-shot beside it, on labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_adapter import files
+from clip_adapter.cores import available_cores, limit_openmp
+from clip_adapter.errors import UserError
+from clip_adapter.extract.config import check_work
+from clip_adapter.listener import Listener
+from clip_adapter.pipelines.console.argument_types import Positional
+from clip_adapter.pipelines.console.jax_setup import usable_jax
+from clip_adapter.pipelines.console.running import EXIT_PARTIAL, run_command
+from clip_adapter.pipelines.fitting.named_method import know_method
+from clip_adapter.pipelines.saved.adapted_features import make_adapt, write_features
+from clip_adapter.pipelines.saved.adapter_file import (
+    AdapterInfo,
+    SavedAdapter,
+    image_hashes,
+    load_adapter,
+)
+from clip_adapter.pipelines.scoring.class_mapping import Classes, match_classes
+from clip_adapter.pipelines.scoring.labelled_images import (
+    Encoding,
+    Labelled,
+    cached_images,
+    images_of_folder,
+    is_folder,
+)
+from clip_adapter.pipelines.scoring.prediction_formats import predictions_file
+from clip_adapter.pipelines.scoring.scores import Scores
+from clip_adapter.words import counted, printable
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score a saved adapter, and its zero-shot classifier beside it, on labelled images.
+
+    Every class of the images has to be one of the adapter's, by its name or by --classes. Both
+    choose between all classes of the adapter, unless --only-present restricts them to those that
+    the images show, as the protocols of ImageNet-A and ImageNet-R have it.
+
+    Images that the adapter was fitted or chosen on are counted and left out: what it gets right of
+    them is no accuracy.
+
+    Attributes:
+        data: Feature cache of the adapter's backbone, or a folder of images with one folder per
+            class (or with such folders in a folder per split), which are encoded on the way.
+        adapter: Run folder that `fit` wrote, or one of the adapter's two files.
+        split: Split of the cache or the folder.
+        classes: JSON file {class of the images: class of the adapter}, for names that differ; null
+            leaves the images of a class out.
+        only_present: Choose between the classes that have images.
+        confusion: CSV file for the confusion matrix: a row per class, a column per prediction.
+        predictions: CSV file for what is predicted for each image, those it was fitted on as well.
+        features: NPZ file for the image features after the adapter, with ids, labels and class
+            names; for the methods that move image features.
+        method: MODULE:NAME of the adapter's method, where that is one of your own.
+        backbone: Backbone for images of a folder, as `predict` takes it.
+        pretrained: Where its weights lie, as `predict` takes it.
+        on_error: What to do about an image that cannot be decoded: stop, or leave it out.
+        batch_size: Images per forward pass.
+        workers: Threads that decode images.
+        device: PyTorch device for images of a folder; auto takes a GPU where there is one.
+    """
+
+    data: Positional[Path]
+    adapter: Path
+    split: Literal["train", "val", "test"] = "test"
+    classes: Path | None = None
+    only_present: bool = False
+    confusion: Path | None = None
+    predictions: Path | None = None
+    features: Path | None = None
+    method: str | None = None
+    backbone: str | None = None
+    pretrained: str | None = None
+    on_error: Literal["fail", "skip"] = "fail"
+    batch_size: int = 64
+    workers: int = available_cores()
+    device: str = "auto"
+
+
+def evaluate(config: EvaluateConfig, listener: Listener | None = None) -> Scores:
+    """Run `evaluate`: the scores, and the files that were asked for.
+
+    Raises UserError for data of another backbone or width, for classes that the adapter does not
+    know, and for files that cannot be read or written.
+    """
+    check_work(config.batch_size, config.workers)
+    for path in (config.confusion, config.predictions):
+        _check_place(path, ".csv")
+    _check_place(config.features, ".npz")
+    tables = [path.resolve() for path in (config.confusion, config.predictions) if path]
+    if len(set(tables)) < len(tables):
+        raise UserError(
+            f"--confusion and --predictions both name {config.confusion}; give each its own."
+        )
+    know_method(config.method)
+    adapter = load_adapter(config.adapter)
+    listener = listener or Listener()
+    with usable_jax(), _images(config, adapter, listener) as images:
+        known = match_classes(images, adapter.info, config.classes)
+        return _score(config, adapter, images, known, listener)
+
+
+@contextmanager
+def _images(
+    config: EvaluateConfig, adapter: SavedAdapter, listener: Listener
+) -> Iterator[Labelled]:
+    if is_folder(config.data):
+        how = Encoding(
+            config.backbone,
+            config.pretrained,
+            config.batch_size,
+            config.workers,
+            config.device,
+            skip=config.on_error == "skip",
+        )
+        yield images_of_folder(config.data, config.split, adapter, how, listener)
+        return
+    from clip_adapter.cache.reader import FeatureCache
+
+    with FeatureCache(config.data) as cache:
+        yield cached_images(cache, config.split, adapter)
+
+
+def _score(
+    config: EvaluateConfig,
+    adapter: SavedAdapter,
+    images: Labelled,
+    known: Classes,
+    listener: Listener,
+) -> Scores:
+    targets = known[images.labels]
+    if config.only_present:
+        candidates = np.unique(targets[targets >= 0])
+    else:
+        candidates = np.arange(len(adapter.weights))
+    classify, zero_shot = _classifiers(adapter)
+    adapt = make_adapt(adapter) if config.features else None
+    ids: list[str] = []
+    adapted: list[npt.NDArray[np.float32]] = []
+    found: list[tuple[npt.NDArray[Any], ...]] = []
+    scored = 0
+    with ExitStack() as stack:
+        advance = stack.enter_context(listener.progress("evaluate", len(targets)))
+        names = adapter.info.class_names
+        rows_written = stack.enter_context(predictions_file(config.predictions, names))
+        for block in images.blocks():
+            scored += len(block.rows)
+            kept = targets[block.rows] >= 0
+            rows = block.rows[kept]
+            if len(rows):
+                logits = classify(block.features[kept])[:, candidates].astype(np.float64)
+                before = zero_shot(block.encoded[kept])[:, candidates].argmax(axis=1)
+                best = logits.argmax(axis=1)
+                digests = None if block.digests is None else block.digests[kept]
+                familiar = adapter.has_seen(image_hashes(block.encoded[kept], digests))
+                found.append((targets[rows], candidates[best], candidates[before], familiar))
+                if adapt:
+                    ids += images.ids(rows)
+                    adapted.append(adapt(block.features[kept]))
+                if rows_written:
+                    top = logits[np.arange(len(best)), best]
+                    share = 1 / np.exp(logits - top[:, None]).sum(axis=1)
+                    rows_written(images.ids(rows), *found[-1], share)
+            advance(len(block.rows), "")
+        if not found:
+            raise UserError(f"No image of {images.name} could be decoded.")
+        labels, predicted, before, seen = (
+            np.concatenate(parts).astype(np.int32) for parts in zip(*found, strict=True)
+        )
+        rest = seen == 0
+        if not rest.any() and (config.confusion or not (config.predictions or config.features)):
+            raise UserError(_all_seen(images.name, len(rest), adapter.info))
+    scores = Scores(
+        adapter.info.class_names,
+        labels[rest],
+        predicted[rest],
+        before[rest],
+        candidates.astype(np.int32),
+        skipped=len(targets) - scored,
+        seen=int(seen.sum()),
+    )
+    if config.features:
+        moved = np.concatenate(adapted)
+        write_features(config.features, ids, labels, moved, adapter.info.class_names)
+    if config.confusion:
+        files.write_text(config.confusion, scores.confusion_csv())
+    return scores
+
+
+def _all_seen(name: str, count: int, info: AdapterInfo) -> str:
+    refit = "; `fit` printed the one of before --refit" if "refitted_on" in info.fitted else ""
+    return (
+        f"The adapter was fitted or chosen on all of the {counted(count, 'image')} of {name}: "
+        f"right answers there are no accuracy; score it on other images{refit}."
+    )
+
+
+Logits = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+
+
+def _classifiers(adapter: SavedAdapter) -> tuple[Logits, Logits]:
+    """Features → logits (N, C) of the adapter, as `fit` computes them, and of zero-shot."""
+    from clip_adapter.adapters.engine.scoring import make_classify
+    from clip_adapter.adapters.formulas import cosine_logits
+    from clip_adapter.adapters.method import Head
+    from clip_adapter.adapters.registry import find_method
+
+    info = adapter.info
+    head = Head(adapter.weights, np.float32(info.logit_scale), np.float32(info.logit_bias))
+    adapted = make_classify(find_method(info.method), info.setting, adapter.arrays, head)
+    return adapted, lambda features: cosine_logits(np, features, head)
+
+
+def _check_place(path: Path | None, suffix: str) -> None:
+    if path is None:
+        return
+    if path.suffix != suffix:
+        kind = suffix[1:].upper()
+        raise UserError(f"{path} is written as {kind}; give it a name that ends in {suffix}.")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"{path} cannot be written: there is no such folder, or it is one itself.")
+
+
+def print_scores(config: EvaluateConfig) -> int:
+    """Run `evaluate`, print the scores, and return the exit code."""
+    from clip_adapter.pipelines.console.jax_setup import set_up_jax
+    from clip_adapter.pipelines.console.spoken import Spoken
+
+    set_up_jax()
+    scores = evaluate(config, Spoken("clip-adapter evaluate"))
+    if len(scores.labels):
+        _print_table(scores)
+    if scores.seen:
+        print(
+            f"left out {counted(scores.seen, 'image')} on which the adapter was fitted or chosen: "
+            "right answers there are no accuracy"
+        )
+    if scores.skipped:
+        left_out = counted(scores.skipped, "image")
+        Spoken("clip-adapter evaluate").note(f"{left_out} cannot be decoded and are left out")
+    return EXIT_PARTIAL if scores.skipped else 0
+
+
+def _print_table(scores: Scores) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("class", "images", "adapter %", "zero-shot %"):
+        table.add_column(column, justify="left" if column == "class" else "right")
+    counts, right, before = scores.by_class()
+    for label, *row in zip(scores.present.tolist(), counts, right, before, strict=True):
+        name = printable(scores.class_names[label])
+        table.add_row(name, str(row[0]), *(f"{100 * share:.1f}" for share in row[1:]))
+    width = max(80, 40 + max(len(printable(name)) for name in scores.class_names))
+    Console(width=min(width, 200), highlight=False, markup=False).print(table)
+    ours, theirs, paired = scores.standard_errors()
+    gained = scores.accuracy - scores.zero_shot_accuracy
+    shown = counted(len(scores.labels), "image")
+    print(f"{shown}, {len(scores.candidates)} classes to choose from; ± is a standard error")
+    print(f"adapter    {100 * scores.accuracy:6.2f} ± {100 * ours:.2f} %")
+    print(f"zero-shot  {100 * scores.zero_shot_accuracy:6.2f} ± {100 * theirs:.2f} %")
+    print(f"difference {100 * gained:+6.2f} ± {100 * paired:.2f} points")
+    means = 100 * right.mean(), 100 * before.mean()
+    print(f"mean over classes: adapter {means[0]:.2f} %, zero-shot {means[1]:.2f} %")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The command `clip-adapter evaluate`."""
+    limit_openmp()
+    run_command(EvaluateConfig, print_scores, "clip-adapter evaluate", arguments)

@@ -1,0 +1,49 @@
+"""`clip-adapter merge`: join the parts that `extract --shard` wrote into one cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from clip_adapter.errors import UserError
+from clip_adapter.files import is_there
+from clip_adapter.pipelines.console.argument_types import Positional
+from clip_adapter.pipelines.console.running import run_command
+from clip_adapter.pipelines.console.spoken import Spoken
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Join the parts of a feature cache into one file, equal to that of an undivided run.
+
+    Attributes:
+        out: Where the feature cache goes.
+        parts: All parts of one cache, in any order; they are left as they are.
+        force: Overwrite an existing file.
+    """
+
+    out: Positional[Path]
+    parts: Positional[tuple[Path, ...]]
+    force: bool = False
+
+
+def merge(config: MergeConfig) -> Path:
+    """Run `merge` and return the path of the cache.
+
+    Raises UserError for files that are no parts, do not belong together, or are not all there.
+    """
+    if not config.parts:
+        raise UserError("Name the parts to join: clip-adapter merge OUT PART…")
+    if is_there(config.out) and not config.force:
+        raise UserError(f"{config.out} exists; choose another name, or --force to overwrite it.")
+    if config.out.resolve() in [part.resolve() for part in config.parts]:
+        raise UserError(f"{config.out} is one of the parts; name the cache otherwise.")
+    from clip_adapter.extract.join import join_parts
+
+    join_parts(config.parts, config.out, Spoken("merge"))
+    return config.out
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The command `clip-adapter merge`."""
+    run_command(MergeConfig, lambda config: merge(config) and None, "clip-adapter merge", arguments)

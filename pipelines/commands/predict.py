@@ -1,0 +1,235 @@
+"""`predict`: classify image files with a fitted adapter."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from stat import S_ISDIR
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+from clip_adapter.cores import available_cores, limit_openmp
+from clip_adapter.errors import UserError, require_within
+from clip_adapter.extract.config import check_work
+from clip_adapter.extract.datasets.image_files import Listing
+from clip_adapter.extract.encoding.images import BadImage, open_image, read_rgb
+from clip_adapter.extract.files import unreadable
+from clip_adapter.listener import Listener
+from clip_adapter.pipelines.console.argument_types import Positional
+from clip_adapter.pipelines.console.progress import Advance, no_advance, progress
+from clip_adapter.pipelines.console.running import EXIT_PARTIAL, run_command
+from clip_adapter.pipelines.console.spoken import Spoken
+from clip_adapter.pipelines.fitting.named_method import know_method
+from clip_adapter.pipelines.scoring.prediction_formats import FORMATS, Prediction
+from clip_adapter.words import counted, printable
+
+if TYPE_CHECKING:
+    import torch
+
+    from clip_adapter.pipelines.saved.pytorch import AdaptedClip
+
+MOST_CLASSES = 100_000
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Classify image files with a fitted adapter and the backbone it was fitted for.
+
+    A probability is a share of the softmax over the adapter's classes, for models with a logit bias
+    (SigLIP) too: an adapter is fitted to tell its classes apart, and that is what softmax says;
+    the sigmoid of such a model's own head would say whether one caption fits one image.
+
+    Attributes:
+        paths: Image files, and folders to search for them.
+        adapter: Run folder that `fit` wrote, or one of the adapter's two files.
+        method: MODULE:NAME of the adapter's method, where that is one of your own.
+        backbone: Backbone to load, where the adapter names one that is neither glyph-clip nor a
+            model and tag of open_clip's; what an adapter names otherwise is not loaded unasked.
+        pretrained: Where the backbone's weights lie now, if they were given as a local file or
+            folder.
+        top: How many classes to name for each image.
+        format: How to print; json is one array with an object per image. In csv, a cell that a
+            spreadsheet would take for a formula begins with an apostrophe.
+        batch_size: Images per forward pass.
+        workers: Threads that decode images.
+        device: PyTorch device; auto takes a GPU where there is one.
+    """
+
+    paths: Positional[tuple[Path, ...]]
+    adapter: Path
+    method: str | None = None
+    backbone: str | None = None
+    pretrained: str | None = None
+    top: int = 3
+    format: Literal["table", "csv", "json"] = "table"
+    batch_size: int = 64
+    workers: int = available_cores()
+    device: str = "auto"
+
+
+class Predictions:
+    """Iterable over one Prediction per path, in their order.
+
+    They are computed batch by batch, anew for each iteration: memory does not grow with their
+    number.
+    """
+
+    def __init__(
+        self,
+        model: "AdaptedClip",
+        paths: Sequence[Path],
+        config: PredictConfig,
+        refused: Mapping[Path, str] = MappingProxyType({}),
+    ) -> None:
+        """refused: why some of the paths cannot be read, as far as that is known already."""
+        self.paths = paths
+        self._refused = refused
+        self.class_names = model.class_names
+        self._model = model
+        self._config = config
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[Prediction]:
+        """Images are decoded in threads, up to two batches ahead of the model."""
+        size = self._config.batch_size
+        paths = iter(self.paths)
+        with ThreadPoolExecutor(self._config.workers) as pool:
+            ahead = [pool.submit(self._decode, path) for path in islice(paths, 3 * size)]
+            while ahead:
+                batch = [future.result() for future in ahead[:size]]
+                ahead = ahead[size:] + [pool.submit(self._decode, p) for p in islice(paths, size)]
+                yield from self._classify(batch)
+
+    def _decode(self, path: Path) -> "tuple[Path, torch.Tensor | str]":
+        """The preprocessed image, or why there is none."""
+        if path in self._refused:
+            return path, self._refused[path]
+        try:
+            return path, self._model.preprocess(read_rgb(partial(open_image, path)))
+        except BadImage as error:
+            return path, str(error)
+        except OSError as error:
+            return path, error.strerror or str(error)
+
+    def _classify(self, batch: "Sequence[tuple[Path, torch.Tensor | str]]") -> Iterator[Prediction]:
+        images = [image for _, image in batch if not isinstance(image, str)]
+        tops = iter(self._tops(images) if images else [])
+        for path, image in batch:
+            if isinstance(image, str):
+                yield Prediction(path, unreadable=image)
+            else:
+                yield Prediction(path, next(tops))
+
+    def _tops(self, images: "Sequence[torch.Tensor]") -> "list[tuple[tuple[str, float], ...]]":
+        import torch
+
+        device = next(self._model.parameters()).device
+        with torch.inference_mode():
+            logits = self._model(torch.stack(list(images)).to(device))
+            count = min(self._config.top, len(self.class_names))
+            probabilities, classes = logits.double().softmax(dim=1).topk(count)
+        return [
+            tuple((self.class_names[c], p) for c, p in zip(*row, strict=True))
+            for row in zip(classes.tolist(), probabilities.tolist(), strict=True)
+        ]
+
+
+def predict(config: PredictConfig, listener: Listener | None = None) -> Predictions:
+    """Load the adapter and its backbone, find the images, and return what classifies them.
+
+    Raises UserError where none of the paths can be read, when there is no image at all, for numbers
+    out of range, and where adapter and backbone cannot be had or do not belong together. An image
+    that cannot be read, or a path where nothing is, is no error: its Prediction says so.
+    """
+    require_within("--top", config.top, MOST_CLASSES)
+    check_work(config.batch_size, config.workers)
+    know_method(config.method)
+    refused: dict[Path, str] = {}
+    paths = image_files(config.paths, listener or Listener(), refused)
+
+    from clip_adapter.extract.encoding.device import find_device
+    from clip_adapter.pipelines.saved.pytorch import AdaptedClip
+
+    device = find_device(config.device)
+    model = AdaptedClip.from_run(
+        config.adapter, device=device, backbone=config.backbone, pretrained=config.pretrained
+    )
+    return Predictions(model, paths, config, refused)
+
+
+def image_files(paths: Sequence[Path], listener: Listener, refused: dict[Path, str]) -> list[Path]:
+    """The files among `paths` and the image files below the folders among them, in their order.
+
+    refused: is told of those paths that cannot be read, which are in the list too, why.
+    Raises UserError if nothing else is found.
+    """
+    found: list[Path] = []
+    reason: UserError | None = None
+    for path in paths:
+        try:
+            found += _images_at(path, listener)
+        except UserError as error:
+            reason = reason or error
+            refused[path] = str(error).removeprefix(f"Cannot read {path}: ").rstrip(".")
+            found.append(path)
+    if reason and refused.keys() == set(found):
+        raise reason
+    if not paths:
+        raise UserError("Name the images to classify: files, or folders that hold them.")
+    if not found:
+        raise UserError(f"There is no image file in {', '.join(map(str, paths))}.")
+    return found
+
+
+def _images_at(path: Path, listener: Listener) -> list[Path]:
+    try:
+        is_folder = S_ISDIR(path.stat().st_mode)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if not is_folder:
+        return [path]
+    listing = Listing(path, listener)
+    found = [path / inner for inner in listing.below(path)]
+    for remark in listing.remarks():
+        listener.warn(remark)
+    return found
+
+
+def print_predictions(config: PredictConfig) -> int:
+    """Run `predict`, print what it finds as it comes, and return the exit code."""
+    predictions = predict(config, Spoken("predict"))
+    unreadable_count = 0
+    out = sys.stdout  # bound here, because a progress bar on standard error takes sys.stdout over
+    # Where the rows appear on a terminal, they show the progress themselves.
+    bar = nullcontext(no_advance) if out.isatty() else progress("predict", len(predictions))
+
+    def readable(advance: Advance) -> Iterator[Prediction]:
+        nonlocal unreadable_count
+        for prediction in predictions:
+            if prediction.unreadable is None:
+                yield prediction
+            else:
+                unreadable_count += 1
+                skipped = f"{prediction.path} skipped: {prediction.unreadable}"
+                print(printable(skipped), file=sys.stderr)
+            advance(1, "")
+
+    with bar as advance:
+        FORMATS[config.format](out, predictions, readable(advance))
+    if unreadable_count:
+        total = len(predictions)
+        counts = f"{unreadable_count} of {counted(total, 'image')} cannot be read"
+        print(f"clip-adapter predict: {counts}", file=sys.stderr)
+    return EXIT_PARTIAL if unreadable_count else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The command `clip-adapter predict`."""
+    limit_openmp()
+    run_command(PredictConfig, print_predictions, "clip-adapter predict", arguments)

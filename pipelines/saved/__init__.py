@@ -1,0 +1,1 @@
+"""Adapters in files, and what uses them: PyTorch, scikit-learn, the commands."""

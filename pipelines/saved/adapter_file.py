@@ -1,0 +1,293 @@
+"""A fitted adapter on disk: `adapter.json`, which says what it is, and `adapter.safetensors`.
+
+Neither file can execute anything. The JSON carries the SHA-256 of the arrays and of its own
+content, so that a change to either file is noticed.
+"""
+
+import hashlib
+import json
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from clip_adapter import files
+from clip_adapter.adapters.method import Head, Method
+from clip_adapter.adapters.registry import find_method
+from clip_adapter.cache.metadata import BIAS_WORDS, SCALE_WORDS, is_bias, is_scale
+from clip_adapter.errors import UserError
+from clip_adapter.pipelines.saved.adapter_check import check_usable
+
+FORMAT = "clip-adapter"
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+# Version 1 kept a fixed ratio among the arrays, too.
+ONLY_IN_VERSION_1 = "/ratio/value"
+INFO_FILE = "adapter.json"
+ARRAYS_FILE = "adapter.safetensors"
+# The classifier weights before adaptation, and what is before the names of what was fitted, which
+# may be called `weights` as well; version 1, whose methods had no such array, had no prefix.
+WEIGHTS = "weights"
+SHORTEST_WEIGHTS = 0.5  # they are unit rows
+FITTED = "fitted/"
+# Hashes of the images that fitted or chose it; files of before they were kept have none.
+SEEN = "seen"
+DOCUMENT_MAX = 1 << 25  # bytes: the names of 21,000 classes take 1 << 19
+ARRAYS_SHA256 = "safetensors_sha256"
+OWN_SHA256 = "sha256"
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What adapter.json states.
+
+    setting: the hyper-parameters of `method`. backbone, preprocess, dataset: as in the cache.
+    cache_sha256: the cache's content hash. fitted: shots, seed, selection rule and what it saw.
+    """
+
+    method: str
+    setting: dict[str, Any]
+    class_names: list[str]
+    templates: list[str]
+    logit_scale: float
+    logit_bias: float
+    backbone: dict[str, Any]
+    preprocess: dict[str, Any]
+    dataset: dict[str, Any]
+    cache_sha256: str
+    fitted: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """info; arrays: what was fitted, float32; weights: (C, D) float32, the zero-shot classifier
+    weights. seen: `image_hashes` of what fitted or chose it, in any order; None where the file
+    does not say."""
+
+    info: AdapterInfo
+    arrays: Mapping[str, npt.NDArray[Any]]
+    weights: npt.NDArray[np.float32]
+    seen: npt.NDArray[np.uint64] | None = None
+
+    def has_seen(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """(N,): whether it was fitted or chosen on the images of which these are `image_hashes`."""
+        if self.seen is None:
+            return np.zeros(len(hashes), np.bool_)
+        known: npt.NDArray[np.bool_] = np.isin(hashes, self.seen)
+        return np.any(known, axis=1)
+
+
+def image_hashes(
+    features: npt.NDArray[np.float32], digests: npt.NDArray[np.uint64] | None
+) -> npt.NDArray[np.uint64]:
+    """(N, 1 or 2): by which N images are known again, also in another cache or in a folder.
+
+    features: (N, D), of view 0. digests: (N,), of the pixels that were encoded, where they are
+    known; another device or number type makes other features of the same pixels.
+    """
+    from clip_adapter.cache.hdf5 import row_hashes  # h5py, which predicting does without
+
+    found = [row_hashes(features), *([] if digests is None else [digests])]
+    return np.stack(found, axis=1)
+
+
+def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
+    """Write the two files into `folder`, the JSON last: an adapter without it is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {FITTED + name: array for name, array in adapter.arrays.items()}
+    tensors[WEIGHTS] = adapter.weights
+    if adapter.seen is not None:
+        tensors[SEEN] = adapter.seen
+    content = save({name: np.asarray(array, order="C") for name, array in tensors.items()})
+    files.write_bytes(folder / ARRAYS_FILE, content)
+    document = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        ARRAYS_SHA256: hashlib.sha256(content).hexdigest(),
+        **asdict(adapter.info),
+    }
+    document = json.loads(json.dumps(document))
+    document[OWN_SHA256] = document_sha256(document)
+    files.write_text(folder / INFO_FILE, json.dumps(document, indent=1))
+
+
+def document_sha256(document: Mapping[str, Any]) -> str:
+    """SHA-256 of the document without its own hash, as JSON with sorted keys."""
+    content = {name: value for name, value in document.items() if name != OWN_SHA256}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load_adapter(run: str | Path) -> SavedAdapter:
+    """Read an adapter from its folder (or the path of one of its two files).
+
+    Whatever it returns can be used: types, ranges, names, shapes and values are checked against
+    each other. Raises UserError for files that are missing, foreign, newer, damaged or changed.
+    """
+    run = Path(run)
+    if run.name in (INFO_FILE, ARRAYS_FILE):
+        run = run.parent
+    document = _read_document(run / INFO_FILE)
+    info = _checked_info(run / INFO_FILE, document)
+    path = run / ARRAYS_FILE
+    tensors = _read_tensors(path, document[ARRAYS_SHA256])
+    weights, seen = tensors.pop(WEIGHTS, None), tensors.pop(SEEN, None)
+    if seen is not None and (seen.ndim != 1 or seen.dtype != np.uint64):
+        raise UserError(f"{path}: {SEEN} holds no hashes of images; fit the adapter again.")
+    if document["format_version"] == 1:
+        arrays = {n: t for n, t in tensors.items() if not n.endswith(ONLY_IN_VERSION_1)}
+    else:
+        arrays = {n.removeprefix(FITTED): t for n, t in tensors.items()}
+        if len(arrays) < len(tensors):
+            raise UserError(f"{path} holds two arrays of one name; fit the adapter again.")
+    if "labels" in _method(info.method).shapes:
+        arrays = _with_labels(arrays, len(info.class_names))
+    return SavedAdapter(info, arrays, _checked_weights(path, info, weights, arrays), seen)
+
+
+def _with_labels(arrays: dict[str, npt.NDArray[Any]], classes: int) -> dict[str, npt.NDArray[Any]]:
+    """The same with `labels` for what stood there before: `values`, their one-hot rows."""
+    values = arrays.get("values")
+    if values is None or values.ndim != 2 or values.shape[1] != classes:
+        return arrays
+    labels = values.argmax(axis=1)
+    if not np.array_equal(values, np.eye(classes, dtype=np.float32)[labels]):
+        return arrays
+    kept = {name: array for name, array in arrays.items() if name != "values"}
+    return {**kept, "labels": labels.astype(np.float32)}
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    try:
+        document = files.parse_json(files.read_text(path, DOCUMENT_MAX))
+    except (FileNotFoundError, NotADirectoryError):
+        within = path.parent / "adapters"  # of a run where nothing chose, or that was interrupted
+        where = f"; name one of those in {within}" if within.is_dir() else ""
+        raise UserError(f"There is no adapter at {path.parent} (no {INFO_FILE}){where}.") from None
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as JSON; fit the adapter again.") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise UserError(f"{path} does not describe an adapter of clip-adapter.")
+    version = document.get("format_version")
+    if type(version) is not int or version not in READABLE:
+        raise UserError(
+            f"{path} has format version {reprlib.repr(version)}, this program reads versions up to "
+            f"{FORMAT_VERSION}; update clip-adapter or fit the adapter again."
+        )
+    names = [*(field.name for field in fields(AdapterInfo)), ARRAYS_SHA256, OWN_SHA256]
+    missing = [name for name in names if name not in document]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; fit the adapter again.")
+    if document[OWN_SHA256] != document_sha256(document):
+        raise UserError(f"{path} was changed after it was written; fit the adapter again.")
+    return document
+
+
+def _checked_info(path: Path, document: Mapping[str, Any]) -> AdapterInfo:
+    for field in fields(AdapterInfo):
+        wanted, fits = _TYPES[field.name]
+        if not fits(document[field.name]):
+            value = reprlib.repr(document[field.name])
+            raise UserError(f"{path}: {field.name} is {value}, not {wanted}.")
+    values = {field.name: document[field.name] for field in fields(AdapterInfo)}
+    # JSON may write a number without its point; JAX takes no integer of more than 32 bits.
+    numbers = {name: float(document[name]) for name in ("logit_scale", "logit_bias")}
+    try:
+        # Version 1 said less about how an adapter was trained.
+        partial = document["format_version"] == 1
+        setting = _method(values["method"]).checked(values["setting"], partial=partial)
+    except ValueError as error:
+        raise UserError(f"{path} describes no adapter that can be used: {error}.") from error
+    return AdapterInfo(**values | numbers | {"setting": setting})
+
+
+def _method(name: str) -> Method:
+    # A file may name what is installed, and have nothing imported that the user did not name.
+    if ":" in name:
+        raise ValueError(f"{name!r:.80} is no name of a method")
+    try:
+        return find_method(name)
+    except LookupError as error:
+        raise ValueError(str(error)) from None
+
+
+def _is_string(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _are_strings(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_string, value))
+
+
+_TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "method": ("a string", _is_string),
+    "setting": ("an object", _is_object),
+    "class_names": ("a list of strings", _are_strings),
+    "templates": ("a list of strings", _are_strings),
+    "logit_scale": (SCALE_WORDS, is_scale),
+    "logit_bias": (BIAS_WORDS, is_bias),
+    "backbone": ("an object", _is_object),
+    "preprocess": ("an object", _is_object),
+    "dataset": ("an object", _is_object),
+    "cache_sha256": ("a string", _is_string),
+    "fitted": ("an object", _is_object),
+}
+
+
+def _read_tensors(path: Path, stated_sha256: object) -> dict[str, npt.NDArray[Any]]:
+    files.is_there(path)
+    try:
+        with path.open("rb") as file:  # not into memory: nobody has said yet how large it may be
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}); fit the adapter again."
+        ) from error
+    if found != stated_sha256:
+        raise UserError(
+            f"{path} is not the file that {INFO_FILE} was written for: it is damaged or was "
+            "changed; fit the adapter again."
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a safetensors file of numbers that NumPy has.") from error
+
+
+def _checked_weights(
+    path: Path,
+    info: AdapterInfo,
+    weights: npt.NDArray[Any] | None,
+    arrays: Mapping[str, npt.NDArray[Any]],
+) -> npt.NDArray[np.float32]:
+    """The classifier weights.
+
+    Raises UserError where they or the arrays are not those that the document implies.
+    """
+    if weights is None or weights.ndim != 2 or len(weights) != len(info.class_names):
+        raise UserError(f"{path} does not hold the classifier weights of its classes.")
+    if weights.dtype != np.float32 or not weights.size or not np.isfinite(weights).all():
+        raise UserError(f"{path}: {WEIGHTS} holds something else than finite float32 numbers.")
+    if not (np.linalg.norm(weights, axis=1) > SHORTEST_WEIGHTS).all():
+        raise UserError(f"{path}: {WEIGHTS} holds a class without a direction.")
+    head = Head(weights, np.float32(info.logit_scale), np.float32(info.logit_bias))
+    try:
+        check_usable(_method(info.method), info.setting, arrays, head)
+    except ValueError as error:
+        raise UserError(
+            f"{path} does not fit {INFO_FILE}: {error}; fit the adapter again."
+        ) from error
+    return weights

@@ -1,0 +1,124 @@
+"""A fitted adapter inside its CLIP as one PyTorch module, for deployment without JAX."""
+
+import reprlib
+from copy import deepcopy
+from pathlib import Path
+from typing import Self
+
+import torch
+from PIL import Image
+from torch import nn
+
+from clip_adapter.adapters.method import Head
+from clip_adapter.adapters.registry import find_method
+from clip_adapter.errors import UserError
+from clip_adapter.extract.backbones.loading import Backbone, load_backbone
+from clip_adapter.extract.encoding.images import read_rgb
+from clip_adapter.extract.encoding.preprocess import refuse_strips
+from clip_adapter.extract.encoding.projection import take_projection
+from clip_adapter.extract.recipe import GLYPH_CLIP, is_published
+from clip_adapter.pipelines.saved.adapter_check import feature_width
+from clip_adapter.pipelines.saved.adapter_file import AdapterInfo, SavedAdapter, load_adapter
+from clip_adapter.pipelines.saved.fitted_head import FittedHead
+from clip_adapter.pipelines.saved.same_backbone import check_same_backbone, check_same_width
+from clip_adapter.words import quoted
+
+
+class AdaptedClip(nn.Module):
+    """images (B, 3, H, W) → logits (B, C): an open_clip model with a fitted adapter inside.
+
+    Every method that `fit` saves is supported. The logits are those of the training side within
+    1e-5 of the logit scale. The module is in evaluation mode and nothing in it asks for gradients;
+    `.to(device)`, `state_dict` and `torch.export` work as for any other.
+
+    class_names: C strings, the columns of the logits.
+    """
+
+    def __init__(self, backbone: Backbone, adapter: SavedAdapter) -> None:
+        """Raises UserError where the adapter was fitted for another backbone or preprocessing."""
+        super().__init__()
+        check_same_backbone(
+            backbone.identity,
+            backbone.preprocess_config,
+            adapter.info,
+            "give the right ones with --pretrained, or extract and fit again",
+        )
+        self.clip = backbone.model
+        width = backbone.identity["embed_dim"]
+        method = find_method(adapter.info.method)
+        if "projection" in method.needs:  # the adapter has one in its place
+            self.clip = deepcopy(backbone.model)
+            width = len(take_projection(self.clip.visual, backbone.identity["name"]).weights)
+        wanted = feature_width(method, adapter.arrays, Head(adapter.weights, 1.0, 0.0))
+        check_same_width(width, wanted, backbone.identity["name"])
+        self.head = FittedHead(adapter)
+        self._transform = backbone.preprocess
+        self._preprocess_config = backbone.preprocess_config
+        self.class_names = tuple(adapter.info.class_names)
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def from_run(
+        cls,
+        run: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        backbone: str | None = None,
+        pretrained: str | None = None,
+    ) -> Self:
+        """Load an adapter and the backbone that it was fitted for.
+
+        run: what `load_adapter` takes: a run folder or the path of one of the adapter's files.
+        backbone: as `load_backbone` takes it; by default what the adapter names.
+        pretrained: where the backbone's weights lie, for weights that were given as a local file
+            or folder when the features were extracted; by default what the adapter names.
+
+        An adapter may come from anywhere: a backbone that it names is loaded only if it is
+        glyph-clip or a model and tag of open_clip's.
+
+        Raises UserError for another one, where adapter or backbone cannot be had, and where the
+        weights are not the ones of the fit.
+        """
+        adapter = load_adapter(run)
+        return cls(find_backbone(adapter.info, backbone, pretrained), adapter).to(device)
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """What the encoder takes, (3, H, W) float32 on the CPU, of a picture of any mode.
+
+        Raises BadImage for one that `extract` would not take either.
+        """
+        picture = read_rgb(image.copy)
+        refuse_strips(picture, self._preprocess_config)
+        return self._transform(picture)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (B, C) of preprocessed images (B, 3, H, W)."""
+        return self.head(self.clip.encode_image(images))
+
+
+def find_backbone(info: AdapterInfo, backbone: str | None, pretrained: str | None) -> Backbone:
+    """What the caller names; what the adapter names only where that is published.
+
+    Raises UserError where it is not, and where it cannot be had.
+    """
+    if backbone is not None:
+        return load_backbone(backbone, pretrained)
+    name, weights = info.backbone.get("name"), info.backbone.get("pretrained")
+    if not isinstance(name, str) or not isinstance(weights, str):
+        raise UserError(
+            f"The adapter does not say which backbone it was fitted for, only "
+            f"{reprlib.repr(info.backbone)}; it can be used on features, not on images."
+        )
+    if pretrained is not None:
+        if ":" in name and Path(pretrained).is_dir():
+            # `local-dir:FOLDER` and `hf-hub:ORG/NAME` hold configuration and weights together.
+            return load_backbone(f"local-dir:{pretrained}")
+        if ":" not in name:
+            return load_backbone(name, pretrained)
+    elif is_published(name, weights):
+        return load_backbone(name, None if name == GLYPH_CLIP else weights)
+    raise UserError(
+        f"The adapter was fitted for {quoted(name)} with the weights {quoted(weights)}, which is "
+        "no model and tag of open_clip's; name the backbone with --backbone, and with "
+        "--pretrained where its weights lie."
+    )

@@ -1,0 +1,126 @@
+"""How predictions are printed: as a table, CSV or JSON, row by row as they come."""
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import numpy.typing as npt
+from rich.cells import cell_len
+
+from clip_adapter.words import printable
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What an image shows.
+
+    top: (class name, probability), most probable first; empty where the image cannot be read.
+    unreadable: why it cannot be read, or None.
+    """
+
+    path: Path
+    top: tuple[tuple[str, float], ...] = ()
+    unreadable: str | None = None
+
+
+class Scope(Protocol):
+    """What is known before the first prediction, so that columns can be set."""
+
+    @property
+    def paths(self) -> Sequence[Path]: ...
+
+    @property
+    def class_names(self) -> Sequence[str]: ...
+
+
+def write_table(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> None:
+    """Aligned columns: the path, then name and probability of each class."""
+    path_width = max(cell_len(printable(str(path))) for path in scope.paths)
+    name_width = max(cell_len(printable(name)) for name in scope.class_names)
+    for prediction in predictions:
+        cells = [_padded(str(prediction.path), path_width)]
+        for name, probability in prediction.top:
+            cells.append(f"{_padded(name, name_width)} {100 * probability:5.1f} %")
+        print("   ".join(cells), file=out)
+
+
+def write_csv(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> None:
+    """A header, then a row per image: image, class_1, probability_1, class_2, …
+
+    Names that begin with = + - @ get an apostrophe before them; in JSON names are exact.
+    """
+    writer = csv.writer(out, lineterminator="\n")
+    ranks = 0
+    for prediction in predictions:
+        if not ranks:
+            ranks = len(prediction.top)
+            columns = ((f"class_{n}", f"probability_{n}") for n in range(1, ranks + 1))
+            writer.writerow(["image", *(name for pair in columns for name in pair)])
+        pairs = ((cell(name), rounded(p)) for name, p in prediction.top)
+        writer.writerow([cell(str(prediction.path)), *(x for pair in pairs for x in pair)])
+
+
+def write_json(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> None:
+    """One array, an object per image on a line of its own; names are exact."""
+    separator = "["
+    for prediction in predictions:
+        top = [{"class": name, "probability": rounded(p)} for name, p in prediction.top]
+        row = json.dumps({"image": str(prediction.path), "top": top})
+        print(f"{separator}\n{row}", end="", file=out)
+        separator = ","
+    print("[]" if separator == "[" else "\n]", file=out)
+
+
+def cell(text: str) -> str:
+    """A name that no spreadsheet takes for a formula: an apostrophe makes it text."""
+    shown = printable(text)
+    return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown
+
+
+def _padded(text: str, width: int) -> str:
+    shown = printable(text)
+    return shown + " " * (width - cell_len(shown))
+
+
+def rounded(probability: float) -> float:
+    """To six significant digits, which is what float32 logits carry."""
+    return float(f"{probability:.6g}")
+
+
+Writer = Callable[[TextIO, Scope, Iterable[Prediction]], None]
+FORMATS: dict[str, Writer] = {"table": write_table, "csv": write_csv, "json": write_json}
+
+
+@contextmanager
+def predictions_file(
+    path: Path | None, class_names: Sequence[str]
+) -> Iterator[Callable[..., None] | None]:
+    """Of `evaluate`: a function that writes rows, into a file that gets its name when all is
+    written."""
+    if path is None:
+        yield None
+        return
+    temporary = path.with_name(path.name + ".new")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(
+                ["image", "class", "predicted", "probability", "zero_shot", "fitted_on"]
+            )
+            names = [cell(name) for name in class_names]
+
+            def write(ids: Sequence[str], *columns: npt.NDArray[Any]) -> None:
+                for name, label, predicted, before, seen, share in zip(
+                    ids, *(column.tolist() for column in columns), strict=True
+                ):
+                    shown = names[label], names[predicted], rounded(share), names[before]
+                    writer.writerow([cell(name), *shown, "yes" if seen else "no"])
+
+            yield write
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
