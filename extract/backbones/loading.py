@@ -82,7 +82,7 @@ def load_backbone(
 
     Raises UserError for unknown names (with the near matches), unknown tags, and weights that
     cannot be had, do not fit, or hold a logit scale that is none. Nothing that comes with weights
-    is run: see `model_config`.
+    is run: see `config_check`.
     """
     recipe = resolve(name, pretrained)
     try:
