@@ -16,10 +16,10 @@ from clip_adapter.extract.files import is_folder
 # Name → module:function, which is called with what stands behind the colon and the options.
 NAMED = {"digits": "digits:open_digits"}
 KINDS = {
-    "tfds": "tfds_builders:open_tfds",
-    "coop": "coop:open_coop",
+    "tfds": "tfds:open_tfds",
+    "coop": "coop_layout:open_coop",
     "folder": "folder:open_folder",
-    "csv": "csv_table:open_csv",
+    "csv": "table:open_csv",
     "hf": "hugging_face:open_hugging_face",
 }
 
