@@ -21,7 +21,7 @@ def require_within(name: str, value: int, most: int, least: int = 1) -> None:
         raise UserError(f"{name} must be at least {least} and at most {most:,}, not {value:.0f}.")
 
 
-class Contradiction(Exception):
+class Contradiction(ValueError):
     """How a file contradicts its format, as a clause: `labels of train lie outside the classes`.
 
     Whoever opened the file knows its name and what to advise, and makes a sentence of it.
