@@ -1,6 +1,7 @@
 # make demo: environment, install, extract, fit and a report.   make test: all that CI runs.
 # make fuzz: 10,000 damaged, hostile and odd inputs.
 # make docs: the documentation as a site, in site/.
+# make dist: what a release uploads, in dist/.
 # make lock: a new environment with the newest versions that pyproject.toml admits, written down.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +13,7 @@ CONSTRAINTS := --constraint constraints.txt
 LOCKED := etils huggingface_hub jaxlib ml_dtypes orbax-checkpoint protobuf pyarrow \
   tensorflow-metadata tensorstore tokenizers
 
-.PHONY: demo test fuzz docs dev lock clean
+.PHONY: demo test fuzz docs dist dev lock clean
 
 # Two methods beside the baselines; the last line names the report.
 demo: .venv/installed
@@ -30,6 +31,11 @@ test: dev
 
 docs: dev
 	$(BIN)/mkdocs build --strict --quiet
+
+dist: dev
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build --outdir dist
 
 fuzz: dev
 	$(BIN)/python -m tests.fuzz.driver
