@@ -110,8 +110,3 @@ def transcripts(text: str) -> list[tuple[str, str]]:
 def words(text: str) -> str:
     """Text without layout and numbers, whose last digits may differ between machines."""
     return " ".join(re.sub(r"[-+]?[0-9][0-9.e-]*", "#", text).replace("─", "").split())
-
-
-@pytest.mark.parametrize("page", ["FORMAT.md", "TEXT_TOWER.md"])
-def test_a_page_that_the_package_carries_is_the_one_of_the_site(page: str) -> None:
-    assert (ROOT / "docs" / page).read_bytes() == (ROOT / "cache" / page).read_bytes()

@@ -1,0 +1,19 @@
+"""A hook of mkdocs: the pages that lie beside the code they specify are pages of the site too."""
+
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOM = Path(__file__).parents[1] / "cache"
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for page in ROOM.glob("*.md"):
+        files.append(File.generated(config, page.name, abs_src_path=str(page)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Their place in the repository, to which pages link, is beside the others in the site."""
+    return markdown.replace(f"](../{ROOM.name}/", "](")
