@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 from torch.nn.functional import cross_entropy, one_hot
 
 from clip_adapter.adapters.engine.runner import Engine
@@ -239,6 +240,9 @@ def test_the_first_steps_are_those_of_the_formulas(name: str, epochs: int, engin
     np.testing.assert_allclose(logits, wanted, atol=1e-3 * np.abs(wanted).max())
 
 
+TIGHT = {"ftol": 1e-15, "gtol": 1e-9}
+
+
 def unequal(task: Task, *counts: int) -> Task:
     labels = np.repeat(np.arange(CLASSES), counts).astype(np.int32)
     return task._replace(labels=labels, features=task.features[:, : len(labels)])
@@ -273,6 +277,28 @@ def test_shots_of_unequal_classes_are_images_per_class(counts: Any, engine: Engi
     np.testing.assert_allclose(found, same, atol=1e-5)
     identity = np.eye(DIM)
     assert np.linalg.norm(stronger - identity) < 0.95 * np.linalg.norm(found - identity)
+
+
+@pytest.mark.parametrize("strength", [0.2, 1.0])
+def test_rla_ends_at_the_minimum_that_l_bfgs_finds(strength: float, engine: Engine):
+    """Of the loss over all images, in float64; at ten times the default rate the steps arrive."""
+    method, whole = METHODS["rla"], separable_task(noise=2.0, seed=4)
+    task, data, identity = needed(method, whole), Data(whole), np.eye(DIM)
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        matrix = torch.tensor(flat.reshape(DIM, DIM), requires_grad=True)
+        held = strength * ((matrix - tensor(identity)) ** 2).sum()
+        loss = cross_entropy(data.cosine_logits(data.f @ matrix.T, data.w), data.y) + held
+        loss.backward()
+        return float(loss.detach()), matrix.grad.numpy().ravel()
+
+    least = minimize(objective, identity.ravel(), jac=True, method="L-BFGS-B", options=TIGHT)
+    setting = setting_of(method, strength=strength, learning_rate=1e-2)
+    found = fit(method, setting, None, task, engine)["matrix"].astype(np.float64)
+    (start, _), (end, _) = objective(identity.ravel()), objective(found.ravel())
+    assert -1e-9 < (end - least.fun) / (start - least.fun) < 1e-4
+    moved = np.abs(least.x - identity.ravel()).max()
+    assert moved > 0.1 and np.abs(found.ravel() - least.x).max() < 0.1 * moved
 
 
 def test_rla_without_strength_is_free_and_with_much_is_zero_shot(engine: Engine):
