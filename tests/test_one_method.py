@@ -27,7 +27,7 @@ from clip_adapter.pipelines.console.jax_setup import set_up_jax
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.predictions import read_predictions
 from clip_adapter.pipelines.saved.adapter_file import document_sha256, load_adapter
-from clip_adapter.pipelines.saved.fitted_head import FittedHead
+from clip_adapter.pipelines.saved.pytorch import FittedHead
 from clip_adapter.pipelines.saved.sklearn import FewShotClassifier
 from tests.pipelines.tiny_cache import tiny_data, write_cache
 

@@ -12,30 +12,30 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_adapter import files
+from clip_adapter.adapters.formulas import cosine_logits
+from clip_adapter.adapters.registry import METHODS
 from clip_adapter.cores import available_cores, limit_openmp
 from clip_adapter.errors import UserError
 from clip_adapter.extract.config import check_work
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.console.argument_types import Positional
-from clip_adapter.pipelines.console.jax_setup import usable_jax
 from clip_adapter.pipelines.console.running import EXIT_PARTIAL, run_command
-from clip_adapter.pipelines.fitting.named_method import know_method
-from clip_adapter.pipelines.saved.adapted_features import make_adapt, write_features
 from clip_adapter.pipelines.saved.adapter_file import (
     AdapterInfo,
     SavedAdapter,
     image_hashes,
     load_adapter,
 )
-from clip_adapter.pipelines.scoring.class_mapping import Classes, match_classes
-from clip_adapter.pipelines.scoring.labelled_images import (
-    Encoding,
+from clip_adapter.pipelines.scoring.images import (
+    Classes,
+    Features,
     Labelled,
     cached_images,
     images_of_folder,
     is_folder,
+    match_classes,
 )
-from clip_adapter.pipelines.scoring.prediction_formats import predictions_file
+from clip_adapter.pipelines.scoring.prediction_formats import predictions_file, write_features
 from clip_adapter.pipelines.scoring.scores import Scores
 from clip_adapter.words import counted, printable
 
@@ -104,10 +104,9 @@ def evaluate(config: EvaluateConfig, listener: Listener | None = None) -> Scores
         raise UserError(
             f"--confusion and --predictions both name {config.confusion}; give each its own."
         )
-    know_method(config.method)
-    adapter = load_adapter(config.adapter)
+    adapter = load_adapter(config.adapter, config.method)
     listener = listener or Listener()
-    with usable_jax(), _images(config, adapter, listener) as images:
+    with _images(config, adapter, listener) as images:
         known = match_classes(images, adapter.info, config.classes)
         return _score(config, adapter, images, known, listener)
 
@@ -117,15 +116,8 @@ def _images(
     config: EvaluateConfig, adapter: SavedAdapter, listener: Listener
 ) -> Iterator[Labelled]:
     if is_folder(config.data):
-        how = Encoding(
-            config.backbone,
-            config.pretrained,
-            config.batch_size,
-            config.workers,
-            config.device,
-            skip=config.on_error == "skip",
-        )
-        yield images_of_folder(config.data, config.split, adapter, how, listener)
+        skip = config.on_error == "skip"
+        yield images_of_folder(config.data, config.split, adapter, config, listener, skip=skip)
         return
     from clip_adapter.cache.reader import FeatureCache
 
@@ -145,8 +137,7 @@ def _score(
         candidates = np.unique(targets[targets >= 0])
     else:
         candidates = np.arange(len(adapter.weights))
-    classify, zero_shot = _classifiers(adapter)
-    adapt = make_adapt(adapter) if config.features else None
+    adapt = _adapt(adapter) if config.features else None
     ids: list[str] = []
     adapted: list[npt.NDArray[np.float32]] = []
     found: list[tuple[npt.NDArray[Any], ...]] = []
@@ -160,8 +151,9 @@ def _score(
             kept = targets[block.rows] >= 0
             rows = block.rows[kept]
             if len(rows):
-                logits = classify(block.features[kept])[:, candidates].astype(np.float64)
-                before = zero_shot(block.encoded[kept])[:, candidates].argmax(axis=1)
+                logits = adapter.logits(block.features[kept])[:, candidates].astype(np.float64)
+                zero_shot = cosine_logits(np, block.encoded[kept], adapter.head)
+                before = zero_shot[:, candidates].argmax(axis=1)
                 best = logits.argmax(axis=1)
                 digests = None if block.digests is None else block.digests[kept]
                 familiar = adapter.has_seen(image_hashes(block.encoded[kept], digests))
@@ -207,20 +199,23 @@ def _all_seen(name: str, count: int, info: AdapterInfo) -> str:
     )
 
 
-Logits = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+def _adapt(adapter: SavedAdapter) -> Callable[[Features], Features]:
+    """Features as the adapter takes them (N, F) → image features that it compares with the classes,
+    (N, D) float32, un-normalised.
 
-
-def _classifiers(adapter: SavedAdapter) -> tuple[Logits, Logits]:
-    """Features → logits (N, C) of the adapter, as `fit` computes them, and of zero-shot."""
-    from clip_adapter.adapters.engine.scoring import make_classify
-    from clip_adapter.adapters.formulas import cosine_logits
-    from clip_adapter.adapters.method import Head
-    from clip_adapter.adapters.registry import find_method
-
-    info = adapter.info
-    head = Head(adapter.weights, np.float32(info.logit_scale), np.float32(info.logit_bias))
-    adapted = make_classify(find_method(info.method), info.setting, adapter.arrays, head)
-    return adapted, lambda features: cosine_logits(np, features, head)
+    Raises UserError for a method that moves no image features.
+    """
+    adapt = adapter.method.adapt
+    if adapt is None:
+        names = ", ".join(name for name, method in METHODS.items() if method.adapt)
+        raise UserError(
+            f"{adapter.info.method} moves no image features, so there are none for --features; "
+            f"these do: {names}."
+        )
+    formula, setting, head = adapt, adapter.info.setting, adapter.head
+    return lambda features: np.asarray(
+        formula(np, adapter.arrays, setting, features, head), np.float32
+    )
 
 
 def _check_place(path: Path | None, suffix: str) -> None:
@@ -235,10 +230,8 @@ def _check_place(path: Path | None, suffix: str) -> None:
 
 def print_scores(config: EvaluateConfig) -> int:
     """Run `evaluate`, print the scores, and return the exit code."""
-    from clip_adapter.pipelines.console.jax_setup import set_up_jax
     from clip_adapter.pipelines.console.spoken import Spoken
 
-    set_up_jax()
     scores = evaluate(config, Spoken("clip-adapter evaluate"))
     if len(scores.labels):
         _print_table(scores)

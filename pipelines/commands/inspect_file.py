@@ -9,8 +9,6 @@ from typing import Any, NoReturn
 import h5py
 import numpy as np
 
-from clip_adapter.adapters.method import Head
-from clip_adapter.adapters.registry import find_method
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.schema import HASHES
 from clip_adapter.cache.stored_file import other_content
@@ -18,7 +16,6 @@ from clip_adapter.errors import UserError
 from clip_adapter.files import is_there
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.running import run_command
-from clip_adapter.pipelines.fitting.named_method import know_method
 from clip_adapter.pipelines.saved.adapter_file import (
     ARRAYS_FILE,
     INFO_FILE,
@@ -53,12 +50,11 @@ def inspect(config: InspectConfig) -> Facts:
     that is missing or neither a cache nor an adapter, or that `FeatureCache` or `load_adapter`
     refuses.
     """
-    know_method(config.method)
     path = config.file
     if not is_there(path):
         raise UserError(f"{path} does not exist; name a feature cache or a run folder.")
     if path.is_dir() or path.name in (INFO_FILE, ARRAYS_FILE):
-        return _adapter_facts(path, load_adapter(path))
+        return _adapter_facts(path, load_adapter(path, config.method))
     if not h5py.is_hdf5(path):
         other = other_content(path)
         raise UserError(
@@ -126,13 +122,11 @@ def _adapter_facts(path: Path, adapter: SavedAdapter) -> Facts:
 
 def _ratio_facts(adapter: SavedAdapter) -> Facts:
     """What was learned beside the setting, as far as it does not depend on an image."""
-    info = adapter.info
-    method = find_method(info.method)
-    if method.describe is None:
+    describe = adapter.method.describe
+    if describe is None:
         return []
-    head = Head(adapter.weights, info.logit_scale, info.logit_bias)
     no_images = np.zeros((0, adapter.weights.shape[1]), np.float32)
-    described = method.describe(np, adapter.arrays, info.setting, no_images, head)
+    described = describe(np, adapter.arrays, adapter.info.setting, no_images, adapter.head)
     found = {name: np.asarray(values) for name, values in described.items()}
     return [(f"learned {name}", _spread(values)) for name, values in found.items() if values.size]
 

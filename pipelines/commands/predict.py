@@ -1,36 +1,30 @@
 """`predict`: classify image files with a fitted adapter."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from stat import S_ISDIR
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import Literal, NoReturn
+
+import numpy as np
+from scipy.special import softmax
 
 from clip_adapter.cores import available_cores, limit_openmp
 from clip_adapter.errors import UserError, require_within
 from clip_adapter.extract.config import check_work
 from clip_adapter.extract.datasets.image_files import Listing
-from clip_adapter.extract.encoding.images import BadImage, open_image, read_rgb
 from clip_adapter.extract.files import unreadable
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.progress import Advance, no_advance, progress
 from clip_adapter.pipelines.console.running import EXIT_PARTIAL, run_command
 from clip_adapter.pipelines.console.spoken import Spoken
-from clip_adapter.pipelines.fitting.named_method import know_method
+from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter
+from clip_adapter.pipelines.scoring.images import Block, Blocks, encoded_files
 from clip_adapter.pipelines.scoring.prediction_formats import FORMATS, Prediction
 from clip_adapter.words import counted, printable
-
-if TYPE_CHECKING:
-    import torch
-
-    from clip_adapter.pipelines.saved.pytorch import AdaptedClip
 
 MOST_CLASSES = 100_000
 
@@ -71,76 +65,44 @@ class PredictConfig:
     device: str = "auto"
 
 
-class Predictions:
+class PredictedImages:
     """Iterable over one Prediction per path, in their order.
 
     They are computed batch by batch, anew for each iteration: memory does not grow with their
     number.
     """
 
-    def __init__(
-        self,
-        model: "AdaptedClip",
-        paths: Sequence[Path],
-        config: PredictConfig,
-        refused: Mapping[Path, str] = MappingProxyType({}),
-    ) -> None:
-        """refused: why some of the paths cannot be read, as far as that is known already."""
+    def __init__(self, adapter: SavedAdapter, paths: Sequence[Path], blocks: Blocks, top: int):
         self.paths = paths
-        self._refused = refused
-        self.class_names = model.class_names
-        self._model = model
-        self._config = config
+        self.class_names = adapter.info.class_names
+        self._adapter = adapter
+        self._blocks = blocks
+        self._top = min(top, len(self.class_names))
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __iter__(self) -> Iterator[Prediction]:
-        """Images are decoded in threads, up to two batches ahead of the model."""
-        size = self._config.batch_size
-        paths = iter(self.paths)
-        with ThreadPoolExecutor(self._config.workers) as pool:
-            ahead = [pool.submit(self._decode, path) for path in islice(paths, 3 * size)]
-            while ahead:
-                batch = [future.result() for future in ahead[:size]]
-                ahead = ahead[size:] + [pool.submit(self._decode, p) for p in islice(paths, size)]
-                yield from self._classify(batch)
+        for block in self._blocks():
+            tops = dict(zip(block.rows.tolist(), self._tops(block), strict=True))
+            for row in sorted([*tops, *block.unreadable]):
+                path = self.paths[row]
+                if row in tops:
+                    yield Prediction(path, tops[row])
+                else:  # decoding names the image as well
+                    reason = block.unreadable[row].removeprefix(f"{path} cannot be decoded: ")
+                    yield Prediction(path, unreadable=reason)
 
-    def _decode(self, path: Path) -> "tuple[Path, torch.Tensor | str]":
-        """The preprocessed image, or why there is none."""
-        if path in self._refused:
-            return path, self._refused[path]
-        try:
-            return path, self._model.preprocess(read_rgb(partial(open_image, path)))
-        except BadImage as error:
-            return path, str(error)
-        except OSError as error:
-            return path, error.strerror or str(error)
-
-    def _classify(self, batch: "Sequence[tuple[Path, torch.Tensor | str]]") -> Iterator[Prediction]:
-        images = [image for _, image in batch if not isinstance(image, str)]
-        tops = iter(self._tops(images) if images else [])
-        for path, image in batch:
-            if isinstance(image, str):
-                yield Prediction(path, unreadable=image)
-            else:
-                yield Prediction(path, next(tops))
-
-    def _tops(self, images: "Sequence[torch.Tensor]") -> "list[tuple[tuple[str, float], ...]]":
-        import torch
-
-        device = next(self._model.parameters()).device
-        with torch.inference_mode():
-            logits = self._model(torch.stack(list(images)).to(device))
-            count = min(self._config.top, len(self.class_names))
-            probabilities, classes = logits.double().softmax(dim=1).topk(count)
+    def _tops(self, block: Block) -> list[tuple[tuple[str, float], ...]]:
+        shares = softmax(self._adapter.logits(block.features).astype(np.float64), axis=1)
+        classes = np.argsort(-shares, axis=1, kind="stable")[:, : self._top]
         return [
-            tuple((self.class_names[c], p) for c, p in zip(*row, strict=True))
-            for row in zip(classes.tolist(), probabilities.tolist(), strict=True)
+            tuple((self.class_names[c], float(own[c])) for c in best)
+            for own, best in zip(shares, classes.tolist(), strict=True)
         ]
 
 
-def predict(config: PredictConfig, listener: Listener | None = None) -> Predictions:
+def predict(config: PredictConfig, listener: Listener | None = None) -> PredictedImages:
     """Load the adapter and its backbone, find the images, and return what classifies them.
 
     Raises UserError where none of the paths can be read, when there is no image at all, for numbers
@@ -149,18 +111,11 @@ def predict(config: PredictConfig, listener: Listener | None = None) -> Predicti
     """
     require_within("--top", config.top, MOST_CLASSES)
     check_work(config.batch_size, config.workers)
-    know_method(config.method)
+    adapter = load_adapter(config.adapter, config.method)
     refused: dict[Path, str] = {}
     paths = image_files(config.paths, listener or Listener(), refused)
-
-    from clip_adapter.extract.encoding.device import find_device
-    from clip_adapter.pipelines.saved.pytorch import AdaptedClip
-
-    device = find_device(config.device)
-    model = AdaptedClip.from_run(
-        config.adapter, device=device, backbone=config.backbone, pretrained=config.pretrained
-    )
-    return Predictions(model, paths, config, refused)
+    blocks = encoded_files(paths, refused, adapter, config)
+    return PredictedImages(adapter, paths, blocks, config.top)
 
 
 def image_files(paths: Sequence[Path], listener: Listener, refused: dict[Path, str]) -> list[Path]:

@@ -12,7 +12,7 @@ from clip_adapter.errors import UserError
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.running import run_command
 from clip_adapter.pipelines.console.spoken import Spoken
-from clip_adapter.pipelines.fitting.named_method import know_method
+from clip_adapter.pipelines.saved.adapter_file import know_method
 
 NARROWEST = 20  # columns; a terminal of none (COLUMNS=0) is none
 

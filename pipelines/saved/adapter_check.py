@@ -1,14 +1,21 @@
-"""Whether the arrays of a saved adapter can be used: its method's formula is run on them once."""
+"""Whether a saved adapter can be used: its method's formula is run on its arrays once, and features
+have to come from the backbone and the preprocessing that it was fitted for."""
 
 from __future__ import annotations
 
+import json
+import reprlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.adapters.method import Head, Method, Setting
+from clip_adapter.errors import UserError
+
+if TYPE_CHECKING:
+    from clip_adapter.pipelines.saved.adapter_file import AdapterInfo
 
 ROWS = 3
 
@@ -94,3 +101,36 @@ def _sizes(method: Method, arrays: Mapping[str, npt.NDArray[Any]], head: Head) -
             wanted = ", ".join(f"{letter} = {sizes.get(letter, '?')}" for letter in letters)
             raise ValueError(f"{name} has the shape {array.shape} and not ({wanted})")
     return sizes
+
+
+def check_same_backbone(
+    identity: Mapping[str, Any], preprocess: Mapping[str, Any], info: AdapterInfo, remedy: str
+) -> None:
+    """Raises UserError where they do not.
+
+    identity, preprocess: as a cache states them. remedy: what to do about other weights.
+    """
+    name = identity.get("name")
+    found, wanted = identity.get("weights_sha256"), info.backbone.get("weights_sha256")
+    if found != wanted:
+        raise UserError(
+            f"The adapter was fitted for other weights of {info.backbone.get('name')} (SHA-256 "
+            f"{reprlib.repr(wanted)}) than those of {name} here ({reprlib.repr(found)}); {remedy}."
+        )
+    # What is compared has been through JSON on the adapter's side.
+    for key, value in json.loads(json.dumps(dict(preprocess))).items():
+        if info.preprocess.get(key) != value:
+            raise UserError(
+                f"The adapter was fitted on images preprocessed with {key} "
+                f"{reprlib.repr(info.preprocess.get(key))}, {name} here uses "
+                f"{reprlib.repr(value)}; extract and fit again."
+            )
+
+
+def check_same_width(found: int, wanted: int, name: str) -> None:
+    """Raises UserError where `name` gives features of another width than the adapter takes."""
+    if found != wanted:
+        raise UserError(
+            f"The adapter takes features {wanted} wide, those of {name} are {found} wide; fit it "
+            "again."
+        )

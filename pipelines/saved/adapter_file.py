@@ -26,13 +26,10 @@ from clip_adapter.pipelines.saved.adapter_check import check_usable
 
 FORMAT = "clip-adapter"
 FORMAT_VERSION = 2
-READABLE = (1, 2)
-# Version 1 kept a fixed ratio among the arrays, too.
-ONLY_IN_VERSION_1 = "/ratio/value"
 INFO_FILE = "adapter.json"
 ARRAYS_FILE = "adapter.safetensors"
 # The classifier weights before adaptation, and what is before the names of what was fitted, which
-# may be called `weights` as well; version 1, whose methods had no such array, had no prefix.
+# may be called `weights` as well.
 WEIGHTS = "weights"
 SHORTEST_WEIGHTS = 0.5  # they are unit rows
 FITTED = "fitted/"
@@ -74,6 +71,21 @@ class SavedAdapter:
     arrays: Mapping[str, npt.NDArray[Any]]
     weights: npt.NDArray[np.float32]
     seen: npt.NDArray[np.uint64] | None = None
+
+    @property
+    def method(self) -> Method:
+        return find_method(self.info.method)
+
+    @property
+    def head(self) -> Head:
+        scale, bias = np.float32(self.info.logit_scale), np.float32(self.info.logit_bias)
+        return Head(self.weights, scale, bias)
+
+    def logits(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """(N, C) of features as the method takes them: (N, D), or (N, F) of what comes before the
+        backbone's projection."""
+        logits = self.method.logits(np, self.arrays, self.info.setting, features, self.head)
+        return np.asarray(logits, np.float32)
 
     def has_seen(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         """(N,): whether it was fitted or chosen on the images of which these are `image_hashes`."""
@@ -123,12 +135,29 @@ def document_sha256(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def load_adapter(run: str | Path) -> SavedAdapter:
+def know_method(name: str | None) -> None:
+    """Import `MODULE:NAME`, so that its method is known by the name that adapters state.
+
+    Nothing but the user's own word imports a module: an adapter that names one is refused.
+    Raises UserError where there is no such method.
+    """
+    if name is None:
+        return
+    try:
+        find_method(name)
+    except LookupError as error:
+        raise UserError(f"--method: {error}.").with_notes_of(error) from None
+
+
+def load_adapter(run: str | Path, method: str | None = None) -> SavedAdapter:
     """Read an adapter from its folder (or the path of one of its two files).
+
+    method: MODULE:NAME of its method, where that is one of the user's own.
 
     Whatever it returns can be used: types, ranges, names, shapes and values are checked against
     each other. Raises UserError for files that are missing, foreign, newer, damaged or changed.
     """
+    know_method(method)
     run = Path(run)
     if run.name in (INFO_FILE, ARRAYS_FILE):
         run = run.parent
@@ -139,12 +168,9 @@ def load_adapter(run: str | Path) -> SavedAdapter:
     weights, seen = tensors.pop(WEIGHTS, None), tensors.pop(SEEN, None)
     if seen is not None and (seen.ndim != 1 or seen.dtype != np.uint64):
         raise UserError(f"{path}: {SEEN} holds no hashes of images; fit the adapter again.")
-    if document["format_version"] == 1:
-        arrays = {n: t for n, t in tensors.items() if not n.endswith(ONLY_IN_VERSION_1)}
-    else:
-        arrays = {n.removeprefix(FITTED): t for n, t in tensors.items()}
-        if len(arrays) < len(tensors):
-            raise UserError(f"{path} holds two arrays of one name; fit the adapter again.")
+    arrays = {name.removeprefix(FITTED): tensor for name, tensor in tensors.items()}
+    if len(arrays) < len(tensors):
+        raise UserError(f"{path} holds two arrays of one name; fit the adapter again.")
     if "labels" in _method(info.method).shapes:
         arrays = _with_labels(arrays, len(info.class_names))
     return SavedAdapter(info, arrays, _checked_weights(path, info, weights, arrays), seen)
@@ -178,9 +204,9 @@ def _read_document(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{path} does not describe an adapter of clip-adapter.")
     version = document.get("format_version")
-    if type(version) is not int or version not in READABLE:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {reprlib.repr(version)}, this program reads versions up to "
+            f"{path} has format version {reprlib.repr(version)}, this program reads version "
             f"{FORMAT_VERSION}; update clip-adapter or fit the adapter again."
         )
     names = [*(field.name for field in fields(AdapterInfo)), ARRAYS_SHA256, OWN_SHA256]
@@ -202,9 +228,7 @@ def _checked_info(path: Path, document: Mapping[str, Any]) -> AdapterInfo:
     # JSON may write a number without its point; JAX takes no integer of more than 32 bits.
     numbers = {name: float(document[name]) for name in ("logit_scale", "logit_bias")}
     try:
-        # Version 1 said less about how an adapter was trained.
-        partial = document["format_version"] == 1
-        setting = _method(values["method"]).checked(values["setting"], partial=partial)
+        setting = _method(values["method"]).checked(values["setting"])
     except ValueError as error:
         raise UserError(f"{path} describes no adapter that can be used: {error}.") from error
     return AdapterInfo(**values | numbers | {"setting": setting})

@@ -5,23 +5,55 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
 from clip_adapter.adapters.method import Head
-from clip_adapter.adapters.registry import find_method
 from clip_adapter.errors import UserError
 from clip_adapter.extract.backbones.loading import Backbone, load_backbone
 from clip_adapter.extract.encoding.images import read_rgb
 from clip_adapter.extract.encoding.preprocess import refuse_strips
 from clip_adapter.extract.encoding.projection import take_projection
 from clip_adapter.extract.recipe import GLYPH_CLIP, is_published
-from clip_adapter.pipelines.saved.adapter_check import feature_width
+from clip_adapter.pipelines.saved.adapter_check import (
+    check_same_backbone,
+    check_same_width,
+    feature_width,
+)
 from clip_adapter.pipelines.saved.adapter_file import AdapterInfo, SavedAdapter, load_adapter
-from clip_adapter.pipelines.saved.fitted_head import FittedHead
-from clip_adapter.pipelines.saved.same_backbone import check_same_backbone, check_same_width
 from clip_adapter.words import quoted
+
+
+class FittedHead(nn.Module):
+    """Image features (B, D) → logits (B, C), by the formula that was fitted.
+
+    The arrays are buffers: `.to(device)`, `state_dict` and `torch.export` work as for any module.
+    """
+
+    def __init__(self, adapter: SavedAdapter) -> None:
+        super().__init__()
+        info = adapter.info
+        self._logits = adapter.method.logits
+        self._setting = dict(info.setting)
+        self._names = tuple(adapter.arrays)
+        self._logit_scale, self._logit_bias = info.logit_scale, info.logit_bias
+        self.weights: torch.Tensor
+        self.register_buffer("weights", torch.tensor(np.asarray(adapter.weights)))
+        for name in self._names:
+            self.register_buffer(_buffer(name), torch.tensor(np.asarray(adapter.arrays[name])))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        arrays = {name: self.get_buffer(_buffer(name)) for name in self._names}
+        head = Head(self.weights, self._logit_scale, self._logit_bias)
+        rows = features.to(self.weights.dtype)
+        return self._logits(torch, arrays, self._setting, rows, head)
+
+
+def _buffer(name: str) -> str:
+    """A module's buffer may have no dots or slashes in its name."""
+    return "fitted_" + name.replace("/", "_")
 
 
 class AdaptedClip(nn.Module):
@@ -45,11 +77,11 @@ class AdaptedClip(nn.Module):
         )
         self.clip = backbone.model
         width = backbone.identity["embed_dim"]
-        method = find_method(adapter.info.method)
+        method = adapter.method
         if "projection" in method.needs:  # the adapter has one in its place
             self.clip = deepcopy(backbone.model)
             width = len(take_projection(self.clip.visual, backbone.identity["name"]).weights)
-        wanted = feature_width(method, adapter.arrays, Head(adapter.weights, 1.0, 0.0))
+        wanted = feature_width(method, adapter.arrays, adapter.head)
         check_same_width(width, wanted, backbone.identity["name"])
         self.head = FittedHead(adapter)
         self._transform = backbone.preprocess

@@ -1,16 +1,20 @@
-"""How predictions are printed: as a table, CSV or JSON, row by row as they come."""
+"""How predictions are printed, as a table, CSV or JSON, row by row as they come; and the files that
+`evaluate` writes beside its scores."""
 
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+import numpy as np
 import numpy.typing as npt
 from rich.cells import cell_len
 
+from clip_adapter import files
 from clip_adapter.words import printable
 
 
@@ -124,3 +128,23 @@ def predictions_file(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_features(
+    path: Path,
+    ids: Sequence[str],
+    labels: npt.NDArray[np.int32],
+    features: npt.NDArray[np.float32],
+    class_names: Sequence[str],
+) -> None:
+    """Of `evaluate`: an .npz file whose arrays numpy.load reads without pickle: ids (N,) text,
+    labels (N,) int32 in class_names (C,) text, features (N, D) float32. It is whole or absent."""
+    content = BytesIO()
+    np.savez(
+        content,
+        ids=np.array(ids, np.str_),
+        labels=labels,
+        features=features,
+        class_names=np.array(class_names, np.str_),
+    )
+    files.write_bytes(path, content.getvalue())

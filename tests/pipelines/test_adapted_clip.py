@@ -14,8 +14,7 @@ from clip_adapter.extract.backbones.loading import Backbone
 from clip_adapter.extract.recipe import GLYPH_CLIP_FOLDER
 from clip_adapter.pipelines.saved import pytorch as adapted_clip
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, save_adapter
-from clip_adapter.pipelines.saved.fitted_head import FittedHead
-from clip_adapter.pipelines.saved.pytorch import AdaptedClip
+from clip_adapter.pipelines.saved.pytorch import AdaptedClip, FittedHead
 
 LogitsOf = Callable[[SavedAdapter, np.ndarray], np.ndarray]
 

@@ -18,7 +18,7 @@ from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.predictions import read_predictions
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter, save_adapter
-from clip_adapter.pipelines.scoring.labelled_images import Encoding, images_of_folder
+from clip_adapter.pipelines.scoring.images import images_of_folder
 from tests.pipelines.tiny_cache import short, tiny_data, write_cache
 
 DATA = tiny_data(test=60)
@@ -119,7 +119,7 @@ def test_a_mapping_and_the_classes_that_occur(place: Path, tmp_path: Path) -> No
     mapping.write_text(json.dumps({"drei": "class 3", "eins": "class 3"}))
     assert set(evaluate(EvaluateConfig(cache, adapter, classes=mapping)).labels.tolist()) == {3}
     mapping.write_text('\ufeff{"drei": "class 3", "drei": "class 1"}', encoding="utf-8")
-    with pytest.raises(UserError, match=r"classes.json names 'drei' twice in one object; join"):
+    with pytest.raises(UserError, match=r"classes.json: names 'drei' twice in one object; join"):
         evaluate(EvaluateConfig(cache, adapter, classes=mapping))
 
 
@@ -262,8 +262,8 @@ def test_features_of_another_width_are_refused(place: Path, tmp_path: Path) -> N
         (["nowhere.h5"], "nowhere.h5 does not exist"),
         (["features.h5", "--confusion", "features.h5"], "name that ends in .csv"),
         (["features.h5", "--predictions", "nowhere/p.csv"], "cannot be written"),
-        (["features.h5", "--classes", "nowhere.json"], "is no JSON file"),
-        (["features.h5", "--classes", "list.json"], "is no JSON file"),
+        (["features.h5", "--classes", "nowhere.json"], "does not exist"),
+        (["features.h5", "--classes", "list.json"], "has to be a JSON object"),
         (["features.h5", "--classes", "deep.json"], "cannot be read as JSON"),
         (["features.h5", "--classes", "strange.json"], "names 'x', which tiny test does not have"),
         (["features.h5", "--classes", "wrong.json"], "names 'x', which the adapter does not"),
@@ -341,7 +341,7 @@ def test_images_of_a_folder_are_encoded_on_the_way(
     assert np.array_equal(scores.labels, digits.labels[order])
     plain = digits.features[order] @ digits.weights.T
     assert np.array_equal(scores.zero_shot, plain.argmax(axis=1))
-    how = Encoding(None, None, batch_size=8, workers=1, device="cpu", skip=False)
+    how = EvaluateConfig(folder, tmp_path / "run", batch_size=8, workers=1, device="cpu")
     first = next(images_of_folder(folder, "test", adapter, how, Listener()).blocks())
     knowing = dataclasses.replace(adapter, seen=first.digests)
     save_adapter(tmp_path / "knowing", knowing)

@@ -21,7 +21,7 @@ from clip_adapter.pipelines.saved.adapter_file import (
     document_sha256,
     load_adapter,
 )
-from clip_adapter.pipelines.saved.fitted_head import FittedHead
+from clip_adapter.pipelines.saved.pytorch import FittedHead
 from tests.extract.image_folders import make_folder, photograph
 from tests.fuzz.attempt import Attempt
 from tests.fuzz.command import run_command
@@ -64,8 +64,6 @@ def attempt(rng: random.Random, prepared: Path, folder: Path) -> Attempt:
     original = rng.choice(sorted((prepared / "adapters").iterdir()))
     run = folder / "run"
     shutil.copytree(original, run)
-    if rng.random() < 0.3:
-        _age(run)
     wanted = _content(load_adapter(run))
     if rng.random() < 0.5:
         found = Attempt(damage(rng, run / rng.choice((INFO_FILE, ARRAYS_FILE))))
@@ -112,13 +110,6 @@ def _state(run: Path, document: dict[str, Any]) -> None:
 def _replace_arrays(run: Path, content: bytes, **stated: Any) -> None:
     (run / ARRAYS_FILE).write_bytes(content)
     _state(run, _stated(run) | stated | {"safetensors_sha256": hashlib.sha256(content).hexdigest()})
-
-
-def _age(run: Path) -> None:
-    """As version 1 had it, which put nothing before the names of what was fitted."""
-    arrays = load((run / ARRAYS_FILE).read_bytes())
-    old = save({name.removeprefix("fitted/"): array for name, array in arrays.items()})
-    _replace_arrays(run, old, format_version=1)
 
 
 def _forge_info(rng: random.Random, run: Path) -> str:

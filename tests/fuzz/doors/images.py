@@ -2,15 +2,13 @@
 
 import json
 import random
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from clip_adapter.extract.backbones.loading import load_backbone
-from clip_adapter.pipelines.commands.predict import PredictConfig, Prediction, Predictions
+from clip_adapter.pipelines.commands.predict import PredictConfig, predict
 from clip_adapter.pipelines.saved.adapter_file import AdapterInfo, SavedAdapter, save_adapter
-from clip_adapter.pipelines.saved.pytorch import AdaptedClip
 from tests.fuzz import image_mutations
 from tests.fuzz.attempt import Attempt
 
@@ -36,22 +34,11 @@ def prepare(folder: Path) -> None:
     save_adapter(folder / "run", SavedAdapter(info, {}, weights.astype(np.float32)))
 
 
-@cache
-def _model(run: Path) -> AdaptedClip:
-    return AdaptedClip.from_run(run)
-
-
 def attempt(rng: random.Random, prepared: Path, folder: Path) -> Attempt:
     found = Attempt(image_mutations.make(rng, folder))
     (path,) = folder.iterdir()
-    model = _model(prepared / "run")
     config = PredictConfig((path,), prepared / "run", workers=1)
-
-    def classify() -> Prediction:
-        (prediction,) = Predictions(model, [path], config)
-        return prediction
-
-    prediction = found.read(classify)
+    prediction = found.read(lambda: next(iter(predict(config))))
     if prediction and prediction.unreadable is not None:
         found.sentence(prediction.unreadable)
     elif prediction and not all(0 <= p <= 1 for _, p in prediction.top):

@@ -1,0 +1,262 @@
+"""Images for a saved adapter: of a cache, of a folder of classes, or files named one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_adapter.errors import Contradiction, UserError
+from clip_adapter.files import is_there, read_text
+from clip_adapter.listener import Listener
+from clip_adapter.pipelines.saved.adapter_check import (
+    check_same_backbone,
+    check_same_width,
+    feature_width,
+)
+from clip_adapter.pipelines.saved.adapter_file import AdapterInfo, SavedAdapter
+from clip_adapter.records import from_json
+from clip_adapter.words import counted, some
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from clip_adapter.cache.reader import FeatureCache
+    from clip_adapter.extract.datasets.source import Split
+
+Features = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
+Classes = npt.NDArray[np.int64]
+LEFT_OUT, UNKNOWN = -1, -2
+OTHER_WEIGHTS = "give the right ones with --pretrained, or extract and fit again"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some images. rows: (R,) which. features: (R, F), what the adapter takes. encoded: (R, D), the
+    image features; the same array unless the adapter takes what comes before the projection.
+    digests: (R,), see `image_hashes`. unreadable: rows that are not here, and why."""
+
+    rows: Rows
+    features: Features
+    encoded: Features
+    digests: npt.NDArray[np.uint64] | None
+    unreadable: Mapping[int, str]
+
+
+Blocks = Callable[[], Iterator[Block]]
+"""Reads or encodes images, anew at each call, block by block: memory does not grow with them."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled images.
+
+    name: for a report. labels: (N,), indices of class_names. ids: the names of some rows.
+    """
+
+    name: str
+    class_names: Sequence[str]
+    labels: npt.NDArray[np.int32]
+    blocks: Blocks
+    ids: Callable[[Rows], Sequence[str]]
+
+
+class Encoding(Protocol):
+    """How files are encoded, as `PredictConfig` states it."""
+
+    @property
+    def backbone(self) -> str | None: ...
+    @property
+    def pretrained(self) -> str | None: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def workers(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder of images, not a cache.
+
+    Raises UserError where there is neither.
+    """
+    if not is_there(path):
+        raise UserError(f"{path} does not exist; name a feature cache or a folder of images.")
+    return path.is_dir()
+
+
+def cached_images(cache: FeatureCache, split: str, adapter: SavedAdapter) -> Labelled:
+    """The images of one split of a cache.
+
+    Raises UserError where it lacks them, or what the adapter needs, or is of another backbone.
+    """
+    from clip_adapter.cache.reader import BLOCK_ROWS
+
+    labels = cache.labels(split)
+    info = adapter.info
+    remedy = "extract with the adapter's backbone, or fit on features of this one"
+    check_same_backbone(cache.backbone, cache.preprocess, info, remedy)
+    check_same_width(cache.shape(split)[2], adapter.weights.shape[1], str(cache.path))
+    before = "projection" in adapter.method.needs
+    if before:
+        width = cache.pre_projection(split, np.zeros(1, np.int64), views=1).shape[2]
+        check_same_width(width, _width(adapter), str(cache.path))
+
+    digests = cache.hashes(split, "digests")
+
+    def blocks() -> Iterator[Block]:
+        for start in range(0, len(labels), BLOCK_ROWS):
+            rows = np.arange(start, min(start + BLOCK_ROWS, len(labels)))
+            encoded = cache.features(split, rows, views=1)[0]
+            features = cache.pre_projection(split, rows, views=1)[0] if before else encoded
+            yield Block(rows, features, encoded, None if digests is None else digests[rows], {})
+
+    name = f"{cache.dataset.get('name', cache.path.name)} {split}"
+    return Labelled(name, cache.class_names, labels, blocks, lambda rows: cache.ids(split, rows))
+
+
+def images_of_folder(
+    folder: Path,
+    split: str,
+    adapter: SavedAdapter,
+    how: Encoding,
+    listener: Listener,
+    *,
+    skip: bool = False,
+) -> Labelled:
+    """The images of a folder that `extract` would take as `folder:FOLDER`; of its split where it
+    has splits, else all of them. What it passes over, the listener is told.
+
+    skip: leave out what cannot be decoded, rather than raise for it.
+    Raises UserError for a folder without such images, and where the adapter's backbone cannot be
+    had.
+    """
+    from clip_adapter.extract.datasets.checks import checked
+    from clip_adapter.extract.datasets.folder import labelled_images
+
+    data = checked(labelled_images(folder, split, listener))
+    for remark in data.remarks:
+        listener.warn(remark)
+    images = data.splits["test"]
+    blocks = _encoded(images, adapter, how, skip=skip)
+
+    def ids(rows: Rows) -> list[str]:
+        return [images.ids[row] for row in rows.tolist()]
+
+    return Labelled(data.name, data.class_names, images.labels, blocks, ids)
+
+
+def encoded_files(
+    paths: Sequence[Path], refused: Mapping[Path, str], adapter: SavedAdapter, how: Encoding
+) -> Blocks:
+    """The images of these files; of those that cannot be read, why.
+
+    refused: why some of the paths cannot be read, as far as that is known already.
+    Raises UserError where the adapter's backbone cannot be had.
+    """
+    from clip_adapter.extract.datasets.source import Split
+    from clip_adapter.extract.encoding.images import BadImage, open_image
+
+    def read(row: int) -> Image.Image:
+        path = paths[row]
+        if path in refused:
+            raise BadImage(refused[path])
+        try:
+            return open_image(path)
+        except OSError as error:
+            raise BadImage(error.strerror or str(error)) from error
+
+    labels = np.zeros(len(paths), np.int32)
+    split = Split([str(path) for path in paths], labels, read, "files")
+    return _encoded(split, adapter, how, skip=True)
+
+
+def _encoded(images: Split, adapter: SavedAdapter, how: Encoding, *, skip: bool) -> Blocks:
+    from clip_adapter.extract.encoding.decode import Plan
+    from clip_adapter.extract.encoding.device import find_device
+    from clip_adapter.extract.encoding.encoder import Encoder, encode_images
+    from clip_adapter.extract.encoding.stopwatch import Stopwatch
+    from clip_adapter.pipelines.saved.pytorch import find_backbone
+
+    device = find_device(how.device)
+    backbone = find_backbone(adapter.info, how.backbone, how.pretrained)
+    check_same_backbone(backbone.identity, backbone.preprocess_config, adapter.info, OTHER_WEIGHTS)
+    # A batch is filled up to its size, and a few images need not be.
+    size = min(how.batch_size, len(images.labels))
+    before = "projection" in adapter.method.needs
+    encoder = Encoder(backbone, device, size, with_projection=before)
+    name = backbone.identity["name"]
+    check_same_width(encoder.dim, adapter.weights.shape[1], name)
+    if encoder.projection is not None:
+        check_same_width(len(encoder.projection.weights), _width(adapter), name)
+    plan = Plan(
+        np.arange(len(images.labels)),
+        batch_size=size,
+        workers=how.workers,
+        skip=skip,
+        pinned=device.type == "cuda",
+    )
+
+    def blocks() -> Iterator[Block]:
+        for batch in encode_images(encoder, images, plan, Stopwatch()):
+            encoded = features = batch.features[:, 0].astype(np.float32)
+            if batch.pre_projection is not None:
+                features = batch.pre_projection[:, 0].astype(np.float32)
+            unreadable = {each.row: each.reason for each in batch.skipped}
+            yield Block(batch.rows, features, encoded, batch.digests, unreadable)
+
+    return blocks
+
+
+def _width(adapter: SavedAdapter) -> int:
+    return feature_width(adapter.method, adapter.arrays, adapter.head)
+
+
+def match_classes(images: Labelled, info: AdapterInfo, mapping: Path | None) -> Classes:
+    """(C,) for each class of the images the adapter's, or LEFT_OUT, or UNKNOWN where it has no
+    images.
+
+    mapping: JSON file {class of the images: class of the adapter, or null}, for names that differ.
+    Raises UserError for images whose class the adapter does not have, and for a mapping that names
+    classes that are not there.
+    """
+    index = {name: number for number, name in enumerate(info.class_names)}
+    renamed = {} if mapping is None else _read_mapping(mapping)
+    if strange := [name for name in renamed if name not in set(images.class_names)]:
+        raise UserError(f"{mapping} names {some(strange)}, which {images.name} does not have.")
+    values = [name for name in renamed.values() if name is not None and name not in index]
+    if values:
+        raise UserError(f"{mapping} names {some(values)}, which the adapter does not have.")
+    classes = np.empty(len(images.class_names), np.int64)
+    for number, name in enumerate(images.class_names):
+        own = renamed.get(name, name)
+        classes[number] = LEFT_OUT if own is None else index.get(own, UNKNOWN)
+    missing = np.flatnonzero(classes == UNKNOWN)
+    missing = missing[np.isin(missing, images.labels)]
+    if len(missing):
+        names = [images.class_names[number] for number in missing.tolist()]
+        raise UserError(
+            f"{images.name} shows {counted(len(names), 'class', 'classes')} that the adapter does "
+            f"not have ({some(names)}); say with --classes which of its classes they are, or null."
+        )
+    if (classes[images.labels] == LEFT_OUT).all():
+        raise UserError(f"No image of {images.name} is left to score.")
+    return classes
+
+
+def _read_mapping(path: Path) -> Mapping[str, str | None]:
+    if not is_there(path):
+        raise UserError(f"{path} does not exist; --classes names a JSON file.")
+    try:
+        return from_json(dict[str, str | None], read_text(path).removeprefix("\ufeff"))
+    except Contradiction as error:
+        wanted = "{class of the images: class of the adapter, or null}"
+        raise UserError(f"{path}: {error}; it has to be a JSON object {wanted}.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON.") from error
