@@ -42,7 +42,8 @@ class Rule:
 
 def between(least: float, most: float) -> Rule:
     """From `least` to `most`, both included; NaN is not."""
-    return Rule(f"from {least:,} to {most:,}", lambda value: least <= value <= most)
+    ends = (f"{end:,}" if isinstance(end, int) else f"{end:g}" for end in (least, most))
+    return Rule(f"from {' to '.join(ends)}", lambda value: least <= value <= most)
 
 
 def from_json(kind: type[T], text: str | bytes) -> T:

@@ -7,10 +7,10 @@ content, so that a change to either file is noticed.
 import hashlib
 import json
 import reprlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,10 @@ from safetensors.numpy import load_file, save
 from clip_adapter import files
 from clip_adapter.adapters.method import Head, Method
 from clip_adapter.adapters.registry import find_method
-from clip_adapter.cache.metadata import BIAS_WORDS, SCALE_WORDS, is_bias, is_scale
-from clip_adapter.errors import UserError
+from clip_adapter.cache.schema import LARGEST_BIAS, LARGEST_SCALE, SMALLEST_SCALE
+from clip_adapter.errors import Contradiction, UserError
 from clip_adapter.pipelines.saved.adapter_check import check_usable
+from clip_adapter.records import Rule, between, from_document
 
 FORMAT = "clip-adapter"
 FORMAT_VERSION = 2
@@ -40,6 +41,9 @@ ARRAYS_SHA256 = "safetensors_sha256"
 OWN_SHA256 = "sha256"
 
 
+NOT_EMPTY = Rule("that is not empty", bool)
+
+
 @dataclass(frozen=True)
 class AdapterInfo:
     """What adapter.json states.
@@ -50,10 +54,10 @@ class AdapterInfo:
 
     method: str
     setting: dict[str, Any]
-    class_names: list[str]
-    templates: list[str]
-    logit_scale: float
-    logit_bias: float
+    class_names: Annotated[list[str], NOT_EMPTY]
+    templates: Annotated[list[str], NOT_EMPTY]
+    logit_scale: Annotated[float, between(SMALLEST_SCALE, LARGEST_SCALE)]
+    logit_bias: Annotated[float, between(-LARGEST_BIAS, LARGEST_BIAS)]
     backbone: dict[str, Any]
     preprocess: dict[str, Any]
     dataset: dict[str, Any]
@@ -219,19 +223,16 @@ def _read_document(path: Path) -> dict[str, Any]:
 
 
 def _checked_info(path: Path, document: Mapping[str, Any]) -> AdapterInfo:
-    for field in fields(AdapterInfo):
-        wanted, fits = _TYPES[field.name]
-        if not fits(document[field.name]):
-            value = reprlib.repr(document[field.name])
-            raise UserError(f"{path}: {field.name} is {value}, not {wanted}.")
-    values = {field.name: document[field.name] for field in fields(AdapterInfo)}
-    # JSON may write a number without its point; JAX takes no integer of more than 32 bits.
-    numbers = {name: float(document[name]) for name in ("logit_scale", "logit_bias")}
+    stated = {field.name: document[field.name] for field in fields(AdapterInfo)}
     try:
-        setting = _method(values["method"]).checked(values["setting"])
+        info = from_document(AdapterInfo, stated)
+    except Contradiction as error:
+        raise UserError(f"{path}: {error}.") from None
+    try:
+        setting = _method(info.method).checked(info.setting)
     except ValueError as error:
         raise UserError(f"{path} describes no adapter that can be used: {error}.") from error
-    return AdapterInfo(**values | numbers | {"setting": setting})
+    return replace(info, setting=setting)
 
 
 def _method(name: str) -> Method:
@@ -242,33 +243,6 @@ def _method(name: str) -> Method:
         return find_method(name)
     except LookupError as error:
         raise ValueError(str(error)) from None
-
-
-def _is_string(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, dict)
-
-
-def _are_strings(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_string, value))
-
-
-_TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "method": ("a string", _is_string),
-    "setting": ("an object", _is_object),
-    "class_names": ("a list of strings", _are_strings),
-    "templates": ("a list of strings", _are_strings),
-    "logit_scale": (SCALE_WORDS, is_scale),
-    "logit_bias": (BIAS_WORDS, is_bias),
-    "backbone": ("an object", _is_object),
-    "preprocess": ("an object", _is_object),
-    "dataset": ("an object", _is_object),
-    "cache_sha256": ("a string", _is_string),
-    "fitted": ("an object", _is_object),
-}
 
 
 def _read_tensors(path: Path, stated_sha256: object) -> dict[str, npt.NDArray[Any]]:
