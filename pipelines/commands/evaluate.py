@@ -230,9 +230,9 @@ def _check_place(path: Path | None, suffix: str) -> None:
 
 def print_scores(config: EvaluateConfig) -> int:
     """Run `evaluate`, print the scores, and return the exit code."""
-    from clip_adapter.pipelines.console.spoken import Spoken
+    from clip_adapter.pipelines.console.terminal import Terminal
 
-    scores = evaluate(config, Spoken("clip-adapter evaluate"))
+    scores = evaluate(config, Terminal("clip-adapter evaluate"))
     if len(scores.labels):
         _print_table(scores)
     if scores.seen:
@@ -242,7 +242,7 @@ def print_scores(config: EvaluateConfig) -> int:
         )
     if scores.skipped:
         left_out = counted(scores.skipped, "image")
-        Spoken("clip-adapter evaluate").note(f"{left_out} cannot be decoded and are left out")
+        Terminal("clip-adapter evaluate").note(f"{left_out} cannot be decoded and are left out")
     return EXIT_PARTIAL if scores.skipped else 0
 
 

@@ -8,7 +8,7 @@ from clip_adapter.cores import limit_openmp
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.run import extract
 from clip_adapter.pipelines.console.running import run_command
-from clip_adapter.pipelines.console.spoken import Spoken
+from clip_adapter.pipelines.console.terminal import Terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     limit_openmp()
     run_command(
         ExtractConfig,
-        lambda config: extract(config, Spoken("extract")) and None,
+        lambda config: extract(config, Terminal("extract")) and None,
         "extract",
         arguments,
     )

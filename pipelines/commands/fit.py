@@ -36,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
         set_up_jax()
 
-        from clip_adapter.pipelines.console.spoken import Spoken
+        from clip_adapter.pipelines.console.terminal import Terminal
         from clip_adapter.pipelines.fitting.tables import print_run
 
-        result = fit(config, Spoken("fit"))
+        result = fit(config, Terminal("fit"))
         print_run(result)
         if result.problem:
             raise UserError(result.problem)

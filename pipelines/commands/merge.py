@@ -9,7 +9,7 @@ from clip_adapter.errors import UserError
 from clip_adapter.files import is_there
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.running import run_command
-from clip_adapter.pipelines.console.spoken import Spoken
+from clip_adapter.pipelines.console.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def merge(config: MergeConfig) -> Path:
         raise UserError(f"{config.out} is one of the parts; name the cache otherwise.")
     from clip_adapter.extract.join import join_parts
 
-    join_parts(config.parts, config.out, Spoken("merge"))
+    join_parts(config.parts, config.out, Terminal("merge"))
     return config.out
 
 

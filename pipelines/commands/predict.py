@@ -18,9 +18,8 @@ from clip_adapter.extract.datasets.image_files import Listing
 from clip_adapter.extract.files import unreadable
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.console.argument_types import Positional
-from clip_adapter.pipelines.console.progress import Advance, no_advance, progress
 from clip_adapter.pipelines.console.running import EXIT_PARTIAL, run_command
-from clip_adapter.pipelines.console.spoken import Spoken
+from clip_adapter.pipelines.console.terminal import Advance, Terminal, no_advance, progress
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter
 from clip_adapter.pipelines.scoring.images import Block, Blocks, encoded_files
 from clip_adapter.pipelines.scoring.prediction_formats import FORMATS, Prediction
@@ -158,7 +157,7 @@ def _images_at(path: Path, listener: Listener) -> list[Path]:
 
 def print_predictions(config: PredictConfig) -> int:
     """Run `predict`, print what it finds as it comes, and return the exit code."""
-    predictions = predict(config, Spoken("predict"))
+    predictions = predict(config, Terminal("predict"))
     unreadable_count = 0
     out = sys.stdout  # bound here, because a progress bar on standard error takes sys.stdout over
     # Where the rows appear on a terminal, they show the progress themselves.

@@ -11,7 +11,7 @@ from typing import Literal, NoReturn
 from clip_adapter.errors import UserError
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.running import run_command
-from clip_adapter.pipelines.console.spoken import Spoken
+from clip_adapter.pipelines.console.terminal import Terminal
 from clip_adapter.pipelines.saved.adapter_file import know_method
 
 NARROWEST = 20  # columns; a terminal of none (COLUMNS=0) is none
@@ -73,7 +73,7 @@ def report(config: ReportConfig) -> None:
     ablations = pooled_ablations(runs)
     kept = all((run.path / PREDICTIONS).is_dir() for run in runs)
     if not kept:
-        Spoken("report").note("without the runs' predictions/ no two methods can be tested")
+        Terminal("report").note("without the runs' predictions/ no two methods can be tested")
     # Of what is read by people, one table of pairs: at the most shots.
     shots = table.shots if config.format == "csv" else table.shots[-1:]
     pairs = pairwise(entries, shots) if kept else []
@@ -86,7 +86,7 @@ def report(config: ReportConfig) -> None:
     path = config.html or runs[0].path / "report.html"
     with find_cache(runs, config.cache) or nullcontext() as cache:
         write_page(path, runs, entries, table, ablations, cache, config.images)
-    Spoken("report").note(f"the page is {path}, its figures are beside it in figures/")
+    Terminal("report").note(f"the page is {path}, its figures are beside it in figures/")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -235,10 +235,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         config = parse(ReproduceConfig, "clip-adapter reproduce", arguments)
 
         from clip_adapter.pipelines.console.jax_setup import set_up_jax
-        from clip_adapter.pipelines.console.spoken import Spoken
+        from clip_adapter.pipelines.console.terminal import Terminal
 
         set_up_jax()
-        found = reproduce(config, Spoken("reproduce"))
+        found = reproduce(config, Terminal("reproduce"))
         print(found.page.read_text(encoding="utf-8"))
         return EXIT_PARTIAL if found.failed else 0
 

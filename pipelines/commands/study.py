@@ -191,10 +191,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         config = parse(arguments)
 
         from clip_adapter.pipelines.console.jax_setup import set_up_jax
-        from clip_adapter.pipelines.console.spoken import Spoken
+        from clip_adapter.pipelines.console.terminal import Terminal
 
         set_up_jax()
-        found = study(config, Spoken("study"))
+        found = study(config, Terminal("study"))
         print((found.folder / "study.md").read_text(encoding="utf-8"))
         return EXIT_PARTIAL if found.failed else 0
 

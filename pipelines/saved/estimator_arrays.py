@@ -1,32 +1,35 @@
 """What the estimator is given, as numbers and arrays that can be computed with."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.utils import check_array
 from sklearn.utils.validation import _check_sample_weight
 
 from clip_adapter.adapters.hyper import LARGEST_COUNT
 from clip_adapter.cache.schema import LARGEST_FEATURE, SMALLEST_FEATURE
 
+Labels = npt.NDArray[np.generic]
 
-def number(name: str, value: Any, fits: Callable[[Any], bool], wanted: str) -> float:
+
+def number(name: str, value: Any, least: float, most: float) -> float:
     """Raises ValueError for what is no number or out of range."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = np.nan
-    if not fits(number):
-        raise ValueError(f"{name} is {value!r:.80}, not {wanted}.")
+    if not least <= number <= most:
+        raise ValueError(f"{name} is {value!r:.80}, not a number from {least:g} to {most:g}.")
     return number
 
 
 def counted(
     features: npt.NDArray[np.float32],
-    labels: npt.NDArray[np.generic],
+    labels: Labels,
     sample_weight: npt.ArrayLike | None,
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.generic]]:
+) -> tuple[npt.NDArray[np.float32], Labels]:
     """Each row as often as it counts; where some are there several times all in one order, so that
     a weight is the same as repeating the row, wherever the copies stand.
 
@@ -68,3 +71,39 @@ def class_means(
     means = np.stack([rows[targets == label].mean(axis=0) for label in range(classes)])
     means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), np.finfo(np.float64).tiny)
     return means.astype(np.float32)
+
+
+def known_classes(
+    labels: Labels, classes: Sequence[object] | None, text_features: npt.ArrayLike | None
+) -> tuple[Labels, npt.NDArray[np.intp]]:
+    """The classes, sorted, and for each the row of `text_features` it has."""
+    present = np.unique(labels)
+    if classes is None:
+        return present, np.arange(len(present))
+    if text_features is None:
+        raise ValueError("classes says what the rows of text_features are: give those too.")
+    known, order = np.unique(np.asarray(classes), return_index=True)
+    if len(known) < len(classes):
+        raise ValueError("classes names a label twice.")
+    unknown = np.setdiff1d(present, known)
+    if len(unknown):
+        raise ValueError(f"y holds labels that are not among classes: {unknown.tolist()}.")
+    return known, order
+
+
+def checked_text(
+    text_features: npt.ArrayLike | None, classes: int, dim: int
+) -> npt.NDArray[np.float32]:
+    """The text features (C, P, D), in the order in which they were given."""
+    features = check_array(text_features, dtype=np.float32, allow_nd=True)
+    check_size(features)
+    shape = features.shape
+    if features.ndim == 2:
+        features = features[:, None]
+    if features.ndim != 3 or len(features) != classes or features.shape[2] != dim:
+        raise ValueError(
+            f"text_features has the shape {shape}; {classes} classes and {dim} features in X need "
+            f"({classes}, {dim}) or ({classes}, templates, {dim}). Where y does not hold every "
+            "class, name all of them with classes."
+        )
+    return features

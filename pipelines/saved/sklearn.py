@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils import check_array, check_random_state
+from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -23,10 +23,17 @@ from clip_adapter.adapters.formulas import classifier_weights
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Arrays, Head, Method, Task
 from clip_adapter.adapters.registry import find_method
-from clip_adapter.cache.metadata import BIAS_WORDS, SCALE_WORDS, is_bias, is_scale
+from clip_adapter.cache.schema import LARGEST_BIAS, LARGEST_SCALE, SMALLEST_SCALE
 from clip_adapter.cores import available_cores
 from clip_adapter.pipelines.fitting.data import check_directions
-from clip_adapter.pipelines.saved.estimator_arrays import check_size, class_means, counted, number
+from clip_adapter.pipelines.saved.estimator_arrays import (
+    check_size,
+    checked_text,
+    class_means,
+    counted,
+    known_classes,
+    number,
+)
 
 Estimator = TypeVar("Estimator", bound=type[Any])
 
@@ -139,16 +146,17 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         check_size(features)
         check_classification_targets(labels)
         features, labels = counted(features, labels, sample_weight)
-        self.classes_, order = self._known_classes(labels)
+        self.classes_, order = known_classes(labels, self.classes, self.text_features)
         targets = np.searchsorted(self.classes_, labels)
         if self.text_features is None:
             self._text_ = class_means(features, targets, len(self.classes_))[:, None]
         else:
-            self._text_ = self._text(features.shape[1])[order]
+            shape = len(self.classes_), features.shape[1]
+            self._text_ = checked_text(self.text_features, *shape)[order]
             check_directions(self._text_, self.classes_.tolist())
         self.setting_ = self._setting(method, features.shape[1])
-        self.logit_scale_ = number("logit_scale", self.logit_scale, is_scale, SCALE_WORDS)
-        self.logit_bias_ = number("logit_bias", self.logit_bias, is_bias, BIAS_WORDS)
+        self.logit_scale_ = number("logit_scale", self.logit_scale, SMALLEST_SCALE, LARGEST_SCALE)
+        self.logit_bias_ = number("logit_bias", self.logit_bias, -LARGEST_BIAS, LARGEST_BIAS)
         with own_jax():
             self.weights_ = np.asarray(classifier_weights(jnp, jnp.asarray(self._text_)))
             self.arrays_ = self._fitted(method, features, targets)
@@ -216,39 +224,6 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         features = validate_data(self, X, dtype=np.float32, reset=False)
         check_size(features)
         return make_classify(self._method(), self.setting_, self.arrays_, self._head())(features)
-
-    def _known_classes(
-        self, labels: npt.NDArray[np.generic]
-    ) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.intp]]:
-        """The classes, sorted, and for each the row of `text_features` it has."""
-        present = np.unique(labels)
-        if self.classes is None:
-            return present, np.arange(len(present))
-        if self.text_features is None:
-            raise ValueError("classes says what the rows of text_features are: give those too.")
-        known, order = np.unique(np.asarray(self.classes), return_index=True)
-        if len(known) < len(self.classes):
-            raise ValueError("classes names a label twice.")
-        unknown = np.setdiff1d(present, known)
-        if len(unknown):
-            raise ValueError(f"y holds labels that are not among classes: {unknown.tolist()}.")
-        return known, order
-
-    def _text(self, dim: int) -> npt.NDArray[np.float32]:
-        """The text features (C, P, D), in the order in which they were given."""
-        features = check_array(self.text_features, dtype=np.float32, allow_nd=True)
-        check_size(features)
-        given = features.shape
-        if features.ndim == 2:
-            features = features[:, None]
-        count = len(self.classes_)
-        if features.ndim != 3 or len(features) != count or features.shape[2] != dim:
-            raise ValueError(
-                f"text_features has the shape {given}; {count} classes and "
-                f"{dim} features in X need ({count}, {dim}) or ({count}, templates, {dim}). "
-                "Where y does not hold every class, name all of them with classes."
-            )
-        return features
 
 
 def _with_named_parameters(estimator: Estimator) -> Estimator:

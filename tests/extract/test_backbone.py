@@ -21,7 +21,7 @@ from clip_adapter.extract.backbones.loading import load_backbone
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.recipe import GLYPH_CLIP_FOLDER
 from clip_adapter.extract.run import extract
-from clip_adapter.pipelines.console.spoken import Spoken
+from clip_adapter.pipelines.console.terminal import Terminal
 from tests.extract.image_folders import make_folder
 from tests.extract.tiny_models import VIT_CONFIG, random_model, register, with_weights_of
 
@@ -134,13 +134,13 @@ def test_what_an_unknown_file_does_not_say_is_said(
         out=tmp_path / "features.h5",
         val=0.0,
     )
-    extract(config, Spoken("extract"))
+    extract(config, Terminal("extract"))
     assert capsys.readouterr().err == (
         "warning: weights.pt is not known by its hash and taken to use GELU; if it was trained "
         "with QuickGELU, as OpenAI's models were, name the backbone ViT-B-32-quickgelu.\n"
     )
     other = replace(config, backbone="ViT-B-32-quickgelu", out=tmp_path / "other.h5")
-    extract(other, Spoken("extract"))
+    extract(other, Terminal("extract"))
     assert capsys.readouterr().err == ""
 
 

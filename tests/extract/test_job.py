@@ -24,7 +24,7 @@ from clip_adapter.extract.datasets.source import ImageDataset
 from clip_adapter.extract.run import extract
 from clip_adapter.extract.shards import Shard, parse_shard
 from clip_adapter.pipelines.commands.merge import MergeConfig, merge
-from clip_adapter.pipelines.console.spoken import Spoken
+from clip_adapter.pipelines.console.terminal import Terminal
 from tests import processes
 from tests.cache.rewriting import datasets, put, rewrite
 from tests.extract.image_folders import make_folder, photograph
@@ -74,7 +74,9 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, out: Path, **options: Any) -> Path:
     values: dict[str, Any] = {"on_error": "skip", "views": 2, **SMALL, **options}
-    return extract(ExtractConfig(dataset=f"folder:{folder}", out=out, **values), Spoken("extract"))
+    return extract(
+        ExtractConfig(dataset=f"folder:{folder}", out=out, **values), Terminal("extract")
+    )
 
 
 def arguments(folder: Path, out: Path) -> list[str]:

@@ -19,7 +19,7 @@ from clip_adapter.extract.text.prompts import (
     read_descriptions,
     resolve_templates,
 )
-from clip_adapter.pipelines.console.spoken import Spoken
+from clip_adapter.pipelines.console.terminal import Terminal
 from tests.extract.image_folders import make_folder, photograph
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -176,7 +176,7 @@ def test_prompts_that_are_cut_off_are_counted(
         batch_size=7,
         val=0.0,
     )
-    extract(config, Spoken("extract"))
+    extract(config, Terminal("extract"))
     assert capsys.readouterr().err == (
         "warning: the text tower reads only the beginning of 20 prompts, the first of them "
         f"'{words}eight'; shorten what is to count.\n"
@@ -191,16 +191,16 @@ def test_classes_with_one_text_are_named(
     data = f"folder:{make_folder(tmp_path / 'data', {'train': 1, 'test': 1}, names)}"
     config = ExtractConfig(dataset=data, out=tmp_path / "features.h5", val=0.0, batch_size=2)
     said = "these classes have the same text: 'Cat', 'cat'; 'sea lion', 'sea_lion'; by it, all"
-    extract(config, Spoken("extract"))
+    extract(config, Terminal("extract"))
     assert said in capsys.readouterr().err
     photograph(9).save(tmp_path / "data" / "train" / "eel" / "9.png")
-    extract(replace(config, update=True), Spoken("extract"))
+    extract(replace(config, update=True), Terminal("extract"))
     assert said in capsys.readouterr().err
     sentences = {name: [f"{number} {name}"] for number, name in enumerate(names)}
     files = {"descriptions": described(tmp_path, sentences), "force": True}
-    extract(replace(config, **files), Spoken("extract"))
+    extract(replace(config, **files), Terminal("extract"))
     assert "same text" not in capsys.readouterr().err
-    extract(replace(config, templates=(f"{'word ' * 30}{{}}",), force=True), Spoken("extract"))
+    extract(replace(config, templates=(f"{'word ' * 30}{{}}",), force=True), Terminal("extract"))
     words = "these classes have the same text: 'Cat', 'cat', 'eel' and 2 more; by it"
     assert words in capsys.readouterr().err
 

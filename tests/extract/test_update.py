@@ -19,7 +19,7 @@ from clip_adapter.extract import job
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.encoding.decode import Plan
 from clip_adapter.extract.run import extract
-from clip_adapter.pipelines.console.spoken import Spoken
+from clip_adapter.pipelines.console.terminal import Terminal
 from tests.cache.rewriting import datasets
 from tests.extract.image_folders import make_folder, photograph
 
@@ -43,7 +43,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def run(dataset: str, out: Path, **options: Any) -> Path:
     values: dict[str, Any] = {"batch_size": 4, "workers": 2, **options}
-    return extract(ExtractConfig(dataset=dataset, out=out, **values), Spoken("extract"))
+    return extract(ExtractConfig(dataset=dataset, out=out, **values), Terminal("extract"))
 
 
 def save(path: Path, seed: int) -> None:

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from clip_adapter.pipelines.console import progress as module
-from clip_adapter.pipelines.console.progress import progress
+from clip_adapter.pipelines.console import terminal as module
+from clip_adapter.pipelines.console.terminal import progress
 
 
 class Clock:
@@ -47,7 +47,7 @@ def test_long_work_prints_a_line_every_ten_seconds(
 
 def test_a_terminal_gets_a_bar() -> None:
     program = (
-        "from clip_adapter.pipelines.console.progress import progress\n"
+        "from clip_adapter.pipelines.console.terminal import progress\n"
         "with progress('encode [red] [/]', 7, done=2) as advance:\n"
         "    advance(3, 'a note [/b] :cat: [x]')\n"
     )

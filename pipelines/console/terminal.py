@@ -1,13 +1,36 @@
-"""Progress: a bar on a terminal, plain lines elsewhere."""
+"""What a run has to say, on the terminal: its results, its remarks and how far it is."""
 
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
-from clip_adapter.listener import Advance
+from clip_adapter.listener import Advance, Listener
+from clip_adapter.words import printable, readable
 
 LINE_EVERY_SECONDS = 10.0
+
+
+class Terminal(Listener):
+    """Results go to standard output, all else to standard error; names in it command no terminal.
+
+    program: stands before notes.
+    """
+
+    def __init__(self, program: str) -> None:
+        self._program = program
+
+    def result(self, text: str) -> None:
+        print("\n".join(map(printable, text.split("\n"))))
+
+    def note(self, sentence: str) -> None:
+        print(readable(f"{self._program}: {sentence}"), file=sys.stderr)
+
+    def warn(self, sentence: str) -> None:
+        print(readable(f"warning: {sentence}"), file=sys.stderr)
+
+    def progress(self, what: str, total: int, done: int = 0) -> AbstractContextManager[Advance]:
+        return progress(what, total, done)
 
 
 @contextmanager
