@@ -60,11 +60,11 @@ def from_document(kind: type[T], document: Any, place: str = "") -> T:
     place: what `document` is called in the sentence.
     Raises Contradiction: `layers[2] is 'a', not an integer` or `it lacks layers`.
     """
-    return _read(kind, document, place, _words(kind))
+    return _read(kind, document, place, kind)
 
 
-def _read(kind: Any, value: Any, place: str, wanted: str) -> Any:
-    """wanted: in words, also where `kind` is only a part of what is declared there."""
+def _read(kind: Any, value: Any, place: str, wanted: Any) -> Any:
+    """wanted: what is declared there, of which `kind` may be a part."""
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if origin is Annotated:
         content = _read(inner[0], value, place, wanted)
@@ -95,7 +95,7 @@ def _is_record(kind: Any) -> bool:
     return is_dataclass(kind) or typing.is_typeddict(kind)
 
 
-def _one_of(kinds: Sequence[Any], value: Any, place: str, wanted: str) -> Any:
+def _one_of(kinds: Sequence[Any], value: Any, place: str, wanted: Any) -> Any:
     if value is not None and len(kinds) == 2 and kinds[1] is NoneType:
         return _read(kinds[0], value, place, wanted)  # whose sentence may name an inner place
     for kind in kinds:
@@ -107,7 +107,7 @@ def _one_of(kinds: Sequence[Any], value: Any, place: str, wanted: str) -> Any:
 
 
 def _listed(
-    kind: Any, inner: Sequence[Any], value: Sequence[Any], place: str, wanted: str
+    kind: Any, inner: Sequence[Any], value: Sequence[Any], place: str, wanted: Any
 ) -> Sequence[Any]:
     one_for_all = kind is list or inner[-1] is ...
     if not one_for_all and len(inner) != len(value):
@@ -156,5 +156,5 @@ def _words(kind: Any) -> str:
     return WORDS.get(origin, "an object")
 
 
-def _refuse(value: Any, place: str, wanted: str) -> NoReturn:
-    raise Contradiction(f"{place or 'it'} is {quoted(value)}, not {wanted}")
+def _refuse(value: Any, place: str, wanted: Any) -> NoReturn:
+    raise Contradiction(f"{place or 'it'} is {quoted(value)}, not {_words(wanted)}")

@@ -30,6 +30,7 @@ from clip_adapter.extract.backbones.torchscript import (
 )
 from clip_adapter.extract.encoding.device import Precision
 from clip_adapter.extract.recipe import HUB, LOCAL, Recipe, resolve
+from clip_adapter.words import shortened
 
 BPE_FILE = "bpe_merges.txt.gz"
 LARGEST_BPE = 2**26
@@ -259,7 +260,7 @@ def _loading_failed(name: str, recipe: Recipe, error: Exception) -> str:
     if isinstance(error, UnsafeArchive):
         return f"{weights.name} is a TorchScript archive that cannot be used: {error}."
     if isinstance(error, RuntimeError | OSError | ValueError | ImportError):
-        reason = " ".join(str(error).split())[:200]
+        reason = shortened(" ".join(str(error).split()), 300)
     else:
         reason = f"that holds no weights that open_clip can read ({error!r:.80})"
     if recipe.weights and not Path(recipe.weights).exists():
