@@ -21,15 +21,10 @@ from open_clip.transformer import QuickGELU
 from PIL import Image
 
 from clip_adapter.errors import UserError
-from clip_adapter.extract.backbones.checkpoint import read_state, unwrapped
 from clip_adapter.extract.backbones.config_check import CONFIG_FILE, check_config, read_config
-from clip_adapter.extract.backbones.torchscript import (
-    UnsafeArchive,
-    is_torchscript,
-    read_weights,
-)
+from clip_adapter.extract.backbones.names import HUB, LOCAL, Recipe, resolve
+from clip_adapter.extract.backbones.weights import UnsafeArchive, read_state
 from clip_adapter.extract.encoding.device import Precision
-from clip_adapter.extract.recipe import HUB, LOCAL, Recipe, resolve
 from clip_adapter.words import shortened
 
 BPE_FILE = "bpe_merges.txt.gz"
@@ -41,8 +36,6 @@ DTYPES: Mapping[Precision, torch.dtype] = {
 }
 # Between which the multiplier of the cosines lies: models have 10 to 120.
 SMALLEST_SCALE, LARGEST_SCALE = 1e-2, 1e4
-# In OpenAI's archives beside the weights: numbers of the architecture, and the causal mask.
-NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
 @dataclass(frozen=True)
@@ -121,21 +114,14 @@ def load_backbone(
 
 
 def _create(recipe: Recipe) -> open_clip.CLIP | open_clip.CustomTextCLIP:
-    if recipe.weights is None or not is_torchscript(Path(recipe.weights)):
-        with patch.object(factory, "load_state_dict", read_state):
-            return open_clip.create_model(
-                recipe.model_name,
-                pretrained=recipe.weights,
-                force_quick_gelu=recipe.quick_gelu,
-                force_preprocess_cfg=dict(recipe.preparation),
-                require_pretrained=True,
-            )
-    model = _create_empty(recipe, "fp32")
-    weights = unwrapped(read_weights(Path(recipe.weights)))
-    for key in [key for key in weights if key.rpartition(".")[2] in NO_WEIGHTS]:
-        del weights[key]
-    model.load_state_dict(weights)
-    return model
+    with patch.object(factory, "load_state_dict", read_state):
+        return open_clip.create_model(
+            recipe.model_name,
+            pretrained=recipe.weights,
+            force_quick_gelu=recipe.quick_gelu,
+            force_preprocess_cfg=dict(recipe.preparation),
+            require_pretrained=True,
+        )
 
 
 def _check_logits(logarithm: float, bias: float, weights: str) -> None:
