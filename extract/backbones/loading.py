@@ -76,7 +76,7 @@ def load_backbone(
 
     Raises UserError for unknown names (with the near matches), unknown tags, and weights that
     cannot be had, do not fit, or hold a logit scale that is none. Nothing that comes with weights
-    is run: see `model_config`.
+    is run: see `weights` and `config_check`.
     """
     recipe = resolve(name, pretrained)
     try:
@@ -84,7 +84,7 @@ def load_backbone(
             config = _checked_config(recipe)
             tokenizer = _tokenizer(recipe.model_name, config)
             model = _create(recipe).eval().requires_grad_(False)
-            embed_dim = _embed_dim(model, tokenizer)
+            embed_dim = model.encode_text(tokenizer([""])).shape[-1]
             stated = dict(model.visual.preprocess_cfg)
             preprocess = image_transform_v2(PreprocessCfg(**stated), is_train=False)
     except Exception as error:  # a damaged file or folder makes open_clip raise almost anything
@@ -140,15 +140,8 @@ def _in_precision(
 ) -> open_clip.CLIP | open_clip.CustomTextCLIP:
     """The model in another precision. Its layers differ from those of float32, so it is built
     anew rather than converted."""
-    other = _create_empty(recipe, precision)
-    other.load_state_dict(model.state_dict())
-    return other.eval().requires_grad_(False)
-
-
-def _create_empty(recipe: Recipe, precision: Precision) -> Any:
-    """The model without its weights, which the caller fills in."""
     with _silent_loaders():
-        return open_clip.create_model(
+        other = open_clip.create_model(
             recipe.model_name,
             load_weights=False,
             pretrained_text=False,
@@ -156,6 +149,8 @@ def _create_empty(recipe: Recipe, precision: Precision) -> Any:
             force_quick_gelu=recipe.quick_gelu,
             force_preprocess_cfg=dict(recipe.preparation),
         )
+    other.load_state_dict(model.state_dict())
+    return other.eval().requires_grad_(False)
 
 
 @contextmanager
@@ -219,11 +214,6 @@ def _tokenizer(model_name: str, config: Mapping[str, Any]) -> Callable[..., torc
     return open_clip.SimpleTokenizer(
         bpe_path=str(merges), context_length=text.get("context_length", 77)
     )
-
-
-@torch.inference_mode()
-def _embed_dim(model: open_clip.CLIP, tokenizer: Callable[..., torch.Tensor]) -> int:
-    return model.encode_text(tokenizer([""])).shape[-1]
 
 
 def _public_label(pretrained: str | None) -> str | None:
