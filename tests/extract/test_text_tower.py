@@ -8,7 +8,7 @@ import torch
 
 from clip_adapter.cache.text_tower import array_shapes
 from clip_adapter.errors import UserError
-from clip_adapter.extract.backbones.text_arrays import PHRASES
+from clip_adapter.extract.backbones.text_arrays import PHRASES, take_text_tower
 from tests.adapters.towers import backbone
 
 
