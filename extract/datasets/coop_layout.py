@@ -12,20 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from unicodedata import normalize
 
-import numpy as np
-
 from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.catalogue import CatalogueEntry, load_catalogue
 from clip_adapter.extract.datasets.image_files import (
-    ImageFiles,
     Listing,
     require_files,
+    split_of_files,
 )
 from clip_adapter.extract.datasets.source import (
     DEFAULT_TEMPLATES,
     ImageDataset,
     SourceOptions,
-    Split,
 )
 from clip_adapter.extract.datasets.splitting import complete_splits
 from clip_adapter.extract.files import is_file, is_folder, read_json, read_text, user_path
@@ -73,7 +70,9 @@ def open_coop(path: str, options: SourceOptions) -> ImageDataset:
         inner = _image_folder(folder, paths[0], listing) if paths else "."
     root = folder / inner
     require_files(root, paths, f"extract the images there ({ARTICLE})")
-    splits = {name: _split(root, split, f"{name}: {origin}") for name, split in rows.items()}
+    splits = {
+        name: split_of_files(root, split, f"{name}: {origin}") for name, split in rows.items()
+    }
     provenance = {"name": entry.name, "source": "CoOp layout", "version": entry.coop_split_file}
     return ImageDataset(
         entry.name,
@@ -220,10 +219,3 @@ def _read_folders(folder: Path, entry: CatalogueEntry, listing: Listing) -> dict
             for path in listing.below(folder / inner / name)
         ]
     return rows
-
-
-def _split(root: Path, rows: Rows, origin: str) -> Split:
-    paths = [path for path, _ in rows]
-    labels = np.array([label for _, label in rows], np.int32)
-    files = ImageFiles(root, paths)
-    return Split(paths, labels, files, origin, files.file)

@@ -31,7 +31,7 @@ def check_templates(templates: Sequence[str]) -> None:
 
 
 def _check_prompt(text: str, what: str) -> None:
-    from clip_adapter.extract.datasets.checks import check_storable
+    from clip_adapter.extract.datasets.source import check_storable
 
     check_storable(text, what)
     if len(text) > PROMPT_MAX:

@@ -113,8 +113,8 @@ def images_of_folder(
     Raises UserError for a folder without such images, and where the adapter's backbone cannot be
     had.
     """
-    from clip_adapter.extract.datasets.checks import checked
     from clip_adapter.extract.datasets.folder import labelled_images
+    from clip_adapter.extract.datasets.source import checked
     from clip_adapter.extract.encoding.decode import Plan
     from clip_adapter.extract.encoding.device import find_device
     from clip_adapter.extract.encoding.encoder import Encoder, encode_images
