@@ -17,11 +17,12 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
-from clip_adapter.errors import Contradiction
-from clip_adapter.files import named_once, parse_json
+from clip_adapter.errors import Contradiction, UserError
+from clip_adapter.files import named_once, parse_json, read_users_text
 from clip_adapter.words import quoted
 
 T = TypeVar("T")
@@ -54,6 +55,21 @@ def from_json(kind: type[T], text: str | bytes) -> T:
     return from_document(kind, parse_json(text, object_pairs_hook=named_once))
 
 
+def from_file(kind: type[T], path: Path, wanted: str, advice: str = "") -> T:
+    """The `kind` that a JSON file states which a person wrote.
+
+    wanted: what it should be, in words; advice: what to do, behind a semicolon.
+    Raises UserError as `read_users_text` does, and for anything else.
+    """
+    text = read_users_text(path)
+    try:
+        return from_json(kind, text)
+    except Contradiction as error:
+        raise UserError(f"{path} is not {wanted}: {error}{advice}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}{advice}.") from error
+
+
 def from_document(kind: type[T], document: Any, place: str = "") -> T:
     """The `kind` that JSON's objects, lists, strings and numbers make.
 
@@ -82,7 +98,7 @@ def _read(kind: Any, value: Any, place: str, wanted: Any) -> Any:
     if origin in (list, tuple) and inner:
         return _listed(origin, inner, value, place, wanted)
     if origin in (dict, Mapping) and inner:
-        return {name: from_document(inner[1], value[name], f"{place}.{name}") for name in value}
+        return {n: from_document(inner[1], part, _within(place, n)) for n, part in value.items()}
     return _record(origin, value, place) if _is_record(origin) else value
 
 
@@ -124,13 +140,16 @@ def _record(kind: Any, value: Mapping[str, Any], place: str) -> Any:
     unknown = {name: value[name] for name in value if name not in kinds}
     if unknown and not typing.is_typeddict(kind):
         raise Contradiction(f"{place or 'it'} has {quoted(min(unknown))}, which is not known here")
-    prefix = place and f"{place}."
     known = {
-        name: from_document(kinds[name], value[name], prefix + name)
+        name: from_document(kinds[name], value[name], _within(place, name))
         for name in kinds
         if name in value
     }
     return unknown | known if typing.is_typeddict(kind) else kind(**known)
+
+
+def _within(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
 
 
 @cache
@@ -138,7 +157,7 @@ def _declared(kind: Any) -> tuple[Mapping[str, Any], Sequence[str]]:
     """The kinds of a record's fields, and the names of those that have no default."""
     kinds = typing.get_type_hints(kind, include_extras=True)
     if typing.is_typeddict(kind):
-        return kinds, sorted(kind.__required_keys__)
+        return kinds, [name for name in kinds if name in kind.__required_keys__]
     bare = [f.name for f in fields(kind) if f.default is MISSING is f.default_factory]
     return {field.name: kinds[field.name] for field in fields(kind)}, bare
 

@@ -20,7 +20,7 @@ from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg
 
-from clip_adapter.extract.files import LFS_ADVICE, is_lfs_pointer
+from clip_adapter.files import LFS_ADVICE, is_lfs_pointer
 from clip_adapter.records import Rule, between, from_document, from_json
 
 CONFIG_FILE = "open_clip_config.json"

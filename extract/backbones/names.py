@@ -14,7 +14,7 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 
 from clip_adapter.errors import UserError
 from clip_adapter.extract.backbones.weights import is_torchscript
-from clip_adapter.extract.files import LFS_ADVICE, is_lfs_pointer
+from clip_adapter.files import LFS_ADVICE, is_lfs_pointer
 from clip_adapter.words import quoted
 
 GLYPH_CLIP = "glyph-clip"

@@ -16,7 +16,7 @@ from clip_adapter.extract.datasets.source import (
     splits_among,
 )
 from clip_adapter.extract.datasets.splitting import complete_splits
-from clip_adapter.extract.files import is_folder, user_path
+from clip_adapter.files import is_folder, user_path
 from clip_adapter.listener import Listener
 from clip_adapter.words import counted, some
 

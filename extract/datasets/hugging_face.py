@@ -20,7 +20,7 @@ from clip_adapter.extract.datasets.source import (
 )
 from clip_adapter.extract.datasets.splitting import complete_splits, labelled_splits, take
 from clip_adapter.extract.encoding.images import open_image
-from clip_adapter.extract.files import is_file, user_path
+from clip_adapter.files import is_file, user_path
 from clip_adapter.words import quoted
 
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves in a folder

@@ -22,7 +22,7 @@ from clip_adapter.extract.encoding.images import (
     open_image,
     readable_suffixes,
 )
-from clip_adapter.extract.files import unreadable
+from clip_adapter.files import unreadable
 from clip_adapter.listener import Listener
 from clip_adapter.words import counted
 

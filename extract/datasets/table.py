@@ -5,6 +5,7 @@ import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,7 +24,7 @@ from clip_adapter.extract.datasets.source import (
     splits_among,
 )
 from clip_adapter.extract.datasets.splitting import complete_splits
-from clip_adapter.extract.files import text_file, user_path
+from clip_adapter.files import read_users_text, user_path
 from clip_adapter.words import counted, some
 
 REQUIRED = ("path", "label")
@@ -45,11 +46,11 @@ def open_csv(path: str, options: SourceOptions) -> ImageDataset:
     """
     table = user_path(path)
     root = options.image_root or table.parent
-    with text_file(table) as file:
-        try:
-            found, unread = _rows(table, file, options.columns)
-        except csv.Error as error:
-            raise UserError(f"{table} is not a valid CSV file: {error}; save it again.") from error
+    file = StringIO(read_users_text(table), newline="")
+    try:
+        found, unread = _rows(table, file, options.columns)
+    except csv.Error as error:
+        raise UserError(f"{table} is not a valid CSV file: {error}; save it again.") from error
     if not found:
         raise UserError(f"{table} has no rows; list your images below the row of column names.")
     paths = [path for _, path, _ in found]
