@@ -1,4 +1,5 @@
-"""Files that are whole or absent, that one process writes, and that are files at all."""
+"""Files: whole or absent, written by one process, and files at all; and those that people name and
+write, of which every flaw is a sentence."""
 
 import fcntl
 import json
@@ -16,6 +17,8 @@ from clip_adapter.words import quoted, size
 
 LARGEST = 2**28  # bytes that are read into memory: of results.csv a million rows
 DEEPEST = 32  # levels of a JSON document; our own have five
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_ADVICE = "is the pointer that Git LFS left in the file's place; get the file with git lfs pull"
 FOLDER = "a folder"
 KINDS = {
     stat.S_IFDIR: FOLDER,
@@ -118,13 +121,76 @@ def read_text(path: Path, largest: int = LARGEST) -> str:
     return read_bytes(path, largest).decode("utf-8")
 
 
+def user_path(text: str) -> Path:
+    """The path that `text` means, with ~ for home.
+
+    Raises UserError where there is no such home, for a NUL, and for an empty name.
+    """
+    if not text:
+        raise UserError("An empty name names no file; write . for the folder you are in.")
+    if "\0" in text:
+        raise UserError(f"The path {text!r} holds a NUL, which no path can; write it again.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"The path {text} means no folder: {error}; write it out.") from None
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is a regular file, or a link to one. Names too long for any file are none."""
+    return os.path.isfile(path)  # noqa: PTH113 - which raises nothing
+
+
+def is_folder(path: Path) -> bool:
+    """The same for a folder."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """The sentence for a file or folder that cannot be read."""
+    reason = error.strerror or (os.strerror(error.errno) if error.errno else str(error))
+    return UserError(f"Cannot read {path}: {reason}; check the path and its rights.")
+
+
+def is_lfs_pointer(source: Path | bytes) -> bool:
+    """Whether a file, or what begins with these bytes, is none but says where Git LFS has it; not
+    where it cannot be read."""
+    if isinstance(source, Path):
+        try:
+            with source.open("rb") as file:
+                source = file.read(len(LFS_POINTER))
+        except OSError:
+            return False
+    return source.startswith(LFS_POINTER)
+
+
+def read_users_text(path: Path) -> str:
+    """All of a text file, line ends as they are, without the mark (BOM) that some programs put at
+    its beginning.
+
+    Raises UserError where it is no regular file, cannot be read, is larger than a list could be,
+    not UTF-8, or the pointer that Git LFS left in a file's place.
+    """
+    try:
+        if kind := other_kind(path):
+            raise UserError(f"{path} is {kind}; name a text file.")
+        content = read_bytes(path)
+        if is_lfs_pointer(content):
+            raise UserError(f"{path} {LFS_ADVICE}.")
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8.") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
 def named_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """`object_pairs_hook` of a JSON reader for what people write. Raises Contradiction for a name
     that stands twice in one object, of which a dictionary would forget the first."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise Contradiction(f"names {quoted(twice)} twice in one object; join the two")
+        raise Contradiction(f"it names {quoted(twice)} twice in one object; join the two")
     return found
 
 

@@ -17,11 +17,12 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
-from clip_adapter.errors import Contradiction
-from clip_adapter.files import named_once, parse_json
+from clip_adapter.errors import Contradiction, UserError
+from clip_adapter.files import named_once, parse_json, read_users_text
 from clip_adapter.words import quoted
 
 T = TypeVar("T")
@@ -55,17 +56,32 @@ def from_json(kind: type[T], text: str | bytes) -> T:
     return from_document(kind, parse_json(text, object_pairs_hook=named_once))
 
 
+def from_file(kind: type[T], path: Path, wanted: str, advice: str = "") -> T:
+    """The `kind` that a JSON file states which a person wrote.
+
+    wanted: what it should be, in words; advice: what to do, behind a semicolon.
+    Raises UserError as `read_users_text` does, and for anything else.
+    """
+    text = read_users_text(path)
+    try:
+        return from_json(kind, text)
+    except Contradiction as error:
+        raise UserError(f"{path} is not {wanted}: {error}{advice}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}{advice}.") from error
+
+
 def from_document(kind: type[T], document: Any, place: str = "") -> T:
     """The `kind` that JSON's objects, lists, strings and numbers make.
 
     place: what `document` is called in the sentence.
     Raises Contradiction: `layers[2] is 'a', not an integer` or `it lacks layers`.
     """
-    return _read(kind, document, place, _words(kind))
+    return _read(kind, document, place, kind)
 
 
-def _read(kind: Any, value: Any, place: str, wanted: str) -> Any:
-    """wanted: in words, also where `kind` is only a part of what is declared there."""
+def _read(kind: Any, value: Any, place: str, wanted: Any) -> Any:
+    """wanted: what is declared there, of which `kind` may be a part."""
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if origin is Annotated:
         content = _read(inner[0], value, place, wanted)
@@ -83,7 +99,7 @@ def _read(kind: Any, value: Any, place: str, wanted: str) -> Any:
     if origin in (list, tuple) and inner:
         return _listed(origin, inner, value, place, wanted)
     if origin in (dict, Mapping) and inner:
-        return {name: from_document(inner[1], value[name], f"{place}.{name}") for name in value}
+        return {n: from_document(inner[1], part, _within(place, n)) for n, part in value.items()}
     return _record(origin, value, place) if _is_record(origin) else value
 
 
@@ -96,7 +112,7 @@ def _is_record(kind: Any) -> bool:
     return is_dataclass(kind) or typing.is_typeddict(kind)
 
 
-def _one_of(kinds: Sequence[Any], value: Any, place: str, wanted: str) -> Any:
+def _one_of(kinds: Sequence[Any], value: Any, place: str, wanted: Any) -> Any:
     if value is not None and len(kinds) == 2 and kinds[1] is NoneType:
         return _read(kinds[0], value, place, wanted)  # whose sentence may name an inner place
     for kind in kinds:
@@ -108,7 +124,7 @@ def _one_of(kinds: Sequence[Any], value: Any, place: str, wanted: str) -> Any:
 
 
 def _listed(
-    kind: Any, inner: Sequence[Any], value: Sequence[Any], place: str, wanted: str
+    kind: Any, inner: Sequence[Any], value: Sequence[Any], place: str, wanted: Any
 ) -> Sequence[Any]:
     one_for_all = kind is list or inner[-1] is ...
     if not one_for_all and len(inner) != len(value):
@@ -125,13 +141,16 @@ def _record(kind: Any, value: Mapping[str, Any], place: str) -> Any:
     unknown = {name: value[name] for name in value if name not in kinds}
     if unknown and not typing.is_typeddict(kind):
         raise Contradiction(f"{place or 'it'} has {quoted(min(unknown))}, which is not known here")
-    prefix = place and f"{place}."
     known = {
-        name: from_document(kinds[name], value[name], prefix + name)
+        name: from_document(kinds[name], value[name], _within(place, name))
         for name in kinds
         if name in value
     }
     return unknown | known if typing.is_typeddict(kind) else kind(**known)
+
+
+def _within(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
 
 
 @cache
@@ -139,7 +158,7 @@ def _declared(kind: Any) -> tuple[Mapping[str, Any], Sequence[str]]:
     """The kinds of a record's fields, and the names of those that have no default."""
     kinds = typing.get_type_hints(kind, include_extras=True)
     if typing.is_typeddict(kind):
-        return kinds, sorted(kind.__required_keys__)
+        return kinds, [name for name in kinds if name in kind.__required_keys__]
     bare = [f.name for f in fields(kind) if f.default is MISSING is f.default_factory]
     return {field.name: kinds[field.name] for field in fields(kind)}, bare
 
@@ -157,5 +176,5 @@ def _words(kind: Any) -> str:
     return WORDS.get(origin, "an object")
 
 
-def _refuse(value: Any, place: str, wanted: str) -> NoReturn:
-    raise Contradiction(f"{place or 'it'} is {quoted(value)}, not {wanted}")
+def _refuse(value: Any, place: str, wanted: Any) -> NoReturn:
+    raise Contradiction(f"{place or 'it'} is {quoted(value)}, not {_words(wanted)}")

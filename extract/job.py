@@ -18,7 +18,7 @@ from clip_adapter.cache.tally import Tally, in_several_splits, tally
 from clip_adapter.cache.text_tower import encode_text_tower, tower_path, write_text_tower
 from clip_adapter.cache.writer import CacheWriter
 from clip_adapter.extract.backbones.loading import load_backbone
-from clip_adapter.extract.backbones.text_tower import text_tower
+from clip_adapter.extract.backbones.text_arrays import take_text_tower
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset
@@ -74,7 +74,7 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
         whole = backbone
         if precision != "fp32":  # the tower is stored as it was trained
             whole = load_backbone(config.backbone, config.pretrained, "fp32")
-        tower = encode_text_tower(text_tower(whole, dataset.class_names))
+        tower = encode_text_tower(take_text_tower(whole, dataset.class_names))
         described["text_tower_sha256"] = hashlib.sha256(tower).hexdigest()
     # What a resumed run must agree on beyond its arguments: the weights and the rows themselves,
     # which may change under an unchanged path.

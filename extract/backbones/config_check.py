@@ -2,18 +2,17 @@
 
 Parts of it reach functions of other libraries as keywords, among them some that run Python which
 lies beside the weights or fetch things from elsewhere. So it may say what the configurations that
-come with open_clip say, and nothing else.
+come with open_clip say, and nothing else: names that open_clip has, of numbers of a sensible size,
+words, true, false and null.
 """
 
-import json
-import math
 import re
 import stat
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import field, fields, make_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import open_clip
 import timm
@@ -21,38 +20,15 @@ from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg
 
-from clip_adapter.errors import Contradiction
-from clip_adapter.extract.files import LFS_ADVICE, is_lfs_pointer
-from clip_adapter.files import named_once
-from clip_adapter.words import quoted
+from clip_adapter.files import LFS_ADVICE, is_lfs_pointer
+from clip_adapter.records import Rule, between, from_document, from_json
 
 CONFIG_FILE = "open_clip_config.json"
 LARGEST_FILE = 2**20
 LARGEST_NUMBER = 2**24  # more than any vocabulary or width
-MOST_LAYERS = 1024
 LARGEST_IMAGE = 8192
+MOST_LAYERS = 1024
 LONGEST_WORD = 200
-
-MODEL = {
-    *("embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "custom_text", "quick_gelu"),
-    *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"),
-}
-TOWERS = {
-    "vision_cfg": {field.name for field in fields(CLIPVisionCfg)},
-    "text_cfg": {field.name for field in fields(CLIPTextCfg)},
-    "multimodal_cfg": {field.name for field in fields(MultimodalCfg)},
-}
-NESTED = {
-    "tokenizer_kwargs": {"clean", "strip_sep_token"},
-    "act_kwargs": {"approximate"},
-    "norm_kwargs": {"eps"},
-}
-PREPROCESS = {field.name for field in fields(PreprocessCfg)}
-WORDS = {
-    "mode": ("RGB",),
-    "interpolation": ("bicubic", "bilinear", "random"),
-    "resize_mode": ("shortest", "longest", "squash"),
-}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -89,21 +65,18 @@ def _least_numbers(model: Mapping[str, Any]) -> float:
         tower = vars(of_open_clip) | model[name]
         if tower.get("timm_model_name") or tower.get("hf_model_name"):
             continue
-
-        def number(key: str, stated: Mapping[str, Any] = tower) -> float:
-            return abs(stated[key]) if _is_number(stated.get(key)) else 0
-
-        layers = tower["layers"]
-        blocks = sum(layers) if isinstance(layers, list) else number("layers")
-        width, length = number("width"), number("context_length")
-        total += blocks * width**2 * (4 + 2 * number("mlp_ratio"))
-        total += (number("vocab_size") + length) * width + length**2
-        patches = [side / max(1, number("patch_size")) for side in _pair(tower.get("image_size"))
-                   if _is_number(side)]  # fmt: skip
-        if not isinstance(layers, list) and patches:
-            total += patches[0] * patches[-1] * width
-        if _is_number(model.get("embed_dim")):
+        number = {key: abs(value) for key, value in tower.items() if type(value) in (int, float)}
+        width, length = number.get("width", 0), number.get("context_length", 0)
+        stages, sides = tower["layers"], tower.get("image_size", ())
+        blocks = sum(stages) if isinstance(stages, list) else stages
+        total += blocks * width**2 * (4 + 2 * number.get("mlp_ratio", 0))
+        total += (number.get("vocab_size", 0) + length) * width + length**2
+        if isinstance(model.get("embed_dim"), int | float):
             total += abs(model["embed_dim"]) * width
+        if sides and not isinstance(stages, list):
+            patch = max(1, number.get("patch_size", 0))
+            high, wide = sides if isinstance(sides, list) else (sides, sides)
+            total += (high / patch) * (wide / patch) * width
     return total
 
 
@@ -111,96 +84,15 @@ def check_config(path: Path) -> dict[str, Any]:
     """The checked configuration in a file; raises ValueError as `read_config` does."""
     try:
         if path.stat().st_size > LARGEST_FILE:
-            raise ValueError(f"{CONFIG_FILE} is too large for a configuration")
-        text = path.read_text(encoding="utf-8")
-        config = json.loads(text, object_pairs_hook=named_once)
-    except Contradiction as error:
-        raise ValueError(f"{CONFIG_FILE} {error}") from None
+            raise ValueError("it is too large for a configuration")
+        config = from_json(dict[str, Any], path.read_text(encoding="utf-8"))
+        from_document(MODEL, config.get("model_cfg"), "model_cfg")
+        from_document(PREPROCESS, config.get("preprocess_cfg", {}), "preprocess_cfg")
     except FileNotFoundError:
         raise ValueError(f"the config file is missing: {CONFIG_FILE}") from None
-    except RecursionError:
-        raise ValueError(f"{CONFIG_FILE} is nested too deeply") from None
-    model = _object(_object(config, "the configuration").get("model_cfg"), "model_cfg")
-    _check_keys(model, MODEL, "model_cfg")
-    for name in ("vision_cfg", "text_cfg"):
-        _object(model.get(name), name)
-    for name, value in model.items():
-        if name in TOWERS:
-            _check_keys(_object(value, name), TOWERS[name], name)
-            _check_tower(value)
-        else:
-            _check_value(name, value)
-    _check_preprocessing(_object(config.get("preprocess_cfg", {}), "preprocess_cfg"))
+    except ValueError as error:
+        raise ValueError(f"{CONFIG_FILE}: {error}") from error
     return config
-
-
-def _check_tower(tower: Mapping[str, Any]) -> None:
-    for name, value in tower.items():
-        if name in NESTED and value is not None:
-            _check_keys(_object(value, name), NESTED[name], name)
-            for inner, content in value.items():
-                _check_value(inner, content)
-        elif name in NAMES and value is not None:
-            if not (isinstance(value, str) and NAMES[name](value)):
-                raise ValueError(f"{name} {quoted(value)} is not a model that open_clip uses")
-        else:
-            _check_value(name, value)
-
-
-def _check_preprocessing(config: Mapping[str, Any]) -> None:
-    _check_keys(config, PREPROCESS, "preprocess_cfg")
-    for name, value in config.items():
-        if name in WORDS:
-            good = value in WORDS[name]
-        elif name == "fill_color":
-            good = _is_count(value, 255)
-        elif name == "size":
-            good = all(_is_count(side, LARGEST_IMAGE) and side for side in _pair(value))
-        else:
-            numbers = value if isinstance(value, list) else [value]
-            least = 0 if name == "std" else -math.inf
-            good = len(numbers) in (1, 3) and all(_is_number(n) and n > least for n in numbers)
-        if not good:
-            raise ValueError(f"{name} cannot be {quoted(value)}")
-
-
-def _check_keys(found: Mapping[str, Any], known: set[str], where: str) -> None:
-    for name in found:
-        if name not in known:
-            raise ValueError(f"{where} has {quoted(name)}, which is not read from a file")
-
-
-def _check_value(name: str, value: Any) -> None:
-    """A number of a sensible size, a word, true, false, null, or a list of numbers."""
-    if name == "image_size":
-        good = all(_is_count(side, LARGEST_IMAGE) for side in _pair(value))
-    elif name == "layers":
-        stages = value if isinstance(value, list) else [value]
-        good = len(stages) <= 4 and all(_is_count(count, MOST_LAYERS) for count in stages)
-    elif isinstance(value, str):
-        good = len(value) <= LONGEST_WORD
-    else:
-        good = value is None or isinstance(value, bool) or _is_number(value)
-    if not good:
-        raise ValueError(f"{name} cannot be {quoted(value)}")
-
-
-def _object(value: Any, name: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is missing or no object")
-    return value
-
-
-def _pair(value: Any) -> list[Any]:
-    return value if isinstance(value, list) and len(value) == 2 else [value]
-
-
-def _is_count(value: Any, most: int) -> bool:
-    return type(value) is int and 0 <= value <= most
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= LARGEST_NUMBER  # false for NaN
 
 
 @cache
@@ -211,10 +103,68 @@ def _text_models() -> frozenset[str]:
     return frozenset(name for name in names if name)
 
 
-NAMES: Mapping[str, Callable[[str], bool]] = {
-    "hf_model_name": lambda name: name in _text_models(),
-    "timm_model_name": lambda name: (
-        bool(re.fullmatch(r"\w+(\.\w+)?", name)) and timm.is_model(name.partition(".")[0])
-    ),
-    "hf_tokenizer_name": lambda name: bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name)),
+def _used(is_one: Callable[[str], bool]) -> Any:
+    return Annotated[str, Rule("that names a model which open_clip uses", is_one)] | None
+
+
+def _is_of_timm(name: str) -> bool:
+    return bool(re.fullmatch(r"\w+(\.\w+)?", name)) and timm.is_model(name.partition(".")[0])
+
+
+def _is_of_a_hub(name: str) -> bool:
+    return bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name))
+
+
+def _stated(open_clips: type | Iterable[str], needed: Sequence[str] = (), **kinds: Any) -> Any:
+    """An object of the names that a class of open_clip's has, or of these: each a value of its own
+    kind, or of any that does no harm."""
+    if isinstance(open_clips, type):
+        open_clips = [each.name for each in fields(open_clips)]
+    optional = [(name, kinds.get(name, HARMLESS), field(default=None)) for name in open_clips]
+    return make_dataclass("Stated", [*((name, kinds[name]) for name in needed), *optional])
+
+
+NUMBER = Annotated[float, between(-LARGEST_NUMBER, LARGEST_NUMBER)]
+POSITIVE = Annotated[float, between(0, LARGEST_NUMBER), Rule("and not 0", bool)]
+WORD = Annotated[str, Rule("of at most 200 characters", lambda word: len(word) <= LONGEST_WORD)]
+HARMLESS = NUMBER | WORD | bool | None
+SIDE = Annotated[int, between(0, LARGEST_IMAGE)]
+SIZE = Annotated[int, between(1, LARGEST_IMAGE)]
+LAYERS = Annotated[int, between(0, MOST_LAYERS)]
+STAGES = Annotated[list[LAYERS], Rule("of at most 4", lambda stages: len(stages) <= 4)]
+ONE_OR_THREE = Rule("of 1 or 3", lambda values: len(values) in (1, 3))
+OF_BLOCKS = {
+    "act_kwargs": _stated(["approximate"]) | None,
+    "norm_kwargs": _stated(["eps"]) | None,
+    "layers": LAYERS | STAGES,
 }
+OF_TEXT = OF_BLOCKS | {
+    "tokenizer_kwargs": _stated(["clean", "strip_sep_token"]) | None,
+    "hf_model_name": _used(lambda name: name in _text_models()),
+    "hf_tokenizer_name": _used(_is_of_a_hub),
+}
+MODEL = _stated(
+    (
+        *("embed_dim", "multimodal_cfg", "custom_text", "quick_gelu"),
+        *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"),
+    ),
+    needed=("vision_cfg", "text_cfg"),
+    vision_cfg=_stated(
+        CLIPVisionCfg,
+        **OF_BLOCKS,
+        image_size=SIDE | tuple[SIDE, SIDE],
+        timm_model_name=_used(_is_of_timm),
+    ),
+    text_cfg=_stated(CLIPTextCfg, **OF_TEXT),
+    multimodal_cfg=_stated(MultimodalCfg, **OF_TEXT),
+)
+PREPROCESS = _stated(
+    PreprocessCfg,
+    size=SIZE | tuple[SIZE, SIZE],
+    mode=Literal["RGB"],
+    mean=NUMBER | Annotated[list[NUMBER], ONE_OR_THREE],
+    std=POSITIVE | Annotated[list[POSITIVE], ONE_OR_THREE],
+    interpolation=Literal["bicubic", "bilinear", "random"],
+    resize_mode=Literal["shortest", "longest", "squash"],
+    fill_color=Annotated[int, between(0, 255)],
+)

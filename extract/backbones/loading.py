@@ -21,15 +21,11 @@ from open_clip.transformer import QuickGELU
 from PIL import Image
 
 from clip_adapter.errors import UserError
-from clip_adapter.extract.backbones.checkpoint import read_state, unwrapped
 from clip_adapter.extract.backbones.config_check import CONFIG_FILE, check_config, read_config
-from clip_adapter.extract.backbones.torchscript import (
-    UnsafeArchive,
-    is_torchscript,
-    read_weights,
-)
+from clip_adapter.extract.backbones.names import HUB, LOCAL, Recipe, resolve
+from clip_adapter.extract.backbones.weights import UnsafeArchive, read_state
 from clip_adapter.extract.encoding.device import Precision
-from clip_adapter.extract.recipe import HUB, LOCAL, Recipe, resolve
+from clip_adapter.words import shortened
 
 BPE_FILE = "bpe_merges.txt.gz"
 LARGEST_BPE = 2**26
@@ -40,8 +36,6 @@ DTYPES: Mapping[Precision, torch.dtype] = {
 }
 # Between which the multiplier of the cosines lies: models have 10 to 120.
 SMALLEST_SCALE, LARGEST_SCALE = 1e-2, 1e4
-# In OpenAI's archives beside the weights: numbers of the architecture, and the causal mask.
-NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
 @dataclass(frozen=True)
@@ -82,7 +76,7 @@ def load_backbone(
 
     Raises UserError for unknown names (with the near matches), unknown tags, and weights that
     cannot be had, do not fit, or hold a logit scale that is none. Nothing that comes with weights
-    is run: see `config_check`.
+    is run: see `weights` and `config_check`.
     """
     recipe = resolve(name, pretrained)
     try:
@@ -90,7 +84,7 @@ def load_backbone(
             config = _checked_config(recipe)
             tokenizer = _tokenizer(recipe.model_name, config)
             model = _create(recipe).eval().requires_grad_(False)
-            embed_dim = _embed_dim(model, tokenizer)
+            embed_dim = model.encode_text(tokenizer([""])).shape[-1]
             stated = dict(model.visual.preprocess_cfg)
             preprocess = image_transform_v2(PreprocessCfg(**stated), is_train=False)
     except Exception as error:  # a damaged file or folder makes open_clip raise almost anything
@@ -120,21 +114,14 @@ def load_backbone(
 
 
 def _create(recipe: Recipe) -> open_clip.CLIP | open_clip.CustomTextCLIP:
-    if recipe.weights is None or not is_torchscript(Path(recipe.weights)):
-        with patch.object(factory, "load_state_dict", read_state):
-            return open_clip.create_model(
-                recipe.model_name,
-                pretrained=recipe.weights,
-                force_quick_gelu=recipe.quick_gelu,
-                force_preprocess_cfg=dict(recipe.preparation),
-                require_pretrained=True,
-            )
-    model = _create_empty(recipe, "fp32")
-    weights = unwrapped(read_weights(Path(recipe.weights)))
-    for key in [key for key in weights if key.rpartition(".")[2] in NO_WEIGHTS]:
-        del weights[key]
-    model.load_state_dict(weights)
-    return model
+    with patch.object(factory, "load_state_dict", read_state):
+        return open_clip.create_model(
+            recipe.model_name,
+            pretrained=recipe.weights,
+            force_quick_gelu=recipe.quick_gelu,
+            force_preprocess_cfg=dict(recipe.preparation),
+            require_pretrained=True,
+        )
 
 
 def _check_logits(logarithm: float, bias: float, weights: str) -> None:
@@ -153,15 +140,8 @@ def _in_precision(
 ) -> open_clip.CLIP | open_clip.CustomTextCLIP:
     """The model in another precision. Its layers differ from those of float32, so it is built
     anew rather than converted."""
-    other = _create_empty(recipe, precision)
-    other.load_state_dict(model.state_dict())
-    return other.eval().requires_grad_(False)
-
-
-def _create_empty(recipe: Recipe, precision: Precision) -> Any:
-    """The model without its weights, which the caller fills in."""
     with _silent_loaders():
-        return open_clip.create_model(
+        other = open_clip.create_model(
             recipe.model_name,
             load_weights=False,
             pretrained_text=False,
@@ -169,6 +149,8 @@ def _create_empty(recipe: Recipe, precision: Precision) -> Any:
             force_quick_gelu=recipe.quick_gelu,
             force_preprocess_cfg=dict(recipe.preparation),
         )
+    other.load_state_dict(model.state_dict())
+    return other.eval().requires_grad_(False)
 
 
 @contextmanager
@@ -234,11 +216,6 @@ def _tokenizer(model_name: str, config: Mapping[str, Any]) -> Callable[..., torc
     )
 
 
-@torch.inference_mode()
-def _embed_dim(model: open_clip.CLIP, tokenizer: Callable[..., torch.Tensor]) -> int:
-    return model.encode_text(tokenizer([""])).shape[-1]
-
-
 def _public_label(pretrained: str | None) -> str | None:
     """A tag as it is, a path by its last part: folders of one machine mean nothing elsewhere."""
     return Path(pretrained).name if pretrained and Path(pretrained).exists() else pretrained
@@ -259,7 +236,7 @@ def _loading_failed(name: str, recipe: Recipe, error: Exception) -> str:
     if isinstance(error, UnsafeArchive):
         return f"{weights.name} is a TorchScript archive that cannot be used: {error}."
     if isinstance(error, RuntimeError | OSError | ValueError | ImportError):
-        reason = " ".join(str(error).split())[:200]
+        reason = shortened(" ".join(str(error).split()), 300)
     else:
         reason = f"that holds no weights that open_clip can read ({error!r:.80})"
     if recipe.weights and not Path(recipe.weights).exists():

@@ -8,12 +8,18 @@ of ImageNet's 1,000 classes and are evaluated on those 200, as their papers and 
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
 from typing import Any
+
+from clip_adapter.errors import UserError
+from clip_adapter.records import from_document
+
+LEFT_OUT = -1
 
 
 @dataclass(frozen=True)
@@ -65,5 +71,39 @@ def _entry(name: str, stored: dict[str, dict[str, Any]]) -> CatalogueEntry:
             values[key] = stored[parent][key]
         if kept := values.get("classes_kept"):
             values["class_names"] = [values["class_names"][label] for label in kept]
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    return CatalogueEntry(name, **values)
+    return from_document(CatalogueEntry, {"name": name, **values})
+
+
+def match_classes(
+    builders_names: Sequence[str], entry: CatalogueEntry | None
+) -> tuple[str, list[int]]:
+    """How the classes of a TFDS builder were matched, and for each of its labels ours or LEFT_OUT.
+
+    Raises UserError where it has another number of classes than the literature.
+    """
+    if entry is None:
+        return "the builder's own", list(range(len(builders_names)))
+    if entry.classes_kept:
+        kept = {label: index for index, label in enumerate(entry.classes_kept)}
+        return "by order", [kept.get(label, LEFT_OUT) for label in range(len(builders_names))]
+    ours = {
+        _words(entry.tfds_names.get(name, name)): label
+        for label, name in enumerate(entry.class_names)
+    }
+    left_out = {_words(name) for name in entry.tfds_left_out}
+    theirs = [_words(name) for name in builders_names]
+    expected = set(ours) | left_out
+    if len(ours) == entry.classes and set(theirs) == expected and len(theirs) == len(expected):
+        return "by name", [ours.get(words, LEFT_OUT) for words in theirs]
+    if len(builders_names) != entry.classes:
+        raise UserError(
+            f"tfds:{entry.tfds} has {len(builders_names)} classes, where {entry.name} has "
+            f"{entry.classes}; use CoOp's layout (coop:FOLDER) or another version of "
+            "tensorflow-datasets."
+        )
+    return "by order", list(range(entry.classes))
+
+
+def _words(name: str) -> tuple[str, ...]:
+    """What is left of a class name without case, punctuation and the order of its words."""
+    return tuple(sorted(re.findall(r"[a-z0-9]+", name.lower())))

@@ -10,31 +10,38 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypedDict
 from unicodedata import normalize
-
-import numpy as np
 
 from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.catalogue import CatalogueEntry, load_catalogue
 from clip_adapter.extract.datasets.image_files import (
-    ImageFiles,
     Listing,
     require_files,
+    split_of_files,
 )
 from clip_adapter.extract.datasets.source import (
     DEFAULT_TEMPLATES,
     ImageDataset,
     SourceOptions,
-    Split,
 )
 from clip_adapter.extract.datasets.splitting import complete_splits
-from clip_adapter.extract.files import is_file, is_folder, read_json, read_text, user_path
+from clip_adapter.files import is_file, is_folder, read_users_text, user_path
+from clip_adapter.records import from_file
 from clip_adapter.words import some
 
 Rows = list[tuple[str, int]]
 SPLITS = ("train", "val", "test")
 ANY_NUMBER = 0  # of classes, in a split file of one's own
 ARTICLE = "see DATASETS.md in github.com/KaiyangZhou/CoOp"
+
+
+class SplitFile(TypedDict):
+    """Path, label and class name of every image."""
+
+    train: list[tuple[str, int, str]]
+    val: list[tuple[str, int, str]]
+    test: list[tuple[str, int, str]]
 
 
 def open_coop(path: str, options: SourceOptions) -> ImageDataset:
@@ -73,7 +80,9 @@ def open_coop(path: str, options: SourceOptions) -> ImageDataset:
         inner = _image_folder(folder, paths[0], listing) if paths else "."
     root = folder / inner
     require_files(root, paths, f"extract the images there ({ARTICLE})")
-    splits = {name: _split(root, split, f"{name}: {origin}") for name, split in rows.items()}
+    splits = {
+        name: split_of_files(root, split, f"{name}: {origin}") for name, split in rows.items()
+    }
     provenance = {"name": entry.name, "source": "CoOp layout", "version": entry.coop_split_file}
     return ImageDataset(
         entry.name,
@@ -139,20 +148,12 @@ def _read_split_file(path: Path, classes: int, name: str) -> tuple[dict[str, Row
         raise UserError(
             f"{path.parent} has no {path.name}; download it and put it there ({ARTICLE})."
         )
-    stored = read_json(path)
-    try:
-        rows = {s: [(str(p), int(label)) for p, label, _ in stored[s]] for s in SPLITS}
-        named = {
-            (int(label), normalize("NFC", str(name)))
-            for s in SPLITS
-            for _, label, name in stored[s]
-        }
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        reason = reprlib.repr(error)
-        raise UserError(
-            f"{path} is not a split file of CoOp's (lists of path, label, class name under train, "
-            f"val and test): {reason}; download it again ({ARTICLE})."
-        ) from error
+    stored: Mapping[str, Any] = from_file(
+        SplitFile, path, "a split file of CoOp's", f"; download it again ({ARTICLE})"
+    )
+    listed = {split: stored[split] for split in SPLITS}
+    rows = {split: [(path, label) for path, label, _ in own] for split, own in listed.items()}
+    named = {(label, normalize("NFC", own)) for part in listed.values() for _, label, own in part}
     labels = [label for label, _ in sorted(named)]
     if labels != list(range(len(labels) if classes == ANY_NUMBER else classes)):
         many = "labels from 0 on" if classes == ANY_NUMBER else f"{classes} classes"
@@ -197,7 +198,7 @@ def _read_lists(folder: Path, entry: CatalogueEntry) -> tuple[dict[str, Rows], l
 def _lines(path: Path) -> list[str]:
     if not path.exists():
         raise UserError(f"{path.parent} has no {path.name}; put it there ({ARTICLE}).")
-    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    return [line.strip() for line in read_users_text(path).splitlines() if line.strip()]
 
 
 def _read_folders(folder: Path, entry: CatalogueEntry, listing: Listing) -> dict[str, Rows]:
@@ -220,10 +221,3 @@ def _read_folders(folder: Path, entry: CatalogueEntry, listing: Listing) -> dict
             for path in listing.below(folder / inner / name)
         ]
     return rows
-
-
-def _split(root: Path, rows: Rows, origin: str) -> Split:
-    paths = [path for path, _ in rows]
-    labels = np.array([label for _, label in rows], np.int32)
-    files = ImageFiles(root, paths)
-    return Split(paths, labels, files, origin, files.file)

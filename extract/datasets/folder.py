@@ -5,10 +5,8 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-
 from clip_adapter.errors import UserError
-from clip_adapter.extract.datasets.image_files import ImageFiles, Listing, natural_order
+from clip_adapter.extract.datasets.image_files import Listing, natural_order, split_of_files
 from clip_adapter.extract.datasets.source import (
     DEFAULT_TEMPLATES,
     ImageDataset,
@@ -18,7 +16,7 @@ from clip_adapter.extract.datasets.source import (
     splits_among,
 )
 from clip_adapter.extract.datasets.splitting import complete_splits
-from clip_adapter.extract.files import is_folder, user_path
+from clip_adapter.files import is_folder, user_path
 from clip_adapter.listener import Listener
 from clip_adapter.words import counted, some
 
@@ -73,8 +71,13 @@ def _found(
     if empty := [c for c in names if c not in class_names]:
         remarks.append(f"left out {some(empty)}: no images there.")
     remarks += _doubts(root, found, bool(folders))
+    number = {name: label for label, name in enumerate(class_names)}
     splits = {
-        name: _split(root, images, class_names, f"folder {folders[name]}" if folders else FLAT)
+        name: split_of_files(
+            root,
+            [(path, number[c]) for c, paths in images.items() for path in paths],
+            f"folder {folders[name]}" if folders else FLAT,
+        )
         for name, images in found.items()
     }
     return class_names, splits, remarks, bool(folders)
@@ -210,11 +213,3 @@ def _common(paths: Iterable[str]) -> tuple[str, list[str]]:
         return common, []
     inner = {place[len(common) + 1 :].split("/")[0] for place in places}
     return common, sorted(inner, key=natural_order)
-
-
-def _split(root: Path, images: ClassImages, class_names: list[str], origin: str) -> Split:
-    label = {name: index for index, name in enumerate(class_names)}
-    paths = [path for name in images for path in images[name]]
-    labels = [label[name] for name in images for _ in images[name]]
-    files = ImageFiles(root, paths)
-    return Split(paths, np.array(labels, np.int32), files, origin, files.file)

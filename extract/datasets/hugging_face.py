@@ -17,12 +17,11 @@ from clip_adapter.extract.datasets.source import (
     ImageDataset,
     SourceOptions,
     Split,
-    splits_among,
 )
-from clip_adapter.extract.datasets.splitting import complete_splits, take
+from clip_adapter.extract.datasets.splitting import complete_splits, labelled_splits, take
 from clip_adapter.extract.encoding.images import open_image
-from clip_adapter.extract.files import is_file, user_path
-from clip_adapter.words import counted, quoted
+from clip_adapter.files import is_file, user_path
+from clip_adapter.words import quoted
 
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves in a folder
 TEXT = ("string", "large_string")
@@ -61,33 +60,19 @@ def open_hugging_face(name: str, options: SourceOptions) -> ImageDataset:
         labels, kind = texts, "text"
     label = _column(name, "label", options, labels, kind)
     class_names, numbers = _numbered(name, {s: _labels(t, label) for s, t in loaded.items()})
-    splits: dict[str, Split] = {}
-    left_out = []
-    means = splits_among(loaded)
-    for published, table in loaded.items():
-        split, rows = means.get(published), np.flatnonzero(numbers[published] >= 0)
-        if split is None or split in splits:
-            left_out.append(f"{counted(len(table), 'image')} of the split {quoted(published)}")
-            continue
-        if len(rows) < len(table):
-            without = counted(len(table) - len(rows), "image")
-            left_out.append(f"{without} of the split {quoted(published)} without a label")
-        if len(rows):
-            undecoded = table.cast_column(image, datasets.Image(decode=False))
-            images = _TableImages(undecoded.select_columns([image]), image)
-            whole = Split(
-                [f"{published}/{row}" for row in range(len(table))],
-                numbers[published],
-                images,
-                f"{published} split of hf:{name}",
-                content=images.content,
-            )
-            splits[split] = take(whole, rows, whole.origin)
-    if not splits:
-        raise UserError(
-            f"hf:{name} has no train, validation or test split with labels; "
-            f"it has {', '.join(loaded)}."
-        )
+
+    def labelled(published: str) -> tuple[Split | None, int]:
+        table, labels = loaded[published], numbers[published]
+        rows = np.flatnonzero(labels >= 0)
+        undecoded = table.cast_column(image, datasets.Image(decode=False))
+        images = _TableImages(undecoded.select_columns([image]), image)
+        ids = [f"{published}/{row}" for row in range(len(table))]
+        origin = f"{published} split of hf:{name}"
+        whole = Split(ids, labels, images, origin, content=images.content)
+        return take(whole, rows, origin) if len(rows) else None, len(table) - len(rows)
+
+    counts = {published: len(table) for published, table in loaded.items()}
+    splits, remarks = labelled_splits(f"hf:{name}", counts, labelled)
     fingerprints = {split: table._fingerprint for split, table in loaded.items()}
     return ImageDataset(
         name,
@@ -95,7 +80,7 @@ def open_hugging_face(name: str, options: SourceOptions) -> ImageDataset:
         DEFAULT_TEMPLATES,
         complete_splits(splits, class_names, options),
         {"name": name, "source": f"hf:{name}", "version": fingerprints},
-        [f"left out {' and '.join(left_out)}."] if left_out else [],
+        remarks,
     )
 
 

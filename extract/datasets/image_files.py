@@ -11,16 +11,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from clip_adapter.errors import UserError
+from clip_adapter.extract.datasets.source import Split
 from clip_adapter.extract.encoding.images import (
     HEIF_SUFFIXES,
     OTHER_SUFFIXES,
     open_image,
     readable_suffixes,
 )
-from clip_adapter.extract.files import unreadable
+from clip_adapter.files import unreadable
 from clip_adapter.listener import Listener
 from clip_adapter.words import counted
 
@@ -47,6 +49,14 @@ class ImageFiles:
 
     def file(self, index: int) -> Path:
         return self.root / self.paths[index]
+
+
+def split_of_files(root: Path, rows: Sequence[tuple[str, int]], origin: str) -> Split:
+    """A split of images by their paths below the root, which are their ids, and their labels."""
+    paths = [path for path, _ in rows]
+    labels = np.array([label for _, label in rows], np.int32)
+    images = ImageFiles(root, paths)
+    return Split(paths, labels, images, origin, images.file)
 
 
 def natural_order(name: str) -> tuple[list[tuple[int, int, str]], str]:

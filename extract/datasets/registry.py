@@ -8,10 +8,9 @@ from typing import Any
 
 from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.catalogue import CatalogueEntry, load_catalogue
-from clip_adapter.extract.datasets.checks import checked
 from clip_adapter.extract.datasets.image_files import Listing
-from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions
-from clip_adapter.extract.files import is_folder
+from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions, checked
+from clip_adapter.files import is_folder
 
 # Name → module:function, which is called with what stands behind the colon and the options.
 NAMED = {"digits": "digits:open_digits"}

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.errors import UserError
-from clip_adapter.extract.datasets.source import SourceOptions, Split
-from clip_adapter.words import counted
+from clip_adapter.extract.datasets.source import SourceOptions, Split, splits_among
+from clip_adapter.words import counted, quoted
 
 Rows = npt.NDArray[np.int64]
 Of = TypeVar("Of")
@@ -49,6 +49,37 @@ def complete_splits(
         train = given.pop("train")
         given.update(_divide(train, fractions, class_names, options.seed))
     return {name: given[name] for name in ("train", "val", "test") if name in given}
+
+
+def labelled_splits(
+    source: str, counts: Mapping[str, int], labelled: Callable[[str], tuple[Split | None, int]]
+) -> tuple[dict[str, Split], list[str]]:
+    """The splits that a source's own names mean, and a remark on the images that are in none.
+
+    counts: own name → images. labelled: own name → the images that have a label, None where none
+        has one that counts, and how many have none.
+    Raises UserError where no split is left.
+    """
+    splits: dict[str, Split] = {}
+    left_out = []
+    means = splits_among(counts)
+    for name, count in counts.items():
+        meant = means.get(name)
+        if meant is None or meant in splits:
+            left_out.append(f"{counted(count, 'image')} of the split {quoted(name)}")
+            continue
+        split, unlabelled = labelled(name)
+        if unlabelled:
+            images = counted(unlabelled, "image")
+            left_out.append(f"{images} of the split {quoted(name)} without a label")
+        if split is not None:
+            splits[meant] = split
+    if not splits:
+        raise UserError(
+            f"{source} has no train, validation or test split with labels; "
+            f"it has {', '.join(counts)}."
+        )
+    return splits, [f"left out {' and '.join(left_out)}."] if left_out else []
 
 
 def refuse_fractions(options: SourceOptions, published: Mapping[str, Split]) -> None:

@@ -5,28 +5,26 @@ import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
-
 from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.image_files import (
-    ImageFiles,
     natural_order,
     require_files,
+    split_of_files,
 )
 from clip_adapter.extract.datasets.source import (
     COLUMNS,
     DEFAULT_TEMPLATES,
     ImageDataset,
     SourceOptions,
-    Split,
     split_of,
     splits_among,
 )
 from clip_adapter.extract.datasets.splitting import complete_splits
-from clip_adapter.extract.files import text_file, user_path
+from clip_adapter.files import read_users_text, user_path
 from clip_adapter.words import counted, some
 
 REQUIRED = ("path", "label")
@@ -48,21 +46,23 @@ def open_csv(path: str, options: SourceOptions) -> ImageDataset:
     """
     table = user_path(path)
     root = options.image_root or table.parent
-    with text_file(table) as file:
-        try:
-            found, unread = _rows(table, file, options.columns)
-        except csv.Error as error:
-            raise UserError(f"{table} is not a valid CSV file: {error}; save it again.") from error
+    file = StringIO(read_users_text(table), newline="")
+    try:
+        found, unread = _rows(table, file, options.columns)
+    except csv.Error as error:
+        raise UserError(f"{table} is not a valid CSV file: {error}; save it again.") from error
     if not found:
         raise UserError(f"{table} has no rows; list your images below the row of column names.")
-    means = splits_among({written for written, _, _ in found})
-    rows: dict[str, list[tuple[str, str]]] = {}
-    for written, path, label in found:
-        rows.setdefault(means[written], []).append((path, label))
     paths = [path for _, path, _ in found]
     require_files(root, paths, "correct the paths, or say with --image-root where they start")
     class_names = sorted({label for _, _, label in found}, key=natural_order)
-    splits = {name: _split(root, split, class_names, table) for name, split in rows.items()}
+    number = {name: label for label, name in enumerate(class_names)}
+    means = splits_among({written for written, _, _ in found})
+    rows: dict[str, list[tuple[str, int]]] = {}
+    for written, path, label in found:
+        rows.setdefault(means[written], []).append((path, number[label]))
+    origin = f"rows of {table.name}"
+    splits = {name: split_of_files(root, own, origin) for name, own in rows.items()}
     return ImageDataset(
         table.stem,
         class_names,
@@ -157,11 +157,3 @@ def _checked_row(
             f"{place}: unknown split {reprlib.repr(written)}; write train, val or test."
         )
     return written, path, label
-
-
-def _split(root: Path, rows: list[tuple[str, str]], class_names: list[str], table: Path) -> Split:
-    label = {name: index for index, name in enumerate(class_names)}
-    paths = [path for path, _ in rows]
-    labels = np.array([label[name] for _, name in rows], np.int32)
-    files = ImageFiles(root, paths)
-    return Split(paths, labels, files, f"rows of {table.name}", files.file)

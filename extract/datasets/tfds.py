@@ -3,15 +3,18 @@
 The splits are the builder's own, which are not the ones CoOp published.
 """
 
+import contextlib
 import difflib
+import glob
 import os
-import re
 import socket
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlparse
 
@@ -20,21 +23,17 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from clip_adapter.errors import UserError
-from clip_adapter.extract.datasets.catalogue import CatalogueEntry
+from clip_adapter.extract.datasets.catalogue import LEFT_OUT, CatalogueEntry, match_classes
 from clip_adapter.extract.datasets.source import (
     DEFAULT_TEMPLATES,
     ImageDataset,
     SourceOptions,
     Split,
-    splits_among,
 )
-from clip_adapter.extract.datasets.splitting import complete_splits
-from clip_adapter.extract.datasets.tfds_without_tensorflow import file_operations_for_tfds
+from clip_adapter.extract.datasets.splitting import complete_splits, labelled_splits
 from clip_adapter.extract.encoding.images import open_image
-from clip_adapter.words import counted
 
 ID_FEATURES = ("file_name", "filename", "image/file_name", "image/filename", "id")
-LEFT_OUT = -1
 
 
 def open_tfds(
@@ -57,26 +56,11 @@ def open_tfds(
             f"tfds:{builder_name} has no 'image' with a class 'label'; it cannot be used here."
         )
     builders_names = features["label"].names
-    matched, new_labels = _label_map(builders_names, entry)
-    splits: dict[str, Split] = {}
-    left_out = []
-    means = splits_among(builder.info.splits)
-    for published, info in builder.info.splits.items():
-        meant = means.get(published)
-        if meant is None or meant in splits:
-            left_out.append(f"{counted(info.num_examples, 'image')} of the split {published}")
-            continue
-        split, unlabelled = _split(builder, published, new_labels)
-        if unlabelled:
-            without = counted(unlabelled, "image")
-            left_out.append(f"{without} of the split {published} without a label")
-        if split is not None:
-            splits[meant] = split
-    if not splits:
-        raise UserError(
-            f"tfds:{builder_name} has no train, validation or test split with labels; "
-            f"it has {', '.join(builder.info.splits)}."
-        )
+    matched, new_labels = match_classes(builders_names, entry)
+    counts = {published: info.num_examples for published, info in builder.info.splits.items()}
+    splits, remarks = labelled_splits(
+        f"tfds:{builder_name}", counts, lambda name: _labelled(builder, name, new_labels)
+    )
     name = entry.name if entry else builder_name
     class_names = entry.class_names if entry else tuple(builders_names)
     provenance = {
@@ -92,7 +76,7 @@ def open_tfds(
         templates,
         complete_splits(splits, class_names, options),
         provenance,
-        [f"left out {' and '.join(left_out)}."] if left_out else [],
+        remarks,
     )
 
 
@@ -197,39 +181,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
 
 
-def _label_map(
-    builders_names: Sequence[str], entry: CatalogueEntry | None
-) -> tuple[str, list[int]]:
-    """How the classes were matched, and for each of the builder's labels ours or LEFT_OUT."""
-    if entry is None:
-        return "the builder's own", list(range(len(builders_names)))
-    if entry.classes_kept:
-        kept = {label: index for index, label in enumerate(entry.classes_kept)}
-        return "by order", [kept.get(label, LEFT_OUT) for label in range(len(builders_names))]
-    ours = {
-        _words(entry.tfds_names.get(name, name)): label
-        for label, name in enumerate(entry.class_names)
-    }
-    left_out = {_words(name) for name in entry.tfds_left_out}
-    theirs = [_words(name) for name in builders_names]
-    expected = set(ours) | left_out
-    if len(ours) == entry.classes and set(theirs) == expected and len(theirs) == len(expected):
-        return "by name", [ours.get(words, LEFT_OUT) for words in theirs]
-    if len(builders_names) != entry.classes:
-        raise UserError(
-            f"tfds:{entry.tfds} has {len(builders_names)} classes, where {entry.name} has "
-            f"{entry.classes}; use CoOp's layout (coop:FOLDER) or another version of "
-            "tensorflow-datasets."
-        )
-    return "by order", list(range(entry.classes))
-
-
-def _words(name: str) -> tuple[str, ...]:
-    """What is left of a class name without case, punctuation and the order of its words."""
-    return tuple(sorted(re.findall(r"[a-z0-9]+", name.lower())))
-
-
-def _split(builder: Any, published: str, new_labels: list[int]) -> tuple[Split | None, int]:
+def _labelled(builder: Any, published: str, new_labels: list[int]) -> tuple[Split | None, int]:
     """A published split without the classes that are left out, None where it has no labels; and how
     many of its images have none."""
     key = next((name for name in ID_FEATURES if name in builder.info.features), None)
@@ -291,3 +243,61 @@ def _undecoded(builder: Any, split: str) -> Any:
         if isinstance(feature, tfds.features.Image)
     }
     return builder.as_data_source(split, decoders=as_bytes)
+
+
+def _listdir(path: str) -> list[str]:
+    return sorted(os.listdir(path))  # noqa: PTH208
+
+
+def _walk(top: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    for place, folders, files in os.walk(top):
+        folders.sort()
+        yield place, folders, sorted(files)
+
+
+def _glob(pattern: str) -> list[str]:
+    return sorted(glob.glob(os.fspath(pattern)))  # noqa: PTH207
+
+
+class _FileOperations:
+    """What stands in for the module `tensorflow`, with its names and meanings.
+
+    TensorFlow Datasets unpacks archives and walks through folders with `tf.io.gfile`. On a local
+    disk these are plain file operations, so that most builders of images need nothing else of it.
+    Everything else is refused as it is refused when TensorFlow is missing.
+    """
+
+    io = SimpleNamespace(
+        gfile=SimpleNamespace(
+            GFile=open,
+            exists=os.path.exists,
+            isdir=os.path.isdir,
+            listdir=_listdir,
+            walk=_walk,
+            glob=_glob,
+        )
+    )
+    compat = SimpleNamespace(as_text=os.fsdecode)
+
+    def __getattr__(self, name: str) -> Any:
+        raise ModuleNotFoundError(f"tensorflow is needed for tf.{name}", name="tensorflow")
+
+
+@contextlib.contextmanager
+def file_operations_for_tfds() -> Iterator[None]:
+    """Within it, TensorFlow Datasets finds file operations where it looks for TensorFlow.
+
+    Where TensorFlow is installed, nothing happens.
+    """
+    if find_spec("tensorflow"):
+        yield
+        return
+    from tensorflow_datasets.core.utils import lazy_imports_utils
+
+    # All of TensorFlow Datasets shares this one object, which keeps the imported module here.
+    lazy_module = vars(lazy_imports_utils.tensorflow)
+    lazy_module["_module"] = _FileOperations()
+    try:
+        yield
+    finally:
+        del lazy_module["_module"]

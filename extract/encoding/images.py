@@ -30,8 +30,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import II, MM, OPEN_INFO, TiffImageFile
 
 from clip_adapter.errors import UserError
-from clip_adapter.extract.files import LFS_ADVICE, is_lfs_pointer
-from clip_adapter.files import other_kind
+from clip_adapter.files import LFS_ADVICE, is_lfs_pointer, other_kind
 
 HEIF = "HEIF"
 # What is read. Pillow knows more, and one of them (EPS) runs a program on what the file says.

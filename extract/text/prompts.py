@@ -5,10 +5,12 @@ import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 from unicodedata import normalize
 
 from clip_adapter.errors import UserError
-from clip_adapter.extract.files import read_json, read_text, user_path
+from clip_adapter.files import read_users_text, user_path
+from clip_adapter.records import Rule, from_file
 from clip_adapter.words import some
 
 PROMPT_MAX = 5000  # characters; text towers read 77 tokens
@@ -17,6 +19,9 @@ ENSEMBLE = "ensemble"
 CODE = re.compile(
     r"""[\[\](),]+|[\[(]\s*["'].*|\w+ *= *[\[(].*|\w{0,2}(["']).*\1[\s,\])]*(#.*)?|lambda .*"""
 )
+Sentences = Annotated[
+    list[Annotated[str, Rule("that is not empty", str.strip)]], Rule("that is not empty", len)
+]
 
 
 def check_templates(templates: Sequence[str]) -> None:
@@ -31,7 +36,7 @@ def check_templates(templates: Sequence[str]) -> None:
 
 
 def _check_prompt(text: str, what: str) -> None:
-    from clip_adapter.extract.datasets.checks import check_storable
+    from clip_adapter.extract.datasets.source import check_storable
 
     check_storable(text, what)
     if len(text) > PROMPT_MAX:
@@ -81,7 +86,7 @@ def _is_there(value: str) -> bool:
 
 
 def _lines(path: Path) -> list[str]:
-    lines = [line.strip() for line in read_text(path).splitlines()]
+    lines = [line.strip() for line in read_users_text(path).splitlines()]
     found = [line for line in lines if line]
     if not found:
         raise UserError(f"{path} has no templates; write one per line.")
@@ -99,24 +104,12 @@ def read_descriptions(path: Path) -> dict[str, list[str]]:
 
     Raises UserError for a file that is not that.
     """
-    stored = read_json(path)
-    if not isinstance(stored, dict) or not all(map(_is_sentences, stored.values())):
-        raise UserError(
-            f"{path} does not hold descriptions; it has to be an object with a list of sentences "
-            "for each class."
-        )
+    wanted = "a JSON object with a list of sentences for each class"
+    stored = from_file(dict[str, Sentences], path, wanted)
     for sentences in stored.values():
         for sentence in sentences:
             _check_prompt(sentence, "description")
     return stored
-
-
-def _is_sentences(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(sentence, str) and sentence.strip() for sentence in value)
-    )
 
 
 def descriptions_in_order(

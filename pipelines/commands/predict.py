@@ -15,7 +15,7 @@ from clip_adapter.cores import available_cores, limit_openmp
 from clip_adapter.errors import UserError, require_within
 from clip_adapter.extract.config import check_work
 from clip_adapter.extract.datasets.image_files import Listing
-from clip_adapter.extract.files import unreadable
+from clip_adapter.files import unreadable
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.running import EXIT_PARTIAL, run_command

@@ -13,10 +13,10 @@ from torch import nn
 from clip_adapter.adapters.method import Head
 from clip_adapter.errors import UserError
 from clip_adapter.extract.backbones.loading import Backbone, load_backbone
+from clip_adapter.extract.backbones.names import GLYPH_CLIP, is_published
 from clip_adapter.extract.encoding.images import read_rgb
 from clip_adapter.extract.encoding.preprocess import refuse_strips
 from clip_adapter.extract.encoding.projection import take_projection
-from clip_adapter.extract.recipe import GLYPH_CLIP, is_published
 from clip_adapter.pipelines.saved.adapter_check import (
     check_same_backbone,
     check_same_width,

@@ -137,8 +137,8 @@ def images_of_folder(
     Raises UserError for a folder without such images, and where the adapter's backbone cannot be
     had.
     """
-    from clip_adapter.extract.datasets.checks import checked
     from clip_adapter.extract.datasets.folder import labelled_images
+    from clip_adapter.extract.datasets.source import checked
 
     data = checked(labelled_images(folder, split, listener))
     for remark in data.remarks:

@@ -14,7 +14,7 @@ from clip_adapter.adapters.engine.search import fit
 from clip_adapter.adapters.method import Head, Task
 from clip_adapter.adapters.methods.coop import COOP
 from clip_adapter.adapters.methods.networks.coop_context import prepare
-from clip_adapter.extract.backbones.text_tower import text_tower
+from clip_adapter.extract.backbones.text_arrays import take_text_tower
 from tests.adapters.towers import NAMES, backbone, coop_features
 
 EPOCHS, BATCH, RATE = 10, 10, 0.05
@@ -26,7 +26,7 @@ def support() -> Task:
     labels = np.repeat(np.arange(len(NAMES)), SHOTS)
     features = 3 * rng.standard_normal((len(labels), 24)) + labels[:, None]
     weights = rng.standard_normal((len(NAMES), 24))
-    tower = prepare(*text_tower(backbone(), NAMES))
+    tower = prepare(*take_text_tower(backbone(), NAMES))
     head = Head(jnp.asarray(weights, jnp.float32), jnp.float32(SCALE), jnp.float32(0.5))
     return Task(
         features=jnp.asarray(features[None], jnp.float32),

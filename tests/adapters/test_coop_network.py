@@ -18,7 +18,7 @@ from clip_adapter.adapters.methods.networks.coop_context import (
     prepare,
 )
 from clip_adapter.extract.backbones.loading import Backbone
-from clip_adapter.extract.backbones.text_tower import text_tower
+from clip_adapter.extract.backbones.text_arrays import take_text_tower
 from tests.adapters.towers import NAMES, backbone, coop_features, named, unit
 
 WIDTH = {"glyph-clip": 64, "gelu": 32, "quick_gelu": 32}
@@ -39,7 +39,7 @@ def setting(**values: Any) -> dict[str, Any]:
 
 
 def tower_of(found: Backbone) -> Tower:
-    return prepare(*text_tower(found, NAMES))
+    return prepare(*take_text_tower(found, NAMES))
 
 
 def check(found: Backbone, position: str, own: int, width: int) -> None:

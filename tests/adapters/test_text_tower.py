@@ -18,7 +18,7 @@ from clip_adapter.adapters.methods.networks.text_transformer import (
 )
 from clip_adapter.cache.text_tower import TOKEN_EMBEDDING, TextTower, array_shapes
 from clip_adapter.extract.backbones.loading import Backbone
-from clip_adapter.extract.backbones.text_tower import text_tower
+from clip_adapter.extract.backbones.text_arrays import take_text_tower
 from tests.adapters.towers import NAMES, backbone, named, unit
 
 PROMPTS = ("a photo of a three.", "", "potholed, banded; woven (dog)", "x " * 40)
@@ -46,7 +46,7 @@ def features(tower: TextTower, tokens: np.ndarray, length: int) -> np.ndarray:
 
 
 def check(found: Backbone) -> None:
-    tower = text_tower(found, NAMES)
+    tower = take_text_tower(found, NAMES)
     tokens = found.tokenizer(list(PROMPTS))
     expected = found.model.encode_text(tokens).numpy()
     ours = features(tower, tokens.numpy(), tokens.shape[1])
@@ -66,7 +66,7 @@ def test_features_are_open_clips_in_every_variant(variant: str) -> None:
 
 
 def test_what_stands_behind_the_pooled_token_does_not_matter() -> None:
-    tower = text_tower(named("gelu"), NAMES)
+    tower = take_text_tower(named("gelu"), NAMES)
     tokens = named("gelu").tokenizer(["a photo of a three."]).numpy()
     end = int(tokens.argmax())
     other = tokens.copy()
@@ -78,7 +78,7 @@ def test_what_stands_behind_the_pooled_token_does_not_matter() -> None:
 
 @pytest.mark.parametrize("projection", ["none", "linear", "linear_with_bias"])
 def test_the_file_has_the_names_and_shapes_of_flax(projection: str) -> None:
-    config = text_tower(named("gelu"), NAMES).config
+    config = take_text_tower(named("gelu"), NAMES).config
     kind = {"projection": projection, "embed_dim": config.width if projection == "none" else 24}
     stated = array_shapes(type(config)(**{**vars(config), **kind}))
     shape = TowerShape.of(type(config)(**{**vars(config), **kind}))

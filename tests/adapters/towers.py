@@ -9,7 +9,7 @@ import open_clip
 import torch
 
 from clip_adapter.extract.backbones.loading import BPE_FILE, Backbone, load_backbone
-from clip_adapter.extract.recipe import GLYPH_CLIP_FOLDER
+from clip_adapter.extract.backbones.names import GLYPH_CLIP_FOLDER
 
 NAMES = ("three", "zig-zagged (dog)", "one_two", "potholed", "a b c")
 TEXT = {"context_length": 24, "vocab_size": 4514, "width": 32, "heads": 4, "layers": 2}

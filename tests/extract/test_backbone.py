@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from clip_adapter.errors import UserError
 from clip_adapter.extract.backbones.loading import load_backbone
+from clip_adapter.extract.backbones.names import GLYPH_CLIP_FOLDER
 from clip_adapter.extract.config import ExtractConfig
-from clip_adapter.extract.recipe import GLYPH_CLIP_FOLDER
 from clip_adapter.extract.run import extract
 from clip_adapter.pipelines.console.terminal import Terminal
 from tests.extract.image_folders import make_folder

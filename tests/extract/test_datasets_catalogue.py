@@ -6,9 +6,8 @@ from PIL import Image
 
 from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.catalogue import load_catalogue
-from clip_adapter.extract.datasets.checks import checked
 from clip_adapter.extract.datasets.registry import open_dataset
-from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions, Split
+from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions, Split, checked
 
 CATALOGUE = load_catalogue()
 

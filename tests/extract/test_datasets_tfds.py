@@ -13,11 +13,9 @@ import tensorflow_datasets as tfds
 
 from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets import tfds as tfds_builders
-from clip_adapter.extract.datasets import tfds_without_tensorflow
-from clip_adapter.extract.datasets.catalogue import load_catalogue
+from clip_adapter.extract.datasets.catalogue import LEFT_OUT, load_catalogue, match_classes
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions
-from clip_adapter.extract.datasets.tfds import LEFT_OUT, _label_map
 from tests.extract.data_set_archives import (
     caltech_archive,
     dtd_archive,
@@ -46,7 +44,7 @@ def pets_rows(first: int, per_class: int) -> list[tuple[str, int]]:
 @pytest.fixture
 def without_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where TensorFlow is not installed."""
-    monkeypatch.setattr(tfds_without_tensorflow, "find_spec", lambda name: None)
+    monkeypatch.setattr(tfds_builders, "find_spec", lambda name: None)
 
 
 def test_pets_are_prepared_and_read_without_tensorflow(
@@ -178,7 +176,7 @@ def test_a_broken_pet_needs_tensorflow_and_the_message_says_so(
 def test_file_operations_are_taken_away_again(without_tensorflow: None) -> None:
     from tensorflow_datasets.core.utils import lazy_imports_utils
 
-    with tfds_without_tensorflow.file_operations_for_tfds():
+    with tfds_builders.file_operations_for_tfds():
         assert lazy_imports_utils.tensorflow.io.gfile.exists("/")
     assert "_module" not in vars(lazy_imports_utils.tensorflow)
 
@@ -204,7 +202,7 @@ def test_splits_of_other_names_are_used_and_others_counted(
         "train": 10, "val": 2, "test": 2,
     }  # fmt: skip
     assert data.remarks == [
-        "left out 1 image of the split dev without a label and 4 images of the split extra."
+        "left out 1 image of the split 'dev' without a label and 4 images of the split 'extra'."
     ]
 
 
@@ -251,7 +249,7 @@ def test_every_catalogued_builder_matches_the_literatures_classes(name: str) -> 
     """Labels by name where the names say the same; ImageNet's and SUN397's by order."""
     entry = CATALOGUE[name]
     theirs = builders_names(str(entry.tfds))
-    matched, labels = _label_map(theirs, entry)
+    matched, labels = match_classes(theirs, entry)
 
     kept = [label for label in labels if label != LEFT_OUT]
     assert sorted(kept) == list(range(entry.classes))
@@ -268,15 +266,15 @@ def test_every_catalogued_builder_matches_the_literatures_classes(name: str) -> 
 def test_renamed_classes_of_a_builder_are_not_guessed() -> None:
     entry = CATALOGUE["oxford_pets"]
     with pytest.raises(UserError, match=r"has 36 classes, where oxford_pets has 37"):
-        _label_map(builders_names("oxford_iiit_pet")[1:], entry)
-    matched, labels = _label_map([f"breed {number}" for number in range(37)], entry)
+        match_classes(builders_names("oxford_iiit_pet")[1:], entry)
+    matched, labels = match_classes([f"breed {number}" for number in range(37)], entry)
     assert (matched, labels) == ("by order", list(range(37)))
 
 
 def test_permuted_labels_are_put_into_the_literatures_order() -> None:
     entry = CATALOGUE["eurosat"]
     shuffled = np.random.default_rng(0).permutation(builders_names("eurosat/rgb")).tolist()
-    matched, labels = _label_map(shuffled, entry)
+    matched, labels = match_classes(shuffled, entry)
     assert matched == "by name"
     assert entry.class_names[labels[shuffled.index("SeaLake")]] == "Sea or Lake"
     assert entry.class_names[labels[shuffled.index("Forest")]] == "Forest"

@@ -12,8 +12,8 @@ from sklearn.datasets import load_digits
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.errors import UserError
 from clip_adapter.extract.backbones.loading import load_backbone
+from clip_adapter.extract.backbones.names import GLYPH_CLIP_FOLDER
 from clip_adapter.extract.config import ExtractConfig
-from clip_adapter.extract.recipe import GLYPH_CLIP_FOLDER
 from clip_adapter.extract.run import extract
 from clip_adapter.extract.text.prompts import check_templates, prompts
 from tests.extract.image_folders import make_folder

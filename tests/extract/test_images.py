@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from clip_adapter.errors import UserError
+from clip_adapter.extract.backbones.names import resolve
 from clip_adapter.extract.encoding import images
 from clip_adapter.extract.encoding.images import BadImage, naming, open_image, read_rgb
-from clip_adapter.extract.recipe import resolve
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (9, 7, 3), np.uint8)

@@ -15,7 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from clip_adapter.errors import UserError
-from clip_adapter.extract.datasets import tfds_without_tensorflow
+from clip_adapter.extract.datasets import tfds as tfds_builders
 from clip_adapter.extract.datasets.catalogue import load_catalogue
 from clip_adapter.extract.datasets.registry import KINDS, NAMED, open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions, Split
@@ -86,7 +86,7 @@ def literature(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
 
 
 def eurosat(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
-    monkeypatch.setattr(tfds_without_tensorflow, "find_spec", lambda name: None)
+    monkeypatch.setattr(tfds_builders, "find_spec", lambda name: None)
     names = tfds.builder("eurosat").info.features["label"].names
     archive = folder / "EuroSAT.zip"
     with zipfile.ZipFile(archive, "w") as content:

@@ -8,13 +8,13 @@ import torch
 
 from clip_adapter.cache.text_tower import array_shapes
 from clip_adapter.errors import UserError
-from clip_adapter.extract.backbones.text_tower import PHRASES, text_tower
+from clip_adapter.extract.backbones.text_arrays import PHRASES, take_text_tower
 from tests.adapters.towers import backbone
 
 
 def test_the_tokens_are_the_tokenizers() -> None:
     found = backbone()
-    config, arrays = text_tower(found, ["three", "zig-zagged (dog)", "one_two"])
+    config, arrays = take_text_tower(found, ["three", "zig-zagged (dog)", "one_two"])
     rows = found.tokenizer(["three.", "zig-zagged (dog).", "one two."]).tolist()
     for row, sentence in zip(rows, config.sentences, strict=True):
         assert row[: len(sentence) + 2] == [config.start_id, *sentence, config.end_id]
@@ -30,7 +30,7 @@ def test_the_tokens_are_the_tokenizers() -> None:
 
 
 def test_a_name_longer_than_the_tower_is_stored_whole() -> None:
-    config, _ = text_tower(backbone(), ["three " * 40])
+    config, _ = take_text_tower(backbone(), ["three " * 40])
     assert len(config.sentences[0]) == 41
     assert config.name_lengths == (40,)
 
@@ -52,14 +52,14 @@ def test_other_text_encoders_are_refused(case: str) -> None:
     with pytest.raises(
         UserError, match=rf"^The text encoder of random .*{words}.*leave out --with"
     ):
-        text_tower(backbone(**options), ["three"])
+        take_text_tower(backbone(**options), ["three"])
 
 
 def test_a_text_encoder_of_another_library_is_refused() -> None:
     found = backbone(custom_text=True)
     found.model.text = torch.nn.Identity()
     with pytest.raises(UserError, match="is no transformer of open_clip's own"):
-        text_tower(found, ["three"])
+        take_text_tower(found, ["three"])
 
 
 def test_a_tokenizer_without_a_start_is_refused() -> None:
@@ -69,4 +69,4 @@ def test_a_tokenizer_without_a_start_is_refused() -> None:
         return found.tokenizer(texts, length + 1)[:, 1:]
 
     with pytest.raises(UserError, match="does not mark where a text starts and ends"):
-        text_tower(replace(found, tokenizer=tokens), ["three"])
+        take_text_tower(replace(found, tokenizer=tokens), ["three"])

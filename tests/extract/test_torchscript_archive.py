@@ -16,7 +16,7 @@ from open_clip.model import convert_weights_to_lp
 
 from clip_adapter.errors import UserError
 from clip_adapter.extract.backbones.loading import load_backbone
-from clip_adapter.extract.backbones.torchscript import UnsafeArchive, is_torchscript, read_weights
+from clip_adapter.extract.backbones.weights import UnsafeArchive, is_torchscript, read_weights
 from tests.extract.tiny_models import CONFIGS, random_model, register
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated

@@ -11,7 +11,7 @@ import torch
 
 from clip_adapter.errors import UserError
 from clip_adapter.extract.backbones.loading import Backbone
-from clip_adapter.extract.recipe import GLYPH_CLIP_FOLDER
+from clip_adapter.extract.backbones.names import GLYPH_CLIP_FOLDER
 from clip_adapter.pipelines.saved import pytorch as adapted_clip
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, save_adapter
 from clip_adapter.pipelines.saved.pytorch import AdaptedClip, FittedHead

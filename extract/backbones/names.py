@@ -13,12 +13,12 @@ import open_clip
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
 from clip_adapter.errors import UserError
-from clip_adapter.extract.backbones.torchscript import is_torchscript
-from clip_adapter.extract.files import LFS_ADVICE, is_lfs_pointer
+from clip_adapter.extract.backbones.weights import is_torchscript
+from clip_adapter.files import LFS_ADVICE, is_lfs_pointer
 from clip_adapter.words import quoted
 
 GLYPH_CLIP = "glyph-clip"
-GLYPH_CLIP_FOLDER = Path(__file__).parent / "glyph_clip"
+GLYPH_CLIP_FOLDER = Path(__file__).parents[1] / "glyph_clip"
 LOCAL = "local-dir:"
 HUB = "hf-hub:"
 QUICKGELU = "-quickgelu"

@@ -1,6 +1,7 @@
 """CLIP's text transformer out of open_clip, as arrays under their Flax names."""
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from open_clip.model import CLIP
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, TextTransformer
 from torch import nn
 
-from clip_adapter.cache.text_tower import TOKEN_EMBEDDING, TextTower, TextTowerConfig
+from clip_adapter.cache.text_tower import TOKEN_EMBEDDING, TextTower, TextTowerConfig, array_shapes
 from clip_adapter.errors import UserError
 from clip_adapter.extract.backbones.loading import Backbone
 from clip_adapter.extract.text.prompts import prompts
@@ -23,7 +24,7 @@ Tokenizer = Callable[..., torch.Tensor]
 Arrays = dict[str, npt.NDArray[np.float32]]
 
 
-def text_tower(backbone: Backbone, class_names: Sequence[str]) -> TextTower:
+def take_text_tower(backbone: Backbone, class_names: Sequence[str]) -> TextTower:
     """The tower and what the tokenizer says about the classes.
 
     backbone: in float32, in which the tower is stored.
@@ -52,38 +53,35 @@ def text_tower(backbone: Backbone, class_names: Sequence[str]) -> TextTower:
     arrays = {
         TOKEN_EMBEDDING: _array(text.token_embedding.weight),
         "positional_embedding": _array(text.positional_embedding),
-        **_of_norm("ln_final", [text.ln_final]),
+        **_stacked("ln_final", [text.ln_final]),
         **_of_blocks(blocks),
         **_of_projection(text.text_projection),
     }
-    for part in ("scale", "bias"):
-        arrays[f"ln_final/{part}"] = arrays[f"ln_final/{part}"][0]
     vocab_size, width = arrays[TOKEN_EMBEDDING].shape
     kernel = arrays.get("text_projection/kernel")
     bias = "text_projection/bias" in arrays
-    return TextTower(
-        TextTowerConfig(
-            width=width,
-            heads=blocks[0].attn.num_heads,
-            layers=len(blocks),
-            mlp_width=blocks[0].mlp.c_fc.out_features,
-            context_length=len(arrays["positional_embedding"]),
-            vocab_size=vocab_size,
-            embed_dim=width if kernel is None else kernel.shape[1],
-            activation=_activation(blocks[0]) or "",
-            epsilon=text.ln_final.eps,
-            pooling=pooling,
-            projection="none" if kernel is None else "linear_with_bias" if bias else "linear",
-            start_id=start,
-            end_id=end,
-            pad_id=pad,
-            sentences=sentences,
-            name_lengths=name_lengths,
-            phrases={phrase: _bare(backbone.tokenizer, [phrase])[0] for phrase in PHRASES},
-            weights_sha256=backbone.identity["weights_sha256"],
-        ),
-        arrays,
+    config = TextTowerConfig(
+        width=width,
+        heads=blocks[0].attn.num_heads,
+        layers=len(blocks),
+        mlp_width=blocks[0].mlp.c_fc.out_features,
+        context_length=len(arrays["positional_embedding"]),
+        vocab_size=vocab_size,
+        embed_dim=width if kernel is None else kernel.shape[1],
+        activation=_activation(blocks[0]) or "",
+        epsilon=text.ln_final.eps,
+        pooling=pooling,
+        projection="none" if kernel is None else "linear_with_bias" if bias else "linear",
+        start_id=start,
+        end_id=end,
+        pad_id=pad,
+        sentences=sentences,
+        name_lengths=name_lengths,
+        phrases={phrase: _bare(backbone.tokenizer, [phrase])[0] for phrase in PHRASES},
+        weights_sha256=backbone.identity["weights_sha256"],
     )
+    shapes = array_shapes(config)  # Flax has an axis of its own for the heads
+    return TextTower(config, {name: arrays[name].reshape(shapes[name]) for name in arrays})
 
 
 def _refused(backbone: Backbone, reason: str) -> UserError:
@@ -151,44 +149,34 @@ def _array(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
     return tensor.detach().float().cpu().numpy()
 
 
-def _stacked(tensors: Sequence[torch.Tensor], *shape: int) -> npt.NDArray[np.float32]:
-    return np.stack([_array(tensor).reshape(shape) for tensor in tensors])
-
-
-def _of_norm(name: str, norms: Sequence[Any]) -> Arrays:
+def _stacked(name: str, layers: Sequence[Any]) -> Arrays:
+    """Weights and biases of normalisations, or of linear maps: PyTorch multiplies with the
+    transposed weight, Flax with the kernel."""
+    weights = [_array(layer.weight) for layer in layers]
+    part = "scale" if weights[0].ndim == 1 else "kernel"
     return {
-        f"{name}/scale": np.stack([_array(norm.weight) for norm in norms]),
-        f"{name}/bias": np.stack([_array(norm.bias) for norm in norms]),
-    }
-
-
-def _of_linear(name: str, layers: Sequence[Any]) -> Arrays:
-    """PyTorch multiplies with the transposed weight, Flax with the kernel."""
-    return {
-        f"{name}/kernel": np.stack([_array(layer.weight).T for layer in layers]),
+        f"{name}/{part}": np.stack([weight.T for weight in weights]),
         f"{name}/bias": np.stack([_array(layer.bias) for layer in layers]),
     }
 
 
 def _of_blocks(blocks: Sequence[Any]) -> Arrays:
     arrays = {
-        **_of_norm("blocks/ln_1", [block.ln_1 for block in blocks]),
-        **_of_norm("blocks/ln_2", [block.ln_2 for block in blocks]),
-        **_of_linear("blocks/c_fc", [block.mlp.c_fc for block in blocks]),
-        **_of_linear("blocks/c_proj", [block.mlp.c_proj for block in blocks]),
-        **_of_linear("blocks/attention/out", [block.attn.out_proj for block in blocks]),
+        **_stacked("blocks/ln_1", [block.ln_1 for block in blocks]),
+        **_stacked("blocks/ln_2", [block.ln_2 for block in blocks]),
+        **_stacked("blocks/c_fc", [block.mlp.c_fc for block in blocks]),
+        **_stacked("blocks/c_proj", [block.mlp.c_proj for block in blocks]),
+        **_stacked("blocks/attention/out", [block.attn.out_proj for block in blocks]),
     }
-    heads = blocks[0].attn.num_heads
-    width = blocks[0].attn.embed_dim
-    head = width // heads
-    out = arrays["blocks/attention/out/kernel"]
-    arrays["blocks/attention/out/kernel"] = out.reshape(len(blocks), heads, head, width)
     for index, part in enumerate(("query", "key", "value")):
-        kernels = [block.attn.in_proj_weight.chunk(3)[index].T for block in blocks]
-        biases = [block.attn.in_proj_bias.chunk(3)[index] for block in blocks]
-        name = f"blocks/attention/{part}"
-        arrays[f"{name}/kernel"] = _stacked(kernels, width, heads, head)
-        arrays[f"{name}/bias"] = _stacked(biases, heads, head)
+        thirds = [
+            SimpleNamespace(
+                weight=block.attn.in_proj_weight.chunk(3)[index],
+                bias=block.attn.in_proj_bias.chunk(3)[index],
+            )
+            for block in blocks
+        ]
+        arrays |= _stacked(f"blocks/attention/{part}", thirds)
     return arrays
 
 

@@ -1,4 +1,4 @@
-"""Read the weights of a TorchScript archive without running anything in it.
+"""The weights in a file, whatever wrote it, without running anything of it.
 
 OpenAI published CLIP's weights as TorchScript programs, which `torch.jit.load` compiles. But such
 a file is a zip archive with the values of all tensors (`data/0`, `data/1` …) and a pickle
@@ -9,6 +9,7 @@ refused; the program's code is not looked at.
 
 import math
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -16,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+# Under which a checkpoint may hold the weights, and what wrappers of PyTorch put into names.
+NESTED = ("state_dict", "model", "model_state_dict", "module")
+DEEPEST = 4  # of such; a pickle may hold itself
+WRAPPERS = r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+# In OpenAI's archives beside the weights: numbers of the architecture, and the causal mask.
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 PROGRAM = "__torch__"
 MAXIMUM_MODULES = 100_000
 # What zipfile raises besides for directories that are damaged.
@@ -37,6 +45,37 @@ STORAGES = {
 
 class UnsafeArchive(ValueError):
     """The archive holds something other than weights, or is damaged."""
+
+
+def read_state(path: str, device: str = "cpu", **_: Any) -> Any:
+    """In place of open_clip's reader, which knows one wrapper and runs TorchScript; whatever it is
+    asked for, nothing of a file is executed."""
+    if is_torchscript(Path(path)):
+        weights = read_weights(Path(path))
+        kept = {n: t for n, t in weights.items() if n.rpartition(".")[2] not in NO_WEIGHTS}
+        return _unwrapped(kept)
+    if str(path).endswith(".safetensors"):
+        return _unwrapped(load_file(path, device=device))
+    return _unwrapped(torch.load(path, map_location=device, weights_only=True))
+
+
+def _unwrapped(state: Any) -> Any:
+    """Weights under the names that the model has, of a checkpoint that holds them beside other
+    things, or with what wrapped the model in training before each name.
+
+    Every CLIP has a `logit_scale`: what stands before it is the prefix. Names without the prefix
+    stay, for the model to refuse.
+    """
+    for _ in range(DEEPEST):
+        if isinstance(state, dict):
+            state = next((state[n] for n in NESTED if isinstance(state.get(n), dict)), state)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        return state
+    named = {re.sub(WRAPPERS, "", name): value for name, value in state.items()}
+    before = [name.removesuffix("logit_scale") for name in named if name.endswith(".logit_scale")]
+    if "logit_scale" in named or len(before) != 1:
+        return named
+    return {name.removeprefix(before[0]): value for name, value in named.items()}
 
 
 def is_torchscript(path: Path) -> bool:
