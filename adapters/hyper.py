@@ -28,6 +28,15 @@ class Hyper:
     another. when: hyper-parameters further up the table and values of theirs, without any of which
     this one has no effect; {} for always.
     meaning: what some values amount to, for figures: a method's name where they are that method.
+
+    Examples:
+        >>> from clip_adapter import Hyper
+        >>> alpha = Hyper(0.2, "How much of the adapter's features.", low=0, high=1)
+        >>> alpha.checked("alpha", 1)
+        1.0
+        >>> alpha.checked("alpha", 2)
+        Traceback (most recent call last):
+        ValueError: alpha is 2, not a number in [0, 1]
     """
 
     default: Value

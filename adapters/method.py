@@ -124,6 +124,12 @@ class Method:
     uses_views: whether augmented views of the support set take part where there are some.
     unseen_classes: whether `logits` can classify classes that had no support images.
     presets: values by hyper-parameter, by the preset's name.
+
+    Examples:
+        >>> from clip_adapter import METHODS
+        >>> clip_adapter = METHODS["clip-adapter"]
+        >>> clip_adapter.defaults()["alpha"], clip_adapter.needs
+        (0.2, ())
     """
 
     name: str

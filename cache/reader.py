@@ -45,6 +45,12 @@ class FeatureCache(StoredFile):
 
     Raises UserError for a file that is missing, not HDF5, foreign, newer, incomplete, damaged, or
     that contradicts the format.
+
+    Examples:
+        >>> from clip_adapter import FeatureCache
+        >>> with FeatureCache("features.h5") as cache:
+        ...     cache.splits, cache.shape("test"), cache.text_features().shape
+        (('train', 'val', 'test'), (1, 899, 128), (10, 1, 128))
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from clip_adapter.pipelines.commands.fit import fit
     from clip_adapter.pipelines.fitting.config import FitConfig
     from clip_adapter.pipelines.saved.adapter_file import load_adapter
-    from clip_adapter.pipelines.saved.pytorch import AdaptedClip
+    from clip_adapter.pipelines.saved.pytorch import AdaptedClip, FittedHead
     from clip_adapter.pipelines.saved.sklearn import ClipAdapterClassifier, FewShotClassifier
 
     __version__: str
@@ -35,6 +35,7 @@ PUBLIC = {
     "FewShotClassifier": "pipelines.saved.sklearn",
     "ClipAdapterClassifier": "pipelines.saved.sklearn",
     "AdaptedClip": "pipelines.saved.pytorch",
+    "FittedHead": "pipelines.saved.pytorch",
     "Method": "adapters.method",
     "Hyper": "adapters.hyper",
     "METHODS": "adapters.registry",
@@ -47,6 +48,7 @@ __all__ = [
     "FeatureCache",
     "FewShotClassifier",
     "FitConfig",
+    "FittedHead",
     "Hyper",
     "Method",
     "__version__",

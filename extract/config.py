@@ -70,6 +70,12 @@ class ExtractConfig:
         update: Bring an existing cache up to date with its source and with the prompts: encode what
             is new or has changed, keep the rest.
         force: Overwrite an existing cache or an interrupted run.
+
+    Examples:
+        >>> from clip_adapter import ExtractConfig
+        >>> config = ExtractConfig(dataset="folder:photos", backbone="ViT-B-32", views=8)
+        >>> config.out, config.precision
+        (PosixPath('features.h5'), 'auto')
     """
 
     dataset: str = "digits"

@@ -29,6 +29,11 @@ def extract(config: ExtractConfig, listener: Listener | None = None) -> Path:
 
     listener: is told of progress, warnings and the result; by default nobody is.
     Raises UserError for bad input; see the messages.
+
+    Examples:
+        >>> from clip_adapter import ExtractConfig, extract
+        >>> extract(ExtractConfig(out="features.h5"))
+        PosixPath('features.h5')
     """
     config.check()
     listener = listener or Listener()

@@ -1,6 +1,8 @@
 """The public names: what they bring in, and the examples in their docstrings."""
 
+import doctest
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +43,22 @@ def test_all_are_named_and_documented():
     assert set(shown) == {name for name in HALL if name != "METHODS"}
     with pytest.raises(AttributeError, match="no attribute 'fitt'"):
         _ = clip_adapter.fitt
+
+
+def test_the_examples_in_docstrings_run(
+    digits_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In the order of PUBLIC: later ones use what earlier ones have written."""
+    shutil.copyfile(digits_cache, tmp_path / "features.h5")
+    monkeypatch.chdir(tmp_path)
+    finder = doctest.DocTestFinder(recurse=False)
+    runner = doctest.DocTestRunner(verbose=False)
+    without = []
+    for name in clip_adapter.PUBLIC:
+        public = getattr(clip_adapter, name)
+        if isinstance(public, dict):
+            continue
+        (test,) = finder.find(public, name, globs={})
+        without += [] if test.examples else [name]
+        runner.run(test)
+    assert (without, runner.summarize(verbose=False).failed) == ([], 0)

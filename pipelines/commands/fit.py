@@ -17,6 +17,14 @@ def fit(config: FitConfig, listener: Listener | None = None) -> "FitResult":
     listener: is told of progress, and of options without effect.
     Raises UserError for bad input, before anything is written. What could not be done although the
     numbers are there, such as writing a file on a full disk, is the result's `problem`.
+
+    Examples:
+        >>> from clip_adapter import FitConfig, fit
+        >>> result = fit(FitConfig(cache="features.h5", shots=2, seeds=1, out="runs/first"))
+        >>> [summary.method for summary in result.summary]
+        ['zero-shot', 'linear-probe', 'clip-adapter']
+        >>> 0.5 < result.summary[-1].test_accuracy.mean < 1
+        True
     """
     from clip_adapter.pipelines.fitting.run import run_fit
 

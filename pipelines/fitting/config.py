@@ -53,6 +53,11 @@ class FitConfig:
         placement: How settings share a device: one after another, as auto does on a CPU, or side by
             side.
         resume: Run folder of an interrupted `fit` to go on with; takes its arguments from there.
+
+    Examples:
+        >>> from clip_adapter import FitConfig
+        >>> FitConfig(method="tip-adapter", shots=(1, 16), hyper={"alpha": (0.5, 1.0)}).seeds
+        (1,)
     """
 
     cache: Path | None = None

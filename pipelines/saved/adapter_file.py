@@ -160,6 +160,16 @@ def load_adapter(run: str | Path, method: str | None = None) -> SavedAdapter:
 
     Whatever it returns can be used: types, ranges, names, shapes and values are checked against
     each other. Raises UserError for files that are missing, foreign, newer, damaged or changed.
+
+    Examples:
+        >>> from clip_adapter import FeatureCache, load_adapter
+        >>> adapter = load_adapter("runs/first")
+        >>> adapter.info.method, adapter.weights.shape
+        ('clip-adapter', (10, 128))
+        >>> with FeatureCache("features.h5") as cache:
+        ...     features = cache.features("test", range(3))[0]
+        >>> adapter.logits(features).shape
+        (3, 10)
     """
     know_method(method)
     run = Path(run)

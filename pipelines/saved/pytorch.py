@@ -30,6 +30,12 @@ class FittedHead(nn.Module):
     """Image features (B, D) → logits (B, C), by the formula that was fitted.
 
     The arrays are buffers: `.to(device)`, `state_dict` and `torch.export` work as for any module.
+
+    Examples:
+        >>> import torch
+        >>> from clip_adapter import FittedHead, load_adapter
+        >>> FittedHead(load_adapter("runs/first"))(torch.ones(2, 128)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(self, adapter: SavedAdapter) -> None:
@@ -64,6 +70,14 @@ class AdaptedClip(nn.Module):
     `.to(device)`, `state_dict` and `torch.export` work as for any other.
 
     class_names: C strings, the columns of the logits.
+
+    Examples:
+        >>> from PIL import Image
+        >>> from clip_adapter import AdaptedClip
+        >>> model = AdaptedClip.from_run("runs/first")
+        >>> images = model.preprocess(Image.new("RGB", (40, 30)))[None]
+        >>> model(images).shape
+        torch.Size([1, 10])
     """
 
     def __init__(self, backbone: Backbone, adapter: SavedAdapter) -> None:

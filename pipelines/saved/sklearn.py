@@ -76,6 +76,16 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     Rows are image features as the encoder gives them, un-normalised; they are computed with in
     float32. Bad parameters and data raise ValueError; so does a process that was forked from one
     which uses JAX, where it would wait for ever.
+
+    Examples
+    --------
+    >>> from clip_adapter import FeatureCache, FewShotClassifier
+    >>> with FeatureCache("features.h5") as cache:
+    ...     texts, scale = cache.text_features(), cache.logit_scale
+    ...     train, test = cache.images("train"), cache.images("test")
+    >>> model = FewShotClassifier("tip-adapter", texts, logit_scale=scale)
+    >>> model.fit(train.features[0], train.labels).score(test.features[0], test.labels) > 0.8
+    True
     """
 
     def __init__(
@@ -241,7 +251,17 @@ def _with_named_parameters(estimator: Estimator) -> Estimator:
 
 @_with_named_parameters
 class ClipAdapterClassifier(FewShotClassifier):
-    """CLIP-Adapter (arXiv 2110.04544): FewShotClassifier with that method."""
+    """CLIP-Adapter (arXiv 2110.04544): FewShotClassifier with that method.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from clip_adapter import ClipAdapterClassifier
+    >>> labels = np.repeat(["cat", "eel"], 8)
+    >>> features = np.random.default_rng(0).normal(size=(16, 32)) + (labels == "cat")[:, None]
+    >>> ClipAdapterClassifier(epochs=50).fit(features, labels).predict(features).shape
+    (16,)
+    """
 
     method = "clip-adapter"
 
