@@ -38,7 +38,7 @@ dist: dev
 	$(BIN)/python -m build --outdir dist
 
 fuzz: dev
-	$(BIN)/python -m tests.fuzz.driver
+	FUZZ=46 $(BIN)/python -m pytest -n auto --dist load tests/fuzz/test_fuzz.py
 
 dev: .venv/installed
 

@@ -1,4 +1,4 @@
-"""One process of the driver: takes `DOOR SEED` a line on standard input and answers in JSON.
+"""One process of test_fuzz.py: takes `DOOR SEED` a line on standard input and answers in JSON.
 
     python -m tests.fuzz.worker FOLDER
 
@@ -15,7 +15,6 @@ import shutil
 import socket
 import sys
 import tempfile
-import time
 import traceback
 from importlib import import_module
 from pathlib import Path
@@ -56,18 +55,16 @@ def answer(base: Path, name: str, seed: int) -> dict[str, Any]:
     folder.mkdir()
     os.chdir(folder)
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begun = time.monotonic()
     try:
         attempt: Attempt = door.attempt(random.Random(f"{name} {seed}"), prepared, folder)
     finally:
         os.chdir(base)
         shutil.rmtree(around, ignore_errors=True)
-    seconds = time.monotonic() - begun
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - largest
     if growth > GROWTH:
         attempt.faults.append(f"memory: {growth / GROWTH:.1f} GiB more")
     what = attempt.what.encode(errors="backslashreplace").decode()
-    return {"what": what, "faults": attempt.faults, "seconds": seconds}
+    return {"what": what, "faults": attempt.faults}
 
 
 def prepare(base: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""No door: a fault of any kind that the driver has to notice."""
+"""No door: a fault of any kind that test_fuzz.py has to notice."""
 
 import os
 import random
