@@ -35,9 +35,8 @@ from clip_adapter.extract.datasets.image_files import ImageFiles
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import Split
 from clip_adapter.extract.encoding.decode import Plan, decode
-from clip_adapter.extract.encoding.device import find_device, find_precision
+from clip_adapter.extract.encoding.device import find_device, find_precision, forward_passes
 from clip_adapter.extract.encoding.encoder import EncodedBatch, Encoder, encode_images
-from clip_adapter.extract.encoding.forward import forward_passes
 from clip_adapter.extract.encoding.in_order import InOrder
 from clip_adapter.extract.encoding.stopwatch import Stopwatch
 

@@ -15,6 +15,11 @@ class UserError(ValueError):
         return self
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without what follows; its kind where it says nothing."""
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+
+
 def require_within(name: str, value: int, most: int, least: int = 1) -> None:
     """Raises UserError unless `value`, given as `name`, lies between both."""
     if not least <= value <= most:

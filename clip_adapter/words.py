@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 NAMES_SHOWN = 3
 LONGEST_NAME = 160
@@ -38,6 +39,11 @@ def same_text(groups: Sequence[Sequence[str]]) -> str:
         f"these classes have the same text: {shown}{more}; by it, all their images are of "
         "the first of them: name them apart, or extract with --descriptions."
     )
+
+
+def near(name: str, known: Sequence[str]) -> str:
+    """What somebody may have meant who wrote a name that is none of those known."""
+    return f"near matches: {', '.join(get_close_matches(name, known, 3, 0.4)) or 'none'}"
 
 
 def quoted(value: object) -> str:

@@ -91,7 +91,7 @@ def test_the_graph_is_drawn():
     assert f"{PACKAGE}.pipelines.fitting.run" not in imports(
         f"{PACKAGE}.pipelines.commands.fit", at_import=True
     )
-    assert "torch" in packages(imports(f"{PACKAGE}.extract.encoding.forward"))
+    assert "torch" in packages(imports(f"{PACKAGE}.extract.encoding.device"))
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,6 +1,5 @@
 """From the names that a person gives to what open_clip is asked for."""
 
-import difflib
 import hashlib
 import os
 import re
@@ -15,7 +14,7 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from clip_adapter.errors import UserError
 from clip_adapter.extract.backbones.weights import is_torchscript
 from clip_adapter.files import LFS_ADVICE, is_lfs_pointer
-from clip_adapter.words import quoted
+from clip_adapter.words import near, quoted
 
 GLYPH_CLIP = "glyph-clip"
 GLYPH_CLIP_FOLDER = Path(__file__).parents[1] / "glyph_clip"
@@ -54,9 +53,8 @@ def resolve(name: str, pretrained: str | None) -> Recipe:
         return Recipe(own, None, quick_gelu=False)
     if open_clip.get_model_config(name) is None:
         known = [GLYPH_CLIP, *open_clip.list_models()]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         raise UserError(
-            f"Unknown backbone {quoted(name)}; near matches: {', '.join(near) or 'none'} "
+            f"Unknown backbone {quoted(name)}; {near(name, known)} "
             "(any open_clip name, local-dir:FOLDER or hf-hub:ORG/NAME works)."
         )
     architecture = _without_quickgelu(name)

@@ -3,6 +3,7 @@
 import os
 import unicodedata
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from clip_adapter.errors import UserError
@@ -11,7 +12,6 @@ from clip_adapter.extract.datasets.source import (
     DEFAULT_TEMPLATES,
     ImageDataset,
     SourceOptions,
-    Split,
     split_of,
     splits_among,
 )
@@ -34,9 +34,9 @@ def open_folder(folder: str, options: SourceOptions) -> ImageDataset:
     Raises UserError for a folder that cannot be read or holds no class folders, for two folders
     that mean the same split, and for classes with too few images.
     """
-    class_names, splits, remarks, _ = _found(user_path(folder), options.listener)
-    whole = complete_splits(splits, class_names, options, published=False)
-    return _data_set(user_path(folder), class_names, whole, remarks)
+    data, _ = _found(user_path(folder), options.listener)
+    splits = complete_splits(data.splits, data.class_names, options, published=False)
+    return replace(data, splits=splits)
 
 
 def labelled_images(root: Path, split: str, listener: Listener | None = None) -> ImageDataset:
@@ -45,17 +45,15 @@ def labelled_images(root: Path, split: str, listener: Listener | None = None) ->
 
     Raises UserError as `open_folder` does, and where there is no such folder.
     """
-    class_names, splits, remarks, cut = _found(root, listener)
-    chosen = splits.get(split) if cut else splits["train"]
+    data, cut = _found(root, listener)
+    chosen = data.splits.get(split if cut else "train")
     if chosen is None:
-        raise UserError(f"{root} has no {split} folder, only {', '.join(splits)}.")
-    return _data_set(root, class_names, {"test": chosen}, remarks)
+        raise UserError(f"{root} has no {split} folder, only {', '.join(data.splits)}.")
+    return replace(data, splits={"test": chosen})
 
 
-def _found(
-    root: Path, listener: Listener | None
-) -> tuple[list[str], dict[str, Split], list[str], bool]:
-    """The class names, the splits as they lie there, remarks, and whether splits do lie there."""
+def _found(root: Path, listener: Listener | None) -> tuple[ImageDataset, bool]:
+    """The images as they lie there, and whether they lie there in splits."""
     if not is_folder(root):
         raise UserError(f"There is no folder {root}; give the folder that holds your images.")
     listing = Listing(root, listener)
@@ -76,22 +74,14 @@ def _found(
         name: split_of_files(
             root,
             [(path, number[c]) for c, paths in images.items() for path in paths],
-            f"folder {folders[name]}" if folders else FLAT,
+            f"folder {folders[name]}" if folders else "one folder per class",
         )
         for name, images in found.items()
     }
-    return class_names, splits, remarks, bool(folders)
-
-
-FLAT = "one folder per class"
-
-
-def _data_set(
-    root: Path, class_names: list[str], splits: dict[str, Split], remarks: list[str]
-) -> ImageDataset:
-    name = root.resolve().name
-    about = {"name": name, "source": "folder", "version": None}
-    return ImageDataset(name, class_names, DEFAULT_TEMPLATES, splits, about, remarks)
+    own = root.resolve().name
+    about = {"name": own, "source": "folder", "version": None}
+    data = ImageDataset(own, class_names, DEFAULT_TEMPLATES, splits, about, remarks)
+    return data, bool(folders)
 
 
 def _split_folders(root: Path, listing: Listing) -> dict[str, str]:

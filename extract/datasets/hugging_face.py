@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from clip_adapter.errors import UserError
+from clip_adapter.errors import UserError, first_line
 from clip_adapter.extract.datasets.image_files import natural_order
 from clip_adapter.extract.datasets.source import (
     DEFAULT_TEMPLATES,
@@ -92,9 +92,9 @@ def _load(datasets: Any, name: str) -> dict[str, Any]:
         else:
             found = datasets.load_dataset(name)
     except Exception as error:  # the package raises errors of many kinds, its hub client others
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         raise UserError(
-            f"hf:{name} cannot be loaded: {reason}; check the name, or give a local folder."
+            f"hf:{name} cannot be loaded: {first_line(error)}; check the name, or give a local "
+            "folder."
         ) from error
     if isinstance(found, datasets.Dataset):  # of one split, which it may or may not know
         return {str(found.split or "train"): found}

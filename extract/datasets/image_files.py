@@ -2,12 +2,10 @@
 
 import os
 import re
-import reprlib
 import stat
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +22,8 @@ from clip_adapter.extract.encoding.images import (
 )
 from clip_adapter.files import unreadable
 from clip_adapter.listener import Listener
-from clip_adapter.words import counted
+from clip_adapter.words import counted, printable, shortened
 
-PATH_SHOWN = 200
 NAMED_MAX = 5
 TOLD_EVERY_SECONDS = 10.0
 # Where file servers keep thumbnails, rubbish and old states, and systems theirs.
@@ -61,14 +58,9 @@ def split_of_files(root: Path, rows: Sequence[tuple[str, int]], origin: str) -> 
 
 def natural_order(name: str) -> tuple[list[tuple[int, int, str]], str]:
     """Sort key that puts class2 before class10."""
-    parts = [part for part in re.split(r"([0-9]+)", name) if part]
-    return [_number(part) if part[0] in "0123456789" else (1, 0, part) for part in parts], name
-
-
-def _number(digits: str) -> tuple[int, int, str]:
-    """Orders as the number does, which may have more digits than Python makes an integer of."""
-    significant = digits.lstrip("0")
-    return 0, len(significant), significant
+    # Numbers are compared by their digits: they may have more than Python makes an integer of.
+    parts = enumerate(re.split(r"0*([0-9]+)", name))
+    return [(0, len(part), part) if at % 2 else (1, 0, part) for at, part in parts if part], name
 
 
 def is_image(name: str) -> bool:
@@ -134,9 +126,12 @@ class Listing:
 
     def _look_into(self, folder: Path) -> Level:
         level = Level([], [])
-        with _entries(folder) as entries:
-            for entry in entries:
-                self._sort_in(entry, level)
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    self._sort_in(entry, level)
+        except OSError as error:
+            raise unreadable(folder, error) from error
         level.folders.sort(key=natural_order)
         self._folders += 1
         self._images += len(level.images)
@@ -193,15 +188,6 @@ class Listing:
         return remarks
 
 
-@contextmanager
-def _entries(folder: Path) -> "Iterator[Iterator[os.DirEntry[str]]]":
-    try:
-        with os.scandir(folder) as entries:
-            yield entries
-    except OSError as error:
-        raise unreadable(folder, error) from error
-
-
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
@@ -223,12 +209,8 @@ def require_files(root: Path, paths: Sequence[str], remedy: str) -> None:
     if missing:
         raise UserError(
             f"{root} lacks {len(missing)} of {counted(len(paths), 'image')}, "
-            f"the first is {_shown(missing[0])}; {remedy}."
+            f"the first is {printable(shortened(missing[0]))}; {remedy}."
         )
-
-
-def _shown(path: str) -> str:
-    return path if path.isprintable() and len(path) <= PATH_SHOWN else reprlib.repr(path)
 
 
 def _exists(path: Path) -> bool:

@@ -1,6 +1,5 @@
 """Data sets by name."""
 
-import difflib
 import reprlib
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +10,7 @@ from clip_adapter.extract.datasets.catalogue import CatalogueEntry, load_catalog
 from clip_adapter.extract.datasets.image_files import Listing
 from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions, checked
 from clip_adapter.files import is_folder
+from clip_adapter.words import near
 
 # Name → module:function, which is called with what stands behind the colon and the options.
 NAMED = {"digits": "digits:open_digits"}
@@ -89,9 +89,8 @@ def _open(spec: str, options: SourceOptions) -> ImageDataset:
     if spec in catalogue:
         return _literature(catalogue[spec], options)
     known = [*NAMED, *catalogue]
-    near = difflib.get_close_matches(spec, known, n=3, cutoff=0.4)
     raise UserError(
-        f"Unknown data set {reprlib.repr(spec)}; near matches: {', '.join(near) or 'none'} "
+        f"Unknown data set {reprlib.repr(spec)}; {near(spec, known)} "
         f"(known: {', '.join(known)}, and {', '.join(f'{kind}:…' for kind in KINDS)})."
     )
 

@@ -4,7 +4,6 @@ The splits are the builder's own, which are not the ones CoOp published.
 """
 
 import contextlib
-import difflib
 import glob
 import os
 import socket
@@ -22,7 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from clip_adapter.errors import UserError
+from clip_adapter.errors import UserError, first_line
 from clip_adapter.extract.datasets.catalogue import LEFT_OUT, CatalogueEntry, match_classes
 from clip_adapter.extract.datasets.source import (
     DEFAULT_TEMPLATES,
@@ -32,6 +31,7 @@ from clip_adapter.extract.datasets.source import (
 )
 from clip_adapter.extract.datasets.splitting import complete_splits, labelled_splits
 from clip_adapter.extract.encoding.images import open_image
+from clip_adapter.words import near
 
 ID_FEATURES = ("file_name", "filename", "image/file_name", "image/filename", "id")
 
@@ -99,18 +99,15 @@ def _builder(builder_name: str, data_dir: Path | None) -> Any:
         return tfds.builder(builder_name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
-        near = difflib.get_close_matches(builder_name.split("/")[0], known, n=3, cutoff=0.4)
-        raise UserError(
-            f"TensorFlow Datasets has no builder {builder_name!r}; "
-            f"near matches: {', '.join(near) or 'none'}."
-        ) from None
+        meant = near(builder_name.split("/")[0], known)
+        raise UserError(f"TensorFlow Datasets has no builder {builder_name!r}; {meant}.") from None
     except ValueError as error:
         if "File format is already set" in str(error):
             raise UserError(
                 f"tfds:{builder_name} was prepared in a format that cannot be read without "
                 "TensorFlow; choose another --data-dir, to have it prepared there as array_record."
             ) from error
-        raise UserError(f"tfds:{builder_name} cannot be opened: {_first_line(error)}") from error
+        raise UserError(f"tfds:{builder_name} cannot be opened: {first_line(error)}") from error
 
 
 def _prepared(builder_name: str, data_dir: Path | None) -> Any:
@@ -137,7 +134,7 @@ def _prepared(builder_name: str, data_dir: Path | None) -> Any:
                 f"coop:FOLDER); {by_hand} manual_dir is {_downloads(builder) / 'manual'}."
             ) from error
         raise UserError(
-            f"tfds:{builder_name} could not be downloaded and prepared: {_first_line(error)}; "
+            f"tfds:{builder_name} could not be downloaded and prepared: {first_line(error)}; "
             f"{closed}."
         ) from error
     return builder
@@ -175,10 +172,6 @@ def _missing_package(error: BaseException | None) -> str | None:
             return error.name
         error = error.__cause__ or error.__context__
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _labelled(builder: Any, published: str, new_labels: list[int]) -> tuple[Split | None, int]:

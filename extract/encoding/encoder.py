@@ -13,7 +13,7 @@ from clip_adapter.errors import UserError
 from clip_adapter.extract.backbones.loading import Backbone
 from clip_adapter.extract.datasets.source import Split
 from clip_adapter.extract.encoding.decode import PixelBatch, Plan, decode
-from clip_adapter.extract.encoding.forward import forward_passes, shared_cores
+from clip_adapter.extract.encoding.device import forward_passes, shared_cores
 from clip_adapter.extract.encoding.preprocess import Preprocess
 from clip_adapter.extract.encoding.projection import take_projection
 from clip_adapter.extract.encoding.stopwatch import Stopwatch

@@ -1,4 +1,5 @@
-"""Small archives in the real layout of the published ones, and a downloader that hands them out."""
+"""Small archives in the real layout of the published ones, a downloader that hands them out, and
+what is asked of data sets."""
 
 import io
 import socket
@@ -13,6 +14,10 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core.download import downloader
+
+from clip_adapter.errors import UserError
+from clip_adapter.extract.datasets.registry import open_dataset
+from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions
 
 PETS = "https://thor.robots.ox.ac.uk/~vgg/data/pets"
 DTD = "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz"
@@ -36,6 +41,22 @@ def write_image(path: Path, colour: int = 0) -> Path:
 def grey(image: Image.Image) -> int:
     """The grey value that `image_bytes` was given."""
     return int(np.asarray(image.convert("L")).mean().round())
+
+
+def opened(spec: str, **options: Any) -> ImageDataset:
+    return open_dataset(spec, SourceOptions(**options))
+
+
+def refused(words: str, spec: str, **options: Any) -> None:
+    """It is, in one sentence with these words."""
+    with pytest.raises(UserError, match=words) as caught:
+        opened(spec, **options)
+    assert "\n" not in str(caught.value)
+
+
+def sizes(data: ImageDataset) -> dict[str, int]:
+    assert all(len(split.ids) == len(split.labels) for split in data.splits.values())
+    return {name: len(split.ids) for name, split in data.splits.items()}
 
 
 def tar(path: Path, members: Mapping[str, bytes], mode: str = "w") -> Path:

@@ -14,7 +14,7 @@ from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import SourceOptions
 from clip_adapter.extract.encoding.images import BadImage
-from tests.extract.data_set_archives import grey, image_bytes, write_image
+from tests.extract.data_set_archives import grey, image_bytes, refused, sizes, write_image
 
 CLASSES = ["pug", "boxer"]
 
@@ -46,11 +46,7 @@ def test_columns_are_found_by_type_and_unlabelled_splits_are_not_used(tmp_path: 
     )
     data = open_dataset(f"hf:{folder}")
     assert data.class_names == CLASSES
-    assert {name: len(split.ids) for name, split in data.splits.items()} == {
-        "train": 8,
-        "val": 2,
-        "test": 3,
-    }
+    assert sizes(data) == {"train": 8, "val": 2, "test": 3}
     assert data.remarks == ["left out 2 images of the split 'test' without a label."]
     assert list(data.splits["test"].ids) == ["validation/0", "validation/1", "validation/2"]
     assert data.splits["test"].labels.tolist() == [0, 1, 1]
@@ -101,9 +97,7 @@ def test_labels_may_be_texts_and_splits_have_other_names(tmp_path: Path) -> None
     rows.save_to_disk(tmp_path / "one")
     data = open_dataset(f"hf:{tmp_path / 'one'}")
     assert data.class_names == ["boxer", "pug"]
-    assert {name: len(split.ids) for name, split in data.splits.items()} == {
-        "train": 10, "val": 4, "test": 6,
-    }  # fmt: skip
+    assert sizes(data) == {"train": 10, "val": 4, "test": 6}
     folder = save(
         tmp_path / "named",
         TITLED,
@@ -132,8 +126,7 @@ def test_labels_may_be_texts_and_splits_have_other_names(tmp_path: Path) -> None
         ({"path": "title"}, r"has no column 'title' that could be its path"),
         ({"split": "title"}, r"has splits, not a column of them"),
     ):
-        with pytest.raises(UserError, match=words):
-            open_dataset(f"hf:{folder}", SourceOptions(columns=chosen))
+        refused(words, f"hf:{folder}", columns=chosen)
 
 
 def test_a_split_that_is_cut_goes_by_the_images_not_by_their_numbers(tmp_path: Path) -> None:
@@ -161,8 +154,7 @@ def test_other_columns_than_one_of_each_are_refused(
     features: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     train = {name: columns([0])["picture" if name != "breed" else name] for name in features}
-    with pytest.raises(UserError, match=message):
-        open_dataset(f"hf:{save(tmp_path / 'odd', features, train=train)}")
+    refused(message, f"hf:{save(tmp_path / 'odd', features, train=train)}")
 
 
 def test_what_cannot_be_loaded_is_one_sentence(
@@ -172,5 +164,4 @@ def test_what_cannot_be_loaded_is_one_sentence(
         (tmp_path / "empty").mkdir()
         open_dataset(f"hf:{tmp_path / 'empty'}")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'clip-adapter\[hf\]'"):
-        open_dataset("hf:org/name")
+    refused(r"pip install 'clip-adapter\[hf\]'", "hf:org/name")

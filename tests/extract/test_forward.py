@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from clip_adapter.extract.encoding.forward import forward_passes, passes_at_once, shared_cores
+from clip_adapter.extract.encoding.device import forward_passes, passes_at_once, shared_cores
 
 CPU = torch.device("cpu")
 

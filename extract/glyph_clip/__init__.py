@@ -1,1 +1,0 @@
-"""glyph-clip: a small open_clip CLIP trained on rendered glyphs, kept in this folder as data."""
