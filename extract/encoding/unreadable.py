@@ -57,11 +57,14 @@ def name_all(first: Skipped, rest: Sequence[tuple[Split, range]], workers: int) 
         )
     if len(found) == 1:
         return UserError(f"{first.reason}; repair or remove it, or use --on-error skip{limit}.")
-    more = f" and {len(found) - NAMED_MAX:,} more" if len(found) > NAMED_MAX else ""
-    return UserError(
-        f"{len(found):,} images cannot be used: {', '.join(found[:NAMED_MAX])}{more}; repair or "
-        f"remove them, or use --on-error skip{limit}."
+    named = f", of which {NAMED_MAX} are named" if len(found) > NAMED_MAX else ""
+    error = UserError(
+        f"{len(found):,} images cannot be used{named}; repair or remove them, or use --on-error "
+        f"skip{limit}."
     )
+    for reason in found[:NAMED_MAX]:
+        error.add_note(reason)
+    return error
 
 
 def _chunks(

@@ -141,12 +141,11 @@ def test_a_bad_image_stops_the_run_which_then_goes_on(
     whole: Path, folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "features.h5"
-    broken = (
-        r"^2 images cannot be used: train/dog/03\.png cannot be decoded: [^,]+, "
-        r"val/cat/00\.png cannot be decoded: [^,]+; repair or remove them, or use --on-error skip"
-    )
-    with pytest.raises(UserError, match=broken):
+    broken = "^2 images cannot be used; repair or remove them, or use --on-error skip"
+    with pytest.raises(UserError, match=broken) as refused:
         run(folder, out, on_error="fail")
+    named = [note.partition(" cannot be decoded: ")[0] for note in refused.value.__notes__]
+    assert named == ["train/dog/03.png", "val/cat/00.png"]
     (staged,) = (tmp_path / "features.h5.partial").glob("*/train.rows")
     assert staged.stat().st_size == 12 * 3 * 128 * 4  # the batches before it are kept
     run(folder, out)
