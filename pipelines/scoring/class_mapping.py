@@ -1,17 +1,14 @@
 """Which class of an adapter a class of labelled images is."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.errors import Contradiction, UserError
-from clip_adapter.files import is_there, named_once, read_text
+from clip_adapter.errors import UserError
 from clip_adapter.pipelines.saved.adapter_file import AdapterInfo
 from clip_adapter.pipelines.scoring.labelled_images import Labelled
+from clip_adapter.records import from_file
 from clip_adapter.words import counted, some
 
 Classes = npt.NDArray[np.int64]
@@ -27,7 +24,8 @@ def match_classes(images: Labelled, info: AdapterInfo, mapping: Path | None) -> 
     classes that are not there.
     """
     index = {name: number for number, name in enumerate(info.class_names)}
-    given = {} if mapping is None else _read_mapping(mapping)
+    wanted = "a JSON file {class of the images: class of the adapter}"
+    given = {} if mapping is None else from_file(dict[str, str | None], mapping, wanted)
     if strange := [name for name in given if name not in set(images.class_names)]:
         raise UserError(f"{mapping} names {some(strange)}, which {images.name} does not have.")
     values = [name for name in given.values() if name is not None and name not in index]
@@ -48,19 +46,3 @@ def match_classes(images: Labelled, info: AdapterInfo, mapping: Path | None) -> 
     if (found[images.labels] == LEFT_OUT).all():
         raise UserError(f"No image of {images.name} is left to score.")
     return found
-
-
-def _read_mapping(path: Path) -> Mapping[str, str | None]:
-    try:
-        text = read_text(path).removeprefix("\ufeff") if is_there(path) else "null"
-        document: Any = json.loads(text, object_pairs_hook=named_once)
-    except Contradiction as error:
-        raise UserError(f"{path} {error}.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON.") from error
-    fits = isinstance(document, dict) and all(
-        v is None or type(v) is str for v in document.values()
-    )
-    if not fits:
-        raise UserError(f"{path} is no JSON file {{class of the images: class of the adapter}}.")
-    return document
