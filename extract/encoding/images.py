@@ -59,16 +59,8 @@ TURNED = {
 }
 # Errors of the machine rather than of the image: another image would not fare better.
 MACHINE_ERRORS = frozenset(
-    {
-        errno.EACCES,
-        errno.EIO,
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.ENOENT,
-        errno.ENOMEM,
-        errno.EPERM,
-        errno.ESTALE,
-    }
+    {errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOENT, errno.ENOMEM}
+    | {errno.EPERM, errno.ESTALE}
 )
 
 
