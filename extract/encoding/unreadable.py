@@ -40,14 +40,14 @@ def name_all(first: Skipped, rest: Sequence[tuple[Split, range]], workers: int) 
 
     They are decoded but not encoded, in threads, for at most half a minute.
     """
-    found = [first.reason]
+    reasons = [first.reason]
     looked_at, total = 0, sum(len(rows) for _, rows in rest)
     deadline = time.monotonic() + LOOKING_SECONDS
     with ThreadPoolExecutor(workers, thread_name_prefix="check") as pool:
         for chunk in _chunks(rest, 8 * workers):
             if time.monotonic() > deadline:
                 break
-            found += filter(None, pool.map(_reason, *zip(*chunk, strict=True)))
+            reasons += filter(None, pool.map(_reason, *zip(*chunk, strict=True)))
             looked_at += len(chunk)
     limit = ""
     if looked_at < total:
@@ -55,12 +55,12 @@ def name_all(first: Skipped, rest: Sequence[tuple[Split, range]], workers: int) 
             f" (others were looked for in {looked_at:,} of {total:,} further images, for "
             f"{LOOKING_SECONDS:.0f} s)"
         )
-    if len(found) == 1:
+    if len(reasons) == 1:
         return UserError(f"{first.reason}; repair or remove it, or use --on-error skip{limit}.")
-    more = f" and {len(found) - NAMED_MAX:,} more" if len(found) > NAMED_MAX else ""
+    more = f" and {len(reasons) - NAMED_MAX:,} more" if len(reasons) > NAMED_MAX else ""
     return UserError(
-        f"{len(found):,} images cannot be used: {', '.join(found[:NAMED_MAX])}{more}; repair or "
-        f"remove them, or use --on-error skip{limit}."
+        f"{len(reasons):,} images cannot be used: {', '.join(reasons[:NAMED_MAX])}{more}; repair "
+        f"or remove them, or use --on-error skip{limit}."
     )
 
 
