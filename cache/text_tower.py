@@ -8,9 +8,9 @@ PyTorch and without a tokenizer.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,18 +18,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from clip_adapter import files
-from clip_adapter.errors import UserError
+from clip_adapter.errors import Contradiction, UserError
+from clip_adapter.records import Rule, between, from_document, from_json
 
 FORMAT = "clip-text-tower"
 FORMAT_VERSION = 1
 SUFFIX = ".text_tower.safetensors"
 TOKEN_EMBEDDING = "token_embedding/embedding"
-LARGEST = 1 << 24  # of any number in the configuration
-CHOICES: dict[str, tuple[str, ...]] = {
-    "activation": ("gelu", "quick_gelu"),
-    "pooling": ("argmax", "eos", "last"),
-    "projection": ("none", "linear", "linear_with_bias"),
-}
+LARGEST = (1 << 24) - 1  # of any number in the configuration
+Count = Annotated[int, between(1, LARGEST)]
+Token = Annotated[int, between(0, LARGEST)]
+Tokens = tuple[Token, ...]
 
 
 @dataclass(frozen=True)
@@ -48,23 +47,23 @@ class TextTowerConfig:
     weights_sha256: of the backbone, as in the cache.
     """
 
-    width: int
-    heads: int
-    layers: int
-    mlp_width: int
-    context_length: int
-    vocab_size: int
-    embed_dim: int
-    activation: str
-    epsilon: float
-    pooling: str
-    projection: str
-    start_id: int
-    end_id: int
-    pad_id: int
-    sentences: tuple[tuple[int, ...], ...]
-    name_lengths: tuple[int, ...]
-    phrases: Mapping[str, tuple[int, ...]]
+    width: Count
+    heads: Count
+    layers: Count
+    mlp_width: Count
+    context_length: Count
+    vocab_size: Count
+    embed_dim: Count
+    activation: Literal["gelu", "quick_gelu"]
+    epsilon: Annotated[float, Rule("between 0 and 1", lambda value: 0 < value < 1)]
+    pooling: Literal["argmax", "eos", "last"]
+    projection: Literal["none", "linear", "linear_with_bias"]
+    start_id: Token
+    end_id: Token
+    pad_id: Token
+    sentences: tuple[Tokens, ...]
+    name_lengths: Tokens
+    phrases: Mapping[str, Tokens]
     weights_sha256: str
 
 
@@ -161,55 +160,22 @@ def _config(path: Path, header: Mapping[str, str]) -> TextTowerConfig:
     if FORMAT not in header:
         raise UserError(f"{path} is no text tower; `extract --with-text-tower` makes one.")
     try:
-        stated = json.loads(header[FORMAT])
-    except (ValueError, RecursionError) as error:
+        stated = from_json(dict[str, Any], header[FORMAT], "its configuration")
+        version = stated.pop("format_version", None)
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has another format version than {FORMAT_VERSION}, which this program "
+                "reads; update clip-adapter or extract again with --with-text-tower."
+            )
+        config = from_document(TextTowerConfig, stated, "its configuration")
+    except Contradiction as error:
+        raise _unusable(path, str(error)) from error
+    except UserError:
+        raise
+    except ValueError as error:
         raise _unusable(path, "its configuration is not JSON") from error
-    if not isinstance(stated, dict):
-        raise _unusable(path, "its configuration is not that of a text tower")
-    version = stated.pop("format_version", None)
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has another format version than {FORMAT_VERSION}, which this program reads; "
-            "update clip-adapter or extract again with --with-text-tower."
-        )
-    if stated.keys() != {field.name for field in fields(TextTowerConfig)}:
-        raise _unusable(path, "its configuration is not that of a text tower")
-    wrong = sorted(name for name, value in stated.items() if not _fits(name, value))
-    if wrong:
-        raise _unusable(path, f"its {wrong[0]} cannot be")
-    sentences = tuple(tuple(sentence) for sentence in stated["sentences"])
-    phrases = {name: tuple(tokens) for name, tokens in stated["phrases"].items()}
-    config = TextTowerConfig(
-        **stated
-        | {"sentences": sentences, "phrases": phrases}
-        | {"name_lengths": tuple(stated["name_lengths"]), "epsilon": float(stated["epsilon"])}
-    )
     _check_consistent(path, config)
     return config
-
-
-def _fits(name: str, value: object) -> bool:
-    if name in CHOICES:
-        return value in CHOICES[name] if isinstance(value, str) else False
-    if name == "epsilon":
-        return isinstance(value, float) and 0 < value < 1
-    if name == "weights_sha256":
-        return isinstance(value, str)
-    if name == "sentences":
-        return isinstance(value, list) and all(map(_are_numbers, value))
-    if name == "name_lengths":
-        return _are_numbers(value)
-    if name == "phrases":
-        return isinstance(value, dict) and all(map(_are_numbers, value.values()))
-    return _is_number(value) and (value != 0 or name.endswith("_id"))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST
-
-
-def _are_numbers(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_number, value))
 
 
 def _check_consistent(path: Path, config: TextTowerConfig) -> None:

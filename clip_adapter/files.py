@@ -111,8 +111,8 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
     `largest` bytes.
     """
     is_there(path)
-    if (found := path.stat().st_size) > largest:
-        raise UserError(f"{path} is too large, {size(found)}; at most {size(largest)} are read.")
+    if (length := path.stat().st_size) > largest:
+        raise UserError(f"{path} is too large, {size(length)}; at most {size(largest)} are read.")
     return path.read_bytes()
 
 
@@ -187,11 +187,11 @@ def read_users_text(path: Path) -> str:
 def named_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """`object_pairs_hook` of a JSON reader for what people write. Raises Contradiction for a name
     that stands twice in one object, of which a dictionary would forget the first."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise Contradiction(f"it names {quoted(twice)} twice in one object; join the two")
-    return found
+    return values
 
 
 def parse_json(text: str | bytes, **how: Any) -> Any:
@@ -201,13 +201,13 @@ def parse_json(text: str | bytes, **how: Any) -> Any:
     so deep that whatever walks it would end in a RecursionError.
     """
     try:
-        found = json.loads(text, **how)
+        content = json.loads(text, **how)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    level: list[Any] = [[found]]
+    level: list[Any] = [[content]]
     for _ in range(DEEPEST + 1):
         if not (level := [inner for outer in level for inner in _containers(outer)]):
-            return found
+            return content
     raise ValueError("it is nested too deep")
 
 

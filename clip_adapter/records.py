@@ -47,13 +47,13 @@ def between(least: float, most: float) -> Rule:
     return Rule(f"from {' to '.join(ends)}", lambda value: least <= value <= most)
 
 
-def from_json(kind: type[T], text: str | bytes) -> T:
+def from_json(kind: type[T], text: str | bytes, place: str = "") -> T:
     """The `kind` that a JSON document states.
 
     Raises ValueError for no JSON, and Contradiction, which is one, for a name that stands twice in
     an object and as `from_document` does.
     """
-    return from_document(kind, parse_json(text, object_pairs_hook=named_once))
+    return from_document(kind, parse_json(text, object_pairs_hook=named_once), place)
 
 
 def from_file(kind: type[T], path: Path, wanted: str, advice: str = "") -> T:

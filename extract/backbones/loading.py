@@ -83,7 +83,7 @@ def load_backbone(
         with _silent_loaders():
             config = _checked_config(recipe)
             tokenizer = _tokenizer(recipe.model_name, config)
-            model = _create(recipe).eval().requires_grad_(False)
+            model = _create(recipe, pretrained=recipe.weights, require_pretrained=True)
             embed_dim = model.encode_text(tokenizer([""])).shape[-1]
             stated = dict(model.visual.preprocess_cfg)
             preprocess = image_transform_v2(PreprocessCfg(**stated), is_train=False)
@@ -113,15 +113,15 @@ def load_backbone(
     )
 
 
-def _create(recipe: Recipe) -> open_clip.CLIP | open_clip.CustomTextCLIP:
-    with patch.object(factory, "load_state_dict", read_state):
-        return open_clip.create_model(
+def _create(recipe: Recipe, **how: Any) -> Any:
+    with _silent_loaders(), patch.object(factory, "load_state_dict", read_state):
+        model = open_clip.create_model(
             recipe.model_name,
-            pretrained=recipe.weights,
             force_quick_gelu=recipe.quick_gelu,
             force_preprocess_cfg=dict(recipe.preparation),
-            require_pretrained=True,
+            **how,
         )
+    return model.eval().requires_grad_(False)
 
 
 def _check_logits(logarithm: float, bias: float, weights: str) -> None:
@@ -140,39 +140,21 @@ def _in_precision(
 ) -> open_clip.CLIP | open_clip.CustomTextCLIP:
     """The model in another precision. Its layers differ from those of float32, so it is built
     anew rather than converted."""
-    with _silent_loaders():
-        other = open_clip.create_model(
-            recipe.model_name,
-            load_weights=False,
-            pretrained_text=False,
-            precision=precision,
-            force_quick_gelu=recipe.quick_gelu,
-            force_preprocess_cfg=dict(recipe.preparation),
-        )
+    other = _create(recipe, load_weights=False, pretrained_text=False, precision=precision)
     other.load_state_dict(model.state_dict())
-    return other.eval().requires_grad_(False)
+    return other
 
 
 @contextmanager
 def _silent_loaders() -> Iterator[None]:
     """Without what open_clip and those it loads with log: they raise what matters, and without a
     network they warn of every attempt."""
-    root = logging.getLogger()
-    others = [logging.getLogger(name) for name in ("huggingface_hub", "transformers", "timm")]
-    levels = [logger.level for logger in others]
-    root.addFilter(_nothing)
-    for logger in others:
-        logger.setLevel(logging.CRITICAL)
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        root.removeFilter(_nothing)
-        for logger, level in zip(others, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _nothing(record: logging.LogRecord) -> bool:
-    return False
+        logging.disable(level)
 
 
 def weights_sha256(state: Mapping[str, torch.Tensor]) -> str:

@@ -121,11 +121,11 @@ def _tag_says_quick_gelu(architecture: str, tag: str) -> bool:
 def _tag_of_file(architecture: str, tags: list[str], path: Path) -> str | None:
     """The tag whose published SHA-256 (or its first digits) is the file's."""
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     for tag in tags:
         url = _tag_config(architecture, tag).get("url", "")
         published = re.findall(r"[0-9a-f]{8,64}(?=[/.])", url)
-        if any(found.startswith(digits) for digits in published):
+        if any(digest.startswith(digits) for digits in published):
             return tag
     return None
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +68,7 @@ def take_text_tower(backbone: Backbone, class_names: Sequence[str]) -> TextTower
         context_length=len(arrays["positional_embedding"]),
         vocab_size=vocab_size,
         embed_dim=width if kernel is None else kernel.shape[1],
-        activation=_activation(blocks[0]) or "",
+        activation=_activation(blocks[0]) or "gelu",
         epsilon=text.ln_final.eps,
         pooling=pooling,
         projection="none" if kernel is None else "linear_with_bias" if bias else "linear",
@@ -137,7 +137,7 @@ def _is_plain(block: nn.Module) -> bool:
     )
 
 
-def _activation(block: Any) -> str | None:
+def _activation(block: Any) -> Literal["gelu", "quick_gelu"] | None:
     activation = block.mlp.gelu
     if isinstance(activation, QuickGELU):
         return "quick_gelu"

@@ -60,15 +60,15 @@ def _found(root: Path, listener: Listener | None) -> tuple[ImageDataset, bool]:
     folders = _split_folders(root, listing)
     places = {name: f"{inner}/" for name, inner in folders.items()} or {"train": ""}
     remarks = _elsewhere(root, listing, list(folders.values()))
-    found = {name: _class_images(root, place, listing) for name, place in places.items()}
-    names = sorted({c for images in found.values() for c in images}, key=natural_order)
-    class_names = [c for c in names if any(images.get(c) for images in found.values())]
+    images_of = {name: _class_images(root, place, listing) for name, place in places.items()}
+    names = sorted({c for images in images_of.values() for c in images}, key=natural_order)
+    class_names = [c for c in names if any(images.get(c) for images in images_of.values())]
     if not class_names:
         raise UserError(_no_classes(root, listing))
     remarks += listing.remarks()
     if empty := [c for c in names if c not in class_names]:
         remarks.append(f"left out {some(empty)}: no images there.")
-    remarks += _doubts(root, found, bool(folders))
+    remarks += _doubts(root, images_of, bool(folders))
     number = {name: label for label, name in enumerate(class_names)}
     splits = {
         name: split_of_files(
@@ -76,7 +76,7 @@ def _found(root: Path, listener: Listener | None) -> tuple[ImageDataset, bool]:
             [(path, number[c]) for c, paths in images.items() for path in paths],
             f"folder {folders[name]}" if folders else "one folder per class",
         )
-        for name, images in found.items()
+        for name, images in images_of.items()
     }
     own = root.resolve().name
     about = {"name": own, "source": "folder", "version": None}
@@ -138,12 +138,12 @@ def _class_images(root: Path, place: str, listing: Listing) -> ClassImages:
 
     A name is one class in whichever form a file system gives its accents.
     """
-    found: ClassImages = {}
+    classes: ClassImages = {}
     for name in listing.level(root / place).folders:
         images = listing.below(root / place / name)
-        own = found.setdefault(unicodedata.normalize("NFC", name), [])
+        own = classes.setdefault(unicodedata.normalize("NFC", name), [])
         own += [f"{place}{name}/{image}" for image in images]
-    return found
+    return classes
 
 
 def _no_classes(root: Path, listing: Listing) -> str:
@@ -159,12 +159,14 @@ def _no_classes(root: Path, listing: Listing) -> str:
     return f"{root} holds no folders; {each}."
 
 
-def _doubts(root: Path, found: dict[str, ClassImages], cut: bool) -> list[str]:
+def _doubts(root: Path, images_of: dict[str, ClassImages], cut: bool) -> list[str]:
     """Remarks where folders may be no classes.
 
     Raises UserError where all images lie in the folders of a single one.
     """
-    classes = {name: paths for images in found.values() for name, paths in images.items() if paths}
+    classes = {
+        name: paths for images in images_of.values() for name, paths in images.items() if paths
+    }
     if len(classes) == 1:
         (paths,) = classes.values()
         common, inner = _common(paths)

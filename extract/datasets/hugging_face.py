@@ -105,27 +105,27 @@ def _of_type(columns: Any, kind: type) -> list[str]:
     return [column for column, feature in columns.items() if isinstance(feature, kind)]
 
 
-def _texts(columns: Any, asked: str | None) -> list[str]:
+def _texts(columns: Any, own: str | None) -> list[str]:
     """The columns whose texts may be class names: the one asked for, whose numbers may be too, or
     those that are called a label, or all."""
     kinds = {name: str(getattr(feature, "dtype", "")) for name, feature in columns.items()}
-    if asked is not None:
-        return [asked] if kinds.get(asked, "").startswith((*TEXT, "int", "uint", "bool")) else []
+    if own is not None:
+        return [own] if kinds.get(own, "").startswith((*TEXT, "int", "uint", "bool")) else []
     texts = [name for name, kind in kinds.items() if kind in TEXT]
     return [name for name in texts if name.casefold() in LABEL_NAMES] or texts
 
 
-def _column(name: str, what: str, options: SourceOptions, found: Sequence[str], kind: str) -> str:
+def _column(name: str, what: str, options: SourceOptions, columns: Sequence[str], kind: str) -> str:
     """The column that was asked for, or else the only one found."""
-    asked = options.columns.get(what)
-    if asked is not None and asked not in found:
-        raise UserError(f"hf:{name} has no column {quoted(asked)} that could be its {what}.")
-    if asked is None and len(found) != 1:
+    own = options.columns.get(what)
+    if own is not None and own not in columns:
+        raise UserError(f"hf:{name} has no column {quoted(own)} that could be its {what}.")
+    if own is None and len(columns) != 1:
         raise UserError(
-            f"hf:{name} has {len(found)} columns of {kind} ({', '.join(found) or 'none'}); "
+            f"hf:{name} has {len(columns)} columns of {kind} ({', '.join(columns) or 'none'}); "
             f"exactly one is needed, or --columns {what}=NAME."
         )
-    return asked or found[0]
+    return own or columns[0]
 
 
 def _labels(table: Any, column: str) -> tuple[list[str] | None, Sequence[Any]]:

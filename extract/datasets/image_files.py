@@ -110,7 +110,7 @@ class Listing:
     def below(self, folder: Path) -> list[str]:
         """Paths of the images in a folder and its sub-folders, relative to it, in natural order;
         each folder is looked into once."""
-        found: list[str] = []
+        paths: list[str] = []
         pending, seen = [""], set()
         while pending:
             inner = pending.pop()
@@ -120,9 +120,9 @@ class Listing:
             seen.add(identity)
             level = self._levels.get(place) or self._look_into(place)
             prefix = f"{inner}/" if inner else ""
-            found += [f"{prefix}{name}" for name in level.images]
+            paths += [f"{prefix}{name}" for name in level.images]
             pending += [f"{prefix}{name}" for name in level.folders]
-        return sorted(found, key=natural_order)
+        return sorted(paths, key=natural_order)
 
     def _look_into(self, folder: Path) -> Level:
         level = Level([], [])

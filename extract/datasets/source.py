@@ -40,12 +40,12 @@ def split_of(name: str) -> str | None:
 def splits_among(names: Iterable[str]) -> dict[str, str]:
     """Name → split, of those that mean one. What is called `eval` where another name means test and
     none val is not for testing: it is val."""
-    found = {name: split for name in names if (split := split_of(name))}
-    evals = [name for name in found if "eval" in name.casefold()]
-    others = {split for name, split in found.items() if name not in evals}
+    splits = {name: split for name in names if (split := split_of(name))}
+    evals = [name for name in splits if "eval" in name.casefold()]
+    others = {split for name, split in splits.items() if name not in evals}
     if "test" in others and "val" not in others:
-        found |= dict.fromkeys(evals, "val")
-    return found
+        splits |= dict.fromkeys(evals, "val")
+    return splits
 
 
 @dataclass(frozen=True)

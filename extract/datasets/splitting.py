@@ -39,16 +39,16 @@ def complete_splits(
     Raises UserError for fractions that are impossible or ask for a split that is there already,
     and for a class with too few images to be divided.
     """
-    given = dict(splits)
-    if published and "test" not in given and "val" in given:
-        val = given.pop("val")
-        given["test"] = replace(val, origin=f"{val.origin}, used as test split")
-    refuse_fractions(options, given)
-    fractions = _fractions(options, [name for name in DEFAULT_FRACTIONS if name not in given])
-    if "train" in given and fractions:
-        train = given.pop("train")
-        given.update(_divide(train, fractions, class_names, options.seed))
-    return {name: given[name] for name in ("train", "val", "test") if name in given}
+    whole = dict(splits)
+    if published and "test" not in whole and "val" in whole:
+        val = whole.pop("val")
+        whole["test"] = replace(val, origin=f"{val.origin}, used as test split")
+    refuse_fractions(options, whole)
+    fractions = _fractions(options, [name for name in DEFAULT_FRACTIONS if name not in whole])
+    if "train" in whole and fractions:
+        train = whole.pop("train")
+        whole.update(_divide(train, fractions, class_names, options.seed))
+    return {name: whole[name] for name in ("train", "val", "test") if name in whole}
 
 
 def labelled_splits(
@@ -99,8 +99,8 @@ def refuse_fractions(options: SourceOptions, published: Mapping[str, Split]) -> 
 def _fractions(options: SourceOptions, missing: Sequence[str]) -> dict[str, float]:
     fractions = {}
     for name in missing:
-        asked = getattr(options, name)
-        fractions[name] = DEFAULT_FRACTIONS[name] if asked is None else asked
+        own = getattr(options, name)
+        fractions[name] = DEFAULT_FRACTIONS[name] if own is None else own
     if (
         any(not 0 <= fraction < 1 for fraction in fractions.values())
         or sum(fractions.values()) >= 1
@@ -118,10 +118,10 @@ def _divide(
     rest = 1 - sum(fractions.values())
     shares = {"train": rest, **fractions}
     hashes = np.array([_hash(train, row, seed) for row in range(len(train.ids))], np.uint64)
-    found = stratified_parts(
+    rows_of_parts = stratified_parts(
         train.labels, list(shares.values()), lambda rows: rows[np.argsort(hashes[rows])]
     )
-    parts = dict(zip(shares, found, strict=True))
+    parts = dict(zip(shares, rows_of_parts, strict=True))
     counts = np.bincount(train.labels, minlength=len(class_names))
     for name in shares.keys() & {"train", "test"}:
         left = np.bincount(train.labels[parts[name]], minlength=len(class_names))

@@ -48,18 +48,18 @@ def open_csv(path: str, options: SourceOptions) -> ImageDataset:
     root = options.image_root or table.parent
     file = StringIO(read_users_text(table), newline="")
     try:
-        found, unread = _rows(table, file, options.columns)
+        listed, unread = _rows(table, file, options.columns)
     except csv.Error as error:
         raise UserError(f"{table} is not a valid CSV file: {error}; save it again.") from error
-    if not found:
+    if not listed:
         raise UserError(f"{table} has no rows; list your images below the row of column names.")
-    paths = [path for _, path, _ in found]
+    paths = [path for _, path, _ in listed]
     require_files(root, paths, "correct the paths, or say with --image-root where they start")
-    class_names = sorted({label for _, _, label in found}, key=natural_order)
+    class_names = sorted({label for _, _, label in listed}, key=natural_order)
     number = {name: label for label, name in enumerate(class_names)}
-    means = splits_among({written for written, _, _ in found})
+    means = splits_among({written for written, _, _ in listed})
     rows: dict[str, list[tuple[str, int]]] = {}
-    for written, path, label in found:
+    for written, path, label in listed:
         rows.setdefault(means[written], []).append((path, number[label]))
     origin = f"rows of {table.name}"
     splits = {name: split_of_files(root, own, origin) for name, own in rows.items()}
@@ -142,8 +142,8 @@ def _checked_row(
             f"{place} has {len(row)} fields where the first row names {len(header)}; put a field "
             "that holds the separator into quotes."
         )
-    found = {name: row[n].strip() if n < len(row) else "" for name, n in places.items()}
-    path, label = found["path"], unicodedata.normalize("NFC", found["label"])
+    cells = {name: row[n].strip() if n < len(row) else "" for name, n in places.items()}
+    path, label = cells["path"], unicodedata.normalize("NFC", cells["label"])
     if not path or not label:
         raise UserError(f"{place}: {'path' if not path else 'label'} is empty; fill it in.")
     if path in lines:
@@ -151,7 +151,7 @@ def _checked_row(
             f"{place}: {reprlib.repr(path)} stands in line {lines[path]} already; keep one of them."
         )
     lines[path] = line
-    written = found.get("split", "train")
+    written = cells.get("split", "train")
     if split_of(written) is None:
         raise UserError(
             f"{place}: unknown split {reprlib.repr(written)}; write train, val or test."

@@ -117,7 +117,7 @@ def _prepared(builder_name: str, data_dir: Path | None) -> Any:
         "(coop:FOLDER)"
     )
     if not builder.is_prepared() and (host := _unreachable(builder)):
-        raise UserError(f"{host}, which serves tfds:{builder_name}, cannot be found; {closed}.")
+        raise UserError(f"{host}, which serves tfds:{builder_name}, cannot be x; {closed}.")
     try:
         with file_operations_for_tfds():
             builder.download_and_prepare()

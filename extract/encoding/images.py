@@ -59,16 +59,8 @@ TURNED = {
 }
 # Errors of the machine rather than of the image: another image would not fare better.
 MACHINE_ERRORS = frozenset(
-    {
-        errno.EACCES,
-        errno.EIO,
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.ENOENT,
-        errno.ENOMEM,
-        errno.EPERM,
-        errno.ESTALE,
-    }
+    {errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOENT, errno.ENOMEM}
+    | {errno.EPERM, errno.ESTALE}
 )
 
 
@@ -228,10 +220,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image.filename = ""  # mapped into memory, a file turned by a quarter comes out scrambled
     image.load()
     if image.mode in WIDE_GREY:
-        found = _from_wide_grey(image, 2**depth - 1 if depth < 16 else SIXTEEN_BITS, white_is_zero)
+        rgb = _from_wide_grey(image, 2**depth - 1 if depth < 16 else SIXTEEN_BITS, white_is_zero)
     else:
-        found = _colours(image)
-    return found.transpose(TURNED[orientation]) if orientation in TURNED else found
+        rgb = _colours(image)
+    return rgb.transpose(TURNED[orientation]) if orientation in TURNED else rgb
 
 
 def _scale_transparency(image: PngImageFile) -> None:

@@ -17,8 +17,8 @@ from clip_adapter.errors import UserError
 
 
 @dataclass(frozen=True)
-class Projection:
-    """image features = pooled(pixels) @ weights + bias.
+class SplitEncoder:
+    """An image encoder in two: image features = pooled(pixels) @ weights + bias.
 
     pooled: normalised pixels (B, 3, height, width) → (B, F). weights: (F, D). bias: (D,) or None.
     """
@@ -37,7 +37,7 @@ class Projection:
         return weights, None if self.bias is None else self.bias.detach().float().cpu().numpy()
 
 
-def take_projection(visual: Any, name: str) -> Projection:
+def take_projection(visual: Any, name: str) -> SplitEncoder:
     """Take the last linear map out of an image encoder, which then ends before it.
 
     name: of the backbone, for the sentence.
@@ -47,15 +47,15 @@ def take_projection(visual: Any, name: str) -> Projection:
         if not visual.output_tokens:
             weights = visual.proj
             visual.proj = None
-            return Projection(visual, weights, None)
+            return SplitEncoder(visual, weights, None)
     elif isinstance(visual, ModifiedResNet):
         last = visual.attnpool.c_proj
         visual.attnpool = _Pool(visual.attnpool)
-        return Projection(visual, last.weight.T, last.bias)
+        return SplitEncoder(visual, last.weight.T, last.bias)
     elif isinstance(visual, TimmModel) and set(visual.head._modules) == {"drop", "proj"}:
         last = visual.head.proj
         visual.head = nn.Sequential()
-        return Projection(visual, last.weight.T, last.bias)
+        return SplitEncoder(visual, last.weight.T, last.bias)
     raise UserError(
         f"The image encoder of {name} does not end in a linear projection that could be taken out "
         "of it; leave out --with-projection."

@@ -40,14 +40,14 @@ def name_all(first: Skipped, rest: Sequence[tuple[Split, range]], workers: int) 
 
     They are decoded but not encoded, in threads, for at most half a minute.
     """
-    found = [first.reason]
+    reasons = [first.reason]
     looked_at, total = 0, sum(len(rows) for _, rows in rest)
     deadline = time.monotonic() + LOOKING_SECONDS
     with ThreadPoolExecutor(workers, thread_name_prefix="check") as pool:
         for chunk in _chunks(rest, 8 * workers):
             if time.monotonic() > deadline:
                 break
-            found += filter(None, pool.map(_reason, *zip(*chunk, strict=True)))
+            reasons += filter(None, pool.map(_reason, *zip(*chunk, strict=True)))
             looked_at += len(chunk)
     limit = ""
     if looked_at < total:
@@ -55,14 +55,14 @@ def name_all(first: Skipped, rest: Sequence[tuple[Split, range]], workers: int) 
             f" (others were looked for in {looked_at:,} of {total:,} further images, for "
             f"{LOOKING_SECONDS:.0f} s)"
         )
-    if len(found) == 1:
+    if len(reasons) == 1:
         return UserError(f"{first.reason}; repair or remove it, or use --on-error skip{limit}.")
-    named = f", of which {NAMED_MAX} are named" if len(found) > NAMED_MAX else ""
+    named = f", of which {NAMED_MAX} are named" if len(reasons) > NAMED_MAX else ""
     error = UserError(
-        f"{len(found):,} images cannot be used{named}; repair or remove them, or use --on-error "
+        f"{len(reasons):,} images cannot be used{named}; repair or remove them, or use --on-error "
         f"skip{limit}."
     )
-    for reason in found[:NAMED_MAX]:
+    for reason in reasons[:NAMED_MAX]:
         error.add_note(reason)
     return error
 

@@ -81,13 +81,13 @@ def encode_classes(
     step = max(1, batch_size // rows)
     while start < len(plan.class_names):
         stop = min(len(plan.class_names), (start // step + 1) * step)
-        asked = [plan.prompts(label) for label in range(start, stop)]
-        flat = [prompt for own in asked for prompt in own]
+        prompts_of = [plan.prompts(label) for label in range(start, stop)]
+        flat = [prompt for own in prompts_of for prompt in own]
         encoded = encoder.text(flat)
-        ends = np.cumsum([len(own) for own in asked])[:-1]
+        ends = np.cumsum([len(own) for own in prompts_of])[:-1]
         features = [_filled_up(own, rows) for own in np.split(encoded, ends)]
         tokens = np.split(encoder.tokens(flat), ends)
-        filled = [[*own, *[""] * (rows - len(own))] for own in asked]
+        filled = [[*own, *[""] * (rows - len(own))] for own in prompts_of]
         yield EncodedClasses(
             plan.class_names[start:stop],
             np.stack(features),

@@ -87,16 +87,16 @@ def _is_there(value: str) -> bool:
 
 def _lines(path: Path) -> list[str]:
     lines = [line.strip() for line in read_users_text(path).splitlines()]
-    found = [line for line in lines if line]
-    if not found:
+    kept = [line for line in lines if line]
+    if not kept:
         raise UserError(f"{path} has no templates; write one per line.")
-    for line in found:
+    for line in kept:
         if CODE.fullmatch(line):
             raise UserError(
                 f"{path} holds code or JSON ({reprlib.repr(line)}), not templates; write one per "
                 "line, without quotes, commas and brackets."
             )
-    return found
+    return kept
 
 
 def read_descriptions(path: Path) -> dict[str, list[str]]:

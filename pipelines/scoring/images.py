@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.errors import Contradiction, UserError
-from clip_adapter.files import is_there, read_text
+from clip_adapter.errors import UserError
+from clip_adapter.files import is_there
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.saved.adapter_check import (
     check_same_backbone,
@@ -19,7 +19,7 @@ from clip_adapter.pipelines.saved.adapter_check import (
     feature_width,
 )
 from clip_adapter.pipelines.saved.adapter_file import AdapterInfo, SavedAdapter
-from clip_adapter.records import from_json
+from clip_adapter.records import from_file
 from clip_adapter.words import counted, some
 
 if TYPE_CHECKING:
@@ -227,7 +227,8 @@ def match_classes(images: Labelled, info: AdapterInfo, mapping: Path | None) -> 
     classes that are not there.
     """
     index = {name: number for number, name in enumerate(info.class_names)}
-    renamed = {} if mapping is None else _read_mapping(mapping)
+    wanted = "a JSON file {class of the images: class of the adapter}"
+    renamed = {} if mapping is None else from_file(dict[str, str | None], mapping, wanted)
     if strange := [name for name in renamed if name not in set(images.class_names)]:
         raise UserError(f"{mapping} names {some(strange)}, which {images.name} does not have.")
     values = [name for name in renamed.values() if name is not None and name not in index]
@@ -248,15 +249,3 @@ def match_classes(images: Labelled, info: AdapterInfo, mapping: Path | None) -> 
     if (classes[images.labels] == LEFT_OUT).all():
         raise UserError(f"No image of {images.name} is left to score.")
     return classes
-
-
-def _read_mapping(path: Path) -> Mapping[str, str | None]:
-    if not is_there(path):
-        raise UserError(f"{path} does not exist; --classes names a JSON file.")
-    try:
-        return from_json(dict[str, str | None], read_text(path).removeprefix("\ufeff"))
-    except Contradiction as error:
-        wanted = "{class of the images: class of the adapter, or null}"
-        raise UserError(f"{path}: {error}; it has to be a JSON object {wanted}.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON.") from error

@@ -103,15 +103,15 @@ def dtd_archive(folder: Path, classes: list[str]) -> dict[str, Path]:
     return {DTD: tar(folder / "dtd.tar.gz", members)}
 
 
-def eurosat_archive(folder: Path, classes: list[str], per_class: int) -> dict[str, Path]:
-    """EuroSAT.zip; the grey value of an image is the number in its name."""
+def eurosat_archive(
+    folder: Path, classes: list[str], per_class: int, others: Mapping[str, bytes] | None = None
+) -> dict[str, Path]:
+    """EuroSAT.zip; the grey value of an image is the number in its name. others: name → content."""
     path = folder / "EuroSAT.zip"
+    images = {f"{name}_{n}": image_bytes(n) for name in classes for n in range(1, per_class + 1)}
     with zipfile.ZipFile(path, "w") as archive:
-        for name in classes:
-            for number in range(1, per_class + 1):
-                image = io.BytesIO()
-                Image.new("RGB", (64, 64), (number,) * 3).save(image, "JPEG")
-                archive.writestr(f"2750/{name}/{name}_{number}.jpg", image.getvalue())
+        for name, content in (images | dict(others or {})).items():
+            archive.writestr(f"2750/{name.partition('_')[0]}/{name}.jpg", content)
     return {EUROSAT: path}
 
 

@@ -41,17 +41,13 @@ def test_one_folder_per_class_is_divided_class_by_class(tmp_path: Path) -> None:
     data = open_folder(flat(tmp_path / "mine", class_10=20, class_2=10))
     assert data.name == "mine"
     assert data.class_names == ["class_2", "class_10"], "natural order, underscores kept"
-    assert {name: Counter(s.labels.tolist()) for name, s in data.splits.items()} == {
-        "train": {0: 5, 1: 10},
-        "val": {0: 2, 1: 4},
-        "test": {0: 3, 1: 6},
-    }
+    for name, counts in (("train", [5, 10]), ("val", [2, 4]), ("test", [3, 6])):
+        assert np.bincount(data.splits[name].labels).tolist() == counts
     ids = [identity for split in data.splits.values() for identity in split.ids]
     assert len(set(ids)) == 30
     test = data.splits["test"]
-    assert [f"{grey(test.read(row))}.jpg" for row in range(9)] == [
-        i.split("/")[1] for i in test.ids
-    ]
+    for row, name in enumerate(test.ids):
+        assert name.endswith(f"/{grey(test.read(row))}.jpg")
     assert test.ids[0].startswith("class_2/")
     assert test.origin == "30% of one folder per class, stratified by class, seed 0"
 
@@ -117,10 +113,7 @@ def test_split_folders_are_taken_as_they_are_under_any_usual_name(tmp_path: Path
         (("train", "eval", "test"), ("train", "val", "test")),
         (("training_set", "test_set", "validation-images"), ("train", "test", "val")),
         (("trainset", "Development", "evaluation"), ("train", "val", "test")),
-        (
-            ("seg_train", "train2017", "steam train", "seg", "steam"),
-            (None, "train", None, None, None),
-        ),
+        (("seg_train", "train2017", "steam train", "seg"), (None, "train", None, None)),
     ],
 )
 def test_what_splits_are_called(names: tuple[str, ...], splits: tuple[str | None, ...]) -> None:
@@ -153,25 +146,27 @@ def test_images_outside_the_class_folders_are_counted(tmp_path: Path) -> None:
     assert remark.startswith("left out 183 images beside the class folders, the first of them ")
 
 
-def test_a_level_too_high_or_too_low_is_said(tmp_path: Path) -> None:
-    flat(tmp_path / "high" / "photos" / "photos", cat=6, dog=6)
-    flat(tmp_path / "splits" / "photos" / "train", cat=6, dog=6)
-    flat(tmp_path / "only" / "train", **{"": 2})
-    flat(tmp_path / "only" / "test", **{"": 2})
-    for place, words in (
-        (
-            "high",
-            r"class folder with images, photos/photos, .* 'cat', 'dog'; .* give .*h/photos/pho",
-        ),
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("high", r"folder with images, photos/photos, .* 'cat', 'dog'; .* give .*h/photos/pho"),
         ("splits", r"one class folder with images, photos/train, .* 'cat', 'dog'; if these are"),
         ("high/photos/photos/cat", r"holds 6 images and no folders; give the folder above it, or"),
         ("only", r"holds 'test', 'train' with images but without a folder for each class; put"),
-    ):
-        refused(words, f"folder:{tmp_path / place}")
+    ],
+)
+def test_a_level_too_high_or_too_low_is_said(place: str, words: str, tmp_path: Path) -> None:
+    flat(tmp_path / "high" / "photos" / "photos", cat=6, dog=6)
+    flat(tmp_path / "splits" / "photos" / "train", cat=6, dog=6)
+    for split in ("train", "test"):
+        flat(tmp_path / "only" / split, **{"": 2})
+    refused(words, f"folder:{tmp_path}/{place}")
+
+
+def test_classes_that_may_be_groups_of_classes_are_doubted(tmp_path: Path) -> None:
     for name in ("autumn", "spring"):
-        flat(tmp_path / "seasons" / name, cat=6, dog=6)
-    flat(tmp_path / "seasons", to_sort=6)
-    (remark,) = open_folder(tmp_path / "seasons").remarks
+        flat(tmp_path / name, cat=6, dog=6)
+    (remark,) = open_folder(flat(tmp_path, to_sort=6)).remarks
     assert remark.startswith("took 'autumn', 'spring' for classes, though all of their images lie")
 
 
@@ -182,7 +177,7 @@ def test_what_systems_keep_among_images_is_left_out_and_counted(tmp_path: Path) 
     (root / "cat" / "._0.jpg").touch()
     data = open_folder(root)
     assert list(data.class_names) == ["cat", "dog"]
-    assert sum(len(split.ids) for split in data.splits.values()) == 12
+    assert sum(sizes(data).values()) == 12
     (remark,) = data.remarks
     assert remark.startswith("left out 13 images that are hidden or that a system keeps for itself")
     assert "2 in @eaDir" in remark
@@ -202,7 +197,7 @@ def test_links_out_of_the_folder_are_followed_and_counted_and_the_search_is_hear
     data = opened(f"folder:{root}", listener=heard)
     (remark,) = data.remarks
     assert remark.startswith(f"followed 3 links out of {root}, the first of them {root}/")
-    assert sum(len(split.ids) for split in data.splits.values()) == 6 + 5 + 6 + 3
+    assert sum(sizes(data).values()) == 6 + 5 + 6 + 3
     assert heard.notes[-1].startswith("20 images found so far, in ")
 
 
@@ -220,7 +215,7 @@ def test_a_class_in_two_spellings_of_its_accents_is_one(tmp_path: Path) -> None:
         flat(tmp_path / split, **{name: 3, "tea": 3})
     data = open_folder(tmp_path, val=0.0)
     assert list(data.class_names) == ["caf\u00e9", "tea"]
-    assert [len(split.ids) for split in data.splits.values()] == [6, 6]
+    assert list(sizes(data).values()) == [6, 6]
     assert all(split.file is not None and split.file(0).exists() for split in data.splits.values())
 
 
@@ -236,7 +231,7 @@ def test_without_test_folder_the_val_folder_stays_val(tmp_path: Path) -> None:
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     data = open_folder(flat(tmp_path, bus=6, train=6, test=6))
     assert data.class_names == ["bus", "test", "train"]
-    assert sum(len(split.ids) for split in data.splits.values()) == 18
+    assert sum(sizes(data).values()) == 18
 
 
 def test_images_are_found_at_any_depth_by_extension_and_hidden_ones_are_not(tmp_path: Path) -> None:
@@ -247,9 +242,8 @@ def test_images_are_found_at_any_depth_by_extension_and_hidden_ones_are_not(tmp_
         write_image(tmp_path / "b" / name)
     (tmp_path / "b" / "loop").symlink_to(tmp_path / "b")
     data = open_folder(tmp_path)
-    ids = [identity for split in data.splits.values() for identity in split.ids]
-    assert len(ids) == 6 + 7 + 6
-    assert "a/deep/er/x.JPEG" in ids
+    assert sum(sizes(data).values()) == 6 + 7 + 6
+    assert any("a/deep/er/x.JPEG" in split.ids for split in data.splits.values())
 
 
 @pytest.mark.parametrize(

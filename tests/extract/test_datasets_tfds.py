@@ -24,6 +24,7 @@ from tests.extract.data_set_archives import (
     sizes,
 )
 
+Patch = pytest.MonkeyPatch
 CATALOGUE = load_catalogue()
 
 
@@ -40,15 +41,13 @@ def pets_rows(first: int, per_class: int) -> list[tuple[str, int]]:
     ]
 
 
-@pytest.fixture
-def without_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def without_tensorflow(monkeypatch: Patch) -> None:
     """As on a machine where TensorFlow is not installed."""
     monkeypatch.setattr(tfds_builders, "find_spec", lambda name: None)
 
 
-def test_pets_are_prepared_and_read_without_tensorflow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_tensorflow: None
-) -> None:
+def test_pets_are_prepared_and_read_without_tensorflow(tmp_path: Path, monkeypatch: Patch) -> None:
     lists = {"trainval": pets_rows(200, 5), "test": pets_rows(300, 2)}
     serve(monkeypatch, "oxford_iiit_pet", pets_archives(tmp_path, lists))
     data = opened("oxford_pets", data_dir=tmp_path / "tfds")
@@ -67,7 +66,7 @@ def test_pets_are_prepared_and_read_without_tensorflow(
 
 
 def test_a_prepared_copy_is_read_again_without_network_in_the_same_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_tensorflow: None
+    tmp_path: Path, monkeypatch: Patch
 ) -> None:
     place, names = tmp_path / "tfds", builders_names("dtd")
     with monkeypatch.context() as patch:
@@ -84,7 +83,7 @@ def test_a_prepared_copy_is_read_again_without_network_in_the_same_order(
 
 
 def test_a_copy_prepared_as_tfrecord_is_not_taken_for_ours(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_tensorflow: None
+    tmp_path: Path, monkeypatch: Patch
 ) -> None:
     serve(monkeypatch, "dtd", dtd_archive(tmp_path, builders_names("dtd")))
     opened("dtd", data_dir=tmp_path / "tfds")
@@ -94,9 +93,7 @@ def test_a_copy_prepared_as_tfrecord_is_not_taken_for_ours(
 
 
 @pytest.fixture
-def eurosat(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_tensorflow: None
-) -> ImageDataset:
+def eurosat(tmp_path: Path, monkeypatch: Patch) -> ImageDataset:
     archive = eurosat_archive(tmp_path, builders_names("eurosat/rgb"), 10)
     serve(monkeypatch, "eurosat/rgb", archive)
     return opened("eurosat", data_dir=tmp_path / "tfds", seed=7)
@@ -117,7 +114,7 @@ def test_a_builder_with_one_split_is_divided_and_says_so(eurosat: ImageDataset) 
 
 
 def test_caltech101_leaves_out_background_and_easy_faces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_tensorflow: None
+    tmp_path: Path, monkeypatch: Patch
 ) -> None:
     folders = [name.capitalize() for name in builders_names("caltech101")]
     serve(monkeypatch, "caltech101", caltech_archive(tmp_path, folders))
@@ -133,7 +130,7 @@ def test_caltech101_leaves_out_background_and_easy_faces(
 
 
 def test_a_broken_pet_needs_tensorflow_and_the_message_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_tensorflow: None
+    tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """The builder re-encodes twelve images, by name, with tf.image; beagle_116 is one of them."""
     lists = {"trainval": [*pets_rows(200, 1), ("beagle_116", 5)], "test": pets_rows(300, 1)}
@@ -142,7 +139,7 @@ def test_a_broken_pet_needs_tensorflow_and_the_message_says_so(
     refused(words, "oxford_pets", data_dir=tmp_path / "tfds")
 
 
-def test_file_operations_are_taken_away_again(without_tensorflow: None) -> None:
+def test_file_operations_are_taken_away_again() -> None:
     from tensorflow_datasets.core.utils import lazy_imports_utils
 
     with tfds_builders.file_operations_for_tfds():
@@ -151,7 +148,7 @@ def test_file_operations_are_taken_away_again(without_tensorflow: None) -> None:
 
 
 def test_splits_of_other_names_are_used_and_others_counted(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tmp_path: Path, monkeypatch: Patch
 ) -> None:
     labels = {"training": [0, 1] * 5, "dev": [0, 1, -1], "testing": [1, 0], "extra": [0, 0, 1, 1]}
     info = SimpleNamespace(
@@ -174,7 +171,7 @@ def test_splits_of_other_names_are_used_and_others_counted(
 
 
 def test_without_network_it_fails_at_once_and_says_what_else_there_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: Patch
 ) -> None:
     def unknown(*arguments: object) -> None:
         raise socket.gaierror("Name or service not known")
@@ -184,9 +181,7 @@ def test_without_network_it_fails_at_once_and_says_what_else_there_is(
     refused(r"thor.robots.ox.ac.uk, .* --data-dir .*coop:FOLDER", "oxford_pets", data_dir=tmp_path)
 
 
-def test_a_download_that_breaks_off_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_that_breaks_off_is_one_sentence(tmp_path: Path, monkeypatch: Patch) -> None:
     def broken(*arguments: object, **options: object) -> None:
         raise ConnectionError("connection reset\nby peer")
 

@@ -1,17 +1,26 @@
-"""Devices and launches that cannot work are found out at once."""
+"""Devices and launches that cannot work are found out; passes side by side come in order."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
 
 import pytest
+import torch
 
 from clip_adapter.errors import UserError
-from clip_adapter.extract.encoding.device import find_device
+from clip_adapter.extract.encoding.device import (
+    find_device,
+    forward_passes,
+    passes_at_once,
+    shared_cores,
+)
 from clip_adapter.extract.shards import Launch, find_launch
 
+CPU = torch.device("cpu")
 TORCHRUN = {
-    "RANK": "1",
-    "LOCAL_RANK": "1",
-    "WORLD_SIZE": "2",
-    "MASTER_ADDR": "localhost",
-    "MASTER_PORT": "29500",
+    **{"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"},
+    **{"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
 }
 
 
@@ -51,3 +60,75 @@ def test_a_launch_that_says_too_little(
 ) -> None:
     with pytest.raises(UserError, match=words):
         launched(monkeypatch, **changes)
+
+
+@pytest.fixture(autouse=True)
+def threads_are_restored() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("cores", "passes", "threads"),
+    [
+        (1, 1, 1), (2, 2, 1), (3, 3, 1), (4, 4, 1), (5, 4, 1), (6, 3, 2), (7, 3, 2), (8, 4, 2),
+        (9, 3, 3), (10, 2, 5), (11, 2, 5), (12, 4, 3), (13, 4, 3), (16, 4, 4), (25, 4, 6),
+    ],
+)  # fmt: skip
+def test_passes_share_the_cores(cores: int, passes: int, threads: int) -> None:
+    assert passes_at_once(cores) == passes
+    torch.set_num_threads(cores)
+    with pytest.raises(KeyError), shared_cores(CPU) as at_once:
+        assert (at_once, torch.get_num_threads()) == (passes, threads)
+        raise KeyError
+    assert torch.get_num_threads() == cores
+
+
+def test_at_most_one_core_idles() -> None:
+    assert all(cores % passes_at_once(cores) <= 1 for cores in range(1, 257))
+
+
+def test_a_gpu_leaves_the_threads_alone() -> None:
+    torch.set_num_threads(3)
+    with shared_cores(torch.device("cuda")) as at_once:
+        assert (at_once, torch.get_num_threads()) == (1, 3)
+
+
+class Slow:
+    """Doubles pixels; early batches take longest."""
+
+    device = CPU
+
+    def __init__(self) -> None:
+        self.threads: set[int] = set()
+        self.at_once = self.most_at_once = 0
+        self._lock = threading.Lock()
+
+    def images(self, pixels: torch.Tensor) -> torch.Tensor:
+        with self._lock:
+            self.threads.add(torch.get_num_threads())
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        time.sleep(0.04 / (1 + float(pixels[0]) % 4))
+        with self._lock:
+            self.at_once -= 1
+        return pixels * 2
+
+
+@pytest.mark.parametrize(("cores", "passes", "threads"), [(1, 1, 1), (4, 4, 1), (6, 3, 2)])
+def test_features_come_in_order(cores: int, passes: int, threads: int) -> None:
+    torch.set_num_threads(cores)
+    encoder = Slow()
+    batches = [torch.full((2,), float(index)) for index in range(12)]
+    waiting: deque = deque()
+    found = []
+    with forward_passes(encoder) as (start, ahead):
+        for batch in batches:
+            waiting.append(start(batch))
+            if len(waiting) > ahead:
+                found.append(waiting.popleft()())
+        found += [result() for result in waiting]
+    assert torch.equal(torch.stack(found), torch.stack(batches) * 2)
+    assert (encoder.most_at_once, encoder.threads) == (passes, {threads})
+    assert torch.get_num_threads() == cores

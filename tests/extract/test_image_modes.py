@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from clip_adapter.extract.encoding.images import open_image, read_rgb, readable_suffixes
+from tests.fuzz import image_mutations
+from tests.fuzz.image_mutations import Chunks
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (6, 5, 4))
@@ -47,17 +49,11 @@ def packed(values: np.ndarray, depth: int, order: str) -> list[bytes]:
     return [np.packbits(row.astype(np.uint8)).tobytes() for row in bits.reshape(len(rows), -1)]
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
 def png(
-    values: np.ndarray, depth: int, colour: int, *before: tuple[bytes, bytes], behind: bytes = b""
+    values: np.ndarray, depth: int, colour: int, *before: tuple[bytes, bytes], behind: Chunks = ()
 ) -> bytes:
-    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, depth, colour, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row for row in packed(values, depth, ">")))
-    chunks = [(b"IHDR", header), *before, (b"IDAT", data)]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks) + behind + chunk(b"IEND", b"")
+    return image_mutations.png(WIDTH, HEIGHT, depth, colour, data, before, behind)
 
 
 def tiff(
@@ -123,7 +119,7 @@ def of_png() -> Iterator[tuple[str, bytes, np.ndarray]]:
     ):
         yield f"{kind.decode()} before", png(rgb, 8, 2, (kind, data)), rgb
         if len(data) < 1 << 20:
-            yield f"{kind.decode()} behind", png(rgb, 8, 2, behind=chunk(kind, data)), rgb
+            yield f"{kind.decode()} behind", png(rgb, 8, 2, behind=[(kind, data)]), rgb
 
 
 def of_tiff() -> Iterator[tuple[str, bytes, np.ndarray]]:

@@ -1,6 +1,7 @@
 """Models small enough for tests, under the names and tags of real ones."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +10,19 @@ import pytest
 import torch
 from open_clip import factory
 
+from clip_adapter.errors import UserError
+from clip_adapter.extract.backbones.loading import load_backbone
+
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 VIT = {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8}
-RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64}
+RESNET: dict[str, Any] = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64}
 VIT_CONFIG: dict[str, Any] = {"embed_dim": 8, "vision_cfg": VIT, "text_cfg": TEXT}
 CONFIGS: dict[str, dict[str, Any]] = {
     "RN50": {"embed_dim": 8, "vision_cfg": RESNET, "text_cfg": TEXT},
     "ViT-B-32": VIT_CONFIG,
     "ViT-L-14": VIT_CONFIG,
-    **{
-        f"{name}-quickgelu": {**VIT_CONFIG, "quick_gelu": True} for name in ("ViT-B-32", "ViT-L-14")
-    },
-    "RN50-quickgelu": {
-        "embed_dim": 8,
-        "quick_gelu": True,
-        "vision_cfg": RESNET,
-        "text_cfg": TEXT,
-    },
 }
+CONFIGS |= {f"{name}-quickgelu": config | {"quick_gelu": True} for name, config in CONFIGS.items()}
 
 
 def register(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,3 +44,21 @@ def with_weights_of(model: torch.nn.Module, name: str, *, quick_gelu: bool) -> t
     other = random_model(name, quick_gelu=quick_gelu, seed=1)
     other.load_state_dict(model.state_dict())
     return other
+
+
+class Attack:
+    """What an attacker pickles: a call."""
+
+    def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
+        self._what = call, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self._what
+
+
+def refused(name: str, weights: Path | str | None, words: str) -> None:
+    """The backbone is, in one sentence with these words."""
+    with pytest.raises(UserError, match=words) as caught:
+        load_backbone(name, None if weights is None else str(weights))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from tests.fuzz import image_mutations
+from tests.fuzz.damage import damage
 
 ODD_TEXTS = (
     "", " ", "a", "ä", "\0", "a\0b", "x" * 300, "x" * 140_000, "\ud800", "\u202e", "\x1b[31m",
@@ -49,32 +50,10 @@ def _text(rng: random.Random) -> str:
     return rng.choice(ODD_TEXTS) if rng.random() < 0.5 else f"c{rng.randrange(3)}"
 
 
-def _spoilt(rng: random.Random, content: bytes) -> bytes:
-    """Mostly as it is; else bytes changed or cut off."""
-    choice = rng.random()
-    if choice < 0.6 or not content:
-        return content
-    if choice < 0.75:
-        return content[: rng.randrange(len(content))]
-    changed = bytearray(content)
-    for _ in range(rng.choice((1, 3, 20))):
-        changed[rng.randrange(len(changed))] = rng.randrange(256)
-    return bytes(changed)
-
-
 def _place(rng: random.Random, path: Path, content: bytes) -> None:
-    """The file, or rarely something that is none."""
-    choice = rng.random()
-    if choice < 0.04:
-        os.mkfifo(path)
-    elif choice < 0.06:
-        path.mkdir()
-    elif choice < 0.08:
-        path.symlink_to(path.name)
-    elif choice < 0.1:
-        path.symlink_to("/dev/zero")
-    else:
-        path.write_bytes(_spoilt(rng, content))
+    path.write_bytes(content)
+    if rng.random() < 0.45:
+        damage(rng, path)
 
 
 def _images(rng: random.Random, folder: Path, names: list[str]) -> None:

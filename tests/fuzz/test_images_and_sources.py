@@ -1,11 +1,11 @@
 """A short run of what the mutations make: every image and every source is read or refused."""
 
 import random
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from clip_adapter.errors import UserError
@@ -18,41 +18,22 @@ from tests import processes
 from tests.fuzz import image_mutations, source_mutations
 
 ROOT = Path(__file__).parents[2]
-IMAGES, SOURCES = 250, 60
 CONFIG: dict[str, Any] = {
-    "size": 32,
-    "mode": "RGB",
-    "mean": (0.5,) * 3,
-    "std": (0.5,) * 3,
-    "interpolation": "bicubic",
-    "resize_mode": "shortest",
-    "fill_color": 0,
+    **{"size": 32, "mode": "RGB", "mean": (0.5,) * 3, "std": (0.5,) * 3, "fill_color": 0},
+    **{"interpolation": "bicubic", "resize_mode": "shortest"},
 }
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_every_image_becomes_pixels_or_one_sentence(tmp_path: Path) -> None:
-    preprocess = Preprocess(CONFIG)
-    outcomes = []
-    for seed in range(IMAGES):
-        place = tmp_path / str(seed)
-        place.mkdir()
-        what = image_mutations.make(random.Random(seed), place)
-        (path,) = place.iterdir()
-        try:
-            pixels = preprocess.view(read_rgb(partial(open_image, path)), what, 0, 0)
-        except BadImage as error:
-            assert "\n" not in str(error), what
-            assert len(str(error)) < 500, what
-            outcomes.append(False)
-        else:
-            assert pixels.shape == (32, 32, 3), what
-            outcomes.append(True)
-    assert 0.1 < np.mean(outcomes) < 0.6
+def pixels(rng: random.Random, place: Path) -> None:
+    what = image_mutations.make(rng, place)
+    (path,) = place.iterdir()
+    found = Preprocess(CONFIG).view(read_rgb(partial(open_image, path)), what, 0, 0)
+    assert found.shape == (32, 32, 3), what
 
 
-def opened(arguments: list[str]) -> None:
+def opened(rng: random.Random, place: Path) -> None:
     """What `extract` does with the arguments that name files, up to the images."""
+    arguments = source_mutations.make(rng, place)
     named: dict[str, list[str]] = {}
     for name, value in zip(arguments[::2], arguments[1::2], strict=True):
         named.setdefault(name, []).append(value)
@@ -68,21 +49,26 @@ def opened(arguments: list[str]) -> None:
     open_dataset(named["--dataset"][0], SourceOptions(seed=seed, **roots))
 
 
-def test_every_source_is_opened_or_refused_in_one_sentence(tmp_path: Path) -> None:
-    outcomes = []
-    for seed in range(SOURCES):
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("use", "inputs", "longest"),
+    [(pixels, 250, 500), (opened, 60, 3000)],
+    ids=["images", "sources"],
+)
+def test_every_input_is_used_or_refused_in_one_sentence(
+    use: Callable[[random.Random, Path], None], inputs: int, longest: int, tmp_path: Path
+) -> None:
+    refused = 0
+    for seed in range(inputs):
         place = tmp_path / str(seed)
         place.mkdir()
-        arguments = source_mutations.make(random.Random(seed), place)
         try:
-            opened(arguments)
-        except UserError as error:
-            assert "\n" not in str(error), arguments
-            assert len(str(error)) < 3000, arguments
-            outcomes.append(False)
-        else:
-            outcomes.append(True)
-    assert 0.1 < np.mean(outcomes) < 0.9
+            use(random.Random(seed), place)
+        except (BadImage, UserError) as error:
+            assert "\n" not in str(error), seed
+            assert len(str(error)) < longest, seed
+            refused += 1
+    assert 0.1 < refused / inputs < 0.9
 
 
 def test_killed_runs_end_as_undisturbed_ones_do() -> None:

@@ -119,7 +119,7 @@ def test_a_mapping_and_the_classes_that_occur(place: Path, tmp_path: Path) -> No
     mapping.write_text(json.dumps({"drei": "class 3", "eins": "class 3"}))
     assert set(evaluate(EvaluateConfig(cache, adapter, classes=mapping)).labels.tolist()) == {3}
     mapping.write_text('\ufeff{"drei": "class 3", "drei": "class 1"}', encoding="utf-8")
-    with pytest.raises(UserError, match=r"classes.json: names 'drei' twice in one object; join"):
+    with pytest.raises(UserError, match=r"classes.json is not .* it names 'drei' twice"):
         evaluate(EvaluateConfig(cache, adapter, classes=mapping))
 
 
@@ -262,9 +262,9 @@ def test_features_of_another_width_are_refused(place: Path, tmp_path: Path) -> N
         (["nowhere.h5"], "nowhere.h5 does not exist"),
         (["features.h5", "--confusion", "features.h5"], "name that ends in .csv"),
         (["features.h5", "--predictions", "nowhere/p.csv"], "cannot be written"),
-        (["features.h5", "--classes", "nowhere.json"], "does not exist"),
-        (["features.h5", "--classes", "list.json"], "has to be a JSON object"),
-        (["features.h5", "--classes", "deep.json"], "cannot be read as JSON"),
+        (["features.h5", "--classes", "nowhere.json"], "Cannot read nowhere.json: No such file"),
+        (["features.h5", "--classes", "list.json"], "is not a JSON file {class of"),
+        (["features.h5", "--classes", "deep.json"], "is not JSON: it is nested too deep"),
         (["features.h5", "--classes", "strange.json"], "names 'x', which tiny test does not have"),
         (["features.h5", "--classes", "wrong.json"], "names 'x', which the adapter does not"),
         (["features.h5", "--classes", "none.json"], "No image of tiny test is left to score"),
