@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from clip_adapter import files
-from clip_adapter.cache import schema
+from clip_adapter.cache import elements
 from clip_adapter.errors import Contradiction
 from clip_adapter.words import quoted
 
 MOST_PARTS = 999_999
-SCALE_WORDS = f"a positive number from {schema.SMALLEST_SCALE:g} to {schema.LARGEST_SCALE:g}"
-BIAS_WORDS = f"a finite number from −{schema.LARGEST_BIAS:g} to {schema.LARGEST_BIAS:g}"
+SCALE_WORDS = f"a positive number from {elements.SMALLEST_SCALE:g} to {elements.LARGEST_SCALE:g}"
+BIAS_WORDS = f"a finite number from −{elements.LARGEST_BIAS:g} to {elements.LARGEST_BIAS:g}"
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Metadata:
-    """The names and meanings are those of FORMAT.md.
-
-    datasets_sha256: {} in a cache of version 1. part, templates: of a part of a cache only.
-    """
+    """The names and meanings are those of FORMAT.md. part, templates: of a part of a cache only."""
 
     created_at: str
     writer: str
@@ -49,12 +46,12 @@ class Metadata:
     datasets_sha256: dict[str, str] = field(default_factory=dict)
     part: Part | None = None
     templates: list[str] | None = None
-    format_version: int = schema.FORMAT_VERSION
+    format_version: int = elements.FORMAT_VERSION
 
     def document(self) -> dict[str, Any]:
         """The JSON object that the file holds."""
         own = {name: value for name, value in asdict(self).items() if value is not None}
-        name = schema.FORMAT if self.part is None else schema.PART_FORMAT
+        name = elements.FORMAT if self.part is None else elements.PART_FORMAT
         return {"format": name, "complete": True, **own}
 
 
@@ -86,10 +83,9 @@ def _no_number(name: str) -> None:
 def parse(document: Mapping[str, Any]) -> Metadata:
     """The metadata that a JSON object holds. Raises Contradiction where something is missing or of
     another type; names that the format does not know are left out."""
-    version = document["format_version"]
     if document.get("complete") is not True:
         raise Contradiction("it is incomplete (not marked as complete)")
-    _check(document, "", _REQUIRED | (_OF_VERSION_2 if version > 1 else {}))
+    _check(document, "", _REQUIRED)
     _check(document, "", {name: fits for name, fits in _OPTIONAL.items() if name in document})
     _check(document["backbone"], "backbone.", _BACKBONE)
     _check(document["dataset"], "dataset.", _DATASET)
@@ -97,7 +93,7 @@ def parse(document: Mapping[str, Any]) -> Metadata:
     stated = {name: value for name, value in document.items() if name in known}
     for name in ("logit_scale", "logit_bias"):
         stated[name] = float(stated[name])
-    if document["format"] == schema.PART_FORMAT:
+    if document["format"] == elements.PART_FORMAT:
         _check(document, "", _OF_PARTS)
         part = document["part"]
         stated["part"] = Part(part["index"], part["of"], part["rows"])
@@ -133,11 +129,11 @@ def _is_integer(value: object, least: int = 1, most: int = 2**31 - 1) -> bool:
 
 
 def is_bias(value: Any) -> bool:
-    return _is_number(value) and abs(value) <= schema.LARGEST_BIAS
+    return _is_number(value) and abs(value) <= elements.LARGEST_BIAS
 
 
 def is_scale(value: Any) -> bool:
-    return _is_number(value) and schema.SMALLEST_SCALE <= value <= schema.LARGEST_SCALE
+    return _is_number(value) and elements.SMALLEST_SCALE <= value <= elements.LARGEST_SCALE
 
 
 def _is_number(value: object) -> bool:
@@ -168,7 +164,7 @@ def _is_part(value: Any) -> bool:
     index, of, rows = value.get("index"), value.get("of", 0), value["rows"]
     if not (_is_integer(of, 1, MOST_PARTS) and _is_integer(index, 1, of)):
         return False
-    return rows.keys() <= set(schema.SPLITS) and all(map(_is_range, rows.values()))
+    return rows.keys() <= set(elements.SPLITS) and all(map(_is_range, rows.values()))
 
 
 def _is_range(value: Any) -> bool:
@@ -190,8 +186,8 @@ _REQUIRED: _Checks = {
     "dataset": _OBJECT,
     "logit_scale": (SCALE_WORDS, is_scale),
     "logit_bias": (BIAS_WORDS, is_bias),
+    "datasets_sha256": ("an object of SHA-256 sums", _are_sha256),
 }
-_OF_VERSION_2: _Checks = {"datasets_sha256": ("an object of SHA-256 sums", _are_sha256)}
 _OPTIONAL: _Checks = {
     "arguments": _OBJECT,
     "content_sha256": ("a SHA-256", is_sha256),

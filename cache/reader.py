@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache import schema
-from clip_adapter.cache.checks import indistinct
+from clip_adapter.cache import elements
+from clip_adapter.cache.content import indistinct
 from clip_adapter.cache.stored_file import StoredFile
 from clip_adapter.errors import UserError
 
@@ -38,7 +38,7 @@ class Projection:
 
 
 class FeatureCache(StoredFile):
-    """A complete feature cache of format version 1 or 2, opened for reading.
+    """A complete feature cache, opened for reading.
 
     Opening checks that the file is what FORMAT.md says as far as that can be known without its
     values: identity, metadata, datasets, shapes and sizes. Values are checked when they are read.
@@ -48,7 +48,7 @@ class FeatureCache(StoredFile):
     """
 
     def __init__(self, path: str | Path) -> None:
-        super().__init__(path, schema.FORMAT)
+        super().__init__(path, elements.FORMAT)
 
     @property
     def backbone(self) -> dict[str, Any]:
@@ -80,11 +80,6 @@ class FeatureCache(StoredFile):
     @property
     def logit_bias(self) -> float:
         return self.metadata.logit_bias
-
-    @property
-    def skipped(self) -> int:
-        """Images of the data set that could not be read and are not here."""
-        return sum(self.lengths.get(f"S {split}", 0) for split in self.splits)
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -176,13 +171,6 @@ class FeatureCache(StoredFile):
         if not self.has_dataset(path):
             return []
         return self.labels_of(path, self.lengths["C"]).tolist()
-
-    def stored_rows(self, split: str, name: str, start: int, stop: int) -> np.ndarray:
-        """(V, M, D) of `features` or `pre_projection`, the rows start…stop−1, in the type in which
-        they are stored."""
-        path = f"images/{split}/{name}"
-        index = (slice(None), slice(start, stop))
-        return self.features_of(path, index).astype(self.dtype_of(path))
 
     def prompts(self) -> list[list[str]] | None:
         """(C, P) what was encoded for each class, where that is recorded."""

@@ -9,8 +9,7 @@ from clip_adapter.errors import UserError
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.datasets.registry import open_dataset, provenance_of
 from clip_adapter.extract.datasets.source import ImageDataset, Split
-from clip_adapter.extract.fingerprints import UNKNOWN, stamps
-from clip_adapter.extract.reuse import content_or_unknown, rows_sha256
+from clip_adapter.extract.known import UNKNOWN, content_or_unknown, rows_sha256, stamps
 from clip_adapter.listener import Listener
 from clip_adapter.words import counted, some
 
@@ -177,14 +176,10 @@ def refuse_other_features(
         )
 
 
-def refuse_changed(config: ExtractConfig, listener: Listener, *, updatable: bool) -> None:
-    """Raises UserError where the source of a finished cache has changed.
-
-    updatable: whether --update could keep anything of the cache.
-    """
+def refuse_changed(config: ExtractConfig, listener: Listener) -> None:
+    """Raises UserError where the source of a finished cache has changed."""
     if changes := find_changes(config, listener):
-        advice = "--update encodes what is new or changed and keeps the rest (--force starts again)"
         raise UserError(
             f"{config.out} was made of other images than {config.dataset} has now: {changes}; "
-            f"{advice if updatable else '--force makes it again'}."
+            "--update encodes what is new or changed and keeps the rest (--force starts again)."
         )

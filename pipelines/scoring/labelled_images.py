@@ -117,8 +117,7 @@ def images_of_folder(
     from clip_adapter.extract.datasets.folder import labelled_images
     from clip_adapter.extract.encoding.decode import Plan
     from clip_adapter.extract.encoding.device import find_device
-    from clip_adapter.extract.encoding.encoder import Encoder, encode_images
-    from clip_adapter.extract.encoding.stopwatch import Stopwatch
+    from clip_adapter.extract.encoding.encoder import Encoder, Stopwatch, encode_images
     from clip_adapter.pipelines.saved.pytorch import find_backbone
 
     device = find_device(how.device)
