@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache import elements
-from clip_adapter.cache.elements import of_images
+from clip_adapter.cache import schema
+from clip_adapter.cache.schema import of_images
 from clip_adapter.errors import UserError
 from clip_adapter.words import quoted
 
@@ -48,7 +48,7 @@ def check_features(features: np.ndarray, names: Sequence[str]) -> None:
     if features.dtype not in (np.float32, np.float16):
         raise ValueError(f"features are {features.dtype}, not float32 or float16")
     largest = np.abs(features).max(axis=2).astype(np.float64)  # NaN where one is NaN
-    usual = (largest >= elements.SMALLEST_FEATURE) & (largest <= elements.LARGEST_FEATURE)
+    usual = (largest >= schema.SMALLEST_FEATURE) & (largest <= schema.LARGEST_FEATURE)
     usable = usual.all(axis=1)
     if not usable.all():
         bad = int(usable.argmin())
@@ -75,13 +75,13 @@ class Tally:
 def tally(content: Content) -> dict[str, Tally]:
     """By split."""
     tallies = {}
-    for split in elements.SPLITS:
+    for split in schema.SPLITS:
         labels = content.get(of_images(split, "labels"))
         if labels is not None:
-            skipped = content.get(of_images(split, "skipped"), [])
+            skipped = content.get(of_images(split, "skipped"), np.zeros(0, object))
             missing = content.get(of_images(split, "skipped_labels"), np.zeros(0, np.int32))
             lost = np.setdiff1d(missing, labels[:]).tolist()
-            tallies[split] = Tally(len(labels[:]), list(skipped), lost)
+            tallies[split] = Tally(len(labels[:]), skipped[:].tolist(), lost)
     return tallies
 
 
@@ -92,12 +92,10 @@ def in_several_splits(content: Content) -> dict[str, Any] | None:
     Eight bytes per image are in memory.
     """
     none = np.zeros(0, np.uint64)
-    digests = {
-        split: content.get(of_images(split, "digests"), none)[:] for split in elements.SPLITS
-    }
+    digests = {split: content.get(of_images(split, "digests"), none)[:] for split in schema.SPLITS}
     shared = none
     examples: list[list[str]] = []
-    for one, other in combinations(elements.SPLITS, 2):
+    for one, other in combinations(schema.SPLITS, 2):
         common = np.intersect1d(digests[one], digests[other])
         shared = np.union1d(shared, common)
         chosen = common[: EXAMPLES - len(examples)]

@@ -15,8 +15,8 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache import elements
-from clip_adapter.cache.elements import Kind
+from clip_adapter.cache import schema
+from clip_adapter.cache.schema import Kind
 from clip_adapter.errors import Contradiction
 
 CHECKSUM_BYTES = 4
@@ -88,8 +88,8 @@ class CheckedDatasets:
             raise Contradiction(f"{path} of shape {dataset.shape} is larger than the file")
         chunk_bytes = prod(dataset.chunks) * itemsize + CHECKSUM_BYTES
         count = prod(-(-n // chunk) for n, chunk in zip(dataset.shape, dataset.chunks, strict=True))
-        most = elements.CHUNKS_AT_LEAST + declared // elements.BYTES_PER_CHUNK
-        if chunk_bytes > elements.LARGEST_CHUNK_BYTES or count > most:
+        most = schema.CHUNKS_AT_LEAST + declared // schema.BYTES_PER_CHUNK
+        if chunk_bytes > schema.LARGEST_CHUNK_BYTES or count > most:
             raise Contradiction(f"{path} has chunks of the shape {dataset.chunks}")
         found = 0
         offsets = set()
@@ -155,10 +155,7 @@ def fixed_attribute(file: h5py.File, name: str) -> str | int | None:
 def blocks(dataset: h5py.Dataset) -> Iterator[np.ndarray]:
     """The values in C order, a bounded piece at a time."""
     outer: tuple[int, ...] = ()
-    if (
-        dataset.ndim == 3
-        and prod(dataset.shape[1:]) * dataset.dtype.itemsize > elements.CHUNK_BYTES
-    ):
+    if dataset.ndim == 3 and prod(dataset.shape[1:]) * dataset.dtype.itemsize > schema.CHUNK_BYTES:
         outer = dataset.shape[:1]  # view by view
     rows, step = dataset.shape[len(outer)], block_rows(dataset, len(outer))
     for index in np.ndindex(outer):
@@ -170,7 +167,7 @@ def block_rows(dataset: h5py.Dataset, axis: int) -> int:
     """How many rows along `axis` to read at a time: whole chunks, about 1 MiB."""
     row_bytes = prod(dataset.shape[axis + 1 :]) * dataset.dtype.itemsize
     chunk = dataset.chunks[axis]
-    return chunk * max(1, elements.CHUNK_BYTES // max(1, row_bytes * chunk))
+    return chunk * max(1, schema.CHUNK_BYTES // max(1, row_bytes * chunk))
 
 
 def row_hashes(values: np.ndarray) -> npt.NDArray[np.uint64]:
@@ -191,7 +188,7 @@ def sha256(dataset: h5py.Dataset) -> str:
 def content_sha256(find: Callable[[str], h5py.Dataset | None]) -> str:
     """SHA-256 over the datasets: for each its path, its shape and its values in C order."""
     digest = hashlib.sha256()
-    for path in elements.HASHED:
+    for path in schema.HASHED:
         if (dataset := find(path)) is not None:
             digest.update(f"{path} {dataset.shape}\n".encode())
             for block in blocks(dataset):

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from clip_adapter import files
-from clip_adapter.cache import elements
+from clip_adapter.cache import schema
 from clip_adapter.errors import Contradiction
 from clip_adapter.words import quoted
 
 MOST_PARTS = 999_999
-SCALE_WORDS = f"a positive number from {elements.SMALLEST_SCALE:g} to {elements.LARGEST_SCALE:g}"
-BIAS_WORDS = f"a finite number from −{elements.LARGEST_BIAS:g} to {elements.LARGEST_BIAS:g}"
+SCALE_WORDS = f"a positive number from {schema.SMALLEST_SCALE:g} to {schema.LARGEST_SCALE:g}"
+BIAS_WORDS = f"a finite number from −{schema.LARGEST_BIAS:g} to {schema.LARGEST_BIAS:g}"
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Metadata:
     datasets_sha256: dict[str, str] = field(default_factory=dict)
     part: Part | None = None
     templates: list[str] | None = None
-    format_version: int = elements.FORMAT_VERSION
+    format_version: int = schema.FORMAT_VERSION
 
     def document(self) -> dict[str, Any]:
         """The JSON object that the file holds."""
         own = {name: value for name, value in asdict(self).items() if value is not None}
-        name = elements.FORMAT if self.part is None else elements.PART_FORMAT
+        name = schema.FORMAT if self.part is None else schema.PART_FORMAT
         return {"format": name, "complete": True, **own}
 
 
@@ -93,7 +93,7 @@ def parse(document: Mapping[str, Any]) -> Metadata:
     stated = {name: value for name, value in document.items() if name in known}
     for name in ("logit_scale", "logit_bias"):
         stated[name] = float(stated[name])
-    if document["format"] == elements.PART_FORMAT:
+    if document["format"] == schema.PART_FORMAT:
         _check(document, "", _OF_PARTS)
         part = document["part"]
         stated["part"] = Part(part["index"], part["of"], part["rows"])
@@ -129,11 +129,11 @@ def _is_integer(value: object, least: int = 1, most: int = 2**31 - 1) -> bool:
 
 
 def is_bias(value: Any) -> bool:
-    return _is_number(value) and abs(value) <= elements.LARGEST_BIAS
+    return _is_number(value) and abs(value) <= schema.LARGEST_BIAS
 
 
 def is_scale(value: Any) -> bool:
-    return _is_number(value) and elements.SMALLEST_SCALE <= value <= elements.LARGEST_SCALE
+    return _is_number(value) and schema.SMALLEST_SCALE <= value <= schema.LARGEST_SCALE
 
 
 def _is_number(value: object) -> bool:
@@ -164,7 +164,7 @@ def _is_part(value: Any) -> bool:
     index, of, rows = value.get("index"), value.get("of", 0), value["rows"]
     if not (_is_integer(of, 1, MOST_PARTS) and _is_integer(index, 1, of)):
         return False
-    return rows.keys() <= set(elements.SPLITS) and all(map(_is_range, rows.values()))
+    return rows.keys() <= set(schema.SPLITS) and all(map(_is_range, rows.values()))
 
 
 def _is_range(value: Any) -> bool:

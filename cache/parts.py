@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import chain, islice, pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clip_adapter.cache import elements
+from clip_adapter.cache import schema
 from clip_adapter.cache.content import Content, Tally, in_several_splits, tally
-from clip_adapter.cache.elements import ELEMENTS, OF_ALL, OF_IMAGES, Kind, of_images
 from clip_adapter.cache.rows import Places, Rows, StoredRows, picked
+from clip_adapter.cache.schema import ELEMENTS, OF_ALL, OF_IMAGES, of_images
 from clip_adapter.cache.stored_file import StoredFile
 from clip_adapter.cache.writer import write_cache
 from clip_adapter.errors import UserError
@@ -27,7 +27,7 @@ class PartFile(StoredFile):
     """A part of a cache, opened. Raises UserError for what is none, or contradicts FORMAT.md."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, elements.PART_FORMAT)
+        super().__init__(path, schema.PART_FORMAT)
         assert self.metadata.part is not None
         self.part = self.metadata.part
         try:
@@ -90,7 +90,7 @@ def merge_parts(paths: Sequence[Path], out: Path) -> tuple[list[str], dict[str, 
             logit_bias=metadata.logit_bias,
             arguments=metadata.arguments,
         )
-        return content["text/class_names"], tally(content), several
+        return content["text/class_names"].tolist(), tally(content), several
 
 
 def _joined(parts: Sequence[PartFile]) -> Content:
@@ -99,8 +99,8 @@ def _joined(parts: Sequence[PartFile]) -> Content:
     content: dict[str, Any] = {}
     for element in OF_ALL:
         if first.has_dataset(element.name):
-            content[element.name] = first.all_of(element.name)
-    for split in elements.SPLITS:
+            content[element.name] = first.values_of(element.name)
+    for split in schema.SPLITS:
         here = [part for part in parts if split in part.splits]
         for path in (of_images(split, name) for name in ("labels", "skipped_labels")):
             for part in here:
@@ -108,10 +108,9 @@ def _joined(parts: Sequence[PartFile]) -> Content:
                     part.labels_of(path, first.lengths["C"])
         content |= _joined_rows(here, split)
         for path in (of_images(split, one.name) for one in OF_IMAGES if one.axes == "S"):
-            pieces = [part.all_of(path) for part in here if part.has_dataset(path)]
+            pieces = [part.values_of(path) for part in here if part.has_dataset(path)]
             if pieces:
-                strings = ELEMENTS[path].kind is Kind.STRING
-                content[path] = [*chain(*pieces)] if strings else np.concatenate(pieces)
+                content[path] = np.concatenate(pieces)
     return content
 
 
@@ -154,7 +153,7 @@ def _check_together(parts: Sequence[PartFile]) -> None:
             f"{f' and {more} more' if more > 0 else ''} as well."
         )
     _check_text(parts)
-    for split in elements.SPLITS:
+    for split in schema.SPLITS:
         _check_split(parts, split)
 
 

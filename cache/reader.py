@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache import elements
+from clip_adapter.cache import schema
 from clip_adapter.cache.content import indistinct
 from clip_adapter.cache.stored_file import StoredFile
 from clip_adapter.errors import UserError
@@ -48,7 +48,7 @@ class FeatureCache(StoredFile):
     """
 
     def __init__(self, path: str | Path) -> None:
-        super().__init__(path, elements.FORMAT)
+        super().__init__(path, schema.FORMAT)
 
     @property
     def backbone(self) -> dict[str, Any]:
@@ -110,14 +110,14 @@ class FeatureCache(StoredFile):
     def tokens(self) -> npt.NDArray[np.int32]:
         """(C, P, L) int32: what the text tower was given for each prompt; zeros for none."""
         self._need("tokens")
-        return self.rows_of("text/tokens", slice(None))
+        return self.values_of("text/tokens")
 
     def projection(self) -> Projection:
         self._need("projection")
-        weights = self.rows_of("projection/weights", slice(None))
+        weights = self.values_of("projection/weights")
         bias = np.zeros(weights.shape[1], np.float32)
         if self.has_dataset("projection/bias"):
-            bias = self.rows_of("projection/bias", slice(None))
+            bias = self.values_of("projection/bias")
         if not (np.isfinite(weights).all() and np.isfinite(bias).all()):
             raise self._broken("projection holds values that are not finite")
         return Projection(weights, bias)
@@ -150,7 +150,7 @@ class FeatureCache(StoredFile):
             here = np.unique(wanted[(wanted >= start) & (wanted < start + BLOCK_ROWS)])
             if len(here):
                 first = int(here[0])
-                found = self.strings(path, slice(first, int(here[-1]) + 1))
+                found = self.values_of(path, slice(first, int(here[-1]) + 1))
                 names |= {row: found[row - first] for row in here.tolist()}
         return [names[row] for row in wanted.tolist()]
 
@@ -158,7 +158,7 @@ class FeatureCache(StoredFile):
         """One of a split's optional lists of hashes, of rows or of skipped images; None where it is
         not there."""
         path = f"images/{split}/{name}"
-        return self.rows_of(path, slice(None)) if self.has_dataset(path) else None
+        return self.values_of(path) if self.has_dataset(path) else None
 
     def skipped_ids(self, split: str) -> list[str]:
         """Those images of a split that could not be read."""
@@ -174,7 +174,7 @@ class FeatureCache(StoredFile):
 
     def prompts(self) -> list[list[str]] | None:
         """(C, P) what was encoded for each class, where that is recorded."""
-        return self.string_table("text/prompts") if self.has("prompts") else None
+        return self.strings("text/prompts") if self.has("prompts") else None
 
     def features(
         self, split: str, rows: npt.ArrayLike, views: int | None = None

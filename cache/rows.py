@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache.elements import ELEMENTS, HASHES, OF_IMAGES, of_images
+from clip_adapter.cache.schema import ELEMENTS, HASHES, OF_IMAGES, of_images
 from clip_adapter.cache.stored_file import StoredFile
 
 Rows = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
@@ -45,7 +45,9 @@ class StoredRows:
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         path = of_images(self.split, name)
-        return np.moveaxis(self.file.values_of(path, start, stop), ELEMENTS[path].row_axis, 0)
+        return np.moveaxis(
+            self.file.values_of(path, slice(start, stop)), ELEMENTS[path].row_axis, 0
+        )
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,21 @@ class Picked:
         views = (slice(None), slice(self.row[0])) if self.row else ()
         values = np.concatenate([source.read(self.name, *rows)[views] for source, *rows in runs])
         return np.moveaxis(values, 0, 1) if self.row else values
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Strings of a long sequence, (N,), made where they are sliced: all may not fit in memory."""
+
+    strings: Sequence[str]
+    rows: npt.NDArray[np.int64]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows.shape
+
+    def __getitem__(self, chosen: slice) -> np.ndarray:
+        return np.array([self.strings[row] for row in self.rows[chosen].tolist()], object)
 
 
 def picked(places: Places, rows: Rows) -> dict[str, Picked]:

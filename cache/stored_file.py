@@ -10,9 +10,9 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache import elements, hdf5
-from clip_adapter.cache.elements import ELEMENTS, Kind
+from clip_adapter.cache import hdf5, schema
 from clip_adapter.cache.metadata import parse, parse_object
+from clip_adapter.cache.schema import ELEMENTS, Kind
 from clip_adapter.errors import Contradiction, UserError
 from clip_adapter.files import is_there
 from clip_adapter.words import quoted
@@ -37,7 +37,7 @@ def other_content(path: Path) -> str | None:
 
 
 class StoredFile:
-    """A file of format `name` (elements.FORMAT or PART_FORMAT), opened for reading.
+    """A file of format `name` (schema.FORMAT or PART_FORMAT), opened for reading.
 
     What opening and reading refuse is in FORMAT.md. Raises UserError for it.
     """
@@ -45,8 +45,8 @@ class StoredFile:
     def __init__(self, path: str | Path, name: str) -> None:
         self.path = Path(path)
         if not is_there(self.path):
-            made_by = "extract" if name == elements.FORMAT else "extract --shard"
-            kind = "feature cache" if name == elements.FORMAT else "part"
+            made_by = "extract" if name == schema.FORMAT else "extract --shard"
+            kind = "feature cache" if name == schema.FORMAT else "part"
             raise UserError(f"There is no {kind} at {path}; `{made_by}` makes one.")
         self._file: h5py.File | None = None
         self._verified: set[str] = set()
@@ -79,26 +79,26 @@ class StoredFile:
                 f"{self.path} cannot be read as HDF5: it is damaged, truncated or something else; "
                 "make it again with `extract`."
             ) from error
-        names = ("format_version", "format", elements.METADATA_SHA256)
+        names = ("format_version", "format", schema.METADATA_SHA256)
         stated = {key: hdf5.fixed_attribute(self._file, key) for key in names}
         self._check_identity(stated["format"], stated["format_version"], name)
         self.metadata = parse(self._stored_metadata(stated))
-        self._find_datasets(part=name == elements.PART_FORMAT)
+        self._find_datasets(part=name == schema.PART_FORMAT)
         self._check_agreement()
 
     def _check_identity(self, found: object, version: object, name: str) -> None:
-        if type(version) is int and version != elements.FORMAT_VERSION:
+        if type(version) is int and version != schema.FORMAT_VERSION:
             raise UserError(
                 f"{self.path} has format version {version}, this program reads version "
-                f"{elements.FORMAT_VERSION}; update clip-adapter or extract again."
+                f"{schema.FORMAT_VERSION}; update clip-adapter or extract again."
             )
-        if found == name and version == elements.FORMAT_VERSION:
+        if found == name and version == schema.FORMAT_VERSION:
             return
-        if found == elements.PART_FORMAT and found != name:
+        if found == schema.PART_FORMAT and found != name:
             raise UserError(
                 f"{self.path} is one part of a cache; join the parts with `clip-adapter merge`."
             )
-        if name == elements.PART_FORMAT:
+        if name == schema.PART_FORMAT:
             raise UserError(f"{self.path} is no part of a cache; `extract --shard` makes one.")
         raise self._foreign()
 
@@ -112,7 +112,7 @@ class StoredFile:
         checked = hdf5.CheckedDatasets(self._file)
         images = checked.has_group("images")
         self.splits = tuple(
-            split for split in elements.SPLITS if images and checked.has_group(f"images/{split}")
+            split for split in schema.SPLITS if images and checked.has_group(f"images/{split}")
         )
         found = {
             path: checked.find(path, element.kind, len(element.axes))
@@ -120,14 +120,14 @@ class StoredFile:
         }
         self._datasets = {path: one for path, one in found.items() if one is not None}
         shapes = {path: dataset.shape for path, dataset in self._datasets.items()}
-        self.lengths = elements.measure(shapes, self.splits, part=part)
+        self.lengths = schema.measure(shapes, self.splits, part=part)
 
     def _stored_metadata(self, stated: dict[str, Any]) -> dict[str, Any]:
-        found = hdf5.CheckedDatasets(self._file).find(elements.METADATA, Kind.BYTES, 1)
+        found = hdf5.CheckedDatasets(self._file).find(schema.METADATA, Kind.BYTES, 1)
         if found is None:
             raise Contradiction("it lacks its metadata")
         text = found[...].tobytes()
-        if hashlib.sha256(text).hexdigest() != stated[elements.METADATA_SHA256]:
+        if hashlib.sha256(text).hexdigest() != stated[schema.METADATA_SHA256]:
             raise Contradiction("its metadata is damaged (its SHA-256 does not match)")
         try:
             document = parse_object(text)
@@ -181,30 +181,30 @@ class StoredFile:
         with self._reading("a dataset is damaged (its checksum does not match)"):
             return hdf5.content_sha256(self._datasets.get)
 
-    def rows_of(self, path: str, rows: slice) -> np.ndarray:
-        """Some consecutive rows along the first axis, as they are stored; see `_verify`."""
+    def values_of(self, path: str, rows: slice = slice(None)) -> np.ndarray:
+        """Some consecutive rows of an element, or all, as they are stored; strings as objects."""
+        element = ELEMENTS[path]
+        if element.kind is Kind.FEATURES:
+            index = (slice(None),) * element.row_axis + (rows,)
+            return self.features_of(path, index).astype(self.dtype_of(path))
         with self._reading(f"{path} is damaged (its checksum does not match)"):
-            if not ELEMENTS[path].by_row:
-                self._verify(path)
-            return self._datasets[path][rows]
-
-    def strings(self, path: str, rows: slice = slice(None)) -> list[str]:
-        """The same of a list of strings."""
-        return self._decoded(path, self.rows_of(path, rows))
-
-    def string_table(self, path: str) -> list[list[str]]:
-        """All of a table of strings."""
-        return [self._decoded(path, row) for row in self.rows_of(path, slice(None))]
-
-    def _decoded(self, path: str, values: np.ndarray) -> list[str]:
+            self._verify(path)
+            values = self._datasets[path][rows]
+        if element.kind is not Kind.STRING:
+            return values
         try:
-            return [value.decode() for value in values]
+            decoded = [value.decode() for value in values.ravel()]
         except UnicodeDecodeError as error:
             raise self._broken(f"{path} is not UTF-8") from error
+        return np.array(decoded, object).reshape(values.shape)
+
+    def strings(self, path: str) -> list[Any]:
+        """All of a list of strings, or of a table of them."""
+        return self.values_of(path).tolist()
 
     def labels_of(self, path: str, classes: int) -> npt.NDArray[np.int32]:
         """(N,) int32. Raises UserError for a label outside 0 … classes − 1."""
-        labels = self.rows_of(path, slice(None))
+        labels = self.values_of(path)
         if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
             raise self._broken(f"{path} holds labels outside the {classes} classes")
         return labels
@@ -227,7 +227,7 @@ class StoredFile:
                 raise Contradiction(f"{path} holds values that are not finite")
             if not largest.all():
                 raise Contradiction(f"{path} holds a feature of zeros, which has no direction")
-            usual = (largest >= elements.SMALLEST_FEATURE) & (largest <= elements.LARGEST_FEATURE)
+            usual = (largest >= schema.SMALLEST_FEATURE) & (largest <= schema.LARGEST_FEATURE)
             if not usual.all():
                 raise Contradiction(f"{path} holds a feature far smaller or larger than CLIP's")
             hashes = self._hashes_of(path)
@@ -235,29 +235,13 @@ class StoredFile:
                 raise Contradiction(f"{path} holds other features than were written there")
             return values
 
-    def values_of(self, path: str, start: int, stop: int) -> np.ndarray:
-        """The rows start…stop−1 of images, (…, rows, …) as they are stored; strings as objects."""
-        element = ELEMENTS[path]
-        if element.kind is Kind.STRING:
-            return np.array(self.strings(path, slice(start, stop)), object)
-        if element.kind is Kind.FEATURES:
-            index = (slice(None),) * element.row_axis + (slice(start, stop),)
-            return self.features_of(path, index).astype(self.dtype_of(path))
-        return self.rows_of(path, slice(start, stop))
-
-    def all_of(self, path: str) -> Any:
-        """The whole of an element, as `values_of` gives it; strings as a list, or a table."""
-        if ELEMENTS[path].kind is Kind.STRING:
-            return self.strings(path) if len(self.shape_of(path)) == 1 else self.string_table(path)
-        return self.values_of(path, 0, self.shape_of(path)[ELEMENTS[path].row_axis])
-
     def _hashes_of(self, path: str) -> npt.NDArray[np.uint64] | None:
         """(V, N) of the rows of features that are not read whole, where the file has them."""
-        name = path + elements.HASHES
+        name = path + schema.HASHES
         if name not in self._datasets:
             return None
         if name not in self._hashes:
-            self._hashes[name] = self.rows_of(name, slice(None))
+            self._hashes[name] = self.values_of(name)
         return self._hashes[name]
 
     def verify(self) -> None:
@@ -267,7 +251,7 @@ class StoredFile:
         """
         for path in self._datasets:
             if not ELEMENTS[path].by_row:
-                self.rows_of(path, slice(0, 1))
+                self.values_of(path, slice(0, 1))
                 continue
             for start in range(0, self.shape_of(path)[1], self.row_step(path)):
                 self.features_of(path, (slice(None), slice(start, start + self.row_step(path))))

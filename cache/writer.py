@@ -16,11 +16,11 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache import elements, hdf5
+from clip_adapter.cache import hdf5, schema
 from clip_adapter.cache.content import Content, check_features, check_strings, indistinct
-from clip_adapter.cache.elements import ELEMENTS, Element, Kind, of_images, split_of
 from clip_adapter.cache.metadata import Metadata, Part, encode, parse, parse_object
-from clip_adapter.cache.rows import Picked
+from clip_adapter.cache.rows import Chosen, Picked
+from clip_adapter.cache.schema import ELEMENTS, Element, Kind, of_images, split_of
 from clip_adapter.cache.staging import StagingFolder
 from clip_adapter.errors import Contradiction, UserError
 
@@ -70,7 +70,9 @@ def write_cache(
         place = out
         if not isinstance(place, StagingFolder):
             place = stack.enter_context(StagingFolder(Path(place)))
-        content = {name: _values(ELEMENTS[name], values) for name, values in content.items()}
+        if unknown := sorted(content.keys() - ELEMENTS.keys()):
+            raise ValueError(f"{unknown[0]} is no dataset of the format")
+        content = {name: _values(name, values) for name, values in content.items()}
         content = {name: values for name, values in content.items() if _is_written(name, values)}
         _check(place.path, content, metadata)
         assembled = place.folder / "assembled.h5"
@@ -85,29 +87,30 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _values(element: Element, values: Any) -> Any:
-    """Numbers as an array of the type that the file has, unless they are to be picked."""
-    if element.kind is Kind.STRING or isinstance(values, Picked):
+def _values(name: str, values: Any) -> Any:
+    """Values in memory as an array of what the file has, strings as objects."""
+    if isinstance(values, Picked | Chosen):
         return values
-    return np.asarray(values, {Kind.INT32: np.int32, Kind.UINT64: np.uint64}.get(element.kind))
+    types = {Kind.STRING: np.object_, Kind.INT32: np.int32, Kind.UINT64: np.uint64}
+    return np.asarray(values, types.get(ELEMENTS[name].kind))
 
 
 def _is_written(name: str, values: Any) -> bool:
     """Lists that MAY be there are left out where they are empty."""
     element = ELEMENTS[name]
-    return element.required or element.by_row or 0 not in _shape(values)
+    return element.required or element.by_row or 0 not in values.shape
 
 
 def _check(path: Path, content: Content, metadata: Metadata) -> None:
     """Raises UserError or ValueError for what the file may not hold."""
-    shapes = {name: _shape(values) for name, values in content.items()}
+    shapes = {name: values.shape for name, values in content.items()}
     part = metadata.part is not None
-    splits = [split for split in elements.SPLITS if of_images(split, "labels") in content]
+    splits = [split for split in schema.SPLITS if of_images(split, "labels") in content]
     for split in splits:
         if not part and not shapes[of_images(split, "labels")][0]:
             raise UserError(f"The {split} split has no image that could be read.")
     try:
-        lengths = elements.measure(shapes, splits, part=part)
+        lengths = schema.measure(shapes, splits, part=part)
     except Contradiction as error:
         raise ValueError(str(error)) from error
     if lengths.get("D", dim := metadata.backbone.get("embed_dim")) != dim:
@@ -135,21 +138,10 @@ def _within(labels: npt.NDArray[np.int32], classes: int) -> bool:
     return not len(labels) or 0 <= int(labels.min()) <= int(labels.max()) < classes
 
 
-def _shape(values: Any) -> tuple[int, ...]:
-    if hasattr(values, "shape"):
-        return values.shape
-    nested = len(values) and not isinstance(values[:1][0], str)
-    return (len(values), len(values[0])) if nested else (len(values),)
-
-
 def _strings(values: Any) -> Iterator[str]:
     """All of a list or a table of strings, some of which are in memory at a time."""
-    for start in range(0, _shape(values)[0], STRINGS_AT_ONCE):
-        for value in values[start : start + STRINGS_AT_ONCE]:
-            if isinstance(value, str):
-                yield value
-            else:
-                yield from value
+    for start in range(0, values.shape[0], STRINGS_AT_ONCE):
+        yield from values[start : start + STRINGS_AT_ONCE].ravel()
 
 
 def _assemble(path: Path, content: Content, metadata: Metadata) -> None:
@@ -176,9 +168,9 @@ def _dtype(element: Element, values: Any) -> np.dtype:
 
 def _reserve(path: Path, content: Content, types: Mapping[str, np.dtype]) -> None:
     """Have the disk say now whether the file fits: where a write fails, HDF5 may crash."""
-    size = elements.CHUNK_BYTES  # for what describes the rest
+    size = schema.CHUNK_BYTES  # for what describes the rest
     for name, values in content.items():
-        shape = _shape(values)
+        shape = values.shape
         chunks = _chunks(ELEMENTS[name], shape, types[name])
         # The last chunk may be half empty.
         counts = [-(-length // chunk) for length, chunk in zip(shape, chunks, strict=True)]
@@ -194,7 +186,7 @@ def _reserve(path: Path, content: Content, types: Mapping[str, np.dtype]) -> Non
 
 def _chunks(element: Element, shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
     axis = element.row_axis
-    rows = elements.chunk_rows(shape[axis], prod(shape[axis + 1 :]) * dtype.itemsize)
+    rows = schema.chunk_rows(shape[axis], prod(shape[axis + 1 :]) * dtype.itemsize)
     return (1,) * axis + (rows, *shape[axis + 1 :])
 
 
@@ -205,13 +197,13 @@ def _write_group(group: h5py.Group, values: Mapping[str, tuple[Any, np.dtype]]) 
     for path, (array, dtype) in values.items():
         element, name = ELEMENTS[path], path.rpartition("/")[2]
         if not element.by_row:
-            _fill(_created(group, name, element, _shape(array), dtype), element, array)
+            _fill(_created(group, name, element, array.shape, dtype), element, array)
             continue
-        last_features[:] = [_created(group, name, element, _shape(array), dtype)]
+        last_features[:] = [_created(group, name, element, array.shape, dtype)]
         hashes = _fill(last_features[0], element, array)
         if hashes.size:
-            of_rows = ELEMENTS[path + elements.HASHES]
-            dataset = _created(group, name + elements.HASHES, of_rows, hashes.shape, hashes.dtype)
+            of_rows = ELEMENTS[path + schema.HASHES]
+            dataset = _created(group, name + schema.HASHES, of_rows, hashes.shape, hashes.dtype)
             _fill(dataset, of_rows, hashes)
             del dataset
 
@@ -237,18 +229,13 @@ def _fill(dataset: h5py.Dataset, element: Element, values: Any) -> npt.NDArray[n
         rows = (slice(None),) * axis + (slice(start, start + step),)
         block = values[rows if axis else rows[0]]
         if element.kind is Kind.STRING:
-            block = _encoded(block, dataset.dtype)
+            # Fixed-length UTF-8, which unlike variable-length strings is covered by the checksum.
+            encoded = [string.encode() for string in block.ravel()]
+            block = np.array(encoded, dataset.dtype).reshape(block.shape)
         dataset[rows] = block
         if element.by_row:
             hashes[rows] = hdf5.row_hashes(block)
     return hashes
-
-
-def _encoded(strings: Any, dtype: np.dtype) -> np.ndarray:
-    """Fixed-length UTF-8, which unlike variable-length strings is covered by the checksum."""
-    rows = [[one.encode() for one in row] if not isinstance(row, str) else row.encode()
-            for row in strings]  # fmt: skip
-    return np.array(rows, dtype)
 
 
 def _write_metadata(file: h5py.File, metadata: Metadata) -> None:
@@ -258,9 +245,9 @@ def _write_metadata(file: h5py.File, metadata: Metadata) -> None:
     content = hdf5.content_sha256(there.get) if metadata.part is None else None
     text, digest = encode(replace(metadata, datasets_sha256=sums, content_sha256=content))
     values = np.frombuffer(text, np.uint8)
-    file.create_dataset(elements.METADATA, data=values, chunks=values.shape, fletcher32=True)
-    name = elements.FORMAT if metadata.part is None else elements.PART_FORMAT
+    file.create_dataset(schema.METADATA, data=values, chunks=values.shape, fletcher32=True)
+    name = schema.FORMAT if metadata.part is None else schema.PART_FORMAT
     # Fixed-length, because HDF5 keeps strings of variable length where it has no checksum.
     file.attrs["format"] = np.bytes_(name)
     file.attrs["format_version"] = np.int64(metadata.format_version)
-    file.attrs[elements.METADATA_SHA256] = np.bytes_(digest)
+    file.attrs[schema.METADATA_SHA256] = np.bytes_(digest)

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.cache.content import Content
-from clip_adapter.cache.elements import of_images
-from clip_adapter.cache.rows import Places, Rows, Source, picked
+from clip_adapter.cache.rows import Chosen, Places, Rows, Source, picked
+from clip_adapter.cache.schema import of_images
 from clip_adapter.extract.datasets.source import Split
 
 NANOSECONDS = 10**9
@@ -74,22 +74,6 @@ def content_or_unknown(path: Path) -> int:
         return UNKNOWN
 
 
-class Ids(Sequence[str]):
-    """Those of some rows of a split, made when they are sliced: of all they may not fit in
-    memory."""
-
-    def __init__(self, split: Split, rows: npt.NDArray[np.int64]) -> None:
-        self._split, self._rows = split, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, chosen: Any) -> Any:
-        if isinstance(chosen, slice):
-            return [self._split.ids[row] for row in self._rows[chosen].tolist()]
-        return self._split.ids[self._rows[chosen]]
-
-
 class KnownRows:
     """Where what belongs to each image of a split lies: in which of the sources, in which row.
 
@@ -142,9 +126,9 @@ class KnownRows:
         values: dict[str, Any] = {
             **picked(places, self.wanted),
             "labels": self.split.labels[kept],
-            "ids": Ids(self.split, kept),
+            "ids": Chosen(self.split.ids, kept),
             "stamps": self.stamps[kept],
-            "skipped": Ids(self.split, skipped),
+            "skipped": Chosen(self.split.ids, skipped),
             "skipped_labels": self.split.labels[skipped],
             "skipped_stamps": self.stamps[skipped],
         }
@@ -197,11 +181,17 @@ class Known:
                 elif known.split.file is not None and contents[place] != UNKNOWN:
                     self._doubtful.append((known, row, (number, place, int(contents[place]))))
 
-    def skip(self, ids: Sequence[str], stamps: npt.NDArray[np.uint64]) -> None:
-        """These images could not be read, and cannot if their files are the same."""
+    def skip(
+        self, ids: Sequence[str], stamps: npt.NDArray[np.uint64], *, even_unknown: bool = False
+    ) -> None:
+        """These images could not be read, and cannot if their files are the same.
+
+        even_unknown: take it for the same where nothing tells.
+        """
         for name, stamp in zip(ids, stamps, strict=True):
             for known, row in self._rows_named.get(name, ()):
-                if known.source[row] == NOWHERE and stamp == known.stamps[row] != UNKNOWN:
+                same = stamp == known.stamps[row] and (even_unknown or stamp != UNKNOWN)
+                if same and known.source[row] == NOWHERE:
                     known.skip(np.array([row]))
 
     def settle(self, workers: int) -> None:

@@ -93,17 +93,20 @@ class StagedText:
         plan, names = self._plan, ("features", "tokens")[: 1 + self._with_tokens]
         tokens_there = earlier and (earlier.has("tokens") or not self._with_tokens)
         if earlier and tokens_there and plan.is_in(earlier):
-            values = {name: earlier.all_of(f"text/{name}") for name in names}
+            arrays = {name: earlier.values_of(f"text/{name}") for name in names}
         else:
             batches = list(self._batches(staged, batch_size))
-            values = {
+            arrays = {
                 name: np.concatenate([batch.read(name, 0, batch.count) for batch in batches])
                 for name in names
             }
-        values |= {"class_names": plan.class_names, "templates": plan.stored_templates}
+        content: dict[str, Any] = {f"text/{name}": values for name, values in arrays.items()}
+        content["text/class_names"] = plan.class_names
+        content["text/templates"] = plan.stored_templates
         if plan.descriptions:
-            values["prompts"] = [plan.filled(label) for label in range(len(plan.class_names))]
-        return {f"text/{name}": value for name, value in values.items()}
+            labels = range(len(plan.class_names))
+            content["text/prompts"] = [plan.filled(label) for label in labels]
+        return content
 
     def _batches(self, staged: Mapping[str, Batch], batch_size: int) -> Iterator[Batch]:
         start = 0

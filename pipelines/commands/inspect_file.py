@@ -11,8 +11,8 @@ import numpy as np
 
 from clip_adapter.adapters.method import Head
 from clip_adapter.adapters.registry import find_method
-from clip_adapter.cache.elements import HASHES
 from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.schema import HASHES
 from clip_adapter.cache.stored_file import other_content
 from clip_adapter.errors import UserError
 from clip_adapter.files import is_there

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from sklearn.utils.validation import _check_sample_weight
 
 from clip_adapter.adapters.hyper import LARGEST_COUNT
-from clip_adapter.cache.elements import LARGEST_FEATURE, SMALLEST_FEATURE
+from clip_adapter.cache.schema import LARGEST_FEATURE, SMALLEST_FEATURE
 
 
 def number(name: str, value: Any, fits: Callable[[Any], bool], wanted: str) -> float:

@@ -8,7 +8,7 @@ import torch
 
 from clip_adapter.adapters import formulas as classifier
 from clip_adapter.adapters.method import Batch, Head
-from clip_adapter.cache.elements import LARGEST_FEATURE, SMALLEST_FEATURE
+from clip_adapter.cache.schema import LARGEST_FEATURE, SMALLEST_FEATURE
 
 
 def test_templates_are_normalised_before_they_are_averaged():

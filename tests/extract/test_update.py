@@ -282,7 +282,7 @@ def test_many_known_rows_between_the_new_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows are written some at a time."""
-    monkeypatch.setattr("clip_adapter.cache.elements.CHUNK_BYTES", 3 * 4 * 128)
+    monkeypatch.setattr("clip_adapter.cache.schema.CHUNK_BYTES", 3 * 4 * 128)
     root = make_folder(tmp_path / "data", {"train": 14, "test": 1}, CLASSES)
     spec, out = f"folder:{root}", tmp_path / "features.h5"
     options = {"val": 0.0, "on_error": "skip"}
