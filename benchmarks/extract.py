@@ -28,7 +28,8 @@ from idle import machine, require_idle
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.cache.staging import StagingFolder
+from clip_adapter.cache.writer import write_cache
 from clip_adapter.cores import available_cores
 from clip_adapter.extract.backbones.loading import Backbone, load_backbone
 from clip_adapter.extract.datasets.image_files import ImageFiles
@@ -36,9 +37,9 @@ from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import Split
 from clip_adapter.extract.encoding.decode import Plan, decode
 from clip_adapter.extract.encoding.device import find_device, find_precision, forward_passes
-from clip_adapter.extract.encoding.encoder import EncodedBatch, Encoder, encode_images
-from clip_adapter.extract.encoding.in_order import InOrder
-from clip_adapter.extract.encoding.stopwatch import Stopwatch
+from clip_adapter.extract.encoding.encoder import Encoder, Stopwatch
+from clip_adapter.extract.known import Known, KnownRows
+from clip_adapter.extract.stage import stage_images
 
 # Oxford Pets' images are of about this size.
 PHOTOGRAPH = (500, 375)
@@ -209,14 +210,20 @@ def plan(case: Case) -> Plan:
 
 def ours(case: Case, encoder: Encoder) -> None:
     """What `extract` does with one split, from the files to the finished cache."""
-    split = case.split
-    with CacheWriter(case.folder / "features.h5", {}, views=1, restart=True) as writer:
-        writer.append_text(np.ones((1, 1, encoder.dim), np.float32), ["one"])
-        with InOrder() as writing:
-            for batch in encode_images(encoder, split, plan(case), Stopwatch()):
-                writing.submit(append, writer, split, batch)
-        writer.finish(
-            templates=["{}"],
+    rows = len(case.split.labels)
+    train = KnownRows(case.split, np.zeros(rows, np.uint64), encoder.rows(1), range(rows))
+    known = Known({"train": train})
+    with StagingFolder(case.folder / "features.h5") as place:
+        for _ in stage_images(encoder, train, known, plan(case), place, Stopwatch()):
+            pass
+        text = {
+            "text/features": np.ones((1, 1, encoder.dim), np.float32),
+            "text/class_names": ["one"],
+            "text/templates": ["{}"],
+        }
+        write_cache(
+            place,
+            {**train.content("train", known.sources), **text},
             backbone={
                 "name": "made up",
                 "pretrained": "made up",
@@ -225,18 +232,9 @@ def ours(case: Case, encoder: Encoder) -> None:
                 "image_size": 224,
                 "quick_gelu": False,
             },
-            preprocess={},
             dataset={"name": "made up", "source": "made up", "splits": {"train": "made up"}},
             logit_scale=1.0,
-            logit_bias=0.0,
         )
-
-
-def append(writer: CacheWriter, split: Split, batch: EncodedBatch) -> None:
-    ids = [split.ids[row] for row in batch.rows]
-    writer.append_images(
-        "train", batch.features, split.labels[batch.rows], ids, digests=batch.digests
-    )
 
 
 def decode_alone(case: Case, encoder: Encoder) -> None:

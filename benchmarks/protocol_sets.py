@@ -22,7 +22,7 @@ from PIL import Image
 
 from clip_adapter.adapters.formulas import unit
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.cache.writer import write_cache
 from clip_adapter.pipelines.fitting.config import Selection
 
 Floats = npt.NDArray[np.float32]
@@ -123,31 +123,37 @@ def _encoded(name: str, folder: Path, options: list[str]) -> Path:
 
 def _written(path: Path, splits: Mapping[str, Split], weights: Floats) -> Path:
     """A cache of made-up features. weights: (C, D), the classes' text features."""
-    with CacheWriter(path, {"dataset": path.stem}, views=1) as writer:
-        writer.append_text(weights[:, None], [f"class {c}" for c in range(len(weights))])
-        for split, (features, labels) in splits.items():
-            ids = [f"{split}/{row}" for row in range(len(labels))]
-            writer.append_images(split, features[:, None], labels, ids)
-        writer.finish(
-            templates=["a {}"],
-            backbone={
-                "name": "made-up",
-                "pretrained": "made-up",
-                "weights_sha256": "0" * 64,
-                "embed_dim": weights.shape[1],
-                "image_size": 1,
-                "quick_gelu": False,
-            },
-            preprocess={},
-            dataset={
-                "name": path.stem,
-                "source": "drawn as features",
-                "version": "1",
-                "splits": dict.fromkeys(splits, "drawn"),
-            },
-            logit_scale=100.0,
-            logit_bias=0.0,
-        )
+    content: dict[str, Any] = {
+        "text/features": weights[:, None],
+        "text/class_names": [f"class {c}" for c in range(len(weights))],
+        "text/templates": ["a {}"],
+    }
+    for split, (features, labels) in splits.items():
+        content |= {
+            f"images/{split}/features": features[None],
+            f"images/{split}/labels": labels,
+            f"images/{split}/ids": [f"{split}/{row}" for row in range(len(labels))],
+        }
+    write_cache(
+        path,
+        content,
+        backbone={
+            "name": "made-up",
+            "pretrained": "made-up",
+            "weights_sha256": "0" * 64,
+            "embed_dim": weights.shape[1],
+            "image_size": 1,
+            "quick_gelu": False,
+        },
+        dataset={
+            "name": path.stem,
+            "source": "drawn as features",
+            "version": "1",
+            "splits": dict.fromkeys(splits, "drawn"),
+        },
+        logit_scale=100.0,
+        arguments={"dataset": path.stem},
+    )
     return path
 
 

@@ -32,10 +32,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Metadata:
-    """The names and meanings are those of FORMAT.md.
-
-    datasets_sha256: {} in a cache of version 1. part, templates: of a part of a cache only.
-    """
+    """The names and meanings are those of FORMAT.md. part, templates: of a part of a cache only."""
 
     created_at: str
     writer: str
@@ -86,10 +83,9 @@ def _no_number(name: str) -> None:
 def parse(document: Mapping[str, Any]) -> Metadata:
     """The metadata that a JSON object holds. Raises Contradiction where something is missing or of
     another type; names that the format does not know are left out."""
-    version = document["format_version"]
     if document.get("complete") is not True:
         raise Contradiction("it is incomplete (not marked as complete)")
-    _check(document, "", _REQUIRED | (_OF_VERSION_2 if version > 1 else {}))
+    _check(document, "", _REQUIRED)
     _check(document, "", {name: fits for name, fits in _OPTIONAL.items() if name in document})
     _check(document["backbone"], "backbone.", _BACKBONE)
     _check(document["dataset"], "dataset.", _DATASET)
@@ -190,8 +186,8 @@ _REQUIRED: _Checks = {
     "dataset": _OBJECT,
     "logit_scale": (SCALE_WORDS, is_scale),
     "logit_bias": (BIAS_WORDS, is_bias),
+    "datasets_sha256": ("an object of SHA-256 sums", _are_sha256),
 }
-_OF_VERSION_2: _Checks = {"datasets_sha256": ("an object of SHA-256 sums", _are_sha256)}
 _OPTIONAL: _Checks = {
     "arguments": _OBJECT,
     "content_sha256": ("a SHA-256", is_sha256),

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -10,23 +9,18 @@ from typing import Any
 import numpy as np
 
 from clip_adapter.cache import schema
-from clip_adapter.cache.metadata import Part
-from clip_adapter.cache.staging import StagingFolder
+from clip_adapter.cache.content import Content, Tally, in_several_splits, tally
+from clip_adapter.cache.rows import Places, Rows, StoredRows, picked
+from clip_adapter.cache.schema import ELEMENTS, OF_ALL, OF_IMAGES, of_images
 from clip_adapter.cache.stored_file import StoredFile
-from clip_adapter.cache.tally import Tally, in_several_splits, tally
-from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.cache.writer import write_cache
 from clip_adapter.errors import UserError
 from clip_adapter.words import printable
 
 # What has to be the same in all parts beside the arguments, and what of the data set's record not.
 SHARED = ("backbone", "preprocess", "templates", "logit_scale", "logit_bias")
 OF_THE_MACHINE = ("device", "torch_version")
-# Lists that all parts of a cache have or none, of images and of those that were skipped.
-ALL_OR_NONE = {"N": ("digests", "stamps", "contents"), "S": ("skipped_labels", "skipped_stamps")}
-ROWS_AT_A_TIME = 1024
 MISSING_NAMED = 20
-# Keeps `extract` from going on with what a killed merge left.
-MERGING = {"shard": "merge"}
 
 
 class PartFile(StoredFile):
@@ -60,10 +54,6 @@ class PartFile(StoredFile):
                     "extract it again."
                 )
 
-    @property
-    def skipped(self) -> int:
-        return sum(self.lengths.get(f"S {split}", 0) for split in self.splits)
-
     def shared(self) -> dict[str, Any]:
         """What every part of one cache has to say the same of beside the arguments."""
         dataset = {
@@ -73,29 +63,12 @@ class PartFile(StoredFile):
         return stated | {"dataset": dataset, "number of parts": self.part.of}
 
 
-@dataclass(frozen=True)
-class Merged:
-    """What there is to say about joined parts. several: see `in_several_splits`."""
-
-    class_names: list[str]
-    tallies: dict[str, Tally]
-    several: dict[str, Any] | None
-
-
-def part_of(path: Path) -> tuple[dict[str, Any], Part, int]:
-    """What the `extract` that wrote a part was asked for, which part it is, and how many images
-    it lists as skipped.
-
-    Raises UserError for a file that is no part.
-    """
-    with PartFile(path) as opened:
-        return opened.metadata.arguments, opened.part, opened.skipped
-
-
-def merge_parts(paths: Sequence[Path], out: Path) -> Merged:
-    """Copy the parts into one cache, equal dataset for dataset to that of an undivided run.
+def merge_parts(paths: Sequence[Path], out: Path) -> tuple[list[str], dict[str, Tally], Any]:
+    """Join the parts into one cache, equal byte for byte but for the time to that of an undivided
+    run.
 
     paths: all parts of one cache, in any order. What an interrupted run left for `out` goes.
+    Returns the class names, what became of the images, and `in_several_splits`.
 
     Raises UserError for files that are no parts or damaged, parts that do not belong together,
     and parts that are missing.
@@ -104,30 +77,53 @@ def merge_parts(paths: Sequence[Path], out: Path) -> Merged:
         parts = [stack.enter_context(PartFile(path)) for path in paths]
         parts.sort(key=lambda part: part.part.index)
         _check_together(parts)
-        first, metadata = parts[0], parts[0].metadata
-        views = max(part.lengths.get("V train", 1) for part in parts)
-        place = StagingFolder(out, MERGING)
-        with CacheWriter(place, metadata.arguments, views=views, restart=True) as writer:
-            class_names = _copy_text(first, writer)
-            for split in schema.SPLITS:
-                for part in parts:
-                    if split in part.splits:
-                        _copy_images(part, split, len(class_names), writer)
-            merged = Merged(class_names, tally(writer), in_several_splits(writer))
-            dataset = dict(metadata.dataset)
-            if merged.several:
-                dataset["in_several_splits"] = merged.several
-            assert metadata.templates is not None
-            writer.finish(
-                templates=metadata.templates,
-                backbone=metadata.backbone,
-                preprocess=metadata.preprocess,
-                dataset=dataset,
-                logit_scale=metadata.logit_scale,
-                logit_bias=metadata.logit_bias,
-                projection=_projection(first),
-            )
-    return merged
+        content = _joined(parts)
+        metadata = parts[0].metadata
+        several = in_several_splits(content)
+        write_cache(
+            out,
+            content,
+            backbone=metadata.backbone,
+            preprocess=metadata.preprocess,
+            dataset=metadata.dataset | ({"in_several_splits": several} if several else {}),
+            logit_scale=metadata.logit_scale,
+            logit_bias=metadata.logit_bias,
+            arguments=metadata.arguments,
+        )
+        return content["text/class_names"].tolist(), tally(content), several
+
+
+def _joined(parts: Sequence[PartFile]) -> Content:
+    """The rows of all parts one behind another; what belongs to no image is part 1's."""
+    first = parts[0]
+    content: dict[str, Any] = {}
+    for element in OF_ALL:
+        if first.has_dataset(element.name):
+            content[element.name] = first.values_of(element.name)
+    for split in schema.SPLITS:
+        here = [part for part in parts if split in part.splits]
+        for path in (of_images(split, name) for name in ("labels", "skipped_labels")):
+            for part in here:
+                if part.has_dataset(path):
+                    part.labels_of(path, first.lengths["C"])
+        content |= _joined_rows(here, split)
+        for path in (of_images(split, one.name) for one in OF_IMAGES if one.axes == "S"):
+            pieces = [part.values_of(path) for part in here if part.has_dataset(path)]
+            if pieces:
+                content[path] = np.concatenate(pieces)
+    return content
+
+
+def _joined_rows(parts: Sequence[PartFile], split: str) -> Content:
+    """What each image of a split has, where the parts have it."""
+    if not parts:
+        return {}
+    sources = [StoredRows(part, split) for part in parts]
+    counts = [part.lengths[f"N {split}"] for part in parts]
+    source = np.repeat(np.arange(len(parts), dtype=np.int32), counts)
+    places = Places(sources, source, np.concatenate([np.arange(count) for count in counts]))
+    rows = max((source.rows for source in sources), key=len)  # without images it has fewer
+    return {of_images(split, name): values for name, values in picked(places, rows).items()}
 
 
 def _check_together(parts: Sequence[PartFile]) -> None:
@@ -191,19 +187,17 @@ def _check_split(parts: Sequence[PartFile], split: str) -> None:
                 f"{part.path} and {here[0].path} hold {split} images of different kinds; extract "
                 "all parts with the same arguments."
             )
-    for letter, names in ALL_OR_NONE.items():
-        some = [part for part in here if part.lengths.get(f"{letter} {split}")]
-        for name in names:
-            if len({part.has_dataset(f"images/{split}/{name}") for part in some}) > 1:
-                raise here[0]._broken(f"{name} of {split} are in some parts only")
+    for element in OF_IMAGES:
+        path = of_images(split, element.name)
+        some = [part for part in here if part.lengths.get(f"{element.axes} {split}")]
+        if len(element.axes) == 1 and len({part.has_dataset(path) for part in some}) > 1:
+            raise here[0]._broken(f"{element.name} of {split} are in some parts only")
 
 
-def _kinds(part: PartFile, split: str) -> list[Any]:
-    """Views, types and widths of the arrays of a split."""
-    paths = [f"images/{split}/{name}" for name in ("features", "pre_projection")]
-    there = [path for path in paths if part.has_dataset(path)]
-    widths = [(path, part.dtype_of(path), part.shape_of(path)[2]) for path in there]
-    return [part.lengths[f"V {split}"], *widths]
+def _kinds(part: PartFile, split: str) -> Rows:
+    """Views, types and widths of the features of a split."""
+    rows = StoredRows(part, split).rows
+    return {name: row for name, row in rows.items() if ELEMENTS[of_images(split, name)].by_row}
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
@@ -211,69 +205,3 @@ def _differing(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
     nothing = object()
     names = one.keys() | other.keys()
     return {name for name in names if one.get(name, nothing) != other.get(name, nothing)}
-
-
-def _copy_text(part: PartFile, writer: CacheWriter) -> list[str]:
-    """Copies the text features and returns the class names."""
-    everything = slice(None)
-    features = _as_stored(part, "text/features", (everything,))
-    names = part.strings("text/class_names")
-    prompts = tokens = None
-    if part.has_dataset("text/prompts"):
-        prompts = part.string_table("text/prompts")
-    if part.has_dataset("text/tokens"):
-        tokens = part.rows_of("text/tokens", everything)
-    writer.append_text(features, names, prompts, tokens)
-    return names
-
-
-def _as_stored(part: PartFile, path: str, index: tuple[slice, ...]) -> np.ndarray:
-    """Features, checked, in the type that the part has them in."""
-    return part.features_of(path, index).astype(part.dtype_of(path))
-
-
-def _projection(part: PartFile) -> tuple[np.ndarray, np.ndarray | None] | None:
-    if not part.has_dataset("projection/weights"):
-        return None
-    everything = slice(None)
-    bias = None
-    if part.has_dataset("projection/bias"):
-        bias = part.rows_of("projection/bias", everything)
-    return part.rows_of("projection/weights", everything), bias
-
-
-def _copy_images(part: PartFile, split: str, classes: int, writer: CacheWriter) -> None:
-    """A bounded number of images at a time; a part too small for a split has none of it."""
-    room = f"images/{split}"
-
-    def rows(name: str, chosen: slice) -> np.ndarray | None:
-        path = f"{room}/{name}"
-        return part.rows_of(path, chosen) if part.has_dataset(path) else None
-
-    labels = part.labels_of(f"{room}/labels", classes)
-    everything = slice(None)
-    skipped = part.strings(f"{room}/skipped") if part.has_dataset(f"{room}/skipped") else []
-    skipped_labels = None
-    if part.has_dataset(f"{room}/skipped_labels"):
-        skipped_labels = part.labels_of(f"{room}/skipped_labels", classes)
-    skipped_stamps = rows("skipped_stamps", everything)
-    for start in range(0, max(1, len(labels)), ROWS_AT_A_TIME):
-        chosen = slice(start, start + ROWS_AT_A_TIME)
-        views = (everything, chosen)
-        pre_projection = None
-        if part.has_dataset(f"{room}/pre_projection"):
-            pre_projection = _as_stored(part, f"{room}/pre_projection", views).transpose(1, 0, 2)
-        writer.append_images(
-            split,
-            _as_stored(part, f"{room}/features", views).transpose(1, 0, 2),
-            labels[chosen],
-            part.strings(f"{room}/ids", chosen),
-            skipped,
-            rows("digests", chosen),
-            () if skipped_labels is None else skipped_labels,
-            pre_projection,
-            rows("stamps", chosen),
-            rows("contents", chosen),
-            skipped_stamps,
-        )
-        skipped, skipped_labels, skipped_stamps = [], None, None

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.cache import schema
-from clip_adapter.cache.checks import indistinct
+from clip_adapter.cache.content import indistinct
 from clip_adapter.cache.stored_file import StoredFile
 from clip_adapter.errors import UserError
 
@@ -38,7 +38,7 @@ class Projection:
 
 
 class FeatureCache(StoredFile):
-    """A complete feature cache of format version 1 or 2, opened for reading.
+    """A complete feature cache, opened for reading.
 
     Opening checks that the file is what FORMAT.md says as far as that can be known without its
     values: identity, metadata, datasets, shapes and sizes. Values are checked when they are read.
@@ -87,11 +87,6 @@ class FeatureCache(StoredFile):
     def logit_bias(self) -> float:
         return self.metadata.logit_bias
 
-    @property
-    def skipped(self) -> int:
-        """Images of the data set that could not be read and are not here."""
-        return sum(self.lengths.get(f"S {split}", 0) for split in self.splits)
-
     @cached_property
     def class_names(self) -> list[str]:
         """Raises UserError where all are empty or, of several, one: no prompt would tell them."""
@@ -121,14 +116,14 @@ class FeatureCache(StoredFile):
     def tokens(self) -> npt.NDArray[np.int32]:
         """(C, P, L) int32: what the text tower was given for each prompt; zeros for none."""
         self._need("tokens")
-        return self.rows_of("text/tokens", slice(None))
+        return self.values_of("text/tokens")
 
     def projection(self) -> Projection:
         self._need("projection")
-        weights = self.rows_of("projection/weights", slice(None))
+        weights = self.values_of("projection/weights")
         bias = np.zeros(weights.shape[1], np.float32)
         if self.has_dataset("projection/bias"):
-            bias = self.rows_of("projection/bias", slice(None))
+            bias = self.values_of("projection/bias")
         if not (np.isfinite(weights).all() and np.isfinite(bias).all()):
             raise self._broken("projection holds values that are not finite")
         return Projection(weights, bias)
@@ -161,7 +156,7 @@ class FeatureCache(StoredFile):
             here = np.unique(wanted[(wanted >= start) & (wanted < start + BLOCK_ROWS)])
             if len(here):
                 first = int(here[0])
-                found = self.strings(path, slice(first, int(here[-1]) + 1))
+                found = self.values_of(path, slice(first, int(here[-1]) + 1))
                 names |= {row: found[row - first] for row in here.tolist()}
         return [names[row] for row in wanted.tolist()]
 
@@ -169,7 +164,7 @@ class FeatureCache(StoredFile):
         """One of a split's optional lists of hashes, of rows or of skipped images; None where it is
         not there."""
         path = f"images/{split}/{name}"
-        return self.rows_of(path, slice(None)) if self.has_dataset(path) else None
+        return self.values_of(path) if self.has_dataset(path) else None
 
     def skipped_ids(self, split: str) -> list[str]:
         """Those images of a split that could not be read."""
@@ -183,16 +178,9 @@ class FeatureCache(StoredFile):
             return []
         return self.labels_of(path, self.lengths["C"]).tolist()
 
-    def stored_rows(self, split: str, name: str, start: int, stop: int) -> np.ndarray:
-        """(V, M, D) of `features` or `pre_projection`, the rows start…stop−1, in the type in which
-        they are stored."""
-        path = f"images/{split}/{name}"
-        index = (slice(None), slice(start, stop))
-        return self.features_of(path, index).astype(self.dtype_of(path))
-
     def prompts(self) -> list[list[str]] | None:
         """(C, P) what was encoded for each class, where that is recorded."""
-        return self.string_table("text/prompts") if self.has("prompts") else None
+        return self.strings("text/prompts") if self.has("prompts") else None
 
     def features(
         self, split: str, rows: npt.ArrayLike, views: int | None = None

@@ -1,14 +1,20 @@
-"""What is in a cache, format version 2: the tables of FORMAT.md for the program."""
+"""What is in a cache, format version 2: the tables of FORMAT.md for the program.
 
-from collections.abc import Mapping
+An entry of `ELEMENTS` is all that the program knows of a dataset: by it the writer stores it, the
+reader checks it, `merge` joins it, and a row of it is picked from where it was encoded.
+"""
+
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from enum import Enum
+from math import prod
+
+from clip_adapter.errors import Contradiction
 
 FORMAT = "clip-feature-cache"
 PART_FORMAT = "clip-feature-cache-part"
 FORMAT_VERSION = 2
 SPLITS = ("train", "val", "test")
-TEXT = "text"
 METADATA = "metadata"
 METADATA_SHA256 = "metadata_sha256"
 
@@ -24,6 +30,8 @@ CHUNK_BYTES = 1 << 20
 LARGEST_CHUNK_BYTES = 64 << 20
 CHUNKS_AT_LEAST = 1000  # that a dataset may have, whatever its size
 BYTES_PER_CHUNK = 4096  # of which it may have one more each
+HASHES = "_hashes"  # behind the name of what has a hash of each row
+OF_A_SPLIT = "VNS"  # letters that mean a length of their own in each split
 
 
 class Kind(Enum):
@@ -41,57 +49,112 @@ class Kind(Enum):
 class Element:
     """A dataset of the format.
 
-    axes: a letter for each axis. A letter means the same length everywhere, but V, N and S (images
-        that were skipped) mean one in each split.
-    required: whether every cache has it. since: the format version that introduced it.
-    whole: whether readers read all of it, so that the metadata can state its SHA-256.
+    axes: a letter for each axis, the same length everywhere, or for V, N and S in each split. What
+        has N is one row for each image, S one for each that was skipped: parts are joined along
+        them. Part 1 alone has what has neither.
+    required: whether every cache has it.
+    by_row: readers may read some rows, each of which has a hash in `NAME_hashes`; else they read
+        all, and the metadata states the SHA-256.
+    content: in which half of `content_sha256` it counts, the second where it is there; 0: in none.
     """
 
     name: str
     kind: Kind
     axes: str
     required: bool = False
-    since: int = 1
-    whole: bool = True
+    by_row: bool = False
+    content: int = 0
+
+    @property
+    def row_axis(self) -> int:
+        """The axis of the rows, which is the first but for views."""
+        return 1 if self.axes.startswith("VN") else 0
 
 
-IMAGES = (
-    Element("features", Kind.FEATURES, "VND", required=True, whole=False),
-    Element("labels", Kind.INT32, "N", required=True),
-    Element("ids", Kind.STRING, "N", required=True),
+def of_images(split: str, name: str) -> str:
+    """The path of an element of a split."""
+    return f"images/{split}/{name}"
+
+
+# In the order in which a writer stores them.
+OF_IMAGES = (
+    Element("features", Kind.FEATURES, "VND", required=True, by_row=True, content=1),
+    Element("features_hashes", Kind.UINT64, "VN"),
+    Element("pre_projection", Kind.FEATURES, "VNF", by_row=True, content=2),
+    Element("pre_projection_hashes", Kind.UINT64, "VN"),
+    Element("labels", Kind.INT32, "N", required=True, content=1),
+    Element("ids", Kind.STRING, "N", required=True, content=1),
     Element("skipped", Kind.STRING, "S"),
     Element("skipped_labels", Kind.INT32, "S"),
     Element("digests", Kind.UINT64, "N"),
-    Element("stamps", Kind.UINT64, "N", since=2),
-    Element("contents", Kind.UINT64, "N", since=2),
-    Element("skipped_stamps", Kind.UINT64, "S", since=2),
-    Element("pre_projection", Kind.FEATURES, "VNF", since=2, whole=False),
-    Element("features_hashes", Kind.UINT64, "VN", since=2),
-    Element("pre_projection_hashes", Kind.UINT64, "VN", since=2),
+    Element("stamps", Kind.UINT64, "N"),
+    Element("contents", Kind.UINT64, "N"),
+    Element("skipped_stamps", Kind.UINT64, "S"),
 )
-OTHERS = (
-    Element("text/features", Kind.FEATURES, "CPD", required=True),
-    Element("text/class_names", Kind.STRING, "C", required=True),
-    Element("text/templates", Kind.STRING, "P", required=True),
+OF_ALL = (
+    Element("text/features", Kind.FEATURES, "CPD", required=True, content=1),
+    Element("text/tokens", Kind.INT32, "CPL", content=2),
+    Element("text/class_names", Kind.STRING, "C", required=True, content=1),
+    Element("text/templates", Kind.STRING, "P", required=True, content=1),
     Element("text/prompts", Kind.STRING, "CP"),
-    Element("text/tokens", Kind.INT32, "CPL", since=2),
-    Element("projection/weights", Kind.FLOAT32, "FD", since=2),
-    Element("projection/bias", Kind.FLOAT32, "D", since=2),
+    Element("projection/weights", Kind.FLOAT32, "FD", content=2),
+    Element("projection/bias", Kind.FLOAT32, "D", content=2),
 )
 ELEMENTS: Mapping[str, Element] = {
-    **{f"images/{split}/{element.name}": element for split in SPLITS for element in IMAGES},
-    **{element.name: element for element in OTHERS},
+    **{of_images(split, one.name): one for split in SPLITS for one in OF_IMAGES},
+    **{one.name: one for one in OF_ALL},
 }
-HASHES = "_hashes"  # behind the name of what is not read whole: of each row
-# In the order in which the content hash reads them; the second half where they are there.
-HASHED = (
-    *(f"images/{split}/{name}" for split in SPLITS for name in ("features", "labels", "ids")),
-    *("text/features", "text/class_names", "text/templates"),
-    *(f"images/{split}/pre_projection" for split in SPLITS),
-    *("text/tokens", "projection/weights", "projection/bias"),
-)
+# In the order in which the content hash reads them.
+HASHED = tuple(path for half in (1, 2) for path, one in ELEMENTS.items() if one.content == half)
+
+
+def split_of(path: str) -> str:
+    """The split that an element is of; "" for those that are of none."""
+    return path.split("/")[1] if path.startswith("images/") else ""
 
 
 def chunk_rows(rows: int, row_bytes: int) -> int:
     """Rows per HDF5 chunk, so that a chunk holds about 1 MiB."""
     return max(1, min(rows, CHUNK_BYTES // max(1, row_bytes)))
+
+
+def measure(
+    shapes: Mapping[str, tuple[int, ...]], splits: Collection[str], *, part: bool
+) -> dict[str, int]:
+    """The lengths that the letters stand for, by letter; those of a split as `N train`.
+
+    shapes: of each dataset that is there, by its path. part: of a part of a cache, which may lack
+    things. Raises Contradiction for what FORMAT.md does not allow.
+    """
+    lengths: dict[str, int] = {}
+    for path, shape in shapes.items():
+        split = split_of(path)
+        if len(shape) != len(ELEMENTS[path].axes) or not (prod(shape) or (part and split)):
+            raise Contradiction(f"{path} has the shape {shape}")
+        for axis, length in zip(ELEMENTS[path].axes, shape, strict=True):
+            letter = f"{axis} {split}" if axis in OF_A_SPLIT else axis
+            if lengths.setdefault(letter, length) != length:
+                raise Contradiction(
+                    f"{path} has the shape {shape}, which disagrees with the others "
+                    f"({letter} is {lengths[letter]})"
+                )
+        if split in ("val", "test") and lengths.get(f"V {split}", 1) != 1:
+            raise Contradiction(f"{path} has several views, which only train may have")
+    if missing := _missing(shapes.keys(), splits, part):
+        raise Contradiction(f"it lacks {', '.join(missing)}")
+    return lengths
+
+
+def _missing(there: Set[str], splits: Collection[str], part: bool) -> list[str]:
+    text = not part or any(path.startswith("text/") for path in there)
+    required = [path for path, element in ELEMENTS.items() if element.required]
+    wanted = [
+        path for path in required if (split_of(path) in splits or (not split_of(path) and text))
+    ]
+    pre_projection = [of_images(split, "pre_projection") for split in splits]
+    if not part and there & set(pre_projection):
+        wanted += [*pre_projection, "projection/weights"]
+    if "projection/bias" in there:
+        wanted.append("projection/weights")
+    missing = [path for path in dict.fromkeys(wanted) if path not in there]
+    return missing if part or splits else ["images", *missing]

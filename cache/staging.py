@@ -1,28 +1,33 @@
-"""Where a cache grows: a folder that one process owns, and rows that survive being killed.
+"""Where a cache grows: a folder that one process owns, with batches that survive being killed.
 
 HDF5 cannot promise that: a process killed while it writes may leave a file that does not open. So
-rows are staged in a plain binary file beside a journal of JSON lines. A batch counts once its
-journal line is complete, its rows are there, and both are what the checksum in the line was made
-of; whatever lies beyond the last such batch is cut off when the pair is opened again. The HDF5 file
-is assembled from staged rows at the end.
+each batch of rows is a file of its own, whose name is the checksum of what is in it; what has
+another name than that is none. They lie there in any order: a row is known by its image, and the
+HDF5 file is made in the order of the data set at the end.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from clip_adapter import files
+from clip_adapter.cache.content import check_features
 from clip_adapter.errors import UserError
 
 ARGUMENTS = "arguments.json"
 LOCK = "lock"
+BATCH = ".batch"
+DESCRIPTION = "rows"  # in a batch, of what and by which names its rows are known
 DIGEST_BYTES = 16
 
 
@@ -39,6 +44,7 @@ class StagingFolder:
             raise UserError(f"Cannot write {path}: it is a folder; name a file.")
         self.path = path
         self._own = dict(own or {})
+        self._goes_on = False  # whether what is encoded is kept where writing fails
         self.folder = path.with_name(path.name + ".partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,22 +115,84 @@ class StagingFolder:
             f"{self.folder / name} is damaged or cannot be read; use --force to start again."
         )
 
-    def state(self, arguments: dict[str, Any]) -> None:
-        """Write down what this run is, and begin it unless it has begun."""
-        stated = json.dumps(arguments | self._own, sort_keys=True)
-        if not self.begun:
-            self.empty()
-        elif self.read_arguments() == json.loads(stated):
-            return
-        files.write_text(self.folder / ARGUMENTS, stated)
+    def begin(
+        self,
+        arguments: dict[str, Any],
+        *,
+        restart: bool = False,
+        may_differ: Collection[str] = (),
+    ) -> None:
+        """Write down what this run is, and begin it or go on with what lies here.
+
+        restart: leave nothing to go on with. Raises UserError as `refuse_other` does, and where
+        the disk is full.
+        """
+        self._goes_on = not restart
+        with self.writing():
+            if restart:
+                self.empty()
+            self.refuse_other(arguments, may_differ=may_differ)
+            if not self.begun:
+                self.empty()
+            stated = json.dumps(arguments | self._own, sort_keys=True)
+            files.write_text(self.folder / ARGUMENTS, stated)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turns errors of the disk into a sentence."""
+        try:
+            yield
+        # HDF5 raises RuntimeError where it fails to write on closing.
+        except (OSError, RuntimeError) as error:
+            number = getattr(error, "errno", None)
+            reason = os.strerror(number) if number else " ".join(str(error).split())[:200]
+            kept = "what is encoded is kept beside it, and the same command goes on from there"
+            advice = kept if self._goes_on else "mend that and start again"
+            raise UserError(f"Cannot write {self.path}: {reason}; {advice}.") from error
+
+    def add(self, kind: str, ids: Sequence[str], arrays: Mapping[str, np.ndarray]) -> "Batch":
+        """Keep a batch of rows, (B, …) by the names of elements.
+
+        kind: what the rows are of. ids: B, by which they are known again.
+        Raises UserError for features that are not finite or zero, and where the disk is full.
+        """
+        for array in arrays.values():
+            if array.dtype.kind == "f":
+                check_features(array, ids)
+        tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        content = save(tensors, {DESCRIPTION: json.dumps([kind, *ids])})
+        digest = _digest()
+        digest.update(content)
+        path = self.folder / f"{digest.hexdigest()}{BATCH}"
+        with self.writing():
+            files.write_bytes(path, content)
+        rows = {name: (array.dtype, array.shape[1:]) for name, array in tensors.items()}
+        return Batch(path, kind, len(ids), rows)
+
+    def batches(self) -> Iterator[tuple["Batch", list[str]]]:
+        """Those that are whole, with the ids of their rows, in any order. Others are removed."""
+        for path in sorted(self.folder.glob(f"*{BATCH}")):
+            try:
+                if files.other_kind(path) is not None:
+                    raise ValueError
+                with path.open("rb") as file:
+                    found = hashlib.file_digest(file, _digest).hexdigest()
+                if found != path.stem:
+                    raise ValueError
+                with safe_open(path, framework="np") as batch:
+                    kind, *ids = json.loads(batch.metadata()[DESCRIPTION])
+                    first = {name: batch.get_slice(name)[:1] for name in batch.keys()}  # noqa: SIM118
+            except (OSError, ValueError, TypeError, KeyError, SafetensorError):
+                _remove(path)
+            else:
+                rows = {name: (values.dtype, values.shape[1:]) for name, values in first.items()}
+                yield Batch(path, kind, len(ids), rows), ids
 
     def empty(self) -> None:
         """Remove all but the lock; the arguments first, without which nothing here counts."""
         for entry in sorted(self.folder.iterdir(), key=lambda entry: entry.name != ARGUMENTS):
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry.name != LOCK:
-                entry.unlink()
+            if entry.name != LOCK:
+                _remove(entry)
 
     def remove(self) -> None:
         """The folder, before the lock goes, so that nobody starts in there."""
@@ -149,147 +217,28 @@ class StagingFolder:
         self.close()
 
 
-class StagedRows:
-    """Rows of one structured dtype in `<name>.rows`, their records in `<name>.journal`.
+@dataclass(frozen=True)
+class Batch:
+    """A file of rows. kind: what they are of. rows: by the names of elements, the type and the
+    shape of a row."""
 
-    dtype: fields are the arrays of a row; None to go on with what is there.
-    Each appended batch has a record, a JSON object of the caller's; `self.rows` counts the rows
-    that are safely on disk. The journal's first line is the dtype. Raises FileNotFoundError where
-    there is nothing sound to go on with and no dtype to begin with.
-    """
+    path: Path
+    kind: str
+    count: int
+    rows: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype | None = None) -> None:
-        self._journal_path = folder / f"{name}.journal"
-        self.rows = 0
-        stated = self._stated_dtype()
-        if stated is None and dtype is None:
-            raise FileNotFoundError(self._journal_path)
-        self._dtype: np.dtype[np.void] = np.dtype(dtype if stated is None else stated)  # type: ignore[assignment]
-        if dtype is not None and dtype != self._dtype:
-            raise ValueError(f"rows of {dtype}, not of {self._dtype}")
-        self._data: BinaryIO = _open_for_update(folder / f"{name}.rows")
-        self._journal: BinaryIO = _open_for_update(self._journal_path)
-        journal_end = self._sound_end() if stated is not None else 0
-        _cut(self._data, self.rows * self._dtype.itemsize)
-        _cut(self._journal, journal_end)
-        if stated is None:
-            _write_through(self._journal, journal_line({"dtype": self._dtype.descr}, b""))
-
-    def _stated_dtype(self) -> np.dtype | None:
-        if not files.is_there(self._journal_path):
-            return None
-        with self._journal_path.open("rb") as journal:
-            header = _checked(journal.readline(), b"")
-        if header is None:
-            return None
-        return np.dtype([(name, kind, tuple(shape)) for name, kind, shape in header["dtype"]])
-
-    def _sound_end(self) -> int:
-        """Where the last batch ends that can be trusted, as can all before it; counts the rows."""
-        size = self._data.seek(0, os.SEEK_END) // self._dtype.itemsize
-        self._data.seek(0)
-        with self._journal_path.open("rb") as journal:
-            end = len(journal.readline())
-            for line in journal:
-                rows = _stated_rows(line) - self.rows
-                if not 0 <= rows <= size - self.rows:
-                    break
-                if _checked(line, self._data.read(rows * self._dtype.itemsize)) is None:
-                    break
-                end += len(line)
-                self.rows += rows
-        return end
-
-    @property
-    def arrays(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """Type and shape of each array of a row, by name."""
-        names = self._dtype.names or ()
-        return {name: (self._dtype[name].base, self._dtype[name].shape) for name in names}
-
-    @property
-    def bytes(self) -> int:
-        """What the rows and their records take."""
-        return self.rows * self._dtype.itemsize + self._journal_path.stat().st_size
-
-    def append(self, values: Mapping[str, np.ndarray], record: dict[str, Any]) -> None:
-        """Write a batch, for each field (B, …), and then the line that makes it count."""
-        if values.keys() != self.arrays.keys():
-            raise ValueError(f"rows of {', '.join(values)}, not of {', '.join(self.arrays)}")
-        count = len(next(iter(values.values())))
-        rows = np.empty(count, self._dtype)
-        for name, array in values.items():
-            if self._dtype[name] != np.dtype((array.dtype, array.shape[1:])):
-                raise ValueError(f"rows of shape {array.shape[1:]}, not {self._dtype[name].shape}")
-            rows[name] = array
-        data = rows.tobytes()
-        total = self.rows + count
-        _write_through(self._data, data)
-        _write_through(self._journal, journal_line({"rows": total, **record}, data))
-        self.rows = total
-
-    def records(self) -> Iterator[dict[str, Any]]:
-        """The records of all batches, in order."""
-        with self._journal_path.open("rb") as journal:
-            journal.readline()
-            for line in journal:
-                yield json.loads(line[2 * DIGEST_BYTES :])
-
-    def listed(self, key: str) -> Iterator[Any]:
-        """The values of one name in all records, in order."""
-        return (value for record in self.records() for value in record.get(key, ()))
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows start…stop−1, (stop − start,) of the structured dtype."""
-        self._data.seek(start * self._dtype.itemsize)
-        return np.frombuffer(self._data.read((stop - start) * self._dtype.itemsize), self._dtype)
-
-    def close(self) -> None:
-        self._data.close()
-        self._journal.close()
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """(stop − start, …): one element of consecutive rows."""
+        with safe_open(self.path, framework="np") as batch:
+            return batch.get_slice(name)[start:stop]
 
 
-def journal_line(record: dict[str, Any], rows: bytes) -> bytes:
-    """A line of the journal: BLAKE2b of the record and the rows that it stands for, the record."""
-    text = json.dumps(record).encode()
-    return _digest(text, rows) + text + b"\n"
+def _digest() -> Any:
+    return hashlib.blake2b(digest_size=DIGEST_BYTES)
 
 
-def _digest(text: bytes, rows: bytes) -> bytes:
-    digest = hashlib.blake2b(text, digest_size=DIGEST_BYTES)
-    digest.update(rows)
-    return digest.hexdigest().encode()
-
-
-def _checked(line: bytes, rows: bytes) -> dict[str, Any] | None:
-    """The record in a line; None where the line is incomplete or it or its rows are damaged."""
-    stated, text = line[: 2 * DIGEST_BYTES], line[2 * DIGEST_BYTES : -1]
-    if not line.endswith(b"\n") or _digest(text, rows) != stated:
-        return None
-    return json.loads(text)
-
-
-def _stated_rows(line: bytes) -> int:
-    """The rows up to its end that a line, which may be damaged, states; −1 where it states none."""
-    try:
-        total = json.loads(line[2 * DIGEST_BYTES :])["rows"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return -1
-    return total if type(total) is int else -1
-
-
-def _open_for_update(path: Path) -> BinaryIO:
-    files.is_there(path)
-    path.touch()
-    return path.open("r+b", buffering=0)
-
-
-def _cut(file: BinaryIO, size: int) -> None:
-    file.truncate(size)
-    file.seek(size)
-
-
-def _write_through(file: BinaryIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
-    os.fsync(file.fileno())
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()

@@ -12,8 +12,7 @@ import numpy.typing as npt
 
 from clip_adapter.cache import hdf5, schema
 from clip_adapter.cache.metadata import parse, parse_object
-from clip_adapter.cache.structure import Structure
-from clip_adapter.cache.version_1 import read_metadata
+from clip_adapter.cache.schema import ELEMENTS, Kind
 from clip_adapter.errors import Contradiction, UserError
 from clip_adapter.files import is_there
 from clip_adapter.words import quoted
@@ -65,9 +64,11 @@ class StoredFile:
                 head = start.read(9)
             if not h5py.is_hdf5(str(self.path)):
                 raise OSError
-            # Without a checksum over HDF5's own structures there it is not of version 2.
-            whole = head[:8] == SIGNATURE and head[8] in CHECKSUMMED_SUPERBLOCKS
-            self._file = hdf5.open_file(self.path) if whole else None
+            # Without a checksum over HDF5's own structures it is nothing of ours, and libhdf5 may
+            # loop or crash on a damaged one.
+            if head[:8] != SIGNATURE or head[8] not in CHECKSUMMED_SUPERBLOCKS:
+                raise self._foreign()
+            self._file = hdf5.open_file(self.path)
         except OSError as error:
             if other := other_content(self.path):
                 raise UserError(
@@ -78,49 +79,51 @@ class StoredFile:
                 f"{self.path} cannot be read as HDF5: it is damaged, truncated or something else; "
                 "make it again with `extract`."
             ) from error
-        stated: dict[str, Any] = {}
-        if self._file is not None:
-            for key in ("format_version", "format", schema.METADATA_SHA256):
-                stated[key] = hdf5.fixed_attribute(self._file, key)
-        if self._file is None or stated["format_version"] == 1:
-            stated = read_metadata(self.path)
-        self._check_identity(stated, name)
-        if stated["format_version"] == 1:
-            self._file = self._file or hdf5.open_file(self.path)
-            self.metadata = parse(stated)
-        else:
-            self.metadata = parse(self._stored_metadata(stated))
-        assert self._file is not None
-        version = self.metadata.format_version
-        structure = Structure(self._file, name, version)
-        self.splits, self.lengths = structure.splits, structure.lengths
-        self._datasets = structure.datasets
+        names = ("format_version", "format", schema.METADATA_SHA256)
+        stated = {key: hdf5.fixed_attribute(self._file, key) for key in names}
+        self._check_identity(stated["format"], stated["format_version"], name)
+        self.metadata = parse(self._stored_metadata(stated))
+        self._find_datasets(part=name == schema.PART_FORMAT)
         self._check_agreement()
 
-    def _check_identity(self, stated: dict[str, Any], name: str) -> None:
-        found, version = stated.get("format"), stated.get("format_version")
-        known = (1, schema.FORMAT_VERSION) if found == schema.FORMAT else (schema.FORMAT_VERSION,)
-        if type(version) is int and version not in (1, schema.FORMAT_VERSION):
+    def _check_identity(self, found: object, version: object, name: str) -> None:
+        if type(version) is int and version != schema.FORMAT_VERSION:
             raise UserError(
-                f"{self.path} has format version {version}, this program reads versions 1 and "
+                f"{self.path} has format version {version}, this program reads version "
                 f"{schema.FORMAT_VERSION}; update clip-adapter or extract again."
             )
-        if found == name and version in known:
+        if found == name and version == schema.FORMAT_VERSION:
             return
-        if found == schema.PART_FORMAT == name:
-            raise UserError(f"{self.path} is of an older version of the format; extract it again.")
-        if found == schema.PART_FORMAT:
+        if found == schema.PART_FORMAT and found != name:
             raise UserError(
                 f"{self.path} is one part of a cache; join the parts with `clip-adapter merge`."
             )
         if name == schema.PART_FORMAT:
             raise UserError(f"{self.path} is no part of a cache; `extract --shard` makes one.")
-        raise UserError(
+        raise self._foreign()
+
+    def _foreign(self) -> UserError:
+        return UserError(
             f"{self.path} is an HDF5 file but not a CLIP feature cache; `extract` makes one."
         )
 
+    def _find_datasets(self, *, part: bool) -> None:
+        """Finds and measures the datasets, by their paths, without reading a value."""
+        checked = hdf5.CheckedDatasets(self._file)
+        images = checked.has_group("images")
+        self.splits = tuple(
+            split for split in schema.SPLITS if images and checked.has_group(f"images/{split}")
+        )
+        found = {
+            path: checked.find(path, element.kind, len(element.axes))
+            for path, element in ELEMENTS.items()
+        }
+        self._datasets = {path: one for path, one in found.items() if one is not None}
+        shapes = {path: dataset.shape for path, dataset in self._datasets.items()}
+        self.lengths = schema.measure(shapes, self.splits, part=part)
+
     def _stored_metadata(self, stated: dict[str, Any]) -> dict[str, Any]:
-        found = hdf5.CheckedDatasets(self._file).find(schema.METADATA, schema.Kind.BYTES, 1)
+        found = hdf5.CheckedDatasets(self._file).find(schema.METADATA, Kind.BYTES, 1)
         if found is None:
             raise Contradiction("it lacks its metadata")
         text = found[...].tobytes()
@@ -140,9 +143,7 @@ class StoredFile:
         dim = self.metadata.backbone["embed_dim"]
         if self.lengths.get("D", dim) != dim:
             raise Contradiction(f"its features have {self.lengths['D']} numbers, not {dim}")
-        if self.metadata.format_version == 1:
-            return
-        hashed = {path for path in self._datasets if schema.ELEMENTS[path].whole}
+        hashed = {path for path in self._datasets if not ELEMENTS[path].by_row}
         if lacking := sorted(hashed - self.metadata.datasets_sha256.keys()):
             raise Contradiction(f"its metadata has no SHA-256 of {', '.join(lacking)}")
 
@@ -161,6 +162,11 @@ class StoredFile:
         except hdf5.DAMAGE as error:
             raise self._broken(otherwise) from error
 
+    @property
+    def skipped(self) -> int:
+        """Images of the data set that could not be read and are not here."""
+        return sum(self.lengths.get(f"S {split}", 0) for split in self.splits)
+
     def has_dataset(self, path: str) -> bool:
         return path in self._datasets
 
@@ -175,30 +181,30 @@ class StoredFile:
         with self._reading("a dataset is damaged (its checksum does not match)"):
             return hdf5.content_sha256(self._datasets.get)
 
-    def rows_of(self, path: str, rows: slice) -> np.ndarray:
-        """Some consecutive rows along the first axis, as they are stored; see `_verify`."""
+    def values_of(self, path: str, rows: slice = slice(None)) -> np.ndarray:
+        """Some consecutive rows of an element, or all, as they are stored; strings as objects."""
+        element = ELEMENTS[path]
+        if element.kind is Kind.FEATURES:
+            index = (slice(None),) * element.row_axis + (rows,)
+            return self.features_of(path, index).astype(self.dtype_of(path))
         with self._reading(f"{path} is damaged (its checksum does not match)"):
-            if schema.ELEMENTS[path].whole:
-                self._verify(path)
-            return self._datasets[path][rows]
-
-    def strings(self, path: str, rows: slice = slice(None)) -> list[str]:
-        """The same of a list of strings."""
-        return self._decoded(path, self.rows_of(path, rows))
-
-    def string_table(self, path: str) -> list[list[str]]:
-        """All of a table of strings."""
-        return [self._decoded(path, row) for row in self.rows_of(path, slice(None))]
-
-    def _decoded(self, path: str, values: np.ndarray) -> list[str]:
+            self._verify(path)
+            values = self._datasets[path][rows]
+        if element.kind is not Kind.STRING:
+            return values
         try:
-            return [value.decode() for value in values]
+            decoded = [value.decode() for value in values.ravel()]
         except UnicodeDecodeError as error:
             raise self._broken(f"{path} is not UTF-8") from error
+        return np.array(decoded, object).reshape(values.shape)
+
+    def strings(self, path: str) -> list[Any]:
+        """All of a list of strings, or of a table of them."""
+        return self.values_of(path).tolist()
 
     def labels_of(self, path: str, classes: int) -> npt.NDArray[np.int32]:
         """(N,) int32. Raises UserError for a label outside 0 … classes − 1."""
-        labels = self.rows_of(path, slice(None))
+        labels = self.values_of(path)
         if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
             raise self._broken(f"{path} holds labels outside the {classes} classes")
         return labels
@@ -212,7 +218,7 @@ class StoredFile:
         """A piece of image or text features, (…, D) float32, and of that the `rows` along the
         first axis, every one a finite direction."""
         with self._reading(f"{path} is damaged (its checksum does not match)"):
-            if schema.ELEMENTS[path].whole:
+            if not ELEMENTS[path].by_row:
                 self._verify(path)
             stored = self._datasets[path][index][rows]
             values = stored.astype(np.float32)
@@ -235,7 +241,7 @@ class StoredFile:
         if name not in self._datasets:
             return None
         if name not in self._hashes:
-            self._hashes[name] = self.rows_of(name, slice(None))
+            self._hashes[name] = self.values_of(name)
         return self._hashes[name]
 
     def verify(self) -> None:
@@ -243,11 +249,9 @@ class StoredFile:
 
         Raises UserError for what differs.
         """
-        for path, element in schema.ELEMENTS.items():
-            if path not in self._datasets:
-                continue
-            if element.whole:
-                self.rows_of(path, slice(0, 1))
+        for path in self._datasets:
+            if not ELEMENTS[path].by_row:
+                self.values_of(path, slice(0, 1))
                 continue
             for start in range(0, self.shape_of(path)[1], self.row_step(path)):
                 self.features_of(path, (slice(None), slice(start, start + self.row_step(path))))
@@ -263,7 +267,7 @@ class StoredFile:
 
         Fletcher32 alone does not see where a whole chunk was overwritten with zeros.
         """
-        if path not in self._verified and self.metadata.format_version > 1:
+        if path not in self._verified:
             if hdf5.sha256(self._datasets[path]) != self.metadata.datasets_sha256[path]:
                 raise Contradiction(f"{path} is damaged (its SHA-256 does not match)")
             self._verified.add(path)

@@ -1,282 +1,253 @@
-"""Write a feature cache: staged while it grows, assembled and renamed when it is whole."""
+"""Write a feature cache: assembled beside its path and renamed when it is whole."""
 
+import errno
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import groupby
+from math import prod
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+import h5py
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache import schema
-from clip_adapter.cache.assemble import Projection, assemble
-from clip_adapter.cache.checks import check_features, check_projection, check_strings, indistinct
+from clip_adapter.cache import hdf5, schema
+from clip_adapter.cache.content import Content, check_features, check_strings, indistinct
 from clip_adapter.cache.metadata import Metadata, Part, encode, parse, parse_object
-from clip_adapter.cache.staging import StagedRows, StagingFolder
+from clip_adapter.cache.rows import Chosen, Picked
+from clip_adapter.cache.schema import ELEMENTS, Element, Kind, of_images, split_of
+from clip_adapter.cache.staging import StagingFolder
 from clip_adapter.errors import Contradiction, UserError
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+STRINGS_AT_ONCE = 1 << 12
+HASH_BYTES = 8
 
-class CacheWriter:
-    """Collects features batch by batch beside a path and puts the finished file there.
 
-    Everything is staged in the folder `<path>.partial`. `finish` assembles the HDF5 file in that
-    folder and renames it, so that the path either does not exist or is complete. A writer opened
-    with the same `arguments` after an interruption goes on behind the last whole batch.
+def write_cache(
+    out: str | Path | StagingFolder,
+    content: Content,
+    *,
+    backbone: Mapping[str, Any],
+    dataset: Mapping[str, Any],
+    logit_scale: float,
+    logit_bias: float = 0.0,
+    preprocess: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    part: Part | None = None,
+    templates: Iterable[str] | None = None,
+) -> None:
+    """Write a feature cache, which is there when it is whole and else not.
 
-    place: the path, or the folder taken beside it, which the writer closes.
-    arguments: JSON-able description of what is written; two runs with equal arguments write the
-        same cache.
-    stated: those that an interrupted run must agree on, by default all; may_differ: but not these.
-    staging: sub-folder in which the rows are staged, so that others may lie beside them; all go in
-        the end.
-    Raises UserError where the folder cannot be written, another process is writing the same file,
-    or an interrupted run with other arguments lies there (unless `restart`).
+    out: where; or the folder taken beside it, which is removed then.
+    content: the datasets of FORMAT.md by their paths, such as `images/train/features` (V, N, D)
+        and `text/class_names`; images and text un-normalised, float32 or float16. Hashes of rows
+        are computed.
+    backbone, dataset, preprocess, arguments, logit_scale, logit_bias: the metadata of FORMAT.md.
+    part, templates: make a part of a cache, for `merge_parts`, which may hold no image of a split.
+
+    Raises UserError for what FORMAT.md does not allow, and where the file cannot be written.
+    ValueError for shapes that contradict each other.
     """
-
-    def __init__(
-        self,
-        place: Path | StagingFolder,
-        arguments: dict[str, Any],
-        *,
-        views: int,
-        restart: bool = False,
-        stated: dict[str, Any] | None = None,
-        may_differ: Collection[str] = (),
-        staging: str = "",
-    ) -> None:
-        self._place = StagingFolder(place) if isinstance(place, Path) else place
-        self.path = self._place.path
-        self.arguments = arguments
-        self._views = views
-        self._restart = restart
-        self._folder = self._place.folder / staging
-        self._staged: dict[str, StagedRows] = {}
-        try:
-            with self._writing():
-                if restart:
-                    self._place.empty()
-                stated = arguments if stated is None else stated
-                self._place.refuse_other(stated, may_differ=may_differ)
-                self._place.state(stated)
-                self._folder.mkdir(exist_ok=True)
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def staging(self) -> Path:
-        """The folder in which the rows are staged."""
-        return self._folder
-
-    def consumed(self, split: str) -> int:
-        """Source images of a split that are dealt with already, skipped ones included."""
-        staged = self._reopened(split)
-        if staged is None:
-            return 0
-        return sum(len(record["ids"]) + len(record["skipped"]) for record in staged.records())
-
-    def append_images(
-        self,
-        split: str,
-        features: np.ndarray,
-        labels: npt.ArrayLike,
-        ids: Sequence[str],
-        skipped: Sequence[str] = (),
-        digests: npt.NDArray[np.uint64] | None = None,
-        skipped_labels: npt.ArrayLike = (),
-        pre_projection: np.ndarray | None = None,
-        stamps: npt.NDArray[np.uint64] | None = None,
-        contents: npt.NDArray[np.uint64] | None = None,
-        skipped_stamps: npt.NDArray[np.uint64] | None = None,
-    ) -> None:
-        """Add a batch of images to a split.
-
-        features: (B, V, D) float32 or float16, un-normalised; V is `views` for train, else 1.
-        labels: (B,) integers. ids: B strings. skipped: ids of images that could not be read.
-        digests: (B,) hashes of the images' pixels, for all batches of a split or for none.
-        skipped_labels: those of `skipped`, for all batches of a split or for none.
-        stamps, contents: (B,) hashes by which the images are known again (FORMAT.md), and
-        skipped_stamps those of `skipped`; for all batches of a split or for none.
-        pre_projection: (B, V, F) float32 or float16, what the encoder's last linear map is applied
-            to, for all batches of all splits or for none.
-        Raises UserError for features that are not finite or zero and ids that the file cannot hold,
-        before anything of the batch is staged, and where the disk is full.
-        """
-        views = self._views if split == "train" else 1
-        if features.shape[:2] != (len(ids), views) or np.shape(labels) != (len(ids),):
-            raise ValueError(f"{features.shape} features of {len(ids)} images, {views} views")
-        check_strings([*ids, *skipped])
-        values = {"features": features}
-        if pre_projection is not None:
-            if pre_projection.shape[:2] != features.shape[:2]:
-                raise ValueError(f"{pre_projection.shape} pre-projection features")
-            values["pre_projection"] = pre_projection
-        for array in values.values():
-            check_features(array, ids)
-        record = {
-            "labels": np.asarray(labels, np.int32).tolist(),
-            "ids": list(ids),
-            "skipped": list(skipped),
-            "skipped_labels": np.asarray(skipped_labels, np.int32).tolist(),
-        }
-        hashes = {
-            "digests": digests,
-            "stamps": stamps,
-            "contents": contents,
-            "skipped_stamps": skipped_stamps,
-        }
-        record |= {name: found.tolist() for name, found in hashes.items() if found is not None}
-        self._stage(split, values, record)
-
-    def append_text(
-        self,
-        features: np.ndarray,
-        class_names: Sequence[str],
-        prompts: Sequence[Sequence[str]] | None = None,
-        tokens: npt.NDArray[np.int32] | None = None,
-    ) -> None:
-        """Add the text features of some classes, (B, P, D), un-normalised.
-
-        prompts: (B, P) what was encoded, "" for rows that fill up a class with fewer prompts than
-            others (FORMAT.md says with what); for all classes or for none.
-        tokens: (B, P, L) what the text tower was given, zeros for rows that fill up; the same.
-        Raises UserError as `append_images` does.
-        """
-        if len(features) != len(class_names):
-            raise ValueError(f"text features of {len(features)} for {len(class_names)} classes")
-        check_strings(class_names)
-        check_features(features, class_names)
-        record: dict[str, Any] = {"class_names": list(class_names)}
-        if prompts is not None:
-            for row in prompts:
-                check_strings(row)
-            record["prompts"] = [list(row) for row in prompts]
-        values = {"features": features}
-        if tokens is not None:
-            if tokens.shape[:2] != features.shape[:2] or tokens.dtype != np.int32:
-                raise ValueError(f"{tokens.dtype} tokens of shape {tokens.shape}")
-            values["tokens"] = tokens
-        self._stage(schema.TEXT, values, record)
-
-    def text_rows(self) -> int:
-        """Classes whose text features are staged already."""
-        staged = self._reopened(schema.TEXT)
-        return staged.rows if staged else 0
-
-    def listed(self, split: str, key: str) -> Iterator[Any]:
-        """What is noted of a split's images so far, in order.
-
-        key: labels, ids, digests; skipped, skipped_labels of those that are not there.
-        """
-        staged = self._reopened(split)
-        return staged.listed(key) if staged else iter(())
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turns errors of the disk into a sentence."""
-        try:
-            yield
-        # HDF5 raises RuntimeError where it fails to write on closing.
-        except (OSError, RuntimeError) as error:
-            number = getattr(error, "errno", None)
-            reason = os.strerror(number) if number else " ".join(str(error).split())[:200]
-            kept = "what is encoded is kept beside it, and the same command goes on from there"
-            advice = "mend that and start again" if self._restart else kept
-            raise UserError(f"Cannot write {self.path}: {reason}; {advice}.") from error
-
-    def _stage(self, name: str, values: Mapping[str, np.ndarray], record: dict[str, Any]) -> None:
-        with self._writing():
-            staged = self._reopened(name)
-            if staged is None:
-                fields = [(key, array.dtype, array.shape[1:]) for key, array in values.items()]
-                staged = StagedRows(self._folder, name, np.dtype(fields))
-                self._staged[name] = staged
-            staged.append(values, record)
-
-    def _reopened(self, name: str) -> StagedRows | None:
-        """What is staged under a name; None where nothing is that can be trusted."""
-        if name not in self._staged:
-            try:
-                self._staged[name] = StagedRows(self._folder, name)
-            except FileNotFoundError:
-                return None
-            except (OSError, ValueError, TypeError, KeyError) as error:
-                raise self._place.damaged(f"{name}.*") from error
-        return self._staged[name]
-
-    def finish(
-        self,
-        *,
-        templates: Sequence[str],
-        backbone: dict[str, Any],
-        preprocess: dict[str, Any],
-        dataset: dict[str, Any],
-        logit_scale: float,
-        logit_bias: float,
-        projection: Projection | None = None,
-        part: Part | None = None,
-    ) -> None:
-        """Assemble the HDF5 file, give it its final name and remove the staging folder.
-
-        projection: weights (F, D) float32 of the encoder's last linear map, and bias (D,) or None.
-        part: make a part of a cache, for `merge_parts`. It may hold no image of a split.
-        Raises UserError for a split without a readable image, templates that the file cannot hold,
-        class names that are all empty or all equal,
-        metadata that is not what FORMAT.md asks for, and a full disk.
-        """
-        check_strings(templates)
-        names = [name for name in (*schema.SPLITS, schema.TEXT) if self._reopened(name)]
-        staged = {name: self._staged[name] for name in names}
-        text = staged.get(schema.TEXT)
-        if text is not None and text.arrays["features"][1][0] != len(templates):
-            raise ValueError(f"{len(templates)} templates, others than those of the text features")
-        for split, rows in staged.items():
-            if part is None and not rows.rows:
-                raise UserError(f"The {split} split has no image that could be read.")
-            if (found := rows.arrays["features"][1][1]) != backbone.get("embed_dim"):
-                raise ValueError(f"features of {found} numbers and embed_dim of {backbone}")
-        if text is not None and (reason := indistinct(list(text.listed("class_names")))):
-            raise UserError(f"Cannot write {self.path}: {reason}; name the classes.")
-        check_projection({name: rows.arrays for name, rows in staged.items()}, projection, part)
-        metadata = Metadata(
-            created_at=_now(),
-            writer=f"clip-adapter {version('clip-adapter')}",
-            backbone=backbone,
-            preprocess=preprocess,
-            dataset=dataset,
-            logit_scale=float(logit_scale),
-            logit_bias=float(logit_bias),
-            arguments=self.arguments,
-            part=part,
-            templates=None if part is None else [*templates],
-        )
-        try:
-            parse(parse_object(encode(metadata)[0]))
-        except Contradiction as reason:
-            raise UserError(f"Cannot write {self.path}: {reason}.") from reason
-        assembled = self._place.folder / "assembled.h5"
-        with self._writing():
-            assemble(assembled, staged, templates, metadata, projection)
-            assembled.replace(self.path)
-            self._place.remove()
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the files; what is staged stays for the next run."""
-        for staged in self._staged.values():
-            staged.close()
-        self._staged.clear()
-        self._place.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    metadata = Metadata(
+        created_at=_now(),
+        writer=f"clip-adapter {version('clip-adapter')}",
+        backbone=dict(backbone),
+        preprocess=dict(preprocess or {}),
+        dataset=dict(dataset),
+        logit_scale=float(logit_scale),
+        logit_bias=float(logit_bias),
+        arguments=dict(arguments or {}),
+        part=part,
+        templates=None if part is None else [*(templates or ())],
+    )
+    with ExitStack() as stack:
+        place = out
+        if not isinstance(place, StagingFolder):
+            place = stack.enter_context(StagingFolder(Path(place)))
+        if unknown := sorted(content.keys() - ELEMENTS.keys()):
+            raise ValueError(f"{unknown[0]} is no dataset of the format")
+        content = {name: _values(name, values) for name, values in content.items()}
+        content = {name: values for name, values in content.items() if _is_written(name, values)}
+        _check(place.path, content, metadata)
+        assembled = place.folder / "assembled.h5"
+        with place.writing():
+            stack.callback(assembled.unlink, missing_ok=True)
+            _assemble(assembled, content, metadata)
+            assembled.replace(place.path)
+            place.remove()
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _values(name: str, values: Any) -> Any:
+    """Values in memory as an array of what the file has, strings as objects."""
+    if isinstance(values, Picked | Chosen):
+        return values
+    types = {Kind.STRING: np.object_, Kind.INT32: np.int32, Kind.UINT64: np.uint64}
+    return np.asarray(values, types.get(ELEMENTS[name].kind))
+
+
+def _is_written(name: str, values: Any) -> bool:
+    """Lists that MAY be there are left out where they are empty."""
+    element = ELEMENTS[name]
+    return element.required or element.by_row or 0 not in values.shape
+
+
+def _check(path: Path, content: Content, metadata: Metadata) -> None:
+    """Raises UserError or ValueError for what the file may not hold."""
+    shapes = {name: values.shape for name, values in content.items()}
+    part = metadata.part is not None
+    splits = [split for split in schema.SPLITS if of_images(split, "labels") in content]
+    for split in splits:
+        if not part and not shapes[of_images(split, "labels")][0]:
+            raise UserError(f"The {split} split has no image that could be read.")
+    try:
+        lengths = schema.measure(shapes, splits, part=part)
+    except Contradiction as error:
+        raise ValueError(str(error)) from error
+    if lengths.get("D", dim := metadata.backbone.get("embed_dim")) != dim:
+        raise ValueError(f"features of {lengths['D']} numbers and embed_dim of {dim}")
+    names = content.get("text/class_names", [])
+    if len(names) and (reason := indistinct(names)):
+        raise UserError(f"Cannot write {path}: {reason}; name the classes.")
+    for name, values in content.items():
+        outside = name.endswith("labels") and len(names) and not _within(values[:], len(names))
+        if outside:
+            raise ValueError(f"{name} are outside the {len(names)} classes")
+        if ELEMENTS[name].kind is Kind.STRING:
+            check_strings(_strings(values))
+        elif ELEMENTS[name].kind is Kind.FEATURES and isinstance(values, np.ndarray):
+            split = split_of(name)
+            rows = np.moveaxis(values, ELEMENTS[name].row_axis, 0)
+            check_features(rows, content[of_images(split, "ids")] if split else names)
+    try:
+        parse(parse_object(encode(metadata)[0]))
+    except Contradiction as error:
+        raise UserError(f"Cannot write {path}: {error}.") from error
+
+
+def _within(labels: npt.NDArray[np.int32], classes: int) -> bool:
+    return not len(labels) or 0 <= int(labels.min()) <= int(labels.max()) < classes
+
+
+def _strings(values: Any) -> Iterator[str]:
+    """All of a list or a table of strings, some of which are in memory at a time."""
+    for start in range(0, values.shape[0], STRINGS_AT_ONCE):
+        yield from values[start : start + STRINGS_AT_ONCE].ravel()
+
+
+def _assemble(path: Path, content: Content, metadata: Metadata) -> None:
+    """Write the file to `path` and wait for the disk."""
+    types = {name: _dtype(ELEMENTS[name], values) for name, values in content.items()}
+    _reserve(path, content, types)
+    # HDF5 1.10's file format, unlike the default of h5py, puts checksums on the metadata too:
+    # one wrong byte there can turn a chunk into zeros or HDF5 into an endless loop.
+    with h5py.File(path, "w", libver=("v110", "v110")) as file:
+        there = [name for name in ELEMENTS if name in content]
+        for group, names in groupby(there, lambda name: name.rpartition("/")[0]):
+            _write_group(file.create_group(group), {n: (content[n], types[n]) for n in names})
+        _write_metadata(file, metadata)
+    with path.open("rb") as finished:
+        os.fsync(finished.fileno())
+
+
+def _dtype(element: Element, values: Any) -> np.dtype:
+    if element.kind is Kind.STRING:
+        longest = max((len(string.encode()) for string in _strings(values)), default=0)
+        return h5py.string_dtype("utf-8", max(1, longest))
+    return values.dtype
+
+
+def _reserve(path: Path, content: Content, types: Mapping[str, np.dtype]) -> None:
+    """Have the disk say now whether the file fits: where a write fails, HDF5 may crash."""
+    size = schema.CHUNK_BYTES  # for what describes the rest
+    for name, values in content.items():
+        shape = values.shape
+        chunks = _chunks(ELEMENTS[name], shape, types[name])
+        # The last chunk may be half empty.
+        counts = [-(-length // chunk) for length, chunk in zip(shape, chunks, strict=True)]
+        size += prod(counts) * prod(chunks) * types[name].itemsize
+        size += prod(shape[:-1]) * HASH_BYTES
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno in NO_ROOM:  # else it is the file system that cannot tell
+                raise
+
+
+def _chunks(element: Element, shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
+    axis = element.row_axis
+    rows = schema.chunk_rows(shape[axis], prod(shape[axis + 1 :]) * dtype.itemsize)
+    return (1,) * axis + (rows, *shape[axis + 1 :])
+
+
+def _write_group(group: h5py.Group, values: Mapping[str, tuple[Any, np.dtype]]) -> None:
+    # HDF5 lays the file out by when datasets are closed, and equal content shall be equal bytes:
+    # features stay open until the next ones of the group are there.
+    last_features: list[h5py.Dataset] = []
+    for path, (array, dtype) in values.items():
+        element, name = ELEMENTS[path], path.rpartition("/")[2]
+        if not element.by_row:
+            _fill(_created(group, name, element, array.shape, dtype), element, array)
+            continue
+        last_features[:] = [_created(group, name, element, array.shape, dtype)]
+        hashes = _fill(last_features[0], element, array)
+        if hashes.size:
+            of_rows = ELEMENTS[path + schema.HASHES]
+            dataset = _created(group, name + schema.HASHES, of_rows, hashes.shape, hashes.dtype)
+            _fill(dataset, of_rows, hashes)
+            del dataset
+
+
+def _created(
+    group: h5py.Group, name: str, element: Element, shape: tuple[int, ...], dtype: np.dtype
+) -> h5py.Dataset:
+    return group.create_dataset(
+        name,
+        shape,
+        dtype,
+        maxshape=tuple(length or None for length in shape),
+        chunks=_chunks(element, shape, dtype),
+        fletcher32=True,
+    )
+
+
+def _fill(dataset: h5py.Dataset, element: Element, values: Any) -> npt.NDArray[np.uint64]:
+    """Write the values, a chunk of rows at a time; returns the hashes of features' rows."""
+    axis = element.row_axis
+    hashes = np.zeros(dataset.shape[:-1], np.uint64)
+    for start in range(0, dataset.shape[axis], step := dataset.chunks[axis]):
+        rows = (slice(None),) * axis + (slice(start, start + step),)
+        block = values[rows if axis else rows[0]]
+        if element.kind is Kind.STRING:
+            # Fixed-length UTF-8, which unlike variable-length strings is covered by the checksum.
+            encoded = [string.encode() for string in block.ravel()]
+            block = np.array(encoded, dataset.dtype).reshape(block.shape)
+        dataset[rows] = block
+        if element.by_row:
+            hashes[rows] = hdf5.row_hashes(block)
+    return hashes
+
+
+def _write_metadata(file: h5py.File, metadata: Metadata) -> None:
+    there = {path: file[path] for path in ELEMENTS if path in file}
+    sums = {path: hdf5.sha256(one) for path, one in there.items() if not ELEMENTS[path].by_row}
+    # The parts of a cache are no content of their own.
+    content = hdf5.content_sha256(there.get) if metadata.part is None else None
+    text, digest = encode(replace(metadata, datasets_sha256=sums, content_sha256=content))
+    values = np.frombuffer(text, np.uint8)
+    file.create_dataset(schema.METADATA, data=values, chunks=values.shape, fletcher32=True)
+    name = schema.FORMAT if metadata.part is None else schema.PART_FORMAT
+    # Fixed-length, because HDF5 keeps strings of variable length where it has no checksum.
+    file.attrs["format"] = np.bytes_(name)
+    file.attrs["format_version"] = np.int64(metadata.format_version)
+    file.attrs[schema.METADATA_SHA256] = np.bytes_(digest)

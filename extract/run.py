@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_adapter.cache.schema import FORMAT_VERSION
 from clip_adapter.errors import UserError
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.shards import (
@@ -59,13 +58,12 @@ def _extract_together(config: ExtractConfig, launch: Launch, listener: Listener)
         listener.result(_nothing_to_do(config.out))
         return config.out
     if launch.rank == 0:
-        from clip_adapter.cache.parts import MERGING
-
-        with _staging_folder(config, MERGING):  # better to find out before the parts are encoded
+        # Better to find out before the parts are encoded.
+        with _staging_folder(config, {"shard": "merge"}):
             pass
     from clip_adapter.extract.encoding.device import device_of_process
     from clip_adapter.extract.job import run_job
-    from clip_adapter.extract.join import join_parts
+    from clip_adapter.extract.outcome import join_parts
 
     out = part_path(config.out, launch.shard)
     device = device_of_process(config.device, launch.local_rank)
@@ -139,40 +137,34 @@ def _already_there(config: ExtractConfig, shard: Shard, listener: Listener) -> b
         refuse_other_rows,
     )
 
-    made = _made(config.out, shard)
-    updatable = shard.of == 1 and made.format_version > 1
-    earlier = ExtractConfig().identity() | made.arguments
+    made_with, skipped = _made(config.out, shard)
+    earlier = ExtractConfig().identity() | made_with
     now = config.identity()
     if config.precision == "auto":  # whatever it was on the machine that made the file
         now["precision"] = earlier["precision"]
     differing = {key for key in now if earlier.get(key) != now[key]}
-    if config.update and not updatable:
-        raise UserError(
-            f"{config.out} is of format version {made.format_version}, which does not say of what "
-            "files its images are, so --update can keep nothing of it; --force starts again."
-        )
     if differing and not (config.update and differing <= set(UPDATABLE)):
-        keeping = "--update to keep what can be kept of it, "
+        updatable = shard.of == 1 and differing <= set(UPDATABLE)
+        keeping = "--update to keep what can be kept of it, " if updatable else ""
         raise UserError(
             f"{config.out} exists and was made with other arguments "
             f"({', '.join(sorted(differing))} differ); choose another --out, "
-            f"{keeping if updatable and differing <= set(UPDATABLE) else ''}or --force to "
-            "overwrite it."
+            f"{keeping}or --force to overwrite it."
         )
     tower = _missing_tower(config, shard)
     if config.update:
-        wanting = config.on_error == "fail" and made.skipped > 0
+        wanting = config.on_error == "fail" and skipped > 0
         return not (differing or wanting or tower or find_changes(config, listener))
     if config.on_error == "fail":
         from clip_adapter.extract.outcome import refuse_skipped
 
-        refuse_skipped(config.out, made.skipped)
+        refuse_skipped(config.out, skipped)
     if shard.of > 1:
-        refuse_other_rows(config, made.arguments.get("rows_sha256"), listener)
+        refuse_other_rows(config, made_with.get("rows_sha256"), listener)
     else:
-        refuse_changed(config, listener, updatable=updatable)
+        refuse_changed(config, listener)
     if tower:
-        again = "--update makes it again" if updatable else "--force makes both"
+        again = "--update makes it again" if shard.of == 1 else "--force makes both"
         raise UserError(f"{tower} is missing, which belongs to {config.out}; {again}.")
     return True
 
@@ -194,26 +186,18 @@ def _nothing_to_do(out: Path) -> str:
     )
 
 
-@dataclass(frozen=True)
-class _Made:
-    """What a file was made with, how many images were skipped, and which format it is of."""
-
-    arguments: dict[str, Any]
-    skipped: int
-    format_version: int
-
-
-def _made(path: Path, shard: Shard) -> _Made:
+def _made(path: Path, shard: Shard) -> tuple[dict[str, Any], int]:
+    """What a file was made with, and how many images were skipped."""
     if shard.of > 1:
-        from clip_adapter.cache.parts import part_of
+        from clip_adapter.cache.parts import PartFile
 
-        arguments, part, skipped = part_of(path)
-        if (part.index, part.of) != (shard.index, shard.of):
-            raise UserError(
-                f"{path} is part {part.index} of {part.of} of a cache; choose another --out, or "
-                "--force to overwrite it."
-            )
-        return _Made(arguments, skipped, FORMAT_VERSION)
+        with PartFile(path) as opened:
+            if (opened.part.index, opened.part.of) != (shard.index, shard.of):
+                raise UserError(
+                    f"{path} is part {opened.part.index} of {opened.part.of} of a cache; choose "
+                    "another --out, or --force to overwrite it."
+                )
+            return opened.metadata.arguments, opened.skipped
     import h5py
 
     from clip_adapter.cache.reader import FeatureCache
@@ -224,4 +208,4 @@ def _made(path: Path, shard: Shard) -> _Made:
             "overwrite it."
         )
     with FeatureCache(path) as cache:
-        return _Made(cache.arguments, cache.skipped, cache.metadata.format_version)
+        return cache.arguments, cache.skipped

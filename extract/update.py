@@ -5,12 +5,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.rows import StoredRows
 from clip_adapter.errors import UserError
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.datasets.registry import open_dataset, provenance_of
-from clip_adapter.extract.datasets.source import ImageDataset, Split
-from clip_adapter.extract.fingerprints import UNKNOWN, stamps
-from clip_adapter.extract.reuse import content_or_unknown, rows_sha256
+from clip_adapter.extract.datasets.source import ImageDataset
+from clip_adapter.extract.known import Known, KnownRows, rows_sha256, stamps
 from clip_adapter.listener import Listener
 from clip_adapter.words import counted, some
 
@@ -42,16 +42,16 @@ def find_changes(config: ExtractConfig, listener: Listener) -> str | None:
         if provenance is not None:
             earlier = {key: cache.dataset.get(key) for key in provenance}
             return None if earlier == provenance else "its source is of another version"
-        return _changes(cache, open_dataset(config.dataset, options))
+        return _changes(cache, open_dataset(config.dataset, options), config.workers)
 
 
-def _changes(cache: FeatureCache, dataset: ImageDataset) -> str | None:
+def _changes(cache: FeatureCache, dataset: ImageDataset, workers: int) -> str | None:
     now, then = _current(dataset), _cached(cache)
     new, gone = now.keys() - then.keys(), then.keys() - now.keys()
     moved = {name for _, name in new} & {name for _, name in gone}
     both = now.keys() & then.keys()
     relabelled = sum(now[key] != then[key] for key in both)
-    changed = _changed(cache, dataset, both)
+    changed = _changed(cache, dataset, both, workers)
     counts = (
         (sum(name not in moved for _, name in new), "new"),
         (sum(name not in moved for _, name in gone), "gone"),
@@ -97,42 +97,29 @@ def _cached(cache: FeatureCache) -> ClassNames:
     return found
 
 
-def _changed(cache: FeatureCache, dataset: ImageDataset, both: Collection[tuple[str, str]]) -> int:
+def _changed(
+    cache: FeatureCache, dataset: ImageDataset, both: Collection[tuple[str, str]], workers: int
+) -> int:
     """How many images have other content, or, of skipped ones, another size or time."""
-    count = 0
-    for name, split in dataset.splits.items():
-        if name not in cache.splits:
-            continue
-        then = _hashes_by_id(cache, name)
-        for row, stamp in enumerate(stamps(split, dataset.provenance).tolist()):
-            if (name, split.ids[row]) not in both or split.ids[row] not in then:
-                continue
-            earlier, content = then[split.ids[row]]
-            # Of a skipped image nothing but the stamp is known.
-            if stamp == earlier and (stamp != UNKNOWN or content == UNKNOWN):
-                continue
-            count += not _same_content(split, row, content)
-    return count
-
-
-def _same_content(split: Split, row: int, earlier: int) -> bool:
-    if split.file is None or earlier == UNKNOWN:
-        return False
-    return content_or_unknown(split.file(row)) == earlier
-
-
-def _hashes_by_id(cache: FeatureCache, split: str) -> Mapping[str, tuple[int, int]]:
-    """Stamp and content of each image, skipped ones included; {} where the cache has none."""
-    then, contents = cache.hashes(split, "stamps"), cache.hashes(split, "contents")
-    if then is None or contents is None:
-        return {}
-    pairs = zip(then.tolist(), contents.tolist(), strict=True)
-    known = dict(zip(cache.ids(split), pairs, strict=True))
-    skipped = cache.hashes(split, "skipped_stamps")
-    if skipped is not None:
-        names = cache.skipped_ids(split)
-        known |= {n: (s, UNKNOWN) for n, s in zip(names, skipped.tolist(), strict=True)}
-    return known
+    known = Known(
+        {
+            name: KnownRows(split, stamps(split, dataset.provenance), {}, range(len(split.ids)))
+            for name, split in dataset.splits.items()
+        }
+    )
+    for name in cache.splits:
+        if cache.hashes(name, "stamps") is None or cache.hashes(name, "contents") is None:
+            return 0  # nothing says so
+        known.look_in(StoredRows(cache, name), cache.ids(name))
+        skipped = cache.hashes(name, "skipped_stamps")
+        if skipped is not None:
+            known.skip(cache.skipped_ids(name), skipped, even_unknown=True)
+    known.settle(workers)
+    return sum(
+        (name, split.split.ids[row]) in both
+        for name, split in known.splits.items()
+        for row in split.missing.tolist()
+    )
 
 
 def _same_order(cache: FeatureCache, dataset: ImageDataset) -> bool:
@@ -177,14 +164,10 @@ def refuse_other_features(
         )
 
 
-def refuse_changed(config: ExtractConfig, listener: Listener, *, updatable: bool) -> None:
-    """Raises UserError where the source of a finished cache has changed.
-
-    updatable: whether --update could keep anything of the cache.
-    """
+def refuse_changed(config: ExtractConfig, listener: Listener) -> None:
+    """Raises UserError where the source of a finished cache has changed."""
     if changes := find_changes(config, listener):
-        advice = "--update encodes what is new or changed and keeps the rest (--force starts again)"
         raise UserError(
             f"{config.out} was made of other images than {config.dataset} has now: {changes}; "
-            f"{advice if updatable else '--force makes it again'}."
+            "--update encodes what is new or changed and keeps the rest (--force starts again)."
         )

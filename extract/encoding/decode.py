@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clip_adapter.extract import fingerprints
+from clip_adapter.extract import known
 from clip_adapter.extract.datasets.source import Split
 from clip_adapter.extract.encoding.images import BadImage, naming, read_rgb
 from clip_adapter.extract.encoding.preprocess import Preprocess
@@ -46,7 +46,7 @@ class PixelBatch:
 
     pixels: (V, B, height, width, 3) uint8. rows: (B,) their rows in the split.
     digests: (B,) uint64, of the pixels of view 0; equal ones mean equal images.
-    contents: (B,) uint64, see `fingerprints.content`; UNKNOWN for images without own files.
+    contents: (B,) uint64, see `known.content`; UNKNOWN for images without own files.
     """
 
     pixels: torch.Tensor
@@ -147,6 +147,6 @@ def _decode_rows(
         hashes[0, position] = int.from_bytes(digest, "little")
         if split.file is not None:
             with naming(name):
-                hashes[1, position] = fingerprints.content(split.file(row))
+                hashes[1, position] = known.content(split.file(row))
         outcomes.append(None)
     return outcomes

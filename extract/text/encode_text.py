@@ -45,26 +45,27 @@ class TextPlan:
         stored = cache.prompts()
         if self.descriptions is None or stored is None:
             return self.descriptions is None and stored is None
-        return [[text for text in row if text] for row in stored] == [
-            self.prompts(label) for label in range(len(self.class_names))
-        ]
+        return stored == [self.filled(label) for label in range(len(self.class_names))]
 
     def prompts(self, label: int) -> list[str]:
         own = self.descriptions[label] if self.descriptions else ()
         return [*prompts(self.class_names[label], self.templates), *own]
 
+    def filled(self, label: int) -> list[str]:
+        """The same with "" for the rows that fill up a class with fewer prompts than others."""
+        own = self.prompts(label)
+        return [*own, *[""] * (len(self.stored_templates) - len(own))]
+
 
 @dataclass(frozen=True)
 class EncodedClasses:
-    """Text features (B, P, D) float32 of consecutive classes and the prompts (B, P) they are of.
+    """Text features (B, P, D) float32 of consecutive classes.
 
     tokens: (B, P, L) int32, what the text tower was given, zeros for rows that fill up.
     too_long: those of the prompts of which the text tower reads only the beginning.
     """
 
-    names: Sequence[str]
     features: npt.NDArray[np.float32]
-    prompts: list[list[str]] | None
     tokens: npt.NDArray[np.int32]
     too_long: list[str]
 
@@ -87,11 +88,8 @@ def encode_classes(
         ends = np.cumsum([len(own) for own in prompts_of])[:-1]
         features = [_filled_up(own, rows) for own in np.split(encoded, ends)]
         tokens = np.split(encoder.tokens(flat), ends)
-        filled = [[*own, *[""] * (rows - len(own))] for own in prompts_of]
         yield EncodedClasses(
-            plan.class_names[start:stop],
             np.stack(features),
-            filled if plan.descriptions else None,
             np.stack([np.pad(own, ((0, rows - len(own)), (0, 0))) for own in tokens]),
             encoder.too_long(flat),
         )

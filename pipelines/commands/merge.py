@@ -38,7 +38,7 @@ def merge(config: MergeConfig) -> Path:
         raise UserError(f"{config.out} exists; choose another name, or --force to overwrite it.")
     if config.out.resolve() in [part.resolve() for part in config.parts]:
         raise UserError(f"{config.out} is one of the parts; name the cache otherwise.")
-    from clip_adapter.extract.join import join_parts
+    from clip_adapter.extract.outcome import join_parts
 
     join_parts(config.parts, config.out, Terminal("merge"))
     return config.out

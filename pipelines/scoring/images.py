@@ -180,8 +180,7 @@ def encoded_files(
 def _encoded(images: Split, adapter: SavedAdapter, how: Encoding, *, skip: bool) -> Blocks:
     from clip_adapter.extract.encoding.decode import Plan
     from clip_adapter.extract.encoding.device import find_device
-    from clip_adapter.extract.encoding.encoder import Encoder, encode_images
-    from clip_adapter.extract.encoding.stopwatch import Stopwatch
+    from clip_adapter.extract.encoding.encoder import Encoder, Stopwatch, encode_images
     from clip_adapter.pipelines.saved.pytorch import find_backbone
 
     device = find_device(how.device)

@@ -11,39 +11,37 @@ import pytest
 from clip_adapter.cache.metadata import Part
 from clip_adapter.cache.parts import merge_parts
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.cache.writer import write_cache
 from clip_adapter.errors import UserError
 from clip_adapter.pipelines.commands.inspect_file import InspectConfig, inspect
 from tests.cache.rewriting import datasets, put, rewrite
-from tests.cache.small_cache import CLASSES, DIM, FINISH, make_cache
+from tests.cache.small_cache import DIM, STATED, TEMPLATES, images, make_cache, text
 
 WIDTH, TOKENS = 6, 5
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.normal(size=(WIDTH, DIM)).astype(np.float32)
 BIAS = RNG.normal(size=DIM).astype(np.float32)
 PRE = {
-    "train": RNG.normal(size=(9, 2, WIDTH)).astype(np.float16),
-    "test": RNG.normal(size=(5, 1, WIDTH)).astype(np.float16),
+    "train": RNG.normal(size=(2, 9, WIDTH)).astype(np.float16),
+    "test": RNG.normal(size=(1, 5, WIDTH)).astype(np.float16),
 }
 IDS = RNG.integers(0, 999, (3, 2, TOKENS)).astype(np.int32)
-TEXT = RNG.normal(size=(3, 2, DIM)).astype(np.float32)
 
 
-def write(path: Path, part: Part | None = None, bias: bool = True, **without: bool) -> Path:
+def write(path: Path, part: Part | None = None, bias: bool = True) -> Path:
     rows = part.rows if part else {"train": (0, 9, 9), "test": (0, 5, 5)}
-    with CacheWriter(path, {"a": 1}, views=2) as writer:
-        if part is None or part.index == 1:
-            writer.append_text(TEXT[:1], CLASSES[:1], tokens=IDS[:1])
-            writer.append_text(TEXT[1:], CLASSES[1:], tokens=IDS[1:])
-        for split, (start, stop, _) in rows.items():
-            for row in range(start, stop):
-                pre = PRE[split][row : row + 1]
-                features = (pre @ WEIGHTS + BIAS).astype(np.float32)
-                kept: dict[str, Any] = {} if split in without else {"pre_projection": pre}
-                writer.append_images(split, features, [row % 3], [f"{split}/{row}"], **kept)
-        projection = (WEIGHTS, BIAS if bias else None)
-        given = projection if part is None or part.index == 1 else None
-        writer.finish(**FINISH, projection=given, part=part)
+    content: dict[str, Any] = {}
+    for split, (start, stop, _) in rows.items():
+        if stop > start:
+            pre = PRE[split][:, start:stop]
+            ids = [f"{split}/{row}" for row in range(start, stop)]
+            labels = [row % 3 for row in range(start, stop)]
+            values = (pre @ WEIGHTS + BIAS).astype(np.float32)
+            content |= images(split, values, labels, ids=ids, pre_projection=pre)
+    if part is None or part.index == 1:
+        content |= text() | {"text/tokens": IDS, "projection/weights": WEIGHTS}
+        content |= {"projection/bias": BIAS} if bias else {}
+    write_cache(path, content, **STATED, part=part, templates=TEMPLATES)
     return path
 
 
@@ -54,7 +52,7 @@ def test_they_are_given_back(tmp_path: Path) -> None:
         np.testing.assert_array_equal(cache.tokens(), IDS)
         rows = [3, 0, 3]
         found = cache.pre_projection("train", rows)
-        np.testing.assert_array_equal(found, PRE["train"].transpose(1, 0, 2)[:, rows])
+        np.testing.assert_array_equal(found, PRE["train"][:, rows])
         assert found.dtype == np.float32
         assert cache.pre_projection("train", rows, views=1).shape == (1, 3, WIDTH)
         projection = cache.projection()
@@ -184,16 +182,3 @@ def test_a_projection_that_is_not_finite(tmp_path: Path) -> None:
     rewrite(cache, lambda file, document: file["projection/bias"].__setitem__(0, np.nan))
     with FeatureCache(cache) as opened, pytest.raises(UserError, match="projection holds values"):
         opened.projection()
-
-
-def test_for_all_splits_or_for_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not every split has pre-projection features"):
-        write(tmp_path / "features.h5", test=True)
-    assert not (tmp_path / "features.h5").exists()
-    with (
-        CacheWriter(tmp_path / "other.h5", {}, views=1) as writer,
-        pytest.raises(ValueError, match="rows of"),
-    ):
-        values = np.ones((1, 1, DIM), np.float32)
-        writer.append_images("test", values, [0], ["a"], pre_projection=values)
-        writer.append_images("test", values, [0], ["b"])

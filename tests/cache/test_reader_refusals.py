@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.cache.writer import CacheWriter
 from clip_adapter.errors import UserError
 from tests.cache.rewriting import Change, put, rewrite, store_metadata
-from tests.cache.small_cache import DIM, FINISH, make_cache
+from tests.cache.small_cache import make_cache
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"just text\n", b"\x89HDF\r\n\x1a\n" + b"\0" * 50])
 def test_something_else_than_hdf5(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "text.h5").write_bytes(content)
-    refused(tmp_path / "text.h5", "cannot be read as HDF5|its structure is damaged")
+    refused(tmp_path / "text.h5", "cannot be read as HDF5|not a CLIP feature cache")
 
 
 def test_a_folder(tmp_path: Path) -> None:
@@ -194,15 +193,11 @@ REFUSALS: dict[str, tuple[Change, str]] = {
     ),
     "newer version": (
         attribute("format_version", 3),
-        "format version 3, this program reads versions 1 and 2; update clip-adapter",
+        "format version 3, this program reads version 2; update clip-adapter or extract again",
     ),
-    "older version": (attribute("format_version", 0), "format version 0"),
+    "older version": (attribute("format_version", 1), "format version 1, this program reads"),
     "version is a list": (attribute("format_version", [2, 2]), "not a CLIP feature cache"),
     "version is text": (attribute("format_version", np.bytes_(ESCAPES)), "not a CLIP feature"),
-    "version 1 of which nothing else is there": (
-        attribute("format_version", 1),
-        "not a CLIP feature cache",
-    ),
     "no version": (without_attribute("format_version"), "not a CLIP feature cache"),
     "another version within": (stated("format_version", ESCAPES), "format_version in its metadata"),
     "another format within": (stated("format", "x"), "format in its metadata is 'x'"),
@@ -460,15 +455,10 @@ def test_a_damaged_chunk_of_a_cache_that_does_not_state_its_hash(cache: Path) ->
 
 
 @pytest.mark.parametrize("names", [[""] * 3, ["cat"] * 3])
-def test_class_names_that_tell_no_class(cache: Path, tmp_path: Path, names: list[str]) -> None:
+def test_class_names_that_tell_no_class(cache: Path, names: list[str]) -> None:
     values = np.array([name.encode() for name in names], h5py.string_dtype("utf-8", 3))
     rewrite(cache, lambda file, document: put(file, "text/class_names", values))
     refused(cache, f"its 3 class names are all '{names[0]}'")
-    with CacheWriter(tmp_path / "own.h5", {}, views=1) as writer:
-        writer.append_text(np.ones((3, 2, DIM), np.float32), names)
-        writer.append_images("test", np.ones((1, 1, DIM), np.float32), [0], ["a"])
-        with pytest.raises(UserError, match=r"own\.h5: its 3 class names are all"):
-            writer.finish(**FINISH)
 
 
 def outcomes(path: Path, damages: Callable[[bytes], list[bytes]]) -> tuple[int, int]:

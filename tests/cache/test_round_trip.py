@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,19 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-import clip_adapter.cache.writer
+from clip_adapter.cache import writer
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.cache.writer import write_cache
 from clip_adapter.errors import UserError
-from tests.cache.small_cache import BACKBONE, DATASET
+from tests.cache.rewriting import datasets
+from tests.cache.small_cache import (
+    BACKBONE,
+    DATASET,
+    STATED,
+    images,
+    make_cache,
+    stated,
+)
+from tests.cache.small_cache import small_content as content
 
-FORMAT_PAGE = Path(clip_adapter.cache.writer.__file__).with_name("FORMAT.md")
+FORMAT_PAGE = Path(writer.__file__).with_name("FORMAT.md")
 PAGE = FORMAT_PAGE.read_text()
-DESCRIPTION = {"preprocess": {}, "dataset": DATASET}
-
-
-def description(dim: int) -> dict:
-    return DESCRIPTION | {"backbone": BACKBONE | {"embed_dim": dim}}
 
 
 # Everything but what the format excludes: NUL, and surrogates, which are not Unicode text.
@@ -58,127 +61,127 @@ def caches(draw: st.DrawFn) -> dict:
     for name in draw(st.sets(st.sampled_from(["train", "val", "test"]), min_size=1)):
         rows = draw(st.integers(1, 9))
         labels = draw(st.lists(st.integers(0, classes - 1), min_size=rows, max_size=rows))
-        shape = (rows, views if name == "train" else 1, dim)
-        splits[name] = (some(*shape), labels, several(rows))
+        shape = (views if name == "train" else 1, rows, dim)
+        splits[name] = images(name, some(*shape), labels, ids=several(rows))
+    names = st.lists(odd_strings, min_size=classes, max_size=classes, unique=True).filter(any)
     return {
-        "views": views,
-        "splits": splits,
-        "text": some(classes, templates, dim),
-        "class_names": draw(
-            st.lists(odd_strings, min_size=classes, max_size=classes, unique=True).filter(any)
-        ),
-        "templates": several(templates),
-        "batch": draw(st.integers(1, 9)),
-        "scale": draw(st.floats(1e-3, 200)),
-        "bias": draw(st.floats(-20, 20)),
+        "text/features": some(classes, templates, dim),
+        "text/class_names": draw(names),
+        "text/templates": several(templates),
+        **{path: values for split in splits.values() for path, values in split.items()},
     }
 
 
 @settings(max_examples=60, deadline=None)
-@given(caches())
-def test_round_trip(given: dict) -> None:
+@given(caches(), st.floats(1e-3, 200), st.floats(-20, 20))
+def test_round_trip(content: dict, scale: float, bias: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "features.h5"
-        with CacheWriter(path, {"a": 1}, views=given["views"]) as writer:
-            for row, name in enumerate(given["class_names"]):
-                writer.append_text(given["text"][row : row + 1], [name])
-            for split, (features, labels, ids) in given["splits"].items():
-                for start in range(0, len(ids), given["batch"]):
-                    batch = slice(start, start + given["batch"])
-                    writer.append_images(split, features[batch], labels[batch], ids[batch])
-            writer.finish(
-                **description(given["text"].shape[2]),
-                templates=given["templates"],
-                logit_scale=given["scale"],
-                logit_bias=given["bias"],
-            )
+        dim = content["text/features"].shape[2]
+        write_cache(path, content, **stated(dim, logit_scale=scale, logit_bias=bias))
         with FeatureCache(path) as cache:
-            assert set(cache.splits) == set(given["splits"])
-            for split, (features, labels, ids) in given["splits"].items():
-                images = cache.images(split)
-                assert cache.shape(split) == images.features.shape
-                assert images.features.dtype == np.float32
-                np.testing.assert_array_equal(images.features, features.transpose(1, 0, 2))
-                assert images.labels.tolist() == labels
-                assert images.labels.dtype == np.int32
-                assert images.ids == ids
-            np.testing.assert_array_equal(cache.text_features(), given["text"])
-            assert cache.class_names == given["class_names"]
-            assert cache.templates == given["templates"]
-            assert (cache.logit_scale, cache.logit_bias) == (given["scale"], given["bias"])
+            assert {f"images/{split}/ids" for split in cache.splits} <= content.keys()
+            assert len(cache.splits) == sum(path.endswith("/ids") for path in content)
+            for split in cache.splits:
+                features, labels, ids = (
+                    content[f"images/{split}/{name}"] for name in ("features", "labels", "ids")
+                )
+                found = cache.images(split)
+                assert cache.shape(split) == found.features.shape
+                assert (found.features.dtype, found.labels.dtype) == (np.float32, np.int32)
+                np.testing.assert_array_equal(found.features, features)
+                assert found.labels.tolist() == labels
+                assert found.ids == ids
+            np.testing.assert_array_equal(cache.text_features(), content["text/features"])
+            assert cache.class_names == content["text/class_names"]
+            assert cache.templates == content["text/templates"]
+            assert (cache.logit_scale, cache.logit_bias) == (scale, bias)
             assert (cache.backbone["name"], cache.dataset) == ("toy-clip", DATASET)
-            assert (cache.preprocess, cache.arguments) == ({}, {"a": 1})
+            assert (cache.preprocess, cache.arguments) == ({"size": 8}, STATED["arguments"])
 
 
-@pytest.mark.parametrize("bad", ["a\0", "\0", "a\0b", "caf\udce9.jpg"])
-def test_strings_that_the_file_would_not_give_back_are_refused(tmp_path: Path, bad: str) -> None:
-    one = np.ones((1, 1, 2), np.float32)
-    with CacheWriter(tmp_path / "features.h5", {}, views=1) as writer:
-        with pytest.raises(UserError, match="cannot be stored"):
-            writer.append_images("train", one, [0], [bad])
-        with pytest.raises(UserError, match="cannot be stored"):
-            writer.append_images("train", one[:0], [], [], skipped=[bad])
-        with pytest.raises(UserError, match="cannot be stored"):
-            writer.append_text(one, [bad])
-        assert (writer.consumed("train"), writer.text_rows()) == (0, 0)
-        writer.append_text(one, ["good"])
-        with pytest.raises(UserError, match="cannot be stored"):
-            writer.finish(**description(2), templates=[bad], logit_scale=1, logit_bias=0)
-    assert not (tmp_path / "features.h5").exists()
+ONES = np.ones((1, 3, 4), np.float32)
+BROKEN = {size: ONES * np.array([[[1], [size], [1]]], np.float32) for size in
+          (0, 1e-20, 9e-7, 2e6, 1e18, np.nan, np.inf)}  # fmt: skip
+# What a cache may not hold, and what the sentence or the error says.
+REFUSALS: list[tuple[dict, type[Exception], str]] = [
+    *(
+        (
+            {path: ["a", bad, "c"][: 2 if path == "text/templates" else 3]},
+            UserError,
+            "cannot be stored",
+        )
+        for bad in ("a\0", "\0", "a\0b", "caf\udce9.jpg")
+        for path in ("text/class_names", "text/templates", "images/val/ids")
+    ),
+    ({"images/val/skipped": ["\0"]}, UserError, "cannot be stored"),
+    *(
+        ({"images/val/features": BROKEN[size]}, UserError, words)
+        for size, words in (
+            (0, "features of 'val/1' are zero"),
+            *((size, "'val/1' are far smaller or larger") for size in (1e-20, 9e-7, 2e6, 1e18)),
+            *((size, "'val/1' are not finite") for size in (np.nan, np.inf)),
+        )
+    ),
+    ({"images/val/features": ONES.astype(float)}, ValueError, "features are float64"),
+    ({"images/val/features": ONES[:, :2]}, ValueError, "images/val/labels has the shape"),
+    ({"images/val/features": np.tile(ONES, (2, 1, 1))}, ValueError, "has several views"),
+    ({"images/val/features": np.ones((1, 3, 5), "f4")}, ValueError, "images/val/features has the"),
+    ({"images/val/labels": [0]}, ValueError, "images/val/labels has the shape"),
+    ({"images/val/labels": [0, 1, 3]}, ValueError, "images/val/labels are outside the 3 classes"),
+    ({"images/val/labels": [0, 1, -1]}, ValueError, "images/val/labels are outside the 3 classes"),
+    ({"text/templates": ["one"]}, ValueError, "text/templates has the shape"),
+    (images("val", ONES[:, :0], skipped=["x"]), UserError, "val split has no image that could be"),
+    ({"text/class_names": [""] * 3}, UserError, "its 3 class names are all ''; name the classes"),
+    ({"text/class_names": ["a"] * 3}, UserError, "its 3 class names are all 'a'; name the classes"),
+    ({"images/val/pre_projection": ONES}, ValueError, "lacks images/train/pre_projection"),
+]
 
 
-def test_features_of_zeros_are_refused(tmp_path: Path) -> None:
-    values = np.ones((3, 2, 2), np.float16)
-    values[1, 1] = 0
-    with CacheWriter(tmp_path / "features.h5", {}, views=2) as writer:
-        with pytest.raises(UserError, match="features of 'y' are zero"):
-            writer.append_images("train", values, [0, 0, 0], ["x", "y", "z"])
-        assert writer.consumed("train") == 0
-
-
-@pytest.mark.parametrize("size", [1e-20, 9e-7, 2e6, 1e18])
-def test_features_of_another_size_are_refused(tmp_path: Path, size: float) -> None:
-    values = np.ones((3, 1, 2), np.float32)
-    values[1] *= size
-    with (
-        CacheWriter(tmp_path / "features.h5", {}, views=1) as writer,
-        pytest.raises(UserError, match="features of 'y' are far smaller or larger"),
-    ):
-        writer.append_images("train", values, [0, 0, 0], ["x", "y", "z"])
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_features_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> None:
-    values = np.ones((3, 1, 2), np.float16)
-    values[1, 0, 1] = bad
-    with CacheWriter(tmp_path / "features.h5", {}, views=1) as writer:
-        with pytest.raises(UserError, match="'y' are not finite"):
-            writer.append_images("train", values, [0, 0, 0], ["x", "y", "z"])
-        assert writer.consumed("train") == 0
+@pytest.mark.parametrize("number", range(len(REFUSALS)))
+def test_what_no_cache_may_hold_is_refused(tmp_path: Path, number: int) -> None:
+    path = make_cache(tmp_path / "features.h5")
+    earlier = path.read_bytes()
+    others, error, words = REFUSALS[number]
+    with pytest.raises(error, match=words):
+        write_cache(path, content() | images("val", ONES) | others, **STATED)
+    assert path.read_bytes() == earlier
+    assert [entry.name for entry in tmp_path.iterdir()] == ["features.h5"]
 
 
 @pytest.mark.parametrize(
-    ("shape", "labels", "ids"),
-    [((2, 1, 4), [0], ["a"]), ((1, 1, 4), [0, 1], ["a"]), ((1, 2, 4), [0], ["a"])],
+    ("others", "error", "words"),
+    [
+        ({"backbone": BACKBONE | {"embed_dim": 5}}, ValueError, "features of 4 numbers and embed"),
+        ({"dataset": {"name": object()}}, TypeError, "JSON"),
+        ({"dataset": {"name": "x"}}, UserError, "Cannot write .*dataset.source, dataset.splits"),
+        ({"logit_scale": -1}, UserError, "logit_scale is -1.0, not a positive number"),
+    ],
 )
-def test_batches_that_contradict_themselves_are_refused(
-    tmp_path: Path, shape: tuple[int, int, int], labels: list[int], ids: list[str]
+def test_metadata_that_no_cache_may_have_is_refused(
+    tmp_path: Path, others: dict, error: type[Exception], words: str
 ) -> None:
-    with (
-        CacheWriter(tmp_path / "features.h5", {}, views=1) as writer,
-        pytest.raises(ValueError, match="features of"),
-    ):
-        writer.append_images("test", np.ones(shape, np.float32), labels, ids)
+    with pytest.raises(error, match=words):
+        write_cache(tmp_path / "features.h5", content(), **STATED | others)
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_split_in_which_every_image_was_skipped_is_refused(tmp_path: Path) -> None:
-    with CacheWriter(tmp_path / "features.h5", {}, views=1) as writer:
-        writer.append_text(np.ones((1, 1, 2), np.float32), ["a"])
-        writer.append_images("val", np.ones((0, 1, 2), np.float32), [], [], skipped=["x", "y"])
-        assert writer.consumed("val") == 2
-        with pytest.raises(UserError, match="val split has no image that could be read"):
-            writer.finish(**description(2), templates=["{}"], logit_scale=1, logit_bias=0)
-    assert not (tmp_path / "features.h5").exists()
+def test_nothing_stands_under_the_final_name_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "features.h5"
+    renamed = []
+    real = Path.replace
+
+    def watch(self: Path, target: Path) -> Path:
+        renamed.append(datasets(self))
+        assert not path.exists()
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", watch)
+    make_cache(path)
+    assert [len(found) for found in renamed] == [14]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["features.h5"]
 
 
 def foreign_cache(path: Path, dtype: type = np.float16) -> dict[str, np.ndarray]:
@@ -281,34 +284,3 @@ def test_the_reader_on_the_page_runs(digits_cache: Path) -> None:
     name, accuracy = finished.stdout.split()[0], float(finished.stdout.split()[-1])
     assert name == "glyph-clip"
     assert 0.2 < accuracy < 0.95  # zero-shot: well above chance, well below perfect
-
-
-GROWING = """
-import sys
-import numpy as np
-from pathlib import Path
-from clip_adapter.cache.writer import CacheWriter
-
-batch = 500
-for rows in map(int, sys.argv[2:]):  # in one process: its peak after few is part of that after many
-    with CacheWriter(Path(sys.argv[1]) / f"{rows}.h5", {}, views=1) as writer:
-        writer.append_text(np.ones((2, 1, 80), np.float32), ["a", "b"])
-        for start in range(0, rows, batch):
-            ids = [f"some/folder/of/images/{row:0400d}.jpg" for row in range(start, start + batch)]
-            values = np.ones((batch, 1, 80), np.float32)
-            writer.append_images("train", values, [0] * batch, ids)
-        backbone = {"name": "b", "pretrained": "p", "weights_sha256": "0" * 64, "embed_dim": 80,
-                    "image_size": 8, "quick_gelu": False}
-        dataset = {"name": "d", "source": "s", "splits": {}}
-        writer.finish(templates=["{}"], backbone=backbone, preprocess={}, dataset=dataset,
-                      logit_scale=1, logit_bias=0)
-    print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-"""
-
-
-def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    """Keeping the ids or the features of all rows would add 10 MB to 74, keeping none 1."""
-    command = [sys.executable, "-c", GROWING, str(tmp_path), "30000", "60000"]
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-    few, many = map(int, subprocess.check_output(command, env=environment).split())
-    assert many < 1.05 * few

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.cache.writer import write_cache
 from clip_adapter.errors import UserError
 from tests.cache.rewriting import put, rewrite
-from tests.cache.small_cache import BACKBONE, FINISH
+from tests.cache.small_cache import features, images, stated, text
 
 ROWS, VIEWS, DIM = 5000, 3, 300  # several chunks of about 1 MiB for each view
 
@@ -22,13 +22,11 @@ ROWS, VIEWS, DIM = 5000, 3, 300  # several chunks of about 1 MiB for each view
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "features.h5"
     rng = np.random.default_rng(0)
-    with CacheWriter(path, {}, views=VIEWS) as writer:
-        writer.append_text(rng.normal(size=(7, 2, DIM)).astype(np.float32), list("abcdefg"))
-        for split, rows, views in (("train", ROWS, VIEWS), ("test", 61, 1)):
-            features = rng.normal(size=(rows, views, DIM)).astype(np.float16)
-            labels = rng.integers(0, 7, rows)
-            writer.append_images(split, features, labels, [f"{split}-{n}" for n in range(rows)])
-        writer.finish(**FINISH | {"backbone": BACKBONE | {"embed_dim": DIM}})
+    content = text(7, DIM)
+    for split, rows, views in (("train", ROWS, VIEWS), ("test", 61, 1)):
+        values = features(views, views, rows, DIM, dtype=np.float16)
+        content |= images(split, values, rng.integers(0, 7, rows))
+    write_cache(path, content, **stated(DIM))
     with h5py.File(path) as file:
         assert file["images/train/features"].id.get_num_chunks() >= 3 * VIEWS
     return path
@@ -138,16 +136,8 @@ with FeatureCache(sys.argv[1]) as cache:
 
 def test_memory_is_that_of_the_rows_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "large.h5"
-    rows, batch = 60_000, 6_000
-    rng = np.random.default_rng(0)
-    with CacheWriter(path, {}, views=1) as writer:
-        writer.append_text(np.ones((2, 1, 512), np.float32), ["a", "b"])
-        for start in range(0, rows, batch):
-            features = rng.normal(size=(batch, 1, 512)).astype(np.float16)
-            ids = [f"some/folder/{row}" for row in range(start, start + batch)]
-            writer.append_images("train", features, [0] * batch, ids)
-        stated = {"templates": ["{}"], "backbone": BACKBONE | {"embed_dim": 512}}
-        writer.finish(**FINISH | stated)
+    values = features(0, 1, 60_000, 512, dtype=np.float16)
+    write_cache(path, text(2, 512) | images("train", values, [0] * 60_000), **stated(512))
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-c", READING, str(path)]
     grown, asked, all_of_it = map(int, subprocess.check_output(command, env=environment).split())

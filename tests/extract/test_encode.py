@@ -23,8 +23,7 @@ from clip_adapter.extract.backbones.loading import Backbone, load_backbone
 from clip_adapter.extract.datasets.source import Split
 from clip_adapter.extract.encoding.decode import Plan
 from clip_adapter.extract.encoding.device import find_device, find_precision
-from clip_adapter.extract.encoding.encoder import EncodedBatch, Encoder, encode_images
-from clip_adapter.extract.encoding.stopwatch import Stopwatch
+from clip_adapter.extract.encoding.encoder import EncodedBatch, Encoder, Stopwatch, encode_images
 from tests.extract.image_folders import photograph
 from tests.extract.tiny_models import TEXT
 

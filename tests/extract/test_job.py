@@ -17,7 +17,7 @@ import torch
 
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.errors import UserError
-from clip_adapter.extract import job
+from clip_adapter.extract import job, stage
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset
@@ -146,16 +146,14 @@ def test_a_bad_image_stops_the_run_which_then_goes_on(
         run(folder, out, on_error="fail")
     named = [note.partition(" cannot be decoded: ")[0] for note in refused.value.__notes__]
     assert named == ["train/dog/03.png", "val/cat/00.png"]
-    (staged,) = (tmp_path / "features.h5.partial").glob("*/train.rows")
-    assert staged.stat().st_size == 12 * 3 * 128 * 4  # the batches before it are kept
+    assert staged(out) == 1 + 12 // 4  # the text and the batches before it are kept
     run(folder, out)
     assert datasets(out) == datasets(whole)
 
 
-def staged(out: Path, split: str) -> int:
-    """How many batches of a split are staged."""
-    journals = out.with_name(f"{out.name}.partial").glob(f"*/{split}.journal")
-    return sum(journal.read_bytes().count(b"\n") for journal in journals)
+def staged(out: Path) -> int:
+    """How many batches are staged."""
+    return len(list(out.with_name(f"{out.name}.partial").glob("*.batch")))
 
 
 def test_killed_or_interrupted_anywhere_it_ends_with_the_same_bytes(
@@ -164,14 +162,11 @@ def test_killed_or_interrupted_anywhere_it_ends_with_the_same_bytes(
     rng = random.Random(5)
     out = tmp_path / "features.h5"
     said: list[str] = []
-    for split, batches, stop in (
-        ("train", rng.randrange(1, 6), signal.SIGKILL),
-        ("test", rng.randrange(1, 3), signal.SIGINT),
-    ):
+    for batches, stop in ((rng.randrange(2, 8), signal.SIGKILL), (12, signal.SIGINT)):
         command = ["python", "-c", WITH_THREADS, *arguments(folder, out)]
         child = processes.start(command, tmp_path, err=tmp_path / "err")
         try:
-            while staged(out, split) < batches:
+            while staged(out) < batches:
                 assert child.exitcode is None, "it ended before it was killed"
                 time.sleep(0.0005)
             time.sleep(rng.random() * 0.01)
@@ -213,7 +208,7 @@ def test_an_interruption_promises_what_is_true(
     with pytest.raises(UserError):
         run(folder, out, on_error="fail")
     capsys.readouterr()
-    monkeypatch.setattr(job, where, interrupt)
+    monkeypatch.setattr(stage if where == "encode_images" else job, where, interrupt)
     assert said(out) == ("what is encoded is kept, and the same command goes on from there",)
     loaded = where != "open_dataset"
     assert ("goes on from image 12 of 51" in capsys.readouterr().err) is loaded
@@ -266,22 +261,16 @@ def test_another_shard_does_not_go_on_with_a_run(
     assert not {"shard", "batch_size"} & stated["arguments"].keys()
 
 
-def test_extract_does_not_go_on_with_a_killed_merge(
+def test_what_a_killed_merge_left_is_in_nobodys_way(
     whole: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ways = tuple(run(folder, tmp_path / f"{i}.h5", shard=f"{i}/2") for i in (1, 2))
     out = tmp_path / "features.h5"
-
-    def kill(_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("clip_adapter.cache.parts.in_several_splits", kill)
-        merge(MergeConfig(out=out, parts=ways))
-    with pytest.raises(UserError, match=r"other arguments \(shard differ\)"):
-        run(folder, out)
+    (tmp_path / "features.h5.partial").mkdir()
+    (tmp_path / "features.h5.partial" / "assembled.h5").write_bytes(b"\x89HDF\r\n\x1a\n half")
     merge(MergeConfig(out=out, parts=ways))
     assert datasets(out) == datasets(whole)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_part_with_too_few_images_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -309,7 +298,6 @@ def test_a_disk_that_is_full_in_the_end(whole: Path, folder: Path, tmp_path: Pat
     with pytest.raises(UserError, match=r"features\.h5: No space left on device; what is encoded"):
         run(folder, out)
     assert not out.exists()
-    assembled.unlink()
     run(folder, out)
     assert datasets(out) == datasets(whole)
 
@@ -508,14 +496,15 @@ import sys
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image
-from clip_adapter.cache.tally import in_several_splits, tally
-from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.cache.content import in_several_splits, tally
+from clip_adapter.cache.staging import StagingFolder
+from clip_adapter.cache.writer import write_cache
 from clip_adapter.extract.datasets.source import Split
 from clip_adapter.extract.encoding.decode import Plan
-from clip_adapter.extract.encoding.encoder import Encoder, encode_images
-from clip_adapter.extract.encoding.in_order import InOrder
+from clip_adapter.extract.encoding.encoder import Encoder, Stopwatch
 from clip_adapter.extract.encoding.preprocess import Preprocess
-from clip_adapter.extract.encoding.stopwatch import Stopwatch
+from clip_adapter.extract.known import Known, KnownRows
+from clip_adapter.extract.stage import stage_images
 
 class Free(Encoder):
     def __init__(self):
@@ -523,7 +512,7 @@ class Free(Encoder):
         self.projection = None
         self.preprocess = Preprocess(dict(size=32, mean=(.5,)*3, std=(.5,)*3))
     def images(self, pixels):
-        return pixels.flatten(2)[..., :512].float()
+        return pixels.flatten(2)[..., :512].float() + 1
 
 class Ids:
     def __init__(self, rows): self.rows = rows
@@ -531,22 +520,23 @@ class Ids:
     def __len__(self): return self.rows
 
 image = Image.new("RGB", (32, 32))
-folder = Path(sys.argv[1])
 for rows in map(int, sys.argv[2:]):  # in one process: its peak after few is part of that after many
-    split = Split(Ids(rows), np.zeros(rows, np.int32), lambda row: image.copy(), "made up")
-    with CacheWriter(folder / f"{rows}.h5", {}, views=1) as writer:
-        writer.append_text(np.ones((2, 1, 512), np.float32), ["a", "b"])
-        with InOrder() as writing:
-            for batch in encode_images(Free(), split, Plan(np.arange(rows), 128, 1), Stopwatch()):
-                ids = [split.ids[row] for row in batch.rows]
-                writing.submit(writer.append_images, "train", batch.features + 1,
-                               split.labels[batch.rows], ids, (), batch.digests)
-        in_several_splits(writer), tally(writer)
+    labels, encoder = np.zeros(rows, np.int32), Free()
+    split = Split(Ids(rows), labels, lambda row: image.copy(), "made up")
+    train = KnownRows(split, np.zeros(rows, np.uint64), encoder.rows(1), range(rows))
+    known = Known({"train": train})
+    with StagingFolder(Path(sys.argv[1]) / f"{rows}.h5") as place:
+        plan = Plan(np.arange(rows), 128, 1)
+        for _ in stage_images(encoder, train, known, plan, place, Stopwatch()):
+            pass
+        text = {"features": np.ones((2, 1, 512), np.float32), "class_names": ["a", "b"]}
+        text = {f"text/{name}": values for name, values in text.items()}
+        content = {**train.content("train", known.sources), **text, "text/templates": ["{}"]}
+        in_several_splits(content), tally(content)
         backbone = {"name": "b", "pretrained": "p", "weights_sha256": "0" * 64, "embed_dim": 512,
                     "image_size": 32, "quick_gelu": False}
         dataset = {"name": "d", "source": "s", "splits": {}}
-        writer.finish(templates=["{}"], backbone=backbone, preprocess={}, dataset=dataset,
-                      logit_scale=1, logit_bias=0)
+        write_cache(place, content, backbone=backbone, dataset=dataset, logit_scale=1)
     print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 

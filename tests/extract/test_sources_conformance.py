@@ -19,7 +19,7 @@ from clip_adapter.extract.datasets.catalogue import load_catalogue
 from clip_adapter.extract.datasets.registry import KINDS, NAMED, open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions, Split
 from clip_adapter.extract.encoding.images import BadImage, read_rgb
-from clip_adapter.extract.fingerprints import UNKNOWN, stamps
+from clip_adapter.extract.known import UNKNOWN, stamps
 from tests.extract.data_set_archives import eurosat_archive, image_bytes, serve, write_image
 
 PETS = load_catalogue()["oxford_pets"]

@@ -1,4 +1,4 @@
-"""Kill `extract`, and `extract --update`, at random points: nothing is lost, and it ends the same.
+"""Kill `extract`, `extract --update` and `merge` at random points: it ends the same.
 
     python -m tests.fuzz.kill_extract --kills 100
 
@@ -17,10 +17,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from clip_adapter.cache.parts import merge_parts
 from clip_adapter.errors import UserError
 from clip_adapter.extract import job  # noqa: F401 - imported before the forks
 from clip_adapter.extract.config import ExtractConfig
@@ -40,23 +41,26 @@ class Story:
     """What is run, and what lies at its `out` before."""
 
     name: str
-    config: ExtractConfig
+    out: Path
+    run: Callable[[], object]
     begin: Callable[[], None]
 
 
-def run(config: ExtractConfig, batches: int | None = None, delay: float = 0.0) -> int:
+def run(
+    command: Callable[[], object], out: Path, batches: int | None = None, delay: float = 0.0
+) -> int:
     """The exit status of a forked run (negative: the signal).
 
     batches: kill it `delay` seconds after so many are staged, more than there were before; waiting
         for what it does, rather than for a time, follows the pace of a busy machine.
     """
-    wanted = None if batches is None else _staged(config.out) + batches
+    wanted = None if batches is None else _staged(out) + batches
     child = os.fork()
     if child == 0:
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         try:
-            extract(config)
+            command()
         except UserError as error:
             print(f"refused: {error}", file=sys.stderr)
             os._exit(2)
@@ -68,7 +72,7 @@ def run(config: ExtractConfig, batches: int | None = None, delay: float = 0.0) -
         found, status = os.waitpid(child, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
-        if wanted is not None and _staged(config.out) >= wanted:
+        if wanted is not None and _staged(out) >= wanted:
             time.sleep(delay)
             os.kill(child, signal.SIGKILL)
             wanted = None
@@ -76,12 +80,8 @@ def run(config: ExtractConfig, batches: int | None = None, delay: float = 0.0) -
 
 
 def _staged(out: Path) -> int:
-    """Lines of journals, one per batch of images or classes."""
-    lines = 0
-    with suppress(OSError):  # whoever is done removes them
-        for journal in out.with_name(f"{out.name}.partial").rglob("*.journal"):
-            lines += journal.read_bytes().count(b"\n")
-    return lines
+    """Batches of images or classes."""
+    return len(list(out.with_name(f"{out.name}.partial").glob("*.batch")))
 
 
 def tell(story: Story, kills: int, rng: random.Random) -> int:
@@ -89,9 +89,9 @@ def tell(story: Story, kills: int, rng: random.Random) -> int:
 
     Raises AssertionError where something is lost or refused.
     """
-    out = story.config.out
+    out = story.out
     story.begin()
-    assert run(story.config) == 0, f"{story.name} does not run"
+    assert run(story.run, out) == 0, f"{story.name} does not run"
     wanted = datasets(out)
     ends = killed = 0
     story.begin()
@@ -99,7 +99,7 @@ def tell(story: Story, kills: int, rng: random.Random) -> int:
     while True:
         last = killed >= kills
         batches, delay = (None, 0.0) if last else (rng.choice(NEXT), rng.choice(DELAYS))
-        status = run(story.config, batches, delay * rng.random())
+        status = run(story.run, out, batches, delay * rng.random())
         assert status in (0, -signal.SIGKILL), f"{story.name} ended with {status}"
         killed += status == -signal.SIGKILL
         left = out.read_bytes() if out.exists() else None
@@ -114,30 +114,32 @@ def tell(story: Story, kills: int, rng: random.Random) -> int:
 
 
 def stories(folder: Path, small: bool) -> list[Story]:
-    first = folder / "first.h5"
-
-    def nothing() -> None:
-        first.unlink(missing_ok=True)
-        shutil.rmtree(f"{first}.partial", ignore_errors=True)
-
+    first, base, updated, merged = (folder / f"{n}.h5" for n in ("first", "base", "updated", "all"))
+    parts = tuple(folder / f"part-{index}.h5" for index in (1, 2))
+    changing = f"folder:{_source(folder / 'data', 4 if small else 40, 2 if small else 15)}"
     spec = f"folder:{_source(folder / 'small', 4, 2)}" if small else "digits"
-    changing = _source(folder / "data", 4 if small else 40, 2 if small else 15)
-    base, updated = folder / "base.h5", folder / "updated.h5"
-    options = {"dataset": f"folder:{changing}", "views": 1, "batch_size": 4, "workers": 2}
-    assert run(ExtractConfig(out=base, **options)) == 0  # type: ignore[arg-type]
-    _change(changing)
+    options: dict[str, Any] = {"views": 1, "batch_size": 4, "workers": 2}
+
+    def encode(dataset: str, out: Path, **others: Any) -> Callable[[], object]:
+        return lambda: extract(ExtractConfig(dataset=dataset, out=out, **options | others))
+
+    assert run(encode(changing, base), base) == 0
+    for index, part in enumerate(parts, start=1):
+        assert run(encode(changing, part, shard=f"{index}/2"), part) == 0
+    _change(folder / "data")
+
+    def nothing(out: Path) -> None:
+        out.unlink(missing_ok=True)
+        shutil.rmtree(f"{out}.partial", ignore_errors=True)
 
     def changed_source() -> None:
-        shutil.rmtree(f"{updated}.partial", ignore_errors=True)
+        nothing(updated)
         shutil.copyfile(base, updated)
 
     return [
-        Story("extract", ExtractConfig(dataset=spec, out=first, workers=2), nothing),
-        Story(
-            "extract --update",
-            ExtractConfig(out=updated, update=True, **options),  # type: ignore[arg-type]
-            changed_source,
-        ),
+        Story("extract", first, encode(spec, first, batch_size=64), lambda: nothing(first)),
+        Story("update", updated, encode(changing, updated, update=True), changed_source),
+        Story("merge", merged, lambda: merge_parts(parts, merged), lambda: nothing(merged)),
     ]
 
 
@@ -163,7 +165,7 @@ def _change(root: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=100, help="of each of the two commands")
+    parser.add_argument("--kills", type=int, default=100, help="of each of the three commands")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="with few images")
     arguments = parser.parse_args()

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_adapter.cache.writer import CacheWriter
 from clip_adapter.errors import UserError
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.commands.evaluate import EvaluateConfig, evaluate, main
@@ -19,7 +18,7 @@ from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.predictions import read_predictions
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter, save_adapter
 from clip_adapter.pipelines.scoring.images import images_of_folder
-from tests.pipelines.tiny_cache import short, tiny_data, write_cache
+from tests.pipelines.tiny_cache import TinyData, short, tiny_data, write_cache
 
 DATA = tiny_data(test=60)
 CLASSES = [f"class {n}" for n in range(4)]
@@ -45,27 +44,9 @@ def write_renamed(path: Path, names: list[str], order: list[int], split: str = "
     features, labels = DATA.splits["test"]
     place = {old: new for new, old in enumerate(order)}
     kept = np.isin(labels, order)
-    with CacheWriter(path, {}, views=1) as writer:
-        own = np.array([place[label] for label in labels[kept].tolist()])
-        ids = [f"={row}.png" for row in np.flatnonzero(kept)]
-        writer.append_images(split, features[:, kept].transpose(1, 0, 2), own, ids)
-        writer.append_text(DATA.text[order], names)
-        writer.finish(
-            templates=["a {}", "the {}"],
-            backbone={
-                "name": "tiny-clip",
-                "pretrained": "nothing",
-                "weights_sha256": "0" * 64,
-                "embed_dim": DATA.text.shape[2],
-                "image_size": 8,
-                "quick_gelu": False,
-            },
-            preprocess={},
-            dataset={"name": "sister", "source": "made up", "splits": {"test": "made up"}},
-            logit_scale=20.0,
-            logit_bias=0.5,
-        )
-    return path
+    own = np.array([place[label] for label in labels[kept].tolist()])
+    sister = TinyData({split: (features[:, kept], own)}, DATA.text[order], "sister")
+    return write_cache(path, sister, names, ids=[f"={row}.png" for row in np.flatnonzero(kept)])
 
 
 @pytest.mark.parametrize("method", ["clip-adapter", "tip-adapter"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.cache.writer import write_cache
 from clip_adapter.errors import UserError
 from clip_adapter.pipelines.commands.inspect_file import InspectConfig, inspect, main
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, save_adapter
@@ -27,29 +27,35 @@ def cache_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     names = [f"class {n}" for n in range(CLASSES)]
     names[3] = "evil\x1b[2J\nclass"
-    with CacheWriter(path, {"dataset": "made up"}, views=2) as writer:
-        writer.append_text(rng.normal(size=(CLASSES, len(TEMPLATES), 4)).astype(np.float32), names)
-        for split, each, views in (("train", 2, 2), ("test", 1, 1)):
-            labels = np.repeat(np.arange(CLASSES), each)
-            labels = labels[:-1] if split == "train" else labels
-            features = rng.normal(size=(len(labels), views, 4)).astype(np.float32)
-            ids = [f"{split}/{n}.jpg" for n in range(len(labels))]
-            writer.append_images(split, features, labels, ids)
-        writer.finish(
-            templates=TEMPLATES,
-            backbone={
-                "name": "RN50",
-                "pretrained": "openai",
-                "weights_sha256": "ab" * 32,
-                "embed_dim": 4,
-                "image_size": 224,
-                "quick_gelu": False,
-            },
-            preprocess={"size": 224},
-            dataset={"name": "made-up", "source": "nowhere", "splits": {"test": "the first half"}},
-            logit_scale=100.0,
-            logit_bias=-12.5,
-        )
+    content = {
+        "text/features": rng.normal(size=(CLASSES, len(TEMPLATES), 4)).astype(np.float32),
+        "text/class_names": names,
+        "text/templates": TEMPLATES,
+    }
+    for split, each, views in (("train", 2, 2), ("test", 1, 1)):
+        labels = np.repeat(np.arange(CLASSES), each)
+        labels = labels[:-1] if split == "train" else labels
+        content |= {
+            f"images/{split}/features": rng.normal(size=(views, len(labels), 4)).astype("f4"),
+            f"images/{split}/labels": labels,
+            f"images/{split}/ids": [f"{split}/{n}.jpg" for n in range(len(labels))],
+        }
+    write_cache(
+        path,
+        content,
+        backbone={
+            "name": "RN50",
+            "pretrained": "openai",
+            "weights_sha256": "ab" * 32,
+            "embed_dim": 4,
+            "image_size": 224,
+            "quick_gelu": False,
+        },
+        preprocess={"size": 224},
+        dataset={"name": "made-up", "source": "nowhere", "splits": {"test": "the first half"}},
+        logit_scale=100.0,
+        logit_bias=-12.5,
+    )
     return path
 
 

@@ -11,7 +11,7 @@ from zlib import crc32
 
 import numpy as np
 
-from clip_adapter.cache.writer import CacheWriter
+from clip_adapter.cache.writer import write_cache as write_content
 from clip_adapter.pipelines.fitting.config import FitConfig
 from tests import processes
 
@@ -78,33 +78,42 @@ def tiny_data(
 
 
 def write_cache(
-    path: Path, data: TinyData, class_names: Sequence[str] = (), *, digests: bool = False
+    path: Path,
+    data: TinyData,
+    class_names: Sequence[str] = (),
+    *,
+    ids: Sequence[str] = (),
+    digests: bool = False,
 ) -> Path:
-    """The ids are `<split>/<row>`. class_names: by default `class 0` and so on. digests: with
-    some, which depend on the ids alone."""
-    names = class_names or [f"class {number}" for number in range(data.classes)]
-    with CacheWriter(path, {"data": data.name}, views=data.splits["train"][0].shape[0]) as writer:
-        for split, (features, labels) in data.splits.items():
-            ids = [f"{split}/{row}" for row in range(len(labels))]
-            known = np.array([crc32(name.encode()) for name in ids], np.uint64) if digests else None
-            images = features.transpose(1, 0, 2), labels, ids
-            writer.append_images(split, *images, digests=known)
-        writer.append_text(data.text, names)
-        writer.finish(
-            templates=["a {}", "the {}"],
-            backbone={
-                "name": "tiny-clip",
-                "pretrained": "nothing",
-                "weights_sha256": "0" * 64,
-                "embed_dim": data.text.shape[2],
-                "image_size": 8,
-                "quick_gelu": False,
-            },
-            preprocess={},
-            dataset={"name": data.name, "source": "made up", "splits": {"test": "made up"}},
-            logit_scale=20.0,
-            logit_bias=0.5,
-        )
+    """class_names: by default `class 0` and so on. ids: of the images of every split, by default
+    `<split>/<row>`. digests: with some, which depend on the ids alone."""
+    content: dict[str, Any] = {
+        "text/features": data.text,
+        "text/class_names": class_names or [f"class {number}" for number in range(data.classes)],
+        "text/templates": ["a {}", "the {}"],
+    }
+    for split, (features, labels) in data.splits.items():
+        own = ids or [f"{split}/{row}" for row in range(len(labels))]
+        named = {"features": features, "labels": labels, "ids": own}
+        if digests:
+            named["digests"] = [crc32(name.encode()) for name in own]
+        content |= {f"images/{split}/{name}": values for name, values in named.items()}
+    write_content(
+        path,
+        content,
+        backbone={
+            "name": "tiny-clip",
+            "pretrained": "nothing",
+            "weights_sha256": "0" * 64,
+            "embed_dim": data.text.shape[2],
+            "image_size": 8,
+            "quick_gelu": False,
+        },
+        dataset={"name": data.name, "source": "made up", "splits": {"test": "made up"}},
+        logit_scale=20.0,
+        logit_bias=0.5,
+        arguments={"data": data.name},
+    )
     return path
 
 

@@ -1,4 +1,4 @@
-"""Feature caches of both format versions: read whole, and by `inspect`, `fit` and `extract`."""
+"""Feature caches: read whole, and by `inspect`, `fit` and `extract`."""
 
 import random
 import shutil
@@ -10,9 +10,8 @@ from tests.cache.small_cache import make_cache
 from tests.fuzz.attempt import Attempt
 from tests.fuzz.cache_mutations import mutate_cache
 from tests.fuzz.command import run_command
-from tests.fuzz.damage import BYTES, damage
+from tests.fuzz.damage import BYTES
 
-VERSION_1 = Path(__file__).parents[2] / "cache" / "data" / "version_1.h5"
 NAME = "features.h5"
 FIT = ("--method", "zero-shot", "--baselines", "--shots", "1", "--select", "none")
 COMMANDS = (
@@ -25,23 +24,16 @@ COMMANDS = (
 
 def prepare(folder: Path) -> None:
     make_cache(folder / NAME)
-    shutil.copyfile(VERSION_1, folder / "version_1.h5")
 
 
 def attempt(rng: random.Random, prepared: Path, folder: Path) -> Attempt:
     path = folder / NAME
-    old = rng.random() < 0.1
-    source = prepared / ("version_1.h5" if old else NAME)
-    shutil.copyfile(source, path)
-    if old:
-        found = Attempt(f"version 1, {damage(rng, path)}")
-        found.read(lambda: content(path))
-    else:
-        what = mutate_cache(rng, path)
-        found = Attempt(what)
-        read = found.read(lambda: content(path))
-        if what.partition(":")[0] in {each.__name__ for each in BYTES}:
-            found.same(read, content(source))
+    shutil.copyfile(prepared / NAME, path)
+    what = mutate_cache(rng, path)
+    found = Attempt(what)
+    read = found.read(lambda: content(path))
+    if what.partition(":")[0] in {each.__name__ for each in BYTES}:
+        found.same(read, content(prepared / NAME))
     name, *arguments = COMMANDS[0] if rng.random() < 0.7 else rng.choice(COMMANDS)
     found.command(run_command(name, arguments))
     return found

@@ -4,12 +4,8 @@ import random
 import shutil
 from pathlib import Path
 
-import numpy as np
-
-from clip_adapter.cache.metadata import Part
-from clip_adapter.cache.writer import CacheWriter
 from tests.cache.rewriting import datasets
-from tests.cache.small_cache import CLASSES, DIM, FINISH, features
+from tests.cache.small_cache import make_parts
 from tests.fuzz.attempt import Attempt
 from tests.fuzz.cache_mutations import mutate_cache
 from tests.fuzz.command import run_command
@@ -17,20 +13,10 @@ from tests.fuzz.damage import BYTES
 from tests.fuzz.doors.caches import content
 
 PARTS = ("1.h5", "2.h5")
-BOUNDS = ((0, 5), (5, 9))
 
 
 def prepare(folder: Path) -> None:
-    for index, bounds in enumerate(BOUNDS, start=1):
-        with CacheWriter(folder / f"{index}.h5", {"a": 1}, views=1) as writer:
-            if index == 1:
-                writer.append_text(features(0, 3, 2, DIM), CLASSES)
-            rows = np.arange(*bounds)
-            values, ids = features(index, len(rows), 1, DIM), [f"train/{row}" for row in rows]
-            writer.append_images(
-                "train", values[1:], rows[1:] % 3, ids[1:], ids[:1], skipped_labels=[2]
-            )
-            writer.finish(**FINISH, part=Part(index, 2, {"train": (*bounds, 9)}))
+    make_parts(folder)
     run_command("merge", [f"{folder}/whole.h5", *(f"{folder}/{name}" for name in PARTS)])
     content(folder / "whole.h5")
 
