@@ -28,6 +28,8 @@ class Hyper:
     another. when: hyper-parameters further up the table and values of theirs, without any of which
     this one has no effect; {} for always.
     meaning: what some values amount to, for figures: a method's name where they are that method.
+    absent: of a row that came after files of its method were written: the value that reproduces
+    what those files hold, which need not be the default; None for a row that every file states.
 
     Examples:
         >>> from clip_adapter import Hyper
@@ -52,6 +54,7 @@ class Hyper:
     flag: str = ""
     when: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
     meaning: Mapping[float, str] = field(default_factory=dict)
+    absent: Value | None = None
 
     @property
     def is_numeric(self) -> bool:
@@ -70,6 +73,12 @@ class Hyper:
         """Whether it has an effect in a setting whose earlier values are these."""
         return not self.when or any(
             setting.get(name) in values for name, values in self.when.items()
+        )
+
+    def applies_to_cells(self, row: Mapping[str, str]) -> bool:
+        """The same of a setting whose values are written as text."""
+        return not self.when or any(
+            row.get(name, "") in map(str, values) for name, values in self.when.items()
         )
 
     def checked(self, name: str, value: Any) -> Value:

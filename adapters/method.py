@@ -16,6 +16,8 @@ from clip_adapter.adapters.hyper import Hyper, Value
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
+    from clip_adapter.adapters.engine.evaluation import Score
+
 Array = Any
 """An array of NumPy, JAX or PyTorch; the formulas are written for all three."""
 Setting = Mapping[str, Any]
@@ -23,8 +25,6 @@ Setting = Mapping[str, Any]
 compiled program its numbers are traced arrays."""
 Arrays = Mapping[str, Array]
 """What was fitted, by name."""
-Score = tuple[float, float]
-"""(accuracy, −negative log-likelihood at the best temperature) on validation; larger is better."""
 
 
 class Head(NamedTuple):
@@ -86,7 +86,7 @@ class Method:
     """One way to fit a classifier. A new one is a record, which a line in methods.py or
     `MODULE:NAME` makes known.
 
-    name: as on the command line. reference: where it is published. hyper: its hyper-parameters.
+    name: as on the command line. source: where it is published. hyper: its hyper-parameters.
 
     logits(xp, arrays, setting, features, head) → (N, C): the formula, in the array library `xp`
         (numpy, jax.numpy or torch), for the arrays that were fitted.
@@ -99,7 +99,7 @@ class Method:
         called with (features, task) it gives logits.
     loss(xp, classify, arrays, batch, setting, task) → (): None for mean cross-entropy.
     optimizer(setting, task, steps per epoch) → optax transformation: None for the recipe that the
-        setting names (recipe.py).
+        setting names (optimisation.py).
     near_zero_shot: hyper-parameters whose smaller values stay nearer to zero-shot, the first one
         deciding. Of the settings that validation cannot tell from the likeliest the nearest is then
         chosen; () for methods whose most accurate setting is, ties by likelihood.
@@ -121,6 +121,8 @@ class Method:
         on this task; "" where there is none.
     needs: `text` (the prompts' features), `tower` (the text tower and tokens), `projection` (the
         features before the last visual projection, and that projection).
+    prepare(config, arrays) → `extra["tower"]` of a task, from a text tower as its file has it, for
+        all its classes; its `of_classes(classes)` is the same for some of them.
     uses_views: whether augmented views of the support set take part where there are some.
     unseen_classes: whether `logits` can classify classes that had no support images.
     presets: values by hyper-parameter, by the preset's name.
@@ -133,7 +135,7 @@ class Method:
     """
 
     name: str
-    reference: str
+    source: str
     hyper: Mapping[str, Hyper]
     logits: Callable[..., Array]
     shapes: Mapping[str, str] = field(default_factory=dict)
@@ -152,6 +154,7 @@ class Method:
     describe: Callable[..., Mapping[str, Array]] | None = None
     note: Callable[[Task], str] | None = None
     needs: tuple[str, ...] = ()
+    prepare: Callable[..., Any] | None = None
     uses_views: bool = False
     unseen_classes: bool = False
     presets: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
@@ -160,6 +163,18 @@ class Method:
     def is_trained(self) -> bool:
         """Whether an optimiser moves something, step by step."""
         return bool(self.trained or self.network)
+
+    def flag(self, name: str) -> str:
+        """What a hyper-parameter is called on the command line, and where results are shown."""
+        return self.hyper[name].flag or name if name in self.hyper else name
+
+    def of_the_run(self, setting: Setting) -> dict[str, Any]:
+        """What training sees of a setting."""
+        return {name: value for name, value in setting.items() if name not in self.after_training}
+
+    def during_training(self, setting: Setting) -> Setting:
+        """The setting by which logits are computed as long as the method trains."""
+        return {**setting, **{name: setting[f"{name}_init"] for name in self.after_training}}
 
     def defaults(self, preset: str = "") -> dict[str, Value]:
         """The value of each hyper-parameter where nothing is given and nothing chooses."""
@@ -221,7 +236,8 @@ class Method:
         return max(self.settings(values), key=agreeing)
 
     def checked(self, setting: Mapping[str, Any], *, partial: bool = False) -> dict[str, Value]:
-        """The setting with plain Python values.
+        """The setting of a file, with plain Python values; of rows that are younger than the file
+        the value that it was made with (Hyper.absent).
 
         Raises ValueError, in a sentence, where a value is missing (unless `partial`) or out of
         range.
@@ -230,9 +246,19 @@ class Method:
         for name, hyper in self.hyper.items():
             if name in setting:
                 checked[name] = hyper.checked(name, setting[name])
+            elif hyper.applies(checked) and hyper.absent is not None:
+                checked[name] = hyper.absent
             elif hyper.applies(checked) and not partial:
                 raise ValueError(f"{name} is missing")
         return checked
+
+    def checked_values(self, stated: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Value, ...]]:
+        """The same for a file that states the values that were tried of each hyper-parameter."""
+        younger = {n: (h.absent,) for n, h in self.hyper.items() if h.absent is not None}
+        complete = younger | {name: tuple(values) for name, values in stated.items()}
+        if missing := [name for name in self.hyper if not complete.get(name)]:
+            raise ValueError(f"{', '.join(missing)} is missing")
+        return self.values(complete)
 
     def split(self, setting: Setting) -> tuple[dict[str, Value], dict[str, float]]:
         """(what selects the compiled program, what it takes as numbers)."""

@@ -128,9 +128,8 @@ def _setting(recipe: Setting, alpha: float, epochs: int | None) -> Setting:
 def trained(engine: Engine, task: Task, settings: Sequence[Setting]) -> list[Classify]:
     """features → logits of each setting after its last epoch."""
     heads: dict[int, Classify] = {}
-    for static, members in same_program(CLIP_ADAPTER, settings):
-        numbers = [CLIP_ADAPTER.split(settings[index])[1] for index in members]
-        for chunk in engine.run(CLIP_ADAPTER, static, task, numbers):
+    for _, members in same_program(CLIP_ADAPTER, settings):
+        for chunk in engine.run(CLIP_ADAPTER, [settings[index] for index in members], task):
             for row, index in enumerate(members[own] for own in chunk.indices):
                 arrays = {name: np.asarray(a)[row] for name, a in chunk.state.trained.items()}
                 heads[index] = make_classify(CLIP_ADAPTER, settings[index], arrays, task.head)

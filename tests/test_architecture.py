@@ -193,6 +193,9 @@ PROJECT_NAME_IN = {
 
 @pytest.mark.parametrize("module", [name for name in MODULES if room(name) != "adapters"])
 def test_nothing_outside_adapters_names_a_method(module: str):
+    """Neither by a word nor by an import: a record is had from the registry."""
+    of_methods = f"{PACKAGE}.adapters.methods."
+    assert not {name for name in imports(module) if name.startswith(of_methods)}
     allowed = NAMED.get(module, set())
     if module in PROJECT_NAME_IN or room(module) in (HALL, "cache", "extract"):
         allowed = allowed | NOT_A_METHOD

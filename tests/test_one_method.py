@@ -1,13 +1,17 @@
 """A method is one file and one line: a new one runs through all that is derived from its record."""
 
+import csv
 import importlib
 import json
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +19,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from clip_adapter.adapters.hyper import Hyper
+from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.registry import METHODS, find_method
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.errors import UserError
@@ -212,6 +218,57 @@ def test_a_trained_method_is_halved_interrupted_and_saved(place: Path) -> None:
     check_head(FittedHead(adapter), test[0], 20.0 * rows @ weights.T + 0.5)
     with pytest.raises(UserError, match="moved-weights cannot classify new classes"):
         fit(FitConfig(cache, place / "new", "moved-weights", (), shots=4, train_classes="base"))
+
+
+def with_a_row_more(method: Method) -> Method:
+    """As its author may go on: a factor before the logits, which were what they are at 1."""
+    row = Hyper(3.0, "Factor.", (1.0, 3.0), above=0, when={"optimizer": ("adamw",)}, absent=1.0)
+
+    def logits(xp: Any, arrays: Any, setting: Any, features: Any, head: Any) -> Any:
+        return setting["sharpness"] * method.logits(xp, arrays, setting, features, head)
+
+    return replace(method, hyper={**method.hyper, "sharpness": row}, logits=logits)
+
+
+@pytest.mark.usefixtures("registered")
+def test_what_was_saved_before_a_table_grew_stays_what_it_was(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = write_cache(place / "tiny.h5", DATA)
+    method, test = METHODS["moved-weights"], DATA.splits["test"][0]
+    hyper = {"learning_rate": (1e-3, 1e-2), "epochs": 10}
+    config = FitConfig(cache, place / "run", method.name, (), shots=2, seeds=(1, 2), hyper=hyper)
+    row = fit(config).results[0]
+    # As if it had been killed after its first fit.
+    shutil.copytree(place / "run", place / "stopped")
+    (place / "stopped" / "selected.jsonl").unlink()
+    table = place / "stopped" / "results.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:2]))
+    (stopped,) = csv.DictReader(table.open())
+    before = FittedHead(load_adapter(place / "run/adapters/moved-weights/shots-2-seed-1"))
+
+    METHODS[method.name] = with_a_row_more(method)
+    adapter = load_adapter(place / "run/adapters/moved-weights/shots-2-seed-1")
+    assert adapter.info.setting == {**row.setting, "sharpness": 1.0}
+    rows = torch.from_numpy(test)
+    assert torch.equal(FittedHead(adapter)(rows), before(rows))
+    scores = evaluate(EvaluateConfig(cache, place / "run/adapters/moved-weights/shots-2-seed-1"))
+    assert scores.accuracy == row.test_accuracy
+    assert called("report", "run", "stopped") == 2
+    assert "has not finished" in capsys.readouterr().err
+    fit(FitConfig(resume=place / "stopped"))
+    same_adapters(place / "run", place / "stopped")
+    first, *others = csv.DictReader(table.open())
+    assert first == {**stopped, "sharpness": "1.0"}, "it was fitted again"
+    assert {fitted["sharpness"] for fitted in others} == {"1.0"} and len(others) == 3
+    assert called("report", "run", "stopped") == 0
+    # Without `absent` nobody knows what the files were.
+    silent = replace(METHODS[method.name].hyper["sharpness"], absent=None)
+    METHODS[method.name] = replace(method, hyper={**method.hyper, "sharpness": silent})
+    with pytest.raises(UserError, match="sharpness is missing"):
+        load_adapter(place / "run/adapters/moved-weights/shots-2-seed-1")
+    with pytest.raises(UserError, match="sharpness is missing"):
+        fit(FitConfig(resume=place / "stopped"))
 
 
 @pytest.mark.usefixtures("registered")

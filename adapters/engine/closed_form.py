@@ -18,16 +18,39 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var, jaxpr_as_fun
 
-from clip_adapter.adapters.engine.blas import one_blas_thread
-from clip_adapter.adapters.engine.scoring import VALIDATION_ROWS, Scored, validation_score
+from clip_adapter.adapters.engine.evaluation import Images, Judged
+from clip_adapter.adapters.engine.process import one_blas_thread
+from clip_adapter.adapters.engine.scoring import VALIDATION_ROWS, Scored, pooled, validation_score
 from clip_adapter.adapters.hyper import Value
-from clip_adapter.adapters.method import Arrays, Method, Setting, Task
+from clip_adapter.adapters.method import Arrays, Method, Setting, Task, same_program
 
 # What the points that are computed side by side may take in memory.
 SIDE_BY_SIDE_BYTES = 1 << 28
 # Up to so many validation rows are scored at once, so that what no number of the grid touches, such
 # as the products of rows and keys, is computed once for the whole grid.
 AT_ONCE = 4096
+
+
+def judged(method: Method, settings: Sequence[Setting], folds: Sequence[Task]) -> list[Judged]:
+    """How a closed form's settings do over all folds.
+
+    settings: those that share a program are a product, in its order.
+    """
+    found: dict[int, Judged] = {}
+    for static, members in same_program(method, settings):
+        numbers = method.split(settings[members[0]])[1]
+        # What a run was trained with does not vary here: such an axis has one value, and goes last.
+        names = sorted(numbers, key=lambda name: name not in method.after_training)
+        axes = {
+            name: list(dict.fromkeys(float(settings[index][name]) for index in members))
+            for name in names
+        }
+        scored = [grid_scores(method, static, axes, fold) for fold in folds]
+        scores = pooled([fold.score.reshape(-1, 2) for fold in scored], folds).tolist()
+        of_each = (rows.reshape(len(members), -1) for rows in Images.joined(scored))
+        rows = zip(members, scores, map(Images, *of_each), strict=True)
+        found |= {index: (accuracy, nll, images) for index, (accuracy, nll), images in rows}
+    return [found[index] for index in range(len(settings))]
 
 
 def grid_scores(

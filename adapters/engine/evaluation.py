@@ -1,4 +1,4 @@
-"""How a setting did on validation data, and where that is kept."""
+"""How a setting did on validation data, what of two is better, and where that is kept."""
 
 from __future__ import annotations
 
@@ -9,10 +9,30 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.adapters.method import Arrays, Score, Setting
+from clip_adapter.adapters.method import Arrays, Setting
 
 Leaves = list[npt.NDArray[Any]]
 """A training.RunState on the host, as its leaves in tree order."""
+
+
+class Score(NamedTuple):
+    """What validation says of a setting; the better one compares as larger.
+
+    accuracy: in [0, 1]. likelihood: minus the mean negative log-likelihood at the best temperature;
+    it decides between equal accuracies. Of equal scores the earlier setting's is taken, as by
+    `max`.
+    """
+
+    accuracy: Any
+    likelihood: Any
+
+    def beats(self, other: Score) -> Any:
+        """self > other within a compiled program."""
+        likelier = self.likelihood > other.likelihood
+        return (self.accuracy > other.accuracy) | (self.accuracy == other.accuracy) & likelier
+
+
+DIVERGED = Score(-np.inf, -np.inf)
 
 
 class Images(NamedTuple):
@@ -63,8 +83,8 @@ class Evaluation:
 
     @property
     def score(self) -> Score:
-        """(accuracy, −NLL), (−∞, −∞) for a setting that diverged; larger is better."""
-        return (-np.inf, -np.inf) if self.failed else (self.accuracy, -self.nll)
+        """DIVERGED where it did."""
+        return DIVERGED if self.failed else Score(self.accuracy, -self.nll)
 
 
 class Journal(Protocol):

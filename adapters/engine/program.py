@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from clip_adapter.adapters.engine.epoch_draws import Draws, draw, epochs_per_drawing
 from clip_adapter.adapters.engine.evaluation import Leaves
-from clip_adapter.adapters.engine.training import RunState, advance, initial_state
+from clip_adapter.adapters.engine.training import Run, RunState
 from clip_adapter.adapters.method import Method, Setting, Task
 
 # Between two calls of a program a run can be interrupted, and says how far it is.
@@ -31,23 +31,33 @@ MOST_KEPT = 256
 
 @dataclass(frozen=True)
 class Grid:
-    """Settings that share a program: what selects it, and the numbers of each of them."""
+    """Settings of a method that share a program, on one task: what selects the program, and the
+    numbers of each of them."""
 
     method: Method
     static: Setting
     task: Task
     numbers: Sequence[Setting]
 
+    @classmethod
+    def of(cls, method: Method, settings: Sequence[Setting], task: Task) -> Grid:
+        divided = [method.split(setting) for setting in settings]
+        return cls(method, divided[0][0], task, [numbers for _, numbers in divided])
+
+    def run(self, task: Task, numbers: Setting) -> Run:
+        """That of one setting. task: of the grid's shapes; within a program it is traced."""
+        return Run(self.method, {**self.static, **numbers}, task)
+
     def abstract_numbers(self, *shape: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in self.numbers[0]}
 
-    def initial_state(self, task: Task, numbers: Setting) -> RunState:
-        """That of one setting. task: of the grid's shapes; within a program it is traced."""
-        return initial_state(self.method, task, {**self.static, **numbers})
-
     def abstract_state(self) -> RunState:
         """The shapes of one setting's state."""
-        return jax.eval_shape(self.initial_state, self.task, self.abstract_numbers())
+
+        def state(task: Task, numbers: Setting) -> RunState:
+            return self.run(task, numbers).initial_state()
+
+        return jax.eval_shape(state, self.task, self.abstract_numbers())
 
 
 class Program:
@@ -68,13 +78,13 @@ class Program:
         def start(task: Task, stacked: Any) -> RunState:
             # The rows say how many there are, also where the settings have no numbers.
             rows = jnp.arange(size // mesh.size)
-            return each(lambda pair: grid.initial_state(task, pair[0]), (stacked, rows))
+            return each(lambda pair: grid.run(task, pair[0]).initial_state(), (stacked, rows))
 
         def epochs(
             task: Task, drawn: Draws, stacked: Any, states: Any, first: int, stop: int, judged: int
         ) -> RunState:
             def one(pair: tuple[Setting, RunState]) -> RunState:
-                return advance(grid.method, grid.static, task, drawn, *pair, first, stop, judged)
+                return grid.run(task, pair[0]).advance(drawn, pair[1], first, stop, judged)
 
             return each(one, (stacked, states))
 
@@ -134,7 +144,8 @@ class Program:
         stop: int,
         judged: int,
     ) -> RunState:
-        """All settings from epoch `first` to `stop`, as `advance`. `state` must not be used again.
+        """All settings from epoch `first` to `stop`, as `Run.advance`; `state` must not be used
+        again.
 
         task, drawn: of the shapes that the program was compiled for.
         """

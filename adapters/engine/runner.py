@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from clip_adapter.adapters.engine.epoch_draws import kept_draws
 from clip_adapter.adapters.engine.evaluation import Leaves
-from clip_adapter.adapters.engine.jax_process import own_jax_in_thread
+from clip_adapter.adapters.engine.process import own_jax_in_thread
 from clip_adapter.adapters.engine.program import Grid, Program, program_of
 from clip_adapter.adapters.engine.training import RunState
 from clip_adapter.adapters.method import Method, Setting, Task
@@ -101,26 +101,26 @@ class Engine:
     def run(
         self,
         method: Method,
-        static: Setting,
+        settings: Sequence[Setting],
         task: Task,
-        numbers: Sequence[Setting],
         *,
         first: int = 0,
         stop: int | None = None,
         states: Sequence[Callable[[], Leaves]] = (),
     ) -> Iterator[Chunk]:
-        """Train all settings from epoch `first` to `stop` (by default the last), chunk by chunk.
+        """Train settings that share a program from epoch `first` to `stop` (by default the last),
+        chunk by chunk.
 
-        static, numbers: what Method.split makes of settings that share a program.
         states: one function per setting that gives its state at `first`, needed where that is
             not 0.
         """
-        grid = Grid(method, static, task, numbers)
+        grid = Grid.of(method, settings, task)
+        numbers, epochs = grid.numbers, int(grid.static["epochs"])
         size = self._chunk_size(grid)
         program = self._program(grid, size)
-        last = int(static["epochs"]) if stop is None else stop
+        last = epochs if stop is None else stop
         cancelled = threading.Event()
-        drawn = kept_draws(task, static)
+        drawn = kept_draws(task, grid.static)
 
         def advanced(
             indices: Sequence[int], start: int, end: int, state: RunState | None = None
@@ -138,7 +138,7 @@ class Engine:
                 if cancelled.is_set():
                     raise Cancelled
                 state = program(task, drawn(drawing), stacked, state, epoch, until, end)
-                self.progress(len(indices) * (until - epoch) / int(static["epochs"]))
+                self.progress(len(indices) * (until - epoch) / epochs)
             return state
 
         def leaves_at_first(index: int) -> Leaves:

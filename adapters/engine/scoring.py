@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.adapters.engine.jax_process import own_jax
+from clip_adapter.adapters.engine.process import own_jax
 from clip_adapter.adapters.formulas import cross_entropy
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Arrays, Classify, Head, Method, Setting, Task

@@ -5,41 +5,30 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.adapters import optimisation as recipe
-from clip_adapter.adapters.engine import closed_form, training
-from clip_adapter.adapters.engine.evaluation import Evaluation, Images, Journal, Judged, Leaves
+from clip_adapter.adapters.engine import closed_form
+from clip_adapter.adapters.engine.evaluation import Evaluation, Images, Journal, Leaves, Score
 from clip_adapter.adapters.engine.runner import Chunk, Engine
 from clip_adapter.adapters.engine.scoring import make_classify, pooled, score
-from clip_adapter.adapters.engine.shared_runs import (
-    SharedRuns,
-    as_trained,
-    of_the_run,
-    with_trained,
-)
 from clip_adapter.adapters.engine.successive_halving import (
     Rung,
     rung_epochs,
     successive_halving,
     survivors,
 )
+from clip_adapter.adapters.engine.training import Run
 from clip_adapter.adapters.hyper import Value
-from clip_adapter.adapters.method import (
-    Arrays,
-    Method,
-    Score,
-    Setting,
-    Solve,
-    Task,
-    same_program,
-)
+from clip_adapter.adapters.method import Arrays, Method, Setting, Solve, Task, same_program
+from clip_adapter.adapters.optimisation import evaluated_epochs
 
 Values = Mapping[str, Sequence[Value]]
 
@@ -60,11 +49,9 @@ def search(
     if method.solver:
         yield from _solved(method, values, folds, engine, journal)
     elif method.is_trained:
-        shared = SharedRuns(method, method.settings(values), journal)
-        rungs = rungs_of(shared.runs[0], halving=halving)
-        train = partial(_train, method, engine, shared)
-        for run in successive_halving(shared.runs, rungs, folds, shared, train):
-            yield from shared.take(run)
+        runs = _runs(method, values)
+        rungs = rungs_of(runs[0][0], halving=halving)
+        yield from successive_halving(runs, rungs, folds, journal, partial(_train, method, engine))
     else:
         yield from _closed(method, values, folds, engine)
 
@@ -87,13 +74,12 @@ def work(method: Method, values: Values, folds: int, *, halving: bool = False) -
             next(proposed)
             while True:
                 count += 1
-                proposed.send((0.0, 0.0))
+                proposed.send(Score(0.0, 0.0))
         return count
-    settings = method.settings(values)
     if not method.is_trained:
-        return len(settings)
-    rungs = rungs_of(settings[0], halving=halving)
-    runs = {tuple(of_the_run(method, setting).items()) for setting in settings}
+        return len(method.settings(values))
+    runs = _runs(method, values)
+    rungs = rungs_of(runs[0][0], halving=halving)
     counts = survivors(len(runs), len(rungs))
     spans = [stop - first for first, stop in pairwise([0, *rungs])]
     epochs = sum(count * span for count, span in zip(counts, spans, strict=True))
@@ -108,97 +94,122 @@ def fit(method: Method, setting: Setting, epoch: int | None, task: Task, engine:
     if method.solver:
         return _as_saved(method, method.solver(_on_host(task))(setting))
     if method.is_trained:
-        static, numbers = method.split(of_the_run(method, setting))
-        (chunk,) = engine.run(method, static, task, [numbers], stop=epoch)
-        return _trained_arrays(method, setting, task, chunk, 0)
+        (chunk,) = engine.run(method, [method.of_the_run(setting)], task, stop=epoch)
+        return _trained_arrays(Run(method, setting, task), chunk, 0)
     return _as_saved(method, closed_form.fit(method, setting, task))
 
 
+def _runs(method: Method, values: Values) -> list[list[Setting]]:
+    """The settings, those together that differ in nothing that training sees."""
+    runs: dict[tuple[Any, ...], list[Setting]] = {}
+    for setting in method.settings(values):
+        runs.setdefault(tuple(method.of_the_run(setting).items()), []).append(setting)
+    return [*runs.values()]
+
+
 def _train(
-    method: Method, engine: Engine, shared: SharedRuns, rung: Rung
-) -> Iterator[tuple[int, Evaluation, Callable[[], list[Leaves]]]]:
-    """Train each setting of a rung on every fold; yields its index, how it did, its states."""
-    for static, group in same_program(method, [rung.settings[index] for index in rung.indices]):
-        members = [rung.indices[position] for position in group]
-        numbers = [method.split(rung.settings[index])[1] for index in members]
-        runs = [
+    method: Method, engine: Engine, rung: Rung
+) -> Iterator[tuple[int, list[Evaluation], Callable[[], list[Leaves]]]]:
+    """Train the runs of a rung on every fold; yields the index of each, how its settings did, and
+    its states."""
+    settings = [method.of_the_run(rung.runs[index][0]) for index in rung.indices]
+    for _, members in same_program(method, settings):
+        indices = [rung.indices[member] for member in members]
+        alike = [settings[member] for member in members]
+        of_folds = [
             engine.run(
                 method,
-                static,
+                alike,
                 task,
-                numbers,
                 first=rung.first,
                 stop=rung.stop,
-                states=[partial(rung.state, fold, index) for index in members],
+                states=[partial(rung.state, fold, index) for index in indices],
             )
             for fold, task in enumerate(rung.folds)
         ]
-        for chunks in zip(*runs, strict=True):
+        for chunks in zip(*of_folds, strict=True):
             histories = pooled([chunk.state.history for chunk in chunks], rung.folds)
             right, losses = Images.joined([chunk.state for chunk in chunks])
             seconds = sum(chunk.seconds for chunk in chunks) / len(chunks[0].indices)
-            for row, position in enumerate(chunks[0].indices):
-                index = members[position]
-                setting = rung.settings[index]
-                kept = (
-                    partial(_trained_arrays, method, setting, rung.folds[0], chunks[0], row)
-                    if len(chunks) == 1
-                    else None
+            for row, member in enumerate(chunks[0].indices):
+                index, setting = indices[member], alike[member]
+                fitted = [
+                    partial(_trained_arrays, Run(method, setting, task), chunk, row)
+                    for task, chunk in zip(rung.folds, chunks, strict=True)
+                ]
+                run = Evaluation(
+                    setting,
+                    rung.stop,
+                    *_judged(setting, rung.stop, histories[row]),
+                    seconds,
+                    Images(right[row], losses[row]),
+                    fitted[0] if len(fitted) == 1 else None,
                 )
-                images = Images(right[row], losses[row])
-                run = _judged(setting, rung.stop, histories[row], seconds, images, kept)
-                best = shared.judged(run, partial(_after, method, rung.folds, chunks, row, setting))
-                yield index, best, partial(_rows, chunks, row)
-
-
-def _after(
-    method: Method,
-    folds: Sequence[Task],
-    chunks: Sequence[Chunk],
-    row: int,
-    run: Setting,
-    settings: Sequence[Setting],
-) -> list[Judged]:
-    """Judge settings on what one run trained in each fold."""
-    trained = [
-        with_trained(fold, _trained_arrays(method, run, fold, chunk, row))
-        for fold, chunk in zip(folds, chunks, strict=True)
-    ]
-    return _grid(as_trained(method), settings, trained)
+                evaluations = _of_each(method, run, rung.runs[index], rung.folds, fitted)
+                yield index, evaluations, partial(_rows, chunks, row)
 
 
 def _judged(
-    setting: Setting,
-    epochs_run: int,
-    history: npt.NDArray[np.float64],
-    seconds: float,
-    images: Images,
-    arrays: Callable[[], Arrays] | None,
-) -> Evaluation:
-    """Judge a run by its last epoch, or by its best evaluated one where that is kept; one NaN on
-    the way marks it as diverged."""
+    setting: Setting, epochs_run: int, history: npt.NDArray[np.float64]
+) -> tuple[int, float, float]:
+    """(epoch, accuracy, nll) of a run's last epoch, or of its best evaluated one where that is
+    kept; one NaN on the way marks it as diverged."""
     if setting["epoch"] != "best":
         accuracy, nll = history[0].tolist()
-        return Evaluation(setting, epochs_run, epochs_run, accuracy, nll, seconds, images, arrays)
-    epochs = [epoch for epoch in recipe.evaluated_epochs(setting) if epoch <= epochs_run]
-    reached = history[: len(epochs)]
-    accuracies, nlls = reached.T
-    best = np.lexsort((np.arange(len(epochs)), nlls, -accuracies))[0]
-    nll = float(nlls[best]) if np.isfinite(reached).all() else float("nan")
-    accuracy = float(accuracies[best])
-    return Evaluation(setting, epochs_run, epochs[best], accuracy, nll, seconds, images, arrays)
+        return epochs_run, accuracy, nll
+    epochs = [epoch for epoch in evaluated_epochs(setting) if epoch <= epochs_run]
+    reached = history[: len(epochs)].tolist()
+    best = max(range(len(epochs)), key=lambda row: Score(reached[row][0], -reached[row][1]))
+    accuracy, nll = reached[best]
+    return epochs[best], accuracy, nll if np.isfinite(reached).all() else float("nan")
+
+
+def _of_each(
+    method: Method,
+    run: Evaluation,
+    settings: Sequence[Setting],
+    folds: Sequence[Task],
+    fitted: Sequence[Callable[[], Arrays]],
+) -> list[Evaluation]:
+    """How the settings do that share a run, on what it trained in each fold."""
+    if not method.after_training:
+        return [run]
+    tasks = [
+        fold._replace(extra={**fold.extra, "trained": dict(arrays())})
+        for fold, arrays in zip(folds, fitted, strict=True)
+    ]
+    seconds = run.seconds / len(settings)
+    return [
+        # A run that diverged on the way has diverged, whatever comes after it.
+        replace(
+            run,
+            setting=setting,
+            accuracy=accuracy,
+            nll=run.nll if run.failed else nll,
+            seconds=seconds,
+            images=images,
+        )
+        for setting, (accuracy, nll, images) in zip(
+            settings, closed_form.judged(_as_trained(method), settings, tasks), strict=True
+        )
+    ]
+
+
+@lru_cache(maxsize=256)
+def _as_trained(method: Method) -> Method:
+    """The method as a closed form that gives back what was trained, `task.extra["trained"]`."""
+    return replace(method, trained=(), fit=lambda xp, task, setting: task.extra["trained"])
 
 
 def _rows(chunks: Sequence[Chunk], row: int) -> list[Leaves]:
     return [chunk.row(row) for chunk in chunks]
 
 
-def _trained_arrays(method: Method, setting: Setting, task: Task, chunk: Chunk, row: int) -> Arrays:
+def _trained_arrays(run: Run, chunk: Chunk, row: int) -> Arrays:
     """What is saved of row `row` of a chunk."""
-    state = chunk.state
-    kept = state.best if setting["epoch"] == "best" else state.trained
+    kept = chunk.state.best if run.setting["epoch"] == "best" else chunk.state.trained
     trained = {name: np.asarray(array)[row] for name, array in kept.items()}
-    return _as_saved(method, training.fitted(method, setting, task, trained))
+    return _as_saved(run.method, run.fitted(trained))
 
 
 def _closed(
@@ -209,7 +220,7 @@ def _closed(
     for _, members in same_program(method, settings):
         started = time.perf_counter()
         alike = [settings[index] for index in members]
-        judged = _grid(method, alike, folds)
+        judged = closed_form.judged(method, alike, folds)
         seconds = (time.perf_counter() - started) / len(members)
         engine.progress(len(members))
         for setting, (accuracy, nll, images) in zip(alike, judged, strict=True):
@@ -218,30 +229,8 @@ def _closed(
 
 def judge(method: Method, folds: Sequence[Task]) -> Evaluation:
     """How a method does that has nothing to choose and nothing to train."""
-    ((accuracy, nll, images),) = _grid(method, [{}], folds)
+    ((accuracy, nll, images),) = closed_form.judged(method, [{}], folds)
     return Evaluation({}, 0, 0, accuracy, nll, 0.0, images)
-
-
-def _grid(method: Method, settings: Sequence[Setting], folds: Sequence[Task]) -> list[Judged]:
-    """How a closed form's settings do over all folds.
-
-    settings: those that share a program are a product, in its order.
-    """
-    found: dict[int, Judged] = {}
-    for static, members in same_program(method, settings):
-        numbers = method.split(settings[members[0]])[1]
-        # What a run was trained with does not vary here: such an axis has one value, and goes last.
-        names = sorted(numbers, key=lambda name: name not in method.after_training)
-        axes = {
-            name: list(dict.fromkeys(float(settings[index][name]) for index in members))
-            for name in names
-        }
-        scored = [closed_form.grid_scores(method, static, axes, fold) for fold in folds]
-        scores = pooled([fold.score.reshape(-1, 2) for fold in scored], folds).tolist()
-        of_each = (rows.reshape(len(members), -1) for rows in Images.joined(scored))
-        rows = zip(members, scores, map(Images, *of_each), strict=True)
-        found |= {index: (accuracy, nll, images) for index, (accuracy, nll), images in rows}
-    return [found[index] for index in range(len(settings))]
 
 
 def _solved(

@@ -6,28 +6,31 @@ with a single rung.
 """
 
 import sys
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from clip_adapter.adapters.engine.evaluation import Evaluation, Journal, Leaves
+from clip_adapter.adapters.engine.evaluation import Evaluation, Journal, Leaves, Score
 from clip_adapter.adapters.method import Setting, Task
 
 ETA = 3
 FIRST_SHARE = 0.1
 
+Runs = Sequence[Sequence[Setting]]
+"""The settings that each run serves: one, or several that differ in what training does not see."""
+
 
 @dataclass(frozen=True)
 class Rung:
-    """Settings to be trained from epoch `first` to `stop`, by their indices in `settings`.
+    """Runs to be trained from epoch `first` to `stop`, by their indices in `runs`.
 
     state: (fold, index) → the state at `first`; not called where that is 0. Raises KeyError where
     it was lost.
     """
 
-    settings: Sequence[Setting]
+    runs: Runs
     indices: Sequence[int]
     folds: Sequence[Task]
     first: int
@@ -35,8 +38,10 @@ class Rung:
     state: Callable[[int, int], Leaves]
 
 
-Rank = tuple[float, float, int]
-Train = Callable[[Rung], Iterator[tuple[int, Evaluation, Callable[[], list[Leaves]]]]]
+Ranked = list[tuple[Score, int]]
+"""(score, −index) of the runs so far, the best one last; of equal ones the first is better."""
+Train = Callable[[Rung], Iterator[tuple[int, list[Evaluation], Callable[[], list[Leaves]]]]]
+"""Trains a rung; yields a run's index, how its settings did, and its states."""
 
 
 def rung_epochs(epochs: int, every: int = 1) -> list[int]:
@@ -64,19 +69,15 @@ def survivors(settings: int, rungs: int) -> list[int]:
 
 
 def successive_halving(
-    settings: Sequence[Setting],
-    rungs: Sequence[int],
-    folds: Sequence[Task],
-    journal: Journal,
-    train: Train,
+    runs: Runs, rungs: Sequence[int], folds: Sequence[Task], journal: Journal, train: Train
 ) -> Iterator[Evaluation]:
-    """Train all settings to the first rung, the best third of them to the second, and so on.
+    """Train all runs to the first rung, the best third of them to the second, and so on.
 
-    Ranked by validation accuracy, ties by negative log-likelihood, then by position. A setting
-    that diverged never goes on. Yields an evaluation per setting and rung.
+    A run is as good as the best of its settings; one that diverged never goes on. Yields an
+    evaluation per setting and rung.
     """
-    indices = list(range(len(settings)))
-    counts = [*survivors(len(settings), len(rungs)), 0]
+    indices = list(range(len(runs)))
+    counts = [*survivors(len(runs), len(rungs)), 0]
 
     def forget(rung: int, index: int) -> None:
         for fold in range(len(folds)):
@@ -84,46 +85,49 @@ def successive_halving(
             with suppress(KeyError):
                 del journal.states[_name(rung, fold, index)]
 
-    def drop(ranked: list[Rank], rung: int, going_on: int) -> None:
+    def drop(ranked: Ranked, rung: int, going_on: int) -> None:
         """Forget those that cannot go on any more."""
-        for *_, index in ranked[going_on:]:
-            forget(rung, index)
-        del ranked[going_on:]
+        behind = max(0, len(ranked) - going_on)
+        for _, negative in ranked[:behind]:
+            forget(rung, -negative)
+        del ranked[:behind]
 
     first = 0
     for rung, stop in enumerate(rungs):
         going_on = counts[rung + 1]
-        known_already: set[int] = set()
-        ranked: list[Rank] = []
+        waiting: list[int] = []
+        ranked: Ranked = []
         for index in indices:
-            known = journal.known(settings[index], stop)
-            if known:
-                known_already.add(index)
-                _place(ranked, known, index)
-                yield known
+            known = [journal.known(setting, stop) for setting in runs[index]]
+            evaluations = [evaluation for evaluation in known if evaluation]
+            if len(evaluations) < len(known):
+                waiting.append(index)
+                continue
+            _place(ranked, evaluations, index)
+            yield from evaluations
         drop(ranked, rung, going_on)
-        waiting = [index for index in indices if index not in known_already]
         state = partial(_state, journal, rung - 1)
-        for index, evaluation, states in train(Rung(settings, waiting, folds, first, stop, state)):
-            if _place(ranked, evaluation, index) < going_on:
+        for index, evaluations, states in train(Rung(runs, waiting, folds, first, stop, state)):
+            if _place(ranked, evaluations, index) < going_on:
                 for fold, leaves in enumerate(states()):
                     journal.states[_name(rung, fold, index)] = leaves
-            yield evaluation
+            yield from evaluations
             # Only now: the caller has taken note of the setting that displaces another one.
             drop(ranked, rung, going_on)
         for index in indices:
             forget(rung - 1, index)
-        indices, first = sorted(index for *_, index in ranked), stop
+        indices, first = sorted(-negative for _, negative in ranked), stop
 
 
-def _place(ranked: list[Rank], evaluation: Evaluation, index: int) -> int:
-    """Enter a setting into the ranking and return its place; behind all where it diverged."""
-    if evaluation.failed:
+def _place(ranked: Ranked, evaluations: Sequence[Evaluation], index: int) -> int:
+    """Enter a run into the ranking and return how many are better; all where it diverged."""
+    best = max(evaluations, key=lambda evaluation: evaluation.score)
+    if best.failed:
         return sys.maxsize
-    accuracy, negative_nll = evaluation.score
-    rank = (-accuracy, -negative_nll, index)
-    insort(ranked, rank)
-    return bisect_left(ranked, rank)
+    rank = (best.score, -index)
+    place = bisect_left(ranked, rank)
+    ranked.insert(place, rank)
+    return len(ranked) - 1 - place
 
 
 def _state(journal: Journal, rung: int, fold: int, index: int) -> Leaves:

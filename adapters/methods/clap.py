@@ -8,10 +8,7 @@ t are the mean text features of each class, un-normalised; λ_c is the mean zero
 class c on its own support images, and 1 for a class that has none: nothing speaks against its text.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
 from clip_adapter.adapters.formulas import (
     cosine_logits,
@@ -20,28 +17,16 @@ from clip_adapter.adapters.formulas import (
     mean_of_own_class,
     mean_text,
 )
-from clip_adapter.adapters.method import (
-    Array,
-    Arrays,
-    Batch,
-    Classify,
-    Head,
-    Method,
-    Setting,
-    Task,
-)
+from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.optimisation import trained_with
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
-
-def text_prototypes(xp: Any, task: Task, setting: Setting) -> Arrays:
+def text_prototypes(xp, task, setting):
     """W at the start."""
     return {"weights": mean_text(xp, task.head)}
 
 
-def held_prototypes(xp: Any, task: Task, setting: Setting) -> Arrays:
+def held_prototypes(xp, task, setting):
     """The same, with what the loss holds them by."""
     text = mean_text(xp, task.head)
     zero_shot = cosine_logits(xp, task.features[0], task.head._replace(weights=text))
@@ -49,16 +34,12 @@ def held_prototypes(xp: Any, task: Task, setting: Setting) -> Arrays:
     return {"weights": text, "text": text, "trust": trust}
 
 
-def logits(
-    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
-) -> Float[Array, "N C"]:
+def logits(xp, arrays, setting, features, head):
     """scale · unit(f) · unit(W)ᵀ + bias."""
     return cosine_logits(xp, features, head._replace(weights=arrays["weights"]))
 
 
-def held_loss(
-    xp: Any, classify: Classify, arrays: Arrays, batch: Batch, setting: Setting, task: Task
-) -> Float[Array, ""]:
+def held_loss(xp, classify, arrays, batch, setting, task):
     """Cross-entropy + mean_c λ_c ‖w_c − t_c‖²."""
     distances = xp.sum((arrays["weights"] - arrays["text"]) ** 2, axis=-1)
     held = xp.mean(arrays["trust"] * distances)
@@ -67,7 +48,7 @@ def held_loss(
 
 ZS_LP = Method(
     name="zs-lp",
-    reference="arXiv 2312.12730",
+    source="arXiv 2312.12730",
     hyper=trained_with(
         optimizer="sgd",
         learning_rate=0.1,

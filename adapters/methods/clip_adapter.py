@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from clip_adapter.adapters import optimisation as recipe
+from clip_adapter.adapters import optimisation
 from clip_adapter.adapters.formulas import cosine_logits, relu, sigmoid, unit
 from clip_adapter.adapters.hyper import LARGEST_COUNT, Hyper
-from clip_adapter.adapters.method import Array, Arrays, Head, Method, Setting, Task
+from clip_adapter.adapters.method import Array, Arrays, Method, Setting
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -70,18 +70,14 @@ def adapted(
     return blended(x, bottleneck(xp, x, *kernels), ratio(xp, arrays, setting, branch, x))
 
 
-def adapt(
-    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
-) -> Float[Array, "N D"]:
+def adapt(xp, arrays, setting, features, head):
     """f*, which is f where there is no adapter on the images."""
     if setting["branch"] == "text":
         return features
     return adapted(xp, arrays, setting, "image", features)
 
 
-def logits(
-    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
-) -> Float[Array, "N C"]:
+def logits(xp, arrays, setting, features, head):
     """scale · unit(f*) · unit(W*)ᵀ + bias."""
     features = adapt(xp, arrays, setting, features, head)
     if setting["branch"] != "image":
@@ -89,9 +85,7 @@ def logits(
     return cosine_logits(xp, features, head)
 
 
-def describe(
-    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
-) -> dict[str, Array]:
+def describe(xp, arrays, setting, features, head):
     """Ratios that were learned: of each image for α, of each class for β."""
     rows = {"image": features, "text": head.weights}
     return {
@@ -101,19 +95,19 @@ def describe(
     }
 
 
-def optimizer(setting: Setting, task: Task, steps: int) -> Any:
+def optimizer(setting, task, steps):
     """The recipe's for the kernels; ratios have a rate of their own, without weight decay.
 
     A ratio is the sigmoid of one number that has to move by units, where a kernel's entries move by
     hundredths: under the kernels' rate it stays where it starts. It is moved by Adam, whose steps
     do not depend on the gradient's scale, whatever moves the kernels.
     """
-    kernels = recipe.optimizer(setting, steps)
+    kernels = optimisation.optimizer(setting, steps)
     if "ratio_learning_rate" not in setting:
         return kernels
     import optax
 
-    ratios = recipe.optimizer(
+    ratios = optimisation.optimizer(
         {"adam_epsilon": 1e-8, **setting, "optimizer": "adam", "weight_decay": 0.0},
         steps,
         rate="ratio_learning_rate",
@@ -167,7 +161,7 @@ def _ratio(name: str, branch: str) -> dict[str, Hyper]:
 
 CLIP_ADAPTER = Method(
     name="clip-adapter",
-    reference="arXiv 2110.04544",
+    source="arXiv 2110.04544",
     hyper={
         "branch": Hyper(
             "image",
@@ -199,7 +193,7 @@ CLIP_ADAPTER = Method(
         # AdamW moves the bottleneck by about the rate at each step, until its output outweighs the
         # blend: how far that should go depends on what the class names are worth. The ladder goes
         # from hardly leaving zero-shot to where good names are forgotten (docs/protocol.md).
-        **recipe.trained_with(learning_rate=1e-4, learning_rates=(3e-5, 1e-4, 3e-4, 1e-3)),
+        **optimisation.trained_with(learning_rate=1e-4, learning_rates=(3e-5, 1e-4, 3e-4, 1e-3)),
     },
     logits=logits,
     shapes=SHAPES,

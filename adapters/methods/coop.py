@@ -2,34 +2,27 @@
 
     logits = s · unit(f) · unit(w(v))ᵀ + b        w(v)_c = tower([start] v₁ … v_M NAME_c . [end])
 
-v is trained with cross-entropy through the frozen text tower (coop_network.py); the image features
+v is trained with cross-entropy through the frozen text tower (coop_context.py); the image features
 come from the cache. What is saved are v and the classifier weights it leads to, so that predicting
 needs no tower.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clip_adapter.adapters.formulas import cosine_logits
 from clip_adapter.adapters.hyper import Hyper
-from clip_adapter.adapters.method import Array, Arrays, Head, Method, Setting, Task
+from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.optimisation import trained_with
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 GENERIC, BY_CLASS = "context", "contexts"
 
 
-def logits(
-    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
-) -> Float[Array, "N C"]:
+def logits(xp, arrays, setting, features, head):
     """The zero-shot formula with other weights."""
     return cosine_logits(xp, features, head._replace(weights=arrays["weights"]))
 
 
-def finish(arrays: Arrays, setting: Setting, task: Task) -> Arrays:
+def finish(arrays, setting, task):
     """The context and what the tower makes of it."""
     from clip_adapter.adapters.methods.networks.coop_context import compiled_weights
 
@@ -38,7 +31,14 @@ def finish(arrays: Arrays, setting: Setting, task: Task) -> Arrays:
     return {**arrays, "weights": weights}
 
 
-def for_classes(arrays: Arrays, setting: Setting, task: Task, head: Head) -> Arrays | None:
+def prepare(config, arrays):
+    """What of a text tower CoOp needs, for all classes of its file."""
+    from clip_adapter.adapters.methods.networks import coop_context
+
+    return coop_context.prepare(config, arrays)
+
+
+def for_classes(arrays, setting, task, head):
     """The weights of other classes, whose names the task's tower has; a context of each class's own
     says nothing of others."""
     return None if setting["class_specific"] else finish(arrays, setting, task)
@@ -48,7 +48,7 @@ _SELECTS: dict[str, Any] = {"static": True, "single": True}
 
 COOP = Method(
     name="coop",
-    reference="arXiv 2109.01134",
+    source="arXiv 2109.01134",
     hyper={
         # The official code's default; a phrase is as long as its words have tokens.
         "initialisation": Hyper(
@@ -85,9 +85,10 @@ COOP = Method(
     },
     logits=logits,
     shapes={GENERIC: "M E", BY_CLASS: "C M E", "weights": "C D"},
-    network="clip_adapter.adapters.methods.learned_context:LearnedContext",
+    network="clip_adapter.adapters.methods.networks.coop_context:LearnedContext",
     finish=finish,
     needs=("tower",),
+    prepare=prepare,
     uses_views=True,
     for_classes=for_classes,
 )

@@ -7,40 +7,22 @@ The text feature of every prompt is one more sample of its class, and each step 
 all C × P that there are. W is not normalised.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
 from clip_adapter.adapters.formulas import mean_cross_entropy, unit
-from clip_adapter.adapters.method import (
-    Array,
-    Arrays,
-    Batch,
-    Classify,
-    Head,
-    Method,
-    Setting,
-    Task,
-)
+from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.optimisation import trained_with
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
-
-def fit(xp: Any, task: Task, setting: Setting) -> Arrays:
+def fit(xp, task, setting):
     """W at the start."""
     return {"weights": task.head.weights}
 
 
-def logits(
-    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
-) -> Float[Array, "N C"]:
+def logits(xp, arrays, setting, features, head):
     """scale · unit(f) · Wᵀ + bias."""
     return head.logit_scale * unit(xp, features) @ arrays["weights"].T + head.logit_bias
 
 
-def drawn_texts(task: Task, batch: Batch) -> Batch:
+def drawn_texts(task, batch):
     """As many texts as the batch has rows, of which as many count."""
     import jax
 
@@ -50,9 +32,7 @@ def drawn_texts(task: Task, batch: Batch) -> Batch:
     return batch._replace(features=texts, labels=drawn // prompts)
 
 
-def half_and_half(
-    xp: Any, classify: Classify, arrays: Arrays, batch: Batch, setting: Setting, task: Task
-) -> Float[Array, ""]:
+def half_and_half(xp, classify, arrays, batch, setting, task):
     """Mean cross-entropy over the images and the texts of a step."""
     halves = (batch, drawn_texts(task, batch))
     return sum(mean_cross_entropy(xp, classify(half.features), half) for half in halves) / 2
@@ -60,7 +40,7 @@ def half_and_half(
 
 CROSS_MODAL = Method(
     name="cross-modal",
-    reference="arXiv 2301.06267",
+    source="arXiv 2301.06267",
     # The official code's grid, at its larger batch: 16 images and 16 texts. It runs 12,800 steps
     # whatever the number of images, and keeps the best of them on validation data.
     hyper=trained_with(

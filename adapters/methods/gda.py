@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_adapter.adapters.formulas import cosine_logits, sum_by_class, unit
 from clip_adapter.adapters.hyper import Hyper
-from clip_adapter.adapters.method import Array, Arrays, Head, Method, Setting, Task
+from clip_adapter.adapters.method import Array, Method, Task
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -29,7 +29,7 @@ BY_SHOTS = "by-shots"
 NO_SPREAD = 1e-12
 
 
-def fit(xp: Any, task: Task, setting: Setting) -> Arrays:
+def fit(xp, task, setting):
     """kernel K (D, C), bias b (C,) and weight α ()."""
     import jax
 
@@ -88,15 +88,13 @@ def ridge_solve(
     return (right - rows.T @ xp.linalg.solve(gram, rows @ right)) / strength
 
 
-def logits(
-    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
-) -> Float[Array, "N C"]:
+def logits(xp, arrays, setting, features, head):
     """scale · unit(f) · unit(W)ᵀ + bias + α (unit(f) K + b)."""
     gaussian = unit(xp, features) @ arrays["kernel"] + arrays["bias"]
     return cosine_logits(xp, features, head) + arrays["weight"] * gaussian
 
 
-def for_classes(arrays: Arrays, setting: Setting, task: Task, head: Head) -> Arrays:
+def for_classes(arrays, setting, task, head):
     """The same for classes without images (the official base-to-new code).
 
     The mean of a class is that of its 64 nearest support images and 16 copies of its weights w; P
@@ -122,7 +120,7 @@ def for_classes(arrays: Arrays, setting: Setting, task: Task, head: Head) -> Arr
 
 GDA = Method(
     name="gda",
-    reference="arXiv 2402.04087",
+    source="arXiv 2402.04087",
     hyper={
         "alpha": Hyper(
             BY_SHOTS,

@@ -7,38 +7,19 @@ around its peak. They end L-BFGS after 1,000 iterations; here the minimum is cer
     minimise  C · Σ_i CE(f_i K + b, y_i) + ½‖K‖²        logits = f K + b
 """
 
-from __future__ import annotations
-
-from collections.abc import Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-from clip_adapter.adapters.hyper import Hyper, Value
-from clip_adapter.adapters.method import (
-    Array,
-    Arrays,
-    Head,
-    Method,
-    Score,
-    Setting,
-    Solve,
-    Task,
-)
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
+from clip_adapter.adapters.hyper import Hyper
+from clip_adapter.adapters.method import Method
 
 STEPS_PER_DECADE = 8
 COARSE_EXPONENTS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 
 
-def logits(
-    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
-) -> Float[Array, "N C"]:
+def logits(xp, arrays, setting, features, head):
     """f K + b, on un-normalised features; the text features take no part."""
     return features @ arrays["kernel"] + arrays["bias"]
 
 
-def solver(task: Task) -> Solve:
+def solver(task):
     """For one support set, view 0. What is not certified to be the minimum comes out as NaN, like
     a run that diverged, and so is never chosen."""
     import numpy as np
@@ -47,7 +28,7 @@ def solver(task: Task) -> Solve:
 
     path = LogisticRegressionPath(task.features[0], task.labels, len(task.head.weights))
 
-    def solve(setting: Setting) -> Arrays:
+    def solve(setting):
         solution = path.solve(setting["C"])
         sound = 1.0 if solution.solved else np.nan
         return {"kernel": sound * solution.kernel, "bias": sound * solution.bias}
@@ -55,7 +36,7 @@ def solver(task: Task) -> Solve:
     return solve
 
 
-def note(task: Task) -> str:
+def note(task):
     """A warning where the sweep takes minutes."""
     _, rows, dim = task.features.shape
     work = rows * min(rows, dim) * len(task.head.weights)
@@ -65,9 +46,7 @@ def note(task: Task) -> str:
     return f"The linear probe's search for C takes about {minutes:.0f} minutes for each task."
 
 
-def coarse_to_fine(
-    values: Mapping[str, Sequence[Value]],
-) -> Generator[dict[str, Value], Score, None]:
+def coarse_to_fine(values):
     """CLIP's search for C on a logarithmic scale, unless the user named the values to try.
 
     Seven exponents two decades apart, then around the best so far both neighbours at half the
@@ -77,7 +56,7 @@ def coarse_to_fine(
         for value in values["C"]:
             yield {"C": value}
         return
-    scores: dict[float, Score] = {}
+    scores = {}
     waiting = list(COARSE_EXPONENTS)
     distance = COARSE_EXPONENTS[1] - COARSE_EXPONENTS[0]
     while distance >= 1 / STEPS_PER_DECADE:
@@ -95,7 +74,7 @@ WORK_PER_SECOND = 5e8
 COARSE = tuple(10.0**exponent for exponent in COARSE_EXPONENTS)
 LINEAR_PROBE = Method(
     name="linear-probe",
-    reference="arXiv 2103.00020",
+    source="arXiv 2103.00020",
     hyper={
         "C": Hyper(
             0.316,  # published with CLIP, where nothing chooses

@@ -14,23 +14,16 @@ never clears them: with the paper's gradient where α stands, α hardly moves an
 points lower), and the epoch is kept that does best on validation, where there is some.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
 from clip_adapter.adapters.formulas import one_hot, unit
-from clip_adapter.adapters.method import Array, Arrays, Head, Method, Setting, Task
+from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.optimisation import FULL_BATCH, run_for
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 MOMENTUM = 0.9
 EPOCHS_PER_BLEND_STEP = 10
 FIRST_BLEND = 250
 
 
-def fit(xp: Any, task: Task, setting: Setting) -> Arrays:
+def fit(xp, task, setting):
     """w, α and b at the start."""
     rows, text = unit(xp, task.features[0]), unit(xp, task.head.weights)
     own = one_hot(xp, task.labels, len(text), rows)
@@ -39,15 +32,13 @@ def fit(xp: Any, task: Task, setting: Setting) -> Arrays:
     return {"weights": own.T @ rows, "alpha": FIRST_BLEND * cosine + nothing, "bias": nothing}
 
 
-def logits(
-    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
-) -> Float[Array, "N C"]:
+def logits(xp, arrays, setting, features, head):
     """unit(f) · (w_c + α_c unit(t_c)) + b_c."""
     blended = arrays["weights"] + arrays["alpha"][:, None] * unit(xp, head.weights)
     return unit(xp, features) @ blended.T + arrays["bias"]
 
 
-def step_sizes(task: Task) -> tuple[Array, Array]:
+def step_sizes(task):
     """(of w and b, of α)."""
     import jax.numpy as jnp
 
@@ -62,21 +53,19 @@ def step_sizes(task: Task) -> tuple[Array, Array]:
     )
 
 
-def optimizer(setting: Setting, task: Task, steps: int) -> Any:
+def optimizer(setting, task, steps):
     """The alternating steps; they are measured once, and lie in the optimiser's state."""
     import jax
     import jax.numpy as jnp
     import optax
 
-    def init(trained: Arrays) -> dict[str, Any]:
+    def init(trained):
         probe, blend = step_sizes(task)
         sizes = {"weights": probe, "bias": probe, "alpha": blend}
         momentum = jax.tree.map(jnp.zeros_like, trained)
         return {"sizes": sizes, "momentum": momentum, "count": jnp.int32(0)}
 
-    def update(
-        gradient: Arrays, state: dict[str, Any], trained: Arrays | None = None
-    ) -> tuple[Arrays, dict[str, Any]]:
+    def update(gradient, state, trained=None):
         count = state["count"] + 1
         turn = jnp.where(count % (EPOCHS_PER_BLEND_STEP * steps) == 0, 1.0, 0.0)
         momentum = {name: g + MOMENTUM * state["momentum"][name] for name, g in gradient.items()}
@@ -90,7 +79,7 @@ def optimizer(setting: Setting, task: Task, steps: int) -> Any:
 
 LP_PLUS_PLUS = Method(
     name="lp++",
-    reference="arXiv 2404.02285",
+    source="arXiv 2404.02285",
     hyper=run_for(epochs=300, batch_size=FULL_BATCH, epoch="best", evaluate_every=1),
     logits=logits,
     shapes={"weights": "C D", "alpha": "C", "bias": "C"},

@@ -8,49 +8,27 @@ h (F) is an image's feature before that projection; the projection's own bias c 
 1 / shots unless it is given; of unequal classes, shots are images per class on average.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
 from clip_adapter.adapters.formulas import cosine_logits, mean_cross_entropy
-from clip_adapter.adapters.method import (
-    Array,
-    Arrays,
-    Batch,
-    Classify,
-    Head,
-    Method,
-    Setting,
-    Task,
-)
+from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.methods.rla import HYPER, strength
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
-
-def fit(xp: Any, task: Task, setting: Setting) -> Arrays:
+def fit(xp, task, setting):
     """P and c at the start."""
     return {"projection": task.extra["projection"], "bias": task.extra["bias"]}
 
 
-def adapt(
-    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N F"], head: Head
-) -> Float[Array, "N D"]:
+def adapt(xp, arrays, setting, features, head):
     """h P + c."""
     return features @ arrays["projection"] + arrays["bias"]
 
 
-def logits(
-    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N F"], head: Head
-) -> Float[Array, "N C"]:
+def logits(xp, arrays, setting, features, head):
     """scale · unit(h P + c) · unit(W)ᵀ + bias."""
     return cosine_logits(xp, adapt(xp, arrays, setting, features, head), head)
 
 
-def held_loss(
-    xp: Any, classify: Classify, arrays: Arrays, batch: Batch, setting: Setting, task: Task
-) -> Float[Array, ""]:
+def held_loss(xp, classify, arrays, batch, setting, task):
     """Cross-entropy + λ Σ (P − P₀)²."""
     moved = arrays["projection"] - task.extra["projection"]
     penalty = strength(setting, task) * xp.sum(moved**2)
@@ -59,7 +37,7 @@ def held_loss(
 
 PRO_LIP = Method(
     name="prolip",
-    reference="arXiv 2410.05270",
+    source="arXiv 2410.05270",
     hyper=HYPER,
     logits=logits,
     shapes={"projection": "F D", "bias": "D"},

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_adapter.adapters.formulas import one_hot, unit
 from clip_adapter.adapters.hyper import Hyper
-from clip_adapter.adapters.method import Array, Arrays, Head, Method, Setting, Task
+from clip_adapter.adapters.method import Array, Method, Task
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -39,7 +39,7 @@ TRANSFERRED = {
 """By shots: what the authors found on ImageNet and use where there is no validation data."""
 
 
-def fit(xp: Any, task: Task, setting: Setting) -> Arrays:
+def fit(xp, task, setting):
     """points (S, D) and phases (F,) of the kernel's features, and β; A = vectors · duals.
 
     The features of the exact kernel are the support rows', without phases. Only the duals depend on
@@ -70,7 +70,7 @@ def fit(xp: Any, task: Task, setting: Setting) -> Arrays:
     }
 
 
-def finish(arrays: Arrays, setting: Setting, task: Task) -> Arrays:
+def finish(arrays, setting, task):
     """The same with A as duals (S, C), without the vectors."""
     duals = arrays["vectors"] @ arrays["duals"]
     return {name: arrays[name] for name in arrays if name != "vectors"} | {"duals": duals}
@@ -119,9 +119,7 @@ def kernel_features(
     return xp.exp(-beta * (1 - products))
 
 
-def logits(
-    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
-) -> Float[Array, "N C"]:
+def logits(xp, arrays, setting, features, head):
     """unit(f) · unit(W)ᵀ + k(unit(f), S) A."""
     rows = unit(xp, features)
     kernel = kernel_features(xp, arrays["points"], arrays["phases"], arrays["beta"], rows)
@@ -130,7 +128,7 @@ def logits(
     return rows @ unit(xp, head.weights).T + kernel @ arrays["duals"]
 
 
-def note(task: Task) -> str:
+def note(task):
     """A sentence where the kernel is approximated, and one where a search takes long."""
     rows = task.features.shape[0] * task.features.shape[1]
     found = []
@@ -157,7 +155,7 @@ def geometric(low: float, high: float, count: int) -> tuple[float, ...]:
 WORDS = ("transferred",)
 PROKER = Method(
     name="proker",
-    reference="arXiv 2501.11175",
+    source="arXiv 2501.11175",
     hyper={
         # The costlier one first: one eigendecomposition for each β.
         "beta": Hyper(

@@ -7,59 +7,37 @@ is held near the identity, so that nothing has to be chosen on validation data.
 λ is 1 / shots unless it is given; of unequal classes, shots are images per class on average.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
 from clip_adapter.adapters.formulas import cosine_logits, mean_cross_entropy
 from clip_adapter.adapters.hyper import Hyper
-from clip_adapter.adapters.method import (
-    Array,
-    Arrays,
-    Batch,
-    Classify,
-    Head,
-    Method,
-    Setting,
-    Task,
-)
+from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.optimisation import FULL_BATCH, trained_with
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 ONE_BY_SHOTS = "1/shots"
 
 
-def fit(xp: Any, task: Task, setting: Setting) -> Arrays:
+def fit(xp, task, setting):
     """M at the start."""
     return {"matrix": xp.eye(task.features.shape[-1], dtype=task.features.dtype)}
 
 
-def adapt(
-    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
-) -> Float[Array, "N D"]:
+def adapt(xp, arrays, setting, features, head):
     """f Mᵀ."""
     return features @ arrays["matrix"].T
 
 
-def logits(
-    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
-) -> Float[Array, "N C"]:
+def logits(xp, arrays, setting, features, head):
     """scale · unit(f Mᵀ) · unit(W)ᵀ + bias."""
     return cosine_logits(xp, adapt(xp, arrays, setting, features, head), head)
 
 
-def held_loss(
-    xp: Any, classify: Classify, arrays: Arrays, batch: Batch, setting: Setting, task: Task
-) -> Float[Array, ""]:
+def held_loss(xp, classify, arrays, batch, setting, task):
     """Cross-entropy + λ Σ (M − I)²."""
     moved = arrays["matrix"] - xp.eye(len(arrays["matrix"]))
     penalty = strength(setting, task) * xp.sum(moved**2)
     return mean_cross_entropy(xp, classify(batch.features), batch) + penalty
 
 
-def strength(setting: Setting, task: Task) -> Any:
+def strength(setting, task):
     """λ."""
     if setting["strength"] == ONE_BY_SHOTS:
         return len(task.head.weights) / task.features.shape[1]
@@ -87,7 +65,7 @@ HYPER = {
 
 RLA = Method(
     name="rla",
-    reference="arXiv 2410.05270",
+    source="arXiv 2410.05270",
     hyper=HYPER,
     logits=logits,
     shapes={"matrix": "D D"},

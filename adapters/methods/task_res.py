@@ -7,28 +7,19 @@ depends on their length, and so is the encoder's. The "enhanced base", whose tex
 trained before on the same data, is not part of this.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
 from clip_adapter.adapters.formulas import cosine_logits, mean_text
 from clip_adapter.adapters.hyper import Hyper
-from clip_adapter.adapters.method import Array, Arrays, Head, Method, Setting, Task
+from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.optimisation import trained_with
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
-
-def fit(xp: Any, task: Task, setting: Setting) -> Arrays:
+def fit(xp, task, setting):
     """t and X at the start."""
     text = mean_text(xp, task.head)
     return {"text": text, "residual": xp.zeros_like(text)}
 
 
-def logits(
-    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
-) -> Float[Array, "N C"]:
+def logits(xp, arrays, setting, features, head):
     """scale · unit(f) · unit(t + α X)ᵀ + bias."""
     weights = arrays["text"] + setting["alpha"] * arrays["residual"]
     return cosine_logits(xp, features, head._replace(weights=weights))
@@ -36,7 +27,7 @@ def logits(
 
 TASK_RES = Method(
     name="taskres",
-    reference="arXiv 2211.10277",
+    source="arXiv 2211.10277",
     hyper={
         # The paper takes 1 for Oxford Flowers and 0.5 for its ten other data sets.
         "alpha": Hyper(0.5, "Weight of the residual.", (0.5, 1.0), low=0),

@@ -6,30 +6,22 @@ k_i (D,): directions of the support features, averaged over views.
 Tip-Adapter trains nothing. Tip-Adapter-F trains K at one (β, α), and then tries others on it.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
 from clip_adapter.adapters.formulas import cosine_logits, sum_by_class, unit
 from clip_adapter.adapters.hyper import Hyper
-from clip_adapter.adapters.method import Array, Arrays, Head, Method, Setting, Task
+from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.optimisation import trained_with
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
-
-def fit(xp: Any, task: Task, setting: Setting) -> Arrays:
+def fit(xp, task, setting):
     """keys: unit(mean over views of the unit features). labels: as float32, as all that
     is saved."""
     keys = unit(xp, xp.mean(unit(xp, task.features), axis=0))
     return {"keys": keys, "labels": xp.asarray(task.labels, dtype=keys.dtype)}
 
 
-def logits(
-    xp: Any, arrays: Arrays, setting: Setting, features: Float[Array, "N D"], head: Head
-) -> Float[Array, "N C"]:
+def logits(xp, arrays, setting, features, head):
     """scale · unit(f) · unit(W)ᵀ + bias + α · the cache's sums, class by class."""
     affinity = arrays["keys"] @ unit(xp, features).T
     near = xp.exp(-setting["beta"] * (1 - affinity))
@@ -47,7 +39,7 @@ def even(scale: float, count: int) -> tuple[float, ...]:
 BETAS, ALPHAS = even(50, 200), even(50, 20)
 TIP_ADAPTER = Method(
     name="tip-adapter",
-    reference="arXiv 2111.03930",
+    source="arXiv 2111.03930",
     hyper={
         # The costlier one first: exp(…) is computed once for each β.
         "beta": Hyper(5.5, "Sharpness of the cache.", BETAS, low=0),

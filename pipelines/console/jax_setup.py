@@ -119,7 +119,7 @@ def _programs(folder: Path) -> dict[str, list[int]]:
 @contextmanager
 def usable_jax() -> Iterator[None]:
     """`own_jax`, which raises UserError where JAX cannot be used."""
-    from clip_adapter.adapters.engine.jax_process import own_jax
+    from clip_adapter.adapters.engine.process import own_jax
 
     with ExitStack() as stack:
         try:

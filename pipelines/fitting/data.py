@@ -205,13 +205,13 @@ class Data:
             projection = self.cache.projection()
             return {"projection": projection.weights, "bias": projection.bias}
         if "tower" in method.needs:
-            from clip_adapter.adapters.methods.networks.coop_context import of_classes, prepare
-
-            if "tower" not in self._extra:
+            assert method.prepare is not None
+            key = f"tower of {method.name}"
+            if key not in self._extra:
                 path, sha256 = tower_path(self.cache.path), self.cache.backbone[TOWER_SHA256]
-                self._extra["tower"] = prepare(*read_text_tower(path, sha256))
+                self._extra[key] = method.prepare(*read_text_tower(path, sha256))
             own = range(self.classes.start, self.classes.stop)
-            return {"tower": of_classes(self._extra["tower"], own)}
+            return {"tower": self._extra[key].of_classes(own)}
         return {}
 
     def test_blocks(self, method: Method) -> Iterator[tuple[Features, Labels]]:

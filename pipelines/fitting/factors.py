@@ -30,7 +30,7 @@ def shown_values(method: Method, factor: str, given: Sequence[Value]) -> tuple[V
     hyper = method.hyper[factor]
     values = given if len(given) > 1 else hyper.ablated or hyper.tried
     if len(values) < 2:
-        flag = dashed(hyper.flag or factor)
+        flag = dashed(method.flag(factor))
         raise UserError(f"--ablate {factor} needs several values; name them with --{flag}.")
     try:
         checked = tuple(hyper.checked(factor, value) for value in values)

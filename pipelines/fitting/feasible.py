@@ -6,7 +6,7 @@ import json
 
 import jax
 
-from clip_adapter.adapters.engine.training import start
+from clip_adapter.adapters.engine.training import Run
 from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.data import PROVIDED_BY, Data, available
 from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
@@ -46,7 +46,7 @@ def _check_startable(planned: PlannedMethod, data: Data, rows: TaskRows) -> None
             continue
         tried.add(program)
         try:
-            jax.eval_shape(lambda task, setting=setting: start(method, task, setting), task)
+            jax.eval_shape(lambda task, chosen=setting: Run(method, chosen, task).start(), task)
         except ValueError as error:
             raise UserError(f"{method.name}: {error}.") from None
 

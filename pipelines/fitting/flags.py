@@ -55,7 +55,7 @@ def flags_of(methods: Sequence[Method]) -> Flags:
             owners.setdefault(name, []).append(method)
     flags: Flags = {}
     for name, those in owners.items():
-        flag = dashed(those[0].hyper[name].flag or name)
+        flag = dashed(those[0].flag(name))
         if all(_means_the_same(m.hyper[name], those[0].hyper[name]) for m in those):
             flags[flag] = name, those
         for method in those:
@@ -90,7 +90,7 @@ def _check_flags(words: Sequence[str], methods: Sequence[Method], flags: Flags) 
         owners = [
             method.name
             for method in METHODS.values()
-            if any(flag == dashed(hyper.flag or n) for n, hyper in method.hyper.items())
+            if any(flag == dashed(method.flag(name)) for name in method.hyper)
         ]
         if owners:
             names = " and ".join(method.name for method in methods)

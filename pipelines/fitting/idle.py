@@ -14,12 +14,11 @@ def without_effect(config: FitConfig, plan: Plan) -> list[str]:
             if not method.hyper[name].when:
                 continue
             if all(name not in setting for setting in method.settings(planned.values)):
-                flag = method.hyper[name].flag or name
                 reasons = " or ".join(
                     f"--{dashed(other)} {' or '.join(map(str, values))}"
                     for other, values in method.hyper[name].when.items()
                 )
-                idle.append(f"--{dashed(flag)} has no effect without {reasons}.")
+                idle.append(f"--{dashed(method.flag(name))} has no effect without {reasons}.")
     trained = any(planned.method.is_trained for planned in plan.methods)
     if plan.search == "halving" and (plan.select == "none" or not trained):
         why = "with --select none" if trained else "where no method is trained step by step"

@@ -33,6 +33,7 @@ from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder,
 from clip_adapter.pipelines.fitting.task_record import TaskRecord
 from clip_adapter.pipelines.fitting.tasks import Fold, TaskRows, folds
 from clip_adapter.pipelines.saved.adapter_file import AdapterInfo, SavedAdapter, save_adapter
+from clip_adapter.words import dashed
 
 NOT_CROSS_VALIDATED = "a class has one image, cv impossible: defaults taken"
 
@@ -243,5 +244,5 @@ def _advice(planned: PlannedMethod) -> str:
         if min(map(float, planned.values[name]))
         > 3 * max(map(float, (hypers[name].default, *hypers[name].tried)))
     ]
-    flags = [f"--{(hypers[n].flag or n).replace('_', '-')}" for n in large or usual[:1]]
+    flags = [f"--{dashed(planned.method.flag(name))}" for name in large or usual[:1]]
     return f"try a smaller {' or '.join(flags)}" if flags else "try other values"

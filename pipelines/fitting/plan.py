@@ -224,7 +224,7 @@ def _planned(entry: Mapping[str, Any]) -> PlannedMethod:
         )
     method = named(entry["name"])
     try:
-        values = method.values({name: tuple(some) for name, some in entry["values"].items()})
+        values = method.checked_values(entry["values"])
     except ValueError as error:
         raise UserError(str(error)) from None
     ablation = {

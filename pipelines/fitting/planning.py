@@ -78,7 +78,7 @@ def _with_values(config: FitConfig, name: str, method: Method, baseline: bool) -
     given = {} if baseline else own_values(config, method)
     for key, some in given.items():
         if not some:
-            raise UserError(f"--{dashed(method.hyper[key].flag or key)} needs at least one value.")
+            raise UserError(f"--{dashed(method.flag(key))} needs at least one value.")
     ablation = {}
     for factor in () if baseline else map(of_flag, config.ablate):
         if factor in method.hyper:

@@ -56,6 +56,7 @@ class RunFolder:
         self.path = path
         names = {name: None for planned in plan.everything for name in planned.method.hyper}
         self.setting_columns = tuple(names)
+        self._hyper = {p.method.name: p.method.hyper for p in plan.everything}
         self._columns = (*TASK_COLUMNS, *self.setting_columns, *OUTCOME_COLUMNS)
         self._key_columns = (*TASK_COLUMNS, *self.setting_columns, "epochs_run")
         self._images_alike = plan.score == "accuracy"
@@ -100,7 +101,7 @@ class RunFolder:
             rows = []
         sound = [
             row
-            for row in rows
+            for row in map(self._completed, rows)
             if row.keys() == set(self._columns) and is_sound(row, images_alike=self._images_alike)
         ]
         kept = StringIO(newline="")
@@ -110,6 +111,17 @@ class RunFolder:
         if kept.getvalue() != text or path.is_symlink():
             files.write_text(path, kept.getvalue())
         return sound
+
+    def _completed(self, row: Row) -> Row:
+        """The row with the columns of hyper-parameters that came after it was written."""
+        table = self._hyper.get(row.get("method", ""), {})
+        younger = {}
+        for name in self.setting_columns:
+            hyper = table.get(name)
+            if name not in row and (hyper is None or hyper.absent is not None):
+                has_effect = hyper and hyper.applies_to_cells(row)
+                younger[name] = str(hyper.absent) if hyper and has_effect else ""
+        return row | younger
 
     def _key(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(str(row.get(column, "")) for column in self._key_columns)

@@ -152,7 +152,7 @@ def _choice_table(planned: PlannedMethod, rows: Sequence[TaskResult]) -> Table:
     names = [n for n in method.hyper if n in {*tried, *learned}]
     best_epoch = any(row.setting and row.setting.get("epoch") == "best" for row in rows)
     table = Table(title=f"chosen settings of {method.name}", box=SIMPLE_HEAD)
-    for heading in ("shots", "seed", *(method.hyper[n].flag or n for n in names)):
+    for heading in ("shots", "seed", *map(method.flag, names)):
         table.add_column(heading, justify="right")
     for heading in ["epoch"] * best_epoch + ["val %", "not told apart"]:
         table.add_column(heading, justify="right")

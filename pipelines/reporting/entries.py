@@ -134,12 +134,8 @@ def _difference(run: Run, planned: PlannedMethod, others: Sequence[tuple[Run, An
     own = decisive(run, planned)
     rest = [decisive(*other) for other in others]
     differing = [name for name in own if any(one.get(name) != own[name] for one in rest)]
-    return "".join(f" {_flag(planned.method, name)} {_words(own[name])}" for name in differing)
-
-
-def _flag(method: Method, name: str) -> str:
-    flag = method.hyper[name].flag if name in method.hyper else ""
-    return dashed(flag or name)
+    flags = {name: dashed(planned.method.flag(name)) for name in differing}
+    return "".join(f" {flag} {_words(own[name])}" for name, flag in flags.items())
 
 
 def _words(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clip_adapter.adapters.methods.zero_shot import ZERO_SHOT
+from clip_adapter.adapters.registry import REFERENCE
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.remarks import guessing
 from clip_adapter.pipelines.fitting.tables import value_words
@@ -60,7 +60,7 @@ def first_screen(verdict: Verdict | None) -> First:
     zero, best = verdict.zero_shot, verdict.next_best
     how_sure = []
     answer = "Zero-shot CLIP was not run, so whether adapting helped is not known."
-    if entry.method is ZERO_SHOT:
+    if entry.method is REFERENCE:
         answer = "Nothing was adapted: this is zero-shot CLIP."
     if zero:
         answer = {1: "Yes, adapting helped.", -1: "No, adapting hurt.", 0: "Not beyond noise."}[
@@ -142,7 +142,7 @@ def _settings(verdict: Verdict) -> Numbers | None:
     names = [n for n in method.hyper if n in tried or any(n in row.learned for row in rows)]
     if not names:
         return None
-    heads = [(method.hyper[name].flag or name).replace("_", " ") for name in names]
+    heads = [method.flag(name).replace("_", " ") for name in names]
     return Numbers(
         ["seed", *heads, "validation %", "test %"],
         [

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.adapters.method import Head
-from clip_adapter.adapters.methods.zero_shot import ZERO_SHOT
+from clip_adapter.adapters.registry import REFERENCE
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.pipelines.reporting.class_section import MOST_CLASSES, Pair, changed_most
 from clip_adapter.pipelines.reporting.entries import Entry
@@ -69,7 +69,7 @@ def space_of(cache: FeatureCache, entry: Entry, adapter: SavedAdapter, pair: Pai
     if method.adapt:
         after = method.adapt(*fitted)
         return Space(features, after, labels[rows], "image features")
-    before = ZERO_SHOT.logits(np, {}, {}, features, head)
+    before = REFERENCE.logits(np, {}, {}, features, head)
     return Space(before, method.logits(*fitted), labels[rows], "logits")
 
 

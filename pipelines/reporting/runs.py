@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clip_adapter import files
@@ -65,9 +65,10 @@ def _load(path: Path) -> Run:
     planned = {p.method.name: p.method for p in plan.methods}
     wanted = {(name, k, s) for name in planned for k in plan.shots for s in plan.seeds}
     try:
-        for result in results:
+        for index, result in enumerate(results):
             if result.setting is not None:
-                planned[result.method].checked(result.setting, partial=True)
+                setting = planned[result.method].checked(result.setting, partial=True)
+                results[index] = replace(result, setting=setting)
         if len({result.key for result in results} & wanted) < len(results):
             raise ValueError("rows twice, or of no task of the plan")
     except (KeyError, TypeError, ValueError) as error:

@@ -69,7 +69,7 @@ def _varied(entry: Entry, fits: Sequence[Fit]) -> list[str]:
 
 
 def _words(method: Method, name: str) -> str:
-    return (method.hyper[name].flag or name).replace("_", " ")
+    return method.flag(name).replace("_", " ")
 
 
 def _short(value: str, digits: int = 6) -> str:

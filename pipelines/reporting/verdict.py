@@ -9,7 +9,7 @@ from statistics import fmean
 
 import numpy as np
 
-from clip_adapter.adapters.methods.zero_shot import ZERO_SHOT
+from clip_adapter.adapters.registry import REFERENCE
 from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.predictions import (
@@ -80,8 +80,8 @@ def judge(entries: Sequence[Entry]) -> Verdict | None:
     entry = max(candidates, key=lambda one: _validation(one, shots))
     rivals = [e for e in entries if e is not entry and e.train_classes == entry.train_classes]
     compared = [found for e in rivals if (found := compare(entry, e, shots))]
-    zero_shot = next((c for c in compared if c.other.method is ZERO_SHOT), None)
-    others = [c for c in compared if c.other.method is not ZERO_SHOT]
+    zero_shot = next((c for c in compared if c.other.method is REFERENCE), None)
+    others = [c for c in compared if c.other.method is not REFERENCE]
     next_best = max(others, key=lambda c: c.theirs, default=None)
     return Verdict(entry, shots, zero_shot, next_best)
 

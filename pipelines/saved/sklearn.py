@@ -15,7 +15,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from clip_adapter.adapters.engine.jax_process import own_jax
+from clip_adapter.adapters.engine.process import own_jax
 from clip_adapter.adapters.engine.runner import Engine
 from clip_adapter.adapters.engine.scoring import make_classify
 from clip_adapter.adapters.engine.search import fit

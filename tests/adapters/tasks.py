@@ -12,8 +12,8 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
-from clip_adapter.adapters.engine import training
 from clip_adapter.adapters.engine.evaluation import Evaluation, Leaves
+from clip_adapter.adapters.engine.training import Run
 from clip_adapter.adapters.method import Head, Method, Setting, Task
 from clip_adapter.adapters.methods.networks.coop_context import Tower, prepare
 from clip_adapter.adapters.registry import METHODS
@@ -152,7 +152,7 @@ def compilations() -> Iterator[list[str]]:
 
 def start_arrays(method: Method, setting: Setting, task: Task) -> dict[str, np.ndarray]:
     """What a run starts from, of what it trains."""
-    trained, _ = jax.jit(lambda task: training.start(method, task, setting))(task)
+    trained, _ = jax.jit(lambda task: Run(method, setting, task).start())(task)
     return {name: np.asarray(array) for name, array in trained.items()}
 
 

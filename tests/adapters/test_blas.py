@@ -2,7 +2,7 @@
 
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from clip_adapter.adapters.engine.blas import one_blas_thread
+from clip_adapter.adapters.engine.process import one_blas_thread
 
 
 def threads() -> set[int]:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from clip_adapter.adapters.engine import training
 from clip_adapter.adapters.engine.runner import Engine
 from clip_adapter.adapters.engine.scoring import make_classify
 from clip_adapter.adapters.engine.search import fit
+from clip_adapter.adapters.engine.training import Run
 from clip_adapter.adapters.method import Batch, Head, Task
 from clip_adapter.adapters.registry import METHODS
 from tests.adapters import torch_reference as reference
@@ -55,7 +55,7 @@ def test_logits_loss_and_gradients_are_those_of_the_formula(branch: str, kind: A
         batch = Batch(task.features[0], task.labels, jnp.ones(ROWS, bool), jax.random.key(0))
 
         def loss(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            classify = training.classifier(CLIP_ADAPTER, task, chosen, arrays)
+            classify = Run(CLIP_ADAPTER, chosen, task).classify(arrays)
             logits = classify(batch.features)
             labels = jax.nn.one_hot(batch.labels, CLASSES)
             return -jnp.mean(jnp.sum(labels * jax.nn.log_softmax(logits), axis=1)), logits
@@ -147,10 +147,8 @@ def test_a_learned_ratio_comes_near_the_best_one(best: str, reduction: int, engi
             )
             for values in zip(*given.values(), strict=True)
         ]
-        static, _ = CLIP_ADAPTER.split(settings[0])
-        numbers = [CLIP_ADAPTER.split(setting)[1] for setting in settings]
         alphas, scores = [], []
-        for chunk in engine.run(CLIP_ADAPTER, static, task, numbers):
+        for chunk in engine.run(CLIP_ADAPTER, settings, task):
             for row, index in enumerate(chunk.indices):
                 arrays = row_of(chunk.state.trained, row)
                 told = CLIP_ADAPTER.describe(np, arrays, settings[index], task.features, task.head)

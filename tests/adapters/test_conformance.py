@@ -19,7 +19,6 @@ from clip_adapter.adapters.engine.scoring import make_classify
 from clip_adapter.adapters.engine.search import fit, search
 from clip_adapter.adapters.hyper import Hyper, Value
 from clip_adapter.adapters.method import Head, Method, Task
-from clip_adapter.adapters.methods.networks.coop_context import of_classes
 from clip_adapter.adapters.registry import METHODS
 from tests.adapters.tasks import (
     CLASSES,
@@ -101,7 +100,7 @@ def fitted(method: Method, engine: Engine) -> Mapping[str, np.ndarray]:
 @every_method
 def test_the_table_is_sane(method: Method):
     assert METHODS[method.name] is method
-    assert method.reference
+    assert method.source
     known: list[str] = []
     for name, hyper in method.hyper.items():
         assert name.isidentifier()
@@ -260,7 +259,7 @@ def test_classes_never_seen_are_classified_or_it_says_so(method: Method, engine:
     )
 
     if "tower" in task.extra:  # what a cache of the six classes holds
-        tower = of_classes(task.extra["tower"], (0, 1, 2, 3, 0, 1))
+        tower = task.extra["tower"].of_classes((0, 1, 2, 3, 0, 1))
         task = task._replace(extra={**task.extra, "tower": tower})
 
     def classified() -> bool:
@@ -341,8 +340,7 @@ def test_survivors_of_halving_end_as_the_full_run(method: Method, engine: Engine
 @trained_methods
 def test_training_in_pieces_is_training_at_once(method: Method, engine: Engine):
     setting, task = short_setting(method), task_for(method)
-    static, numbers = method.split(setting)
-    run = partial(engine.run, method, static, task, [numbers])
+    run = partial(engine.run, method, [setting], task)
     (whole,) = run()
     (piece,) = run(stop=4)
     (piece,) = run(first=4, states=[partial(piece.row, 0)])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from clip_adapter.adapters.engine import training
 from clip_adapter.adapters.engine.runner import Engine
 from clip_adapter.adapters.engine.search import fit
+from clip_adapter.adapters.engine.training import Run
 from clip_adapter.adapters.method import Head, Task
 from clip_adapter.adapters.methods.coop import COOP
 from clip_adapter.adapters.methods.networks.coop_context import prepare
@@ -94,7 +94,7 @@ def test_twenty_steps_are_pytorchs(position: str, by_class: bool, engine: Engine
     del chosen["evaluate_every"], chosen["adam_epsilon"]
     assert COOP.checked(chosen) == chosen
     name = "contexts" if by_class else "context"
-    start = np.asarray(training.start(COOP, task, chosen)[0][name])
+    start = np.asarray(Run(COOP, chosen, task).start()[0][name])
     theirs = InPyTorch(task, start, position)
     losses = [theirs.loss_of_all(theirs.weights())]
     for epoch in range(EPOCHS):

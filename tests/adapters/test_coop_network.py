@@ -14,7 +14,6 @@ from clip_adapter.adapters.methods.networks.coop_context import (
     check_room,
     class_weights,
     initial_context,
-    of_classes,
     prepare,
 )
 from clip_adapter.extract.backbones.loading import Backbone
@@ -129,7 +128,7 @@ def _bytes_of_one(tower: Tower) -> int:
 def test_some_of_the_classes_have_the_weights_that_they_have_among_all() -> None:
     tower = tower_of(named("gelu"))
     context = initial_context(setting(), jax.random.key(0), tower)
-    some = class_weights(context, setting(), of_classes(tower, [3, 1]))
+    some = class_weights(context, setting(), tower.of_classes([3, 1]))
     np.testing.assert_allclose(
         some, class_weights(context, setting(), tower)[jnp.array([3, 1])], rtol=1e-5, atol=1e-6
     )

@@ -36,10 +36,8 @@ def histories(
     engine: Engine, settings: Sequence[Setting], task: Task | None = None, **span: Any
 ) -> np.ndarray:
     """(K, E, 2): what validation said of each setting, in the order asked for."""
-    static, _ = CLIP_ADAPTER.split(settings[0])
-    numbers = [CLIP_ADAPTER.split(setting)[1] for setting in settings]
     task = task or separable_task(noise=2.0)
-    chunks = list(engine.run(CLIP_ADAPTER, static, task, numbers, **span))
+    chunks = list(engine.run(CLIP_ADAPTER, settings, task, **span))
     assert [index for chunk in chunks for index in chunk.indices] == list(range(len(settings)))
     return np.concatenate(
         [np.asarray(chunk.state.history)[: len(chunk.indices)] for chunk in chunks]
@@ -69,9 +67,7 @@ def vectorised() -> Engine:
 def test_chunks_are_as_equal_as_can_be(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("clip_adapter.adapters.engine.runner.LARGEST_CHUNK", 4)
     settings = [setting_of(alpha=alpha, **SHORT) for alpha in (0.2, 0.3, 0.4, 0.5, 0.6)]
-    static, _ = CLIP_ADAPTER.split(settings[0])
-    numbers = [CLIP_ADAPTER.split(setting)[1] for setting in settings]
-    chunks = list(Engine("vectorised").run(CLIP_ADAPTER, static, separable_task(), numbers))
+    chunks = list(Engine("vectorised").run(CLIP_ADAPTER, settings, separable_task()))
     assert [len(chunk.state.history) for chunk in chunks] == [3, 3]
     assert [chunk.indices for chunk in chunks] == [[0, 1, 2], [3, 4]]
 
@@ -103,10 +99,8 @@ def test_a_state_that_was_lost_or_damaged_is_had_again(
     placement: Placement, engine: Engine, vectorised: Engine
 ):
     runs = {"sequential": engine, "vectorised": vectorised}[placement]
-    static, _ = CLIP_ADAPTER.split(SETTINGS[0])
-    numbers = [CLIP_ADAPTER.split(setting)[1] for setting in SETTINGS]
     task = separable_task(noise=2.0)
-    chunks = list(runs.run(CLIP_ADAPTER, static, task, numbers, stop=3))
+    chunks = list(runs.run(CLIP_ADAPTER, SETTINGS, task, stop=3))
     rows = [chunk.row(row) for chunk in chunks for row in range(len(chunk.indices))]
     whole = histories(runs, SETTINGS)
     odd: list[Leaves] = [
@@ -131,12 +125,10 @@ def test_nobody_trains_on_after_the_last_chunk_was_taken():
     slow = [setting | {"epochs": 20_000, "epoch": "last"} for setting in SETTINGS]
     for setting in slow:
         del setting["evaluate_every"]
-    static, _ = CLIP_ADAPTER.split(slow[0])
-    numbers = [CLIP_ADAPTER.split(setting)[1] for setting in slow]
-    chunks = engine.run(CLIP_ADAPTER, static, separable_task(), numbers, stop=200)
+    chunks = engine.run(CLIP_ADAPTER, slow, separable_task(), stop=200)
     next(chunks)
     chunks.close()
-    list(engine.run(CLIP_ADAPTER, static, separable_task(), numbers[:1], stop=1))
+    list(engine.run(CLIP_ADAPTER, slow[:1], separable_task(), stop=1))
     assert sum(trained) * 20_000 < 200 * len(slow)
 
 

@@ -72,14 +72,16 @@ class Script:
         self.scores = scores
         self.rungs: list[tuple[int, int, list[int], list[str]]] = []
 
-    def __call__(self, rung: Rung) -> Iterator[tuple[int, Evaluation, Callable[[], list[Leaves]]]]:
+    def __call__(
+        self, rung: Rung
+    ) -> Iterator[tuple[int, list[Evaluation], Callable[[], list[Leaves]]]]:
         states = [rung.state(0, i)[0].item() for i in rung.indices] if rung.first else []
         self.rungs.append((rung.first, rung.stop, list(rung.indices), states))
         for i in rung.indices:
             accuracy, nll = self.scores[rung.stop][i]
-            evaluation = Evaluation(rung.settings[i], rung.stop, rung.stop, accuracy, nll, 0.0)
+            evaluation = Evaluation(rung.runs[i][0], rung.stop, rung.stop, accuracy, nll, 0.0)
             state = np.array(f"{i} at {rung.stop}")
-            yield i, evaluation, lambda state=state: [[state]]
+            yield i, [evaluation], lambda state=state: [[state]]
 
 
 SCORES = {
@@ -102,7 +104,7 @@ SCORES = {
 def halve(
     rungs: list[int], train: Script, notes: Notes, settings: list[Any] = SETTINGS
 ) -> Iterator[Evaluation]:
-    return successive_halving(settings, rungs, [separable_task()], notes, train)
+    return successive_halving([[s] for s in settings], rungs, [separable_task()], notes, train)
 
 
 def test_the_best_third_goes_on_and_nobody_who_diverged():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from clip_adapter.adapters.engine.evaluation import Score
 from clip_adapter.adapters.engine.runner import Engine
 from clip_adapter.adapters.engine.scoring import make_classify
 from clip_adapter.adapters.engine.search import fit, search
@@ -28,7 +29,7 @@ def swept(peak: float | None = None) -> tuple[list[float], float]:
         exponent = round(float(np.log10(setting["C"])), 6)
         scores[exponent] = 0.5 if peak is None else -abs(exponent - peak)
         try:
-            setting = proposed.send((scores[exponent], 0.0))
+            setting = proposed.send(Score(scores[exponent], 0.0))
         except StopIteration:
             break
     return list(scores), max(scores, key=scores.__getitem__)

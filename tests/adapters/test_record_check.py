@@ -13,8 +13,7 @@ import pytest
 
 from clip_adapter.adapters import registry as methods
 from clip_adapter.adapters.hyper import Hyper
-from clip_adapter.adapters.record_check import TAKEN, check_record
-from clip_adapter.adapters.registry import METHODS, find_method
+from clip_adapter.adapters.registry import METHODS, TAKEN, check_record, find_method
 from clip_adapter.pipelines.console.running import run
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.fit_rows import TASK_COLUMNS
@@ -48,7 +47,7 @@ def test_a_hyper_parameter_has_no_name_that_means_something_else() -> None:
         ({"logits": None}, "its logits is None and no function"),
         ({"fit": "closed"}, "its fit is 'closed' and no function"),
         ({"loss": 3}, "its loss is 3"),
-        ({"reference": None}, "its reference is None"),
+        ({"source": None}, "its source is None"),
         ({"unseen_classes": "yes"}, "its unseen_classes is 'yes'"),
         ({"hyper": {"alpha": 0.5}}, "no table of Hyper"),
         ({"hyper": [HALF]}, "no table of Hyper"),

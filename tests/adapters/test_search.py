@@ -71,10 +71,9 @@ def test_over_folds_the_mean_chooses_the_epoch(engine: Engine):
     setting = setting_of(alpha=0.9, learning_rate=0.2, **EACH_EPOCH)
     values = {name: (value,) for name, value in setting.items()}
     (evaluation,) = search(CLIP_ADAPTER, CLIP_ADAPTER.values(values), parts, engine, Notes())
-    static, numbers = CLIP_ADAPTER.split(setting)
     histories = []
     for part in parts:
-        (chunk,) = engine.run(CLIP_ADAPTER, static, part, [numbers])
+        (chunk,) = engine.run(CLIP_ADAPTER, [setting], part)
         histories.append(np.asarray(chunk.state.history[0], np.float64))
     mean = np.mean(histories, axis=0)
     rule = [(-round(accuracy, 6), nll) for accuracy, nll in mean]

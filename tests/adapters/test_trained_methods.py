@@ -222,8 +222,7 @@ def test_the_first_steps_are_those_of_the_formulas(name: str, epochs: int, engin
     for array, wanted in start.items():
         np.testing.assert_allclose(found_start[array], wanted, rtol=1e-5, atol=1e-5)
 
-    static, numbers = method.split(setting)
-    (chunk,) = engine.run(method, static, task, [numbers], stop=epochs)
+    (chunk,) = engine.run(method, [setting], task, stop=epochs)
     found, expected = row_of(chunk.state.trained), reference.train(data, epochs)
     for array, wanted in expected.items():
         moved = np.abs(wanted - start[array].detach().numpy()).max()

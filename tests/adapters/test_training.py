@@ -142,8 +142,7 @@ class TorchRun:
 
 
 def run(engine: Engine, setting: Setting, task: Task, **span: int) -> Chunk:
-    static, numbers = CLIP_ADAPTER.split(setting)
-    (chunk,) = engine.run(CLIP_ADAPTER, static, task, [numbers], **span)
+    (chunk,) = engine.run(CLIP_ADAPTER, [setting], task, **span)
     return chunk
 
 
@@ -250,14 +249,11 @@ def test_a_long_warm_up_ends_after_a_hundred_steps(engine: Engine):
 def test_advancing_in_pieces_is_advancing_at_once(engine: Engine, kept: dict[str, Any]):
     task = separable_task(seed=3)
     setting = setting_of(**kept, **HYPER)
-    static, numbers = CLIP_ADAPTER.split(setting)
     whole = run(engine, setting, task)
     state = run(engine, setting, task, stop=2).row(0)
     for first, stop in ((2, 5), (5, 6), (6, 10)):
         states = [lambda s=state: s]
-        (chunk,) = engine.run(
-            CLIP_ADAPTER, static, task, [numbers], first=first, stop=stop, states=states
-        )
+        (chunk,) = engine.run(CLIP_ADAPTER, [setting], task, first=first, stop=stop, states=states)
         state = chunk.row(0)
     for piecewise, at_once in zip(state, whole.row(0), strict=True):
         assert piecewise.tobytes() == at_once.tobytes()

@@ -18,7 +18,7 @@ def fit(xp, task, setting):  # type: ignore[no-untyped-def]
 
 WEIGHTED = Method(
     name="weighted",
-    reference="made up",
+    source="made up",
     hyper={"alpha": Hyper(3.0, "Weight of a class's share.", (1.0, 3.0), low=0, high=50)},
     logits=logits,
     shapes={"weight": "C"},
@@ -28,7 +28,7 @@ WEIGHTED = Method(
 
 WORSE = Method(
     name="worse",
-    reference="made up",
+    source="made up",
     hyper={"sign": Hyper(-1.0, "Turns the classifier around.", low=-1, high=1)},
     logits=lambda xp, arrays, setting, features, head: (
         setting["sign"] * cosine_logits(xp, features, head)
@@ -38,7 +38,7 @@ WORSE = Method(
 
 GROWING = Method(
     name="growing",
-    reference="made up",
+    source="made up",
     hyper=recipe.trained_with(optimizer="adam", weight_decay=0.0),
     # Better the larger the weight is, and no number where it is 0.5 or more.
     logits=lambda xp, arrays, setting, features, head: (

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
-from clip_adapter.adapters.engine.blas import one_blas_thread
+from clip_adapter.adapters.engine.process import one_blas_thread
 from clip_adapter.adapters.methods.logistic.objective import (
     Doubles,
     Floats,

@@ -16,7 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from flax import nnx
 
+from clip_adapter.adapters.formulas import cosine_logits
+from clip_adapter.adapters.method import Setting, Task
+from clip_adapter.adapters.methods.coop import BY_CLASS, GENERIC
 from clip_adapter.adapters.methods.networks.text_transformer import (
     TowerShape,
     classes_at_once,
@@ -29,7 +33,7 @@ if TYPE_CHECKING:
 
 RANDOM = "random"
 START, END, PAD = 0, 1, 2  # rows of Tower.vocabulary
-BY_CLASS = ("sentences", "name_lengths", "sentence_lengths")
+OF_A_CLASS = ("sentences", "name_lengths", "sentence_lengths")
 
 
 Array = jax.Array | npt.NDArray[Any]
@@ -50,6 +54,11 @@ class Tower(NamedTuple):
     name_lengths: Array
     sentence_lengths: Array
     phrases: Mapping[str, Array]
+
+    def of_classes(self, classes: Sequence[int]) -> Tower:
+        """The same tower for some of the classes, in that order."""
+        rows = np.asarray(classes)
+        return self._replace(**{name: np.asarray(getattr(self, name))[rows] for name in OF_A_CLASS})
 
 
 def prepare(config: Any, arrays: Mapping[str, np.ndarray]) -> Tower:
@@ -75,12 +84,6 @@ def prepare(config: Any, arrays: Mapping[str, np.ndarray]) -> Tower:
         np.array(lengths, np.int32),
         {name: embedding[list(tokens)] for name, tokens in config.phrases.items()},
     )
-
-
-def of_classes(tower: Tower, classes: Sequence[int]) -> Tower:
-    """The same tower for some of the classes, in that order."""
-    rows = np.asarray(classes)
-    return tower._replace(**{name: np.asarray(getattr(tower, name))[rows] for name in BY_CLASS})
 
 
 def check_room(tower: Tower, context_length: int) -> None:
@@ -150,7 +153,7 @@ def class_weights(
             pooled = 1 + count + chunk["sentence_lengths"]
         return text_features(tower.arrays, shape, embeddings, pooled)
 
-    inputs = {name: jnp.asarray(getattr(tower, name)) for name in BY_CLASS}
+    inputs = {name: jnp.asarray(getattr(tower, name)) for name in OF_A_CLASS}
     if context.ndim == 3:
         inputs["context"] = context
     return in_chunks(weights, inputs, classes_at_once(shape, length))
@@ -180,3 +183,22 @@ def _arranged(
     between = (before + name <= place) & (place < count + name)
     slots = jnp.where(place < before, place, jnp.where(between, place - name, -1))
     return tokens, slots
+
+
+class LearnedContext(nnx.Module):
+    """Context vectors, (M, E) or (C, M, E).
+
+    The tower is none of its attributes, but comes with the task: its parameters would be found
+    among what is trained.
+    """
+
+    def __init__(self, setting: Setting, task: Task, *, rngs: nnx.Rngs) -> None:
+        self.position = setting["position"]
+        self.name = BY_CLASS if setting["class_specific"] else GENERIC
+        start = initial_context(setting, rngs.params(), task.extra["tower"])
+        setattr(self, self.name, nnx.Param(start))
+
+    def __call__(self, features: Float[Array, "N D"], task: Task) -> Float[Array, "N C"]:
+        context = getattr(self, self.name)[...]
+        weights = class_weights(context, {"position": self.position}, task.extra["tower"])
+        return cosine_logits(jnp, features, task.head._replace(weights=weights))

@@ -1,4 +1,4 @@
-"""JAX as the methods need it, whatever the process around them has made of it."""
+"""JAX and BLAS as the methods need them, whatever the process around has made of them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from threading import Lock
 
 import jax
 from jax._src.xla_bridge import backends_are_initialized
+from threadpoolctl import ThreadpoolController
 
 _forked = False
 _of_thread = threading.local()
@@ -72,3 +74,31 @@ def own_jax_in_thread() -> None:
     _of_thread.settings = _settings()  # kept, as what nobody refers to is left again
     for setting in _of_thread.settings:
         setting.__enter__()
+
+
+@contextmanager
+def one_blas_thread(libraries: ThreadpoolController | None = None) -> Iterator[None]:
+    """Within it BLAS and LAPACK take one thread each.
+
+    Their number belongs to the process: who comes in first sets it, and who goes out last puts it
+    back, so that threads whose times here overlap leave the number as it was before all of them.
+    libraries: those that are loaded, where the caller knows; to look takes milliseconds.
+    """
+    global _inside
+    with _LOCK:
+        if not _inside:
+            found = libraries or ThreadpoolController()
+            _LIMIT.enter_context(found.limit(limits=1, user_api="blas"))
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _inside -= 1
+            if not _inside:
+                _LIMIT.close()
+
+
+_LOCK = Lock()
+_inside = 0
+_LIMIT = ExitStack()
