@@ -53,6 +53,27 @@ def write_cache(
 
     Raises UserError for what FORMAT.md does not allow, and where the file cannot be written.
     ValueError for shapes that contradict each other.
+
+    Examples:
+        >>> import numpy as np
+        >>> from clip_adapter import FeatureCache, write_cache
+        >>> draw = np.random.default_rng(0).normal
+        >>> content = {
+        ...     "text/features": draw(size=(2, 1, 8)).astype(np.float32),
+        ...     "text/class_names": ["cat", "eel"],
+        ...     "text/templates": ["a photo of a {}."],
+        ... }
+        >>> for split in ("train", "test"):
+        ...     content[f"images/{split}/features"] = draw(size=(1, 6, 8)).astype(np.float32)
+        ...     content[f"images/{split}/labels"] = [0, 1] * 3
+        ...     content[f"images/{split}/ids"] = [f"{split}/{row}.jpg" for row in range(6)]
+        >>> backbone = {"name": "mine", "pretrained": "mine", "weights_sha256": "0" * 64}
+        >>> backbone |= {"embed_dim": 8, "image_size": 224, "quick_gelu": False}
+        >>> dataset = {"name": "pets", "source": "my photographs", "splits": {"test": "of May"}}
+        >>> write_cache("own.h5", content, backbone=backbone, dataset=dataset, logit_scale=100.0)
+        >>> with FeatureCache("own.h5") as cache:
+        ...     cache.shape("train"), cache.class_names
+        ((1, 6, 8), ['cat', 'eel'])
     """
     metadata = Metadata(
         created_at=_now(),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from clip_adapter.adapters.method import Method
     from clip_adapter.adapters.registry import METHODS
     from clip_adapter.cache.reader import FeatureCache
+    from clip_adapter.cache.writer import write_cache
     from clip_adapter.extract.config import ExtractConfig
     from clip_adapter.extract.run import extract
     from clip_adapter.pipelines.commands.fit import fit
@@ -31,6 +32,7 @@ PUBLIC = {
     "extract": "extract.run",
     "ExtractConfig": "extract.config",
     "FeatureCache": "cache.reader",
+    "write_cache": "cache.writer",
     "load_adapter": "pipelines.saved.adapter_file",
     "FewShotClassifier": "pipelines.saved.sklearn",
     "ClipAdapterClassifier": "pipelines.saved.sklearn",
@@ -55,6 +57,7 @@ __all__ = [
     "extract",
     "fit",
     "load_adapter",
+    "write_cache",
 ]
 
 
