@@ -13,7 +13,7 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 
 from clip_adapter.errors import UserError
 from clip_adapter.extract.backbones.weights import is_torchscript
-from clip_adapter.files import LFS_ADVICE, is_lfs_pointer
+from clip_adapter.files import LFS_ADVICE, is_file, is_folder, is_lfs_pointer
 from clip_adapter.words import near, quoted
 
 GLYPH_CLIP = "glyph-clip"
@@ -69,9 +69,9 @@ def resolve(name: str, pretrained: str | None) -> Recipe:
     if pretrained in tags:
         return Recipe(architecture, pretrained, _tag_says_quick_gelu(architecture, pretrained))
     path = Path(os.path.expanduser(pretrained))  # noqa: PTH111 - which raises nothing
-    if path.is_dir():
+    if is_folder(path):
         return Recipe(f"{LOCAL}{path}", None, quick_gelu=False)
-    if path.is_file():
+    if is_file(path):
         if is_lfs_pointer(path):
             raise UserError(f"{path} {LFS_ADVICE}.")
         return _recipe_of_file(name, architecture, tags, path)
