@@ -1,5 +1,5 @@
 """Weights and configurations that came from elsewhere: folders with open_clip_config.json, state
-dicts in safetensors and in PyTorch's ZIP archives, and merges of tokenizers."""
+dicts in safetensors, in PyTorch's ZIP archives and in programs, and merges of tokenizers."""
 
 import gzip
 import json
@@ -21,6 +21,7 @@ from tests.fuzz.damage import NESTED, change_json, damage
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 ZIP = "open_clip_pytorch_model.bin"
+PROGRAM = "ViT.pt"  # which may lie in the place of the ZIP archive
 MERGES = "bpe_merges.txt.gz"
 MODEL = {"embed_dim": 8, "vision_cfg": VIT, "text_cfg": TEXT | {"context_length": 8}}
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "size": 16}
@@ -34,6 +35,7 @@ def prepare(folder: Path) -> None:
     model = open_clip.CLIP(**MODEL).eval()
     save_file(model.state_dict(), folder / WEIGHTS)
     torch.save(model.state_dict(), folder / ZIP)
+    torch.jit.script(model).save(folder / PROGRAM)
     lines = ['"bpe_simple_vocab', "a b", "c d</w>"]
     (folder / MERGES).write_bytes(gzip.compress("\n".join(lines).encode()))
 
@@ -44,7 +46,8 @@ def attempt(rng: random.Random, prepared: Path, folder: Path) -> Attempt:
     shutil.copyfile(prepared / CONFIG, model / CONFIG)
     victim = rng.choice((CONFIG, CONFIG, WEIGHTS, ZIP))
     weights = ZIP if victim == ZIP else WEIGHTS
-    shutil.copyfile(prepared / weights, model / weights)
+    source = PROGRAM if victim == ZIP and rng.random() < 0.5 else weights
+    shutil.copyfile(prepared / source, model / weights)
     if rng.random() < 0.1:
         victim = MERGES
         shutil.copyfile(prepared / MERGES, model / MERGES)
