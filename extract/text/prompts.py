@@ -25,17 +25,6 @@ Sentences = Annotated[
 ]
 
 
-def check_templates(templates: Sequence[str]) -> None:
-    """Raises UserError for a template without its place for the class name."""
-    for template in templates:
-        if template.count("{}") != 1:
-            raise UserError(
-                f"The template {reprlib.repr(template)} needs exactly one {{}} where the class "
-                "name goes."
-            )
-        _check_prompt(template, "template")
-
-
 def _check_prompt(text: str, what: str) -> None:
     from clip_adapter.extract.datasets.source import check_storable
 
@@ -71,7 +60,13 @@ def resolve_templates(values: Sequence[str]) -> tuple[str, ...]:
                 f"The template {reprlib.repr(value)} needs exactly one {{}} where the class name "
                 "goes, and there is no file of that name either."
             )
-    check_templates(templates)
+    for template in templates:
+        if template.count("{}") != 1:
+            raise UserError(
+                f"The template {reprlib.repr(template)} needs exactly one {{}} where the class "
+                "name goes."
+            )
+        _check_prompt(template, "template")
     repeated = sorted(template for template, times in Counter(templates).items() if times > 1)
     if repeated:
         raise UserError(f"The template {reprlib.repr(repeated[0])} is given twice; name it once.")

@@ -169,9 +169,3 @@ def test_a_compressed_archive_is_refused(archive: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(UnsafeArchive, match="compressed"):
         read_weights(path)
-
-
-def test_a_truncated_archive(archive: Path, tmp_path: Path) -> None:
-    whole = archive.read_bytes()
-    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
-    refused("ViT-B-32", tmp_path / "half.pt", r"half\.pt")
