@@ -90,11 +90,7 @@ def _read(kind: Any, value: Any, place: str, wanted: Any) -> Any:
         return _one_of(inner, value, place, wanted)
     if origin is float and type(value) is int and abs(value) < LARGEST_INTEGER:
         return float(value)
-    if origin is Literal:
-        fits = any(value == word and type(value) is type(word) for word in inner)
-    else:
-        fits = origin is Any or type(value) is _stored_as(origin)
-    if not fits:
+    if not _fits(origin, inner, value):
         _refuse(value, place, wanted)
     if origin in (list, tuple) and inner:
         return _listed(origin, inner, value, place, wanted)
@@ -103,9 +99,12 @@ def _read(kind: Any, value: Any, place: str, wanted: Any) -> Any:
     return _record(origin, value, place) if _is_record(origin) else value
 
 
-def _stored_as(kind: Any) -> Any:
-    """What JSON has for it."""
-    return list if kind is tuple else dict if kind is Mapping or _is_record(kind) else kind
+def _fits(kind: Any, inner: Sequence[Any], value: Any) -> bool:
+    """Whether it is one of the words, or what JSON has for such a kind."""
+    if kind is Literal:
+        return any(value == word and type(value) is type(word) for word in inner)
+    in_json = list if kind is tuple else dict if kind is Mapping or _is_record(kind) else kind
+    return kind is Any or type(value) is in_json
 
 
 def _is_record(kind: Any) -> bool:

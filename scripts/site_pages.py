@@ -1,5 +1,6 @@
-"""A hook of mkdocs: the pages that lie beside the code they specify are pages of the site too."""
+"""Hooks of mkdocs: the pages that lie beside the code they specify are pages of the site too."""
 
+import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -15,5 +16,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Their place in the repository, to which pages link, is beside the others in the site."""
-    return markdown.replace(f"](../{ROOM.name}/", "](")
+    """Their place in the repository, to which pages link, is beside the others in the site; and a
+    block of commands is one, whatever the tests are told of it behind its language."""
+    markdown = markdown.replace(f"](../{ROOM.name}/", "](")
+    return re.sub(r"^```console \w+$", "```console", markdown, flags=re.MULTILINE)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from clip_adapter.errors import UserError
 from clip_adapter.extract.backbones.config_check import CONFIG_FILE, check_config, read_config
-from clip_adapter.extract.backbones.names import HUB, LOCAL, Recipe, resolve
+from clip_adapter.extract.backbones.names import HUB, LOCAL, Request, resolve
 from clip_adapter.extract.backbones.weights import UnsafeArchive, read_state
 from clip_adapter.extract.encoding.device import Precision
 from clip_adapter.words import shortened
@@ -78,27 +78,27 @@ def load_backbone(
     cannot be had, do not fit, or hold a logit scale that is none. Nothing that comes with weights
     is run: see `weights` and `config_check`.
     """
-    recipe = resolve(name, pretrained)
+    request = resolve(name, pretrained)
     try:
         with _silent_loaders():
-            config = _checked_config(recipe)
-            tokenizer = _tokenizer(recipe.model_name, config)
-            model = _create(recipe, pretrained=recipe.weights, require_pretrained=True)
+            config = _checked_config(request)
+            tokenizer = _tokenizer(request.model_name, config)
+            model = _create(request, pretrained=request.weights, require_pretrained=True)
             embed_dim = model.encode_text(tokenizer([""])).shape[-1]
             stated = dict(model.visual.preprocess_cfg)
             preprocess = image_transform_v2(PreprocessCfg(**stated), is_train=False)
     except Exception as error:  # a damaged file or folder makes open_clip raise almost anything
-        raise UserError(_loading_failed(name, recipe, error)) from error
+        raise UserError(_loading_failed(name, request, error)) from error
     bias = getattr(model, "logit_bias", None)
     logit_bias = 0.0 if bias is None else bias.item()
-    _check_logits(model.logit_scale.item(), logit_bias, Path(recipe.weights or name).name)
+    _check_logits(model.logit_scale.item(), logit_bias, Path(request.weights or name).name)
     return Backbone(
-        model=model if precision == "fp32" else _in_precision(model, recipe, precision),
+        model=model if precision == "fp32" else _in_precision(model, request, precision),
         preprocess=preprocess,
         tokenizer=tokenizer,
         identity={
             "name": name,
-            "pretrained": _public_label(pretrained) or recipe.weights or name,
+            "pretrained": _public_label(pretrained) or request.weights or name,
             "weights_sha256": weights_sha256(model.state_dict()),
             "open_clip_version": open_clip.__version__,
             "embed_dim": embed_dim,
@@ -109,16 +109,16 @@ def load_backbone(
         logit_scale=model.logit_scale.exp().item(),
         logit_bias=logit_bias,
         dtype=DTYPES[precision],
-        assumption=recipe.assumption,
+        assumption=request.assumption,
     )
 
 
-def _create(recipe: Recipe, **how: Any) -> Any:
+def _create(request: Request, **how: Any) -> Any:
     with _silent_loaders(), patch.object(factory, "load_state_dict", read_state):
         model = open_clip.create_model(
-            recipe.model_name,
-            force_quick_gelu=recipe.quick_gelu,
-            force_preprocess_cfg=dict(recipe.preparation),
+            request.model_name,
+            force_quick_gelu=request.quick_gelu,
+            force_preprocess_cfg=dict(request.preparation),
             **how,
         )
     return model.eval().requires_grad_(False)
@@ -136,11 +136,11 @@ def _check_logits(logarithm: float, bias: float, weights: str) -> None:
 
 
 def _in_precision(
-    model: open_clip.CLIP | open_clip.CustomTextCLIP, recipe: Recipe, precision: Precision
+    model: open_clip.CLIP | open_clip.CustomTextCLIP, request: Request, precision: Precision
 ) -> open_clip.CLIP | open_clip.CustomTextCLIP:
     """The model in another precision. Its layers differ from those of float32, so it is built
     anew rather than converted."""
-    other = _create(recipe, load_weights=False, pretrained_text=False, precision=precision)
+    other = _create(request, load_weights=False, pretrained_text=False, precision=precision)
     other.load_state_dict(model.state_dict())
     return other
 
@@ -169,16 +169,16 @@ def weights_sha256(state: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _checked_config(recipe: Recipe) -> dict[str, Any]:
+def _checked_config(request: Request) -> dict[str, Any]:
     """The model's configuration: open_clip's own, or a checked one of a folder or a repository."""
-    schema, _, place = recipe.model_name.partition(":")
+    schema, _, place = request.model_name.partition(":")
     if not place and f"{schema}:" in (LOCAL, HUB):
         raise ValueError("no folder is named")
     if f"{schema}:" == LOCAL:
         return read_config(Path(place))["model_cfg"]
     if f"{schema}:" == HUB:
         return check_config(Path(download_pretrained_from_hf(place, CONFIG_FILE)))["model_cfg"]
-    return open_clip.get_model_config(recipe.model_name)
+    return open_clip.get_model_config(request.model_name)
 
 
 def _tokenizer(model_name: str, config: Mapping[str, Any]) -> Callable[..., torch.Tensor]:
@@ -203,8 +203,8 @@ def _public_label(pretrained: str | None) -> str | None:
     return Path(pretrained).name if pretrained and Path(pretrained).exists() else pretrained
 
 
-def _loading_failed(name: str, recipe: Recipe, error: Exception) -> str:
-    weights = Path(recipe.weights or "")
+def _loading_failed(name: str, request: Request, error: Exception) -> str:
+    weights = Path(request.weights or "")
     if isinstance(error, pickle.UnpicklingError):
         return (
             f"{weights.name or name} is damaged or holds Python code beside the weights, which is "
@@ -221,9 +221,9 @@ def _loading_failed(name: str, recipe: Recipe, error: Exception) -> str:
         reason = shortened(" ".join(str(error).split()), 300)
     else:
         reason = f"that holds no weights that open_clip can read ({error!r:.80})"
-    if recipe.weights and not Path(recipe.weights).exists():
+    if request.weights and not Path(request.weights).exists():
         return (
-            f"The weights {recipe.weights!r} of {name} could not be downloaded ({reason}); "
+            f"The weights {request.weights!r} of {name} could not be downloaded ({reason}); "
             "on a machine without a network give a local file with --pretrained."
         )
     source = f" from {weights.name}" if weights.name else ""

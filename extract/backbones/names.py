@@ -13,7 +13,7 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 
 from clip_adapter.errors import UserError
 from clip_adapter.extract.backbones.weights import is_torchscript
-from clip_adapter.files import LFS_ADVICE, is_lfs_pointer
+from clip_adapter.files import LFS_ADVICE, is_file, is_folder, is_lfs_pointer
 from clip_adapter.words import near, quoted
 
 GLYPH_CLIP = "glyph-clip"
@@ -26,7 +26,7 @@ PREPARATION = ("mean", "std", "interpolation", "resize_mode")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Request:
     """How open_clip is asked: architecture or schema, weights (tag or file), activation.
 
     With a schema the model's own configuration holds weights and activation. `preparation`: the
@@ -41,8 +41,8 @@ class Recipe:
     assumption: str | None = None
 
 
-def resolve(name: str, pretrained: str | None) -> Recipe:
-    """The recipe of a backbone, by the names that `load_backbone` takes.
+def resolve(name: str, pretrained: str | None) -> Request:
+    """How open_clip is asked for a backbone, by the names that `load_backbone` takes.
 
     Raises UserError for unknown names, with the near matches, and unknown tags.
     """
@@ -50,7 +50,7 @@ def resolve(name: str, pretrained: str | None) -> Recipe:
         if pretrained is not None:
             raise UserError(f"--backbone {name} brings its own weights; leave --pretrained out.")
         own = f"{LOCAL}{GLYPH_CLIP_FOLDER}" if name == GLYPH_CLIP else name
-        return Recipe(own, None, quick_gelu=False)
+        return Request(own, None, quick_gelu=False)
     if open_clip.get_model_config(name) is None:
         known = [GLYPH_CLIP, *open_clip.list_models()]
         raise UserError(
@@ -67,26 +67,28 @@ def resolve(name: str, pretrained: str | None) -> Recipe:
             )
         pretrained = "openai"
     if pretrained in tags:
-        return Recipe(architecture, pretrained, _tag_says_quick_gelu(architecture, pretrained))
+        return Request(
+            architecture, pretrained, _tag_config(architecture, pretrained)["quick_gelu"]
+        )
     path = Path(os.path.expanduser(pretrained))  # noqa: PTH111 - which raises nothing
-    if path.is_dir():
-        return Recipe(f"{LOCAL}{path}", None, quick_gelu=False)
-    if path.is_file():
+    if is_folder(path):
+        return Request(f"{LOCAL}{path}", None, quick_gelu=False)
+    if is_file(path):
         if is_lfs_pointer(path):
             raise UserError(f"{path} {LFS_ADVICE}.")
-        return _recipe_of_file(name, architecture, tags, path)
+        return _request_of_file(name, architecture, tags, path)
     raise UserError(
         f"--pretrained {quoted(pretrained)} is neither a file nor a folder nor a tag of {name}; "
         f"its tags: {', '.join(tags) or 'none'}."
     )
 
 
-def _recipe_of_file(name: str, architecture: str, tags: list[str], path: Path) -> Recipe:
+def _request_of_file(name: str, architecture: str, tags: list[str], path: Path) -> Request:
     """What is known about a file of weights: by its hash, by its form, by the architecture."""
     tag = _tag_of_file(architecture, tags, path)
     assumption = None
     if tag is not None:
-        quick_gelu = _tag_says_quick_gelu(architecture, tag)
+        quick_gelu = _tag_config(architecture, tag)["quick_gelu"]
     else:
         quick_gelu = name.endswith(QUICKGELU) or is_torchscript(path)
         if not quick_gelu and open_clip.get_model_config(name + QUICKGELU) is not None:
@@ -99,7 +101,7 @@ def _recipe_of_file(name: str, architecture: str, tags: list[str], path: Path) -
         for config in (_tag_config(architecture, t) for t in ([tag] if tag else tags))
     ]
     agreed = published[0] if published and all(p == published[0] for p in published) else {}
-    return Recipe(architecture, str(path), quick_gelu, agreed, assumption)
+    return Request(architecture, str(path), quick_gelu, agreed, assumption)
 
 
 def _without_quickgelu(name: str) -> str:
@@ -109,13 +111,11 @@ def _without_quickgelu(name: str) -> str:
 
 
 def _tag_config(architecture: str, tag: str) -> dict[str, Any]:
-    return get_pretrained_cfg(architecture, tag) or get_pretrained_cfg(
+    """What open_clip knows of a tag, and whether it says QuickGELU."""
+    config = get_pretrained_cfg(architecture, tag) or get_pretrained_cfg(
         architecture + QUICKGELU, tag
     )
-
-
-def _tag_says_quick_gelu(architecture: str, tag: str) -> bool:
-    return bool(_tag_config(architecture, tag).get("quick_gelu", False))
+    return {"quick_gelu": False, **config}
 
 
 def _tag_of_file(architecture: str, tags: list[str], path: Path) -> str | None:

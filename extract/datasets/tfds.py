@@ -55,27 +55,22 @@ def open_tfds(
         raise UserError(
             f"tfds:{builder_name} has no 'image' with a class 'label'; it cannot be used here."
         )
-    builders_names = features["label"].names
-    matched, new_labels = match_classes(builders_names, entry)
+    names = features["label"].names
+    matched, new_labels = match_classes(names, entry)
+    source = f"tfds:{builder_name}"
     counts = {published: info.num_examples for published, info in builder.info.splits.items()}
     splits, remarks = labelled_splits(
-        f"tfds:{builder_name}", counts, lambda name: _labelled(builder, name, new_labels)
+        source, counts, lambda published: _labelled(builder, published, new_labels)
     )
-    name = entry.name if entry else builder_name
-    class_names = entry.class_names if entry else tuple(builders_names)
-    provenance = {
-        "name": name,
-        "source": f"tfds:{builder_name}",
-        "version": str(builder.version),
-        "class_names_matched": matched,
-    }
-    templates = entry.templates if entry else DEFAULT_TEMPLATES
+    if entry is None:
+        entry = CatalogueEntry(builder_name, len(names), DEFAULT_TEMPLATES, tuple(names))
+    provenance = {"name": entry.name, "source": source, "version": str(builder.version)}
     return ImageDataset(
-        name,
-        class_names,
-        templates,
-        complete_splits(splits, class_names, options),
-        provenance,
+        entry.name,
+        entry.class_names,
+        entry.templates,
+        complete_splits(splits, entry.class_names, options),
+        provenance | {"class_names_matched": matched},
         remarks,
     )
 
@@ -179,8 +174,11 @@ def _labelled(builder: Any, published: str, new_labels: list[int]) -> tuple[Spli
     many of its images have none."""
     key = next((name for name in ID_FEATURES if name in builder.info.features), None)
     names = builder.info.features["label"].names
+    records = _undecoded(builder, published)
     rows, labels, keys, paths, unlabelled = [], [], [], [], 0
-    for row, (label, written) in enumerate(_labels_and_keys(builder, published, key)):
+    for row in range(len(records)):
+        record = records[row]
+        label, written = int(record["label"]), record[key].decode() if key else ""
         unlabelled += label < 0
         if label >= 0 and new_labels[label] != LEFT_OUT:
             rows.append(row)
@@ -198,13 +196,6 @@ def _labelled(builder: Any, published: str, new_labels: list[int]) -> tuple[Spli
         f"{published} split of tfds:{builder.info.full_name}",
     )
     return split, unlabelled
-
-
-def _labels_and_keys(builder: Any, split: str, key: str | None) -> Iterator[tuple[int, str]]:
-    source = _undecoded(builder, split)
-    for row in range(len(source)):
-        record = source[row]
-        yield int(record["label"]), record[key].decode() if key else ""
 
 
 @dataclass(frozen=True)
@@ -238,18 +229,10 @@ def _undecoded(builder: Any, split: str) -> Any:
     return builder.as_data_source(split, decoders=as_bytes)
 
 
-def _listdir(path: str) -> list[str]:
-    return sorted(os.listdir(path))  # noqa: PTH208
-
-
 def _walk(top: str) -> Iterator[tuple[str, list[str], list[str]]]:
     for place, folders, files in os.walk(top):
         folders.sort()
         yield place, folders, sorted(files)
-
-
-def _glob(pattern: str) -> list[str]:
-    return sorted(glob.glob(os.fspath(pattern)))  # noqa: PTH207
 
 
 class _FileOperations:
@@ -265,9 +248,9 @@ class _FileOperations:
             GFile=open,
             exists=os.path.exists,
             isdir=os.path.isdir,
-            listdir=_listdir,
+            listdir=lambda path: sorted(os.listdir(path)),  # noqa: PTH208
             walk=_walk,
-            glob=_glob,
+            glob=lambda pattern: sorted(glob.glob(os.fspath(pattern))),  # noqa: PTH207
         )
     )
     compat = SimpleNamespace(as_text=os.fsdecode)

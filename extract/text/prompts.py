@@ -1,5 +1,6 @@
 """Prompts: templates filled with class names, and sentences of a class's own."""
 
+import os
 import re
 import reprlib
 from collections import Counter
@@ -22,17 +23,6 @@ CODE = re.compile(
 Sentences = Annotated[
     list[Annotated[str, Rule("that is not empty", str.strip)]], Rule("that is not empty", len)
 ]
-
-
-def check_templates(templates: Sequence[str]) -> None:
-    """Raises UserError for a template without its place for the class name."""
-    for template in templates:
-        if template.count("{}") != 1:
-            raise UserError(
-                f"The template {reprlib.repr(template)} needs exactly one {{}} where the class "
-                "name goes."
-            )
-        _check_prompt(template, "template")
 
 
 def _check_prompt(text: str, what: str) -> None:
@@ -61,28 +51,26 @@ def resolve_templates(values: Sequence[str]) -> tuple[str, ...]:
             from clip_adapter.extract.datasets.catalogue import load_catalogue
 
             templates += load_catalogue()["imagenet"].templates_ensemble
-        elif value and "{}" not in value and _is_there(value):
-            templates += _lines(user_path(value))
-        elif "{}" not in value:
+        elif "{}" in value:
+            templates.append(value)
+        elif value and os.path.exists(os.path.expanduser(value)):  # noqa: PTH110, PTH111 - raise nothing
+            templates += _lines(user_path(value))  # what is no file has a sentence of its own
+        else:
             raise UserError(
                 f"The template {reprlib.repr(value)} needs exactly one {{}} where the class name "
                 "goes, and there is no file of that name either."
             )
-        else:
-            templates.append(value)
-    check_templates(templates)
+    for template in templates:
+        if template.count("{}") != 1:
+            raise UserError(
+                f"The template {reprlib.repr(template)} needs exactly one {{}} where the class "
+                "name goes."
+            )
+        _check_prompt(template, "template")
     repeated = sorted(template for template, times in Counter(templates).items() if times > 1)
     if repeated:
         raise UserError(f"The template {reprlib.repr(repeated[0])} is given twice; name it once.")
     return tuple(templates)
-
-
-def _is_there(value: str) -> bool:
-    """Whether something has this name: a pipe too, for which there is a sentence of its own."""
-    try:
-        return Path(value).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # a sentence is too long to be the name of a file
-        return False
 
 
 def _lines(path: Path) -> list[str]:

@@ -15,7 +15,7 @@ from clip_adapter.extract.backbones.loading import load_backbone
 from clip_adapter.extract.backbones.names import GLYPH_CLIP_FOLDER
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.run import extract
-from clip_adapter.extract.text.prompts import check_templates, prompts
+from clip_adapter.extract.text.prompts import prompts, resolve_templates
 from tests.extract.image_folders import make_folder
 
 TOLERANCE = 1e-5
@@ -115,7 +115,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
 def test_prompts() -> None:
     assert prompts("forest_path", ["a {}", "{}s."]) == ["a forest path", "forest paths."]
     assert prompts("{}", ["a {}"]) == ["a {}"]
-    check_templates(["{}", "a {}."])
+    resolve_templates(["{}", "a {}."])
     for bad in ("a", "{} and {}", ""):
         with pytest.raises(UserError, match="needs exactly one"):
-            check_templates(["a {}", bad])
+            resolve_templates(["a {}", bad])

@@ -67,13 +67,9 @@ def test_the_first_frame_of_an_animation() -> None:
     assert found[2, 2].tolist() == [255, 0, 0]
 
 
-def test_truncated_and_foreign_files() -> None:
-    big = RNG.integers(0, 256, (200, 200, 3), np.uint8)
-    for kind in ("jpeg", "png", "gif", "tiff", "webp", "bmp"):
-        content = stored(Image.fromarray(big), kind).getvalue()
-        assert bad(content[: len(content) // 2])
-    assert "not an image of a format that is read (JPEG, PNG" in bad(b"hello")
-    assert "not an image of a format that is read (JPEG, PNG" in bad(b"")
+def test_foreign_files() -> None:
+    for content in (b"hello", b""):
+        assert "not an image of a format that is read (JPEG, PNG" in bad(content)
 
 
 def test_floating_point_and_32_bit_pixels_have_no_white() -> None:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -53,19 +54,11 @@ def test_files_that_are_no_templates(tmp_path: Path, content: str, words: str) -
         resolve_templates([str(tmp_path / "t.txt")])
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "[",
-        "templates = [",
-        "'a photo of a {}.',",
-        '"a {}"',
-        "f'the {}',  # best",
-        '["a {}", "the {}"]',
-        "lambda c: f'a {c}'",
-        "],",
-    ],
-)
+CODE = ("[", "templates = [", "'a photo of a {}.',", '"a {}"', "f'the {}',  # best")
+CODE += ('["a {}", "the {}"]', "lambda c: f'a {c}'", "],")
+
+
+@pytest.mark.parametrize("line", CODE)
 def test_code_is_no_list_of_templates(tmp_path: Path, line: str) -> None:
     (tmp_path / "t.py").write_text(f"a {{}}\n{line}\n")
     with pytest.raises(UserError, match=r"t\.py holds code or JSON \(.*\), not templates; write"):
@@ -99,11 +92,8 @@ def described(folder: Path, content: object) -> Path:
 
 def test_names_are_matched_without_case_and_underscores() -> None:
     stored = {"Forest Path": ["trees"], "RIVER": ["water", "a bank"], "cafe\u0301": ["tea"]}
-    assert descriptions_in_order(stored, ["river", "forest_path", "caf\u00e9"]) == [
-        ["water", "a bank"],
-        ["trees"],
-        ["tea"],
-    ]
+    rows = descriptions_in_order(stored, ["river", "forest_path", "caf\u00e9"])
+    assert rows == [["water", "a bank"], ["trees"], ["tea"]]
     assert descriptions_in_order({"cat": ["a"], "Cat": ["b"]}, ["Cat", "cat"]) == [["b"], ["a"]]
 
 
@@ -134,9 +124,7 @@ def test_marks_and_pointers_in_place_of_a_file(tmp_path: Path) -> None:
     path = described(tmp_path, '\ufeff{"cat": ["a"]}')
     assert read_descriptions(path) == {"cat": ["a"]}
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(
-        UserError, match=r"is the pointer that Git LFS left in the file's place; get"
-    ):
+    with pytest.raises(UserError, match=r"is the pointer that Git LFS left in the file's place"):
         read_descriptions(path)
 
 
@@ -163,18 +151,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"folder:{make_folder(tmp_path_factory.mktemp('data'), {'train': 1, 'test': 1}, NAMES)}"
 
 
+def config(images: str, folder: Path, **own: Any) -> ExtractConfig:
+    return ExtractConfig(dataset=images, out=folder / "features.h5", val=0.0, **own)
+
+
 def test_prompts_that_are_cut_off_are_counted(
     images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = " word" * 30
-    config = ExtractConfig(
-        dataset=images,
-        out=tmp_path / "features.h5",
-        templates=("a {}", f"{words}{{}}", f"a {{}}{words}"),
-        batch_size=7,
-        val=0.0,
-    )
-    extract(config, Terminal("extract"))
+    templates = ("a {}", f"{words}{{}}", f"a {{}}{words}")
+    extract(config(images, tmp_path, templates=templates, batch_size=7), Terminal("extract"))
     assert capsys.readouterr().err == (
         "warning: the text tower reads only the beginning of 20 prompts, the first of them "
         f"'{words}eight'; shorten what is to count.\n"
@@ -187,18 +173,18 @@ def test_classes_with_one_text_are_named(
     """Also where the text was encoded before; and all, where only the end of a prompt differs."""
     names = ("Cat", "cat", "eel", "sea lion", "sea_lion")
     data = f"folder:{make_folder(tmp_path / 'data', {'train': 1, 'test': 1}, names)}"
-    config = ExtractConfig(dataset=data, out=tmp_path / "features.h5", val=0.0, batch_size=2)
+    whole = config(data, tmp_path, batch_size=2)
     said = "these classes have the same text: 'Cat', 'cat'; 'sea lion', 'sea_lion'; by it, all"
-    extract(config, Terminal("extract"))
+    extract(whole, Terminal("extract"))
     assert said in capsys.readouterr().err
     photograph(9).save(tmp_path / "data" / "train" / "eel" / "9.png")
-    extract(replace(config, update=True), Terminal("extract"))
+    extract(replace(whole, update=True), Terminal("extract"))
     assert said in capsys.readouterr().err
     sentences = {name: [f"{number} {name}"] for number, name in enumerate(names)}
     files = {"descriptions": described(tmp_path, sentences), "force": True}
-    extract(replace(config, **files), Terminal("extract"))
+    extract(replace(whole, **files), Terminal("extract"))
     assert "same text" not in capsys.readouterr().err
-    extract(replace(config, templates=(f"{'word ' * 30}{{}}",), force=True), Terminal("extract"))
+    extract(replace(whole, templates=(f"{'word ' * 30}{{}}",), force=True), Terminal("extract"))
     words = "these classes have the same text: 'Cat', 'cat', 'eel' and 2 more; by it"
     assert words in capsys.readouterr().err
 
@@ -211,23 +197,13 @@ def test_weights_of_classes_with_different_numbers_of_sentences(
     sentences = {
         name: [f"{name} number {i}." for i in range(1 + i % 4)] for i, name in enumerate(NAMES)
     }
-    out = extract(
-        ExtractConfig(
-            dataset=images,
-            out=tmp_path / "features.h5",
-            descriptions=described(tmp_path, sentences),
-            templates=("a photo of the digit {}.",),
-            batch_size=batch_size,
-            val=0.0,
-        )
-    )
+    own = {"descriptions": described(tmp_path, sentences), "batch_size": batch_size}
+    out = extract(config(images, tmp_path, templates=("a photo of the digit {}.",), **own))
     with FeatureCache(out) as cache, h5py.File(out) as file:
         text = cache.text_features()
         stored = file["text/prompts"].asstr()[...]
-        assert cache.templates == [
-            "a photo of the digit {}.",
-            *(f"description {i}" for i in (1, 2, 3, 4)),
-        ]
+        described_rows = [f"description {i}" for i in (1, 2, 3, 4)]
+        assert cache.templates == ["a photo of the digit {}.", *described_rows]
     assert text.shape == (10, 5, 128)
     weights = np.asarray(classifier_weights(np, text))
     for c, name in enumerate(sorted(NAMES)):
@@ -235,11 +211,6 @@ def test_weights_of_classes_with_different_numbers_of_sentences(
         assert stored[c].tolist() == own + [""] * (5 - len(own))
         wanted = unit(unit(text[c, : len(own)]).mean(axis=0))
         np.testing.assert_allclose(weights[c], wanted, atol=1e-6)
-    alone = ExtractConfig(
-        dataset=images,
-        out=out,
-        descriptions=described(tmp_path, {**sentences, "one": ["other"]}),
-        val=0.0,
-    )
+    other = described(tmp_path, {**sentences, "one": ["other"]})
     with pytest.raises(UserError, match=r"other arguments \(descriptions, templates differ\)"):
-        extract(alone)
+        extract(config(images, tmp_path, descriptions=other))

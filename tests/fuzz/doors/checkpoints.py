@@ -1,5 +1,5 @@
 """Weights and configurations that came from elsewhere: folders with open_clip_config.json, state
-dicts in safetensors and in PyTorch's ZIP archives, and merges of tokenizers."""
+dicts in safetensors, in PyTorch's ZIP archives and in programs, and merges of tokenizers."""
 
 import gzip
 import json
@@ -8,31 +8,24 @@ import random
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import torch
 from safetensors.torch import load_file, save_file
 
 from clip_adapter.extract.backbones.loading import load_backbone
-from tests.extract.tiny_models import TEXT, VIT
+from tests.extract.tiny_models import TEXT, VIT, Attack
 from tests.fuzz.attempt import Attempt
 from tests.fuzz.damage import NESTED, change_json, damage
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 ZIP = "open_clip_pytorch_model.bin"
+PROGRAM = "ViT.pt"  # which may lie in the place of the ZIP archive
 MERGES = "bpe_merges.txt.gz"
 MODEL = {"embed_dim": 8, "vision_cfg": VIT, "text_cfg": TEXT | {"context_length": 8}}
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "size": 16}
 BAIT = "executed"
-
-
-class Payload:
-    """What a pickle must not run; it would leave a file where the test stands."""
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (Path(BAIT),)
 
 
 def prepare(folder: Path) -> None:
@@ -42,6 +35,7 @@ def prepare(folder: Path) -> None:
     model = open_clip.CLIP(**MODEL).eval()
     save_file(model.state_dict(), folder / WEIGHTS)
     torch.save(model.state_dict(), folder / ZIP)
+    torch.jit.script(model).save(folder / PROGRAM)
     lines = ['"bpe_simple_vocab', "a b", "c d</w>"]
     (folder / MERGES).write_bytes(gzip.compress("\n".join(lines).encode()))
 
@@ -52,7 +46,8 @@ def attempt(rng: random.Random, prepared: Path, folder: Path) -> Attempt:
     shutil.copyfile(prepared / CONFIG, model / CONFIG)
     victim = rng.choice((CONFIG, CONFIG, WEIGHTS, ZIP))
     weights = ZIP if victim == ZIP else WEIGHTS
-    shutil.copyfile(prepared / weights, model / weights)
+    source = PROGRAM if victim == ZIP and rng.random() < 0.5 else weights
+    shutil.copyfile(prepared / source, model / weights)
     if rng.random() < 0.1:
         victim = MERGES
         shutil.copyfile(prepared / MERGES, model / MERGES)
@@ -69,27 +64,7 @@ def _change_config(rng: random.Random, path: Path) -> str:
         text = rng.choice(NESTED[:4])
         path.write_text(text)
         return f"{CONFIG} is {text[:20]}"
-    document = json.loads(path.read_text())
-    if rng.random() < 0.2:
-        tower = document["model_cfg"][rng.choice(("vision_cfg", "text_cfg"))]
-        name, value = rng.choice(
-            (
-                ("hf_tokenizer_name", "own"),
-                ("hf_model_name", "../model"),
-                ("timm_model_name", "hf_hub:a/b"),
-                ("tokenizer_kwargs", {"trust_remote_code": True}),
-                ("layers", 10**9),
-                ("width", 2**23),
-                ("image_size", [16, 10**9]),
-                ("patch_size", 0),
-                ("heads", 3),
-                ("ls_init_value", "x"),
-            )
-        )
-        tower[name] = value
-        what = f"{name} {value!r:.40}"
-    else:
-        document, what = change_json(rng, document)
+    document, what = change_json(rng, json.loads(path.read_text()))
     path.write_text(json.dumps(document))
     return what
 
@@ -122,9 +97,9 @@ def _change_zip(rng: random.Random, path: Path) -> str:
     """A pickle that names what it must not, another state, or another directory."""
     how = rng.choice(("payload", "payload in it", "state", "entry", "directory"))
     if how == "payload":
-        path.write_bytes(pickle.dumps(Payload()))
+        path.write_bytes(pickle.dumps(Attack(Path.touch, Path(BAIT))))
     elif how == "payload in it":
-        torch.save({"state_dict": Payload()}, path)
+        torch.save({"state_dict": Attack(Path.touch, Path(BAIT))}, path)
     elif how == "state":
         odd = rng.choice(([], {}, {"state_dict": 1}, None, {1: torch.zeros(2)}, torch.zeros(3)))
         torch.save(odd, path)

@@ -10,33 +10,16 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from clip_adapter.cache.text_tower import (
-    FORMAT,
-    TextTower,
-    TextTowerConfig,
-    array_shapes,
-    encode_text_tower,
-    read_text_tower,
-)
+from clip_adapter.cache.text_tower import FORMAT, encode_text_tower, read_text_tower
+from tests.cache.test_text_tower import tower
 from tests.fuzz.attempt import Attempt
 from tests.fuzz.damage import NESTED, change_json, damage
 
 NAME = "features.text_tower.safetensors"
-CONFIG = TextTowerConfig(
-    **{"width": 8, "heads": 2, "layers": 3, "mlp_width": 12, "context_length": 7},
-    **{"vocab_size": 11, "embed_dim": 5, "activation": "quick_gelu", "epsilon": 1e-5},
-    **{"pooling": "argmax", "projection": "linear_with_bias", "start_id": 9, "end_id": 10},
-    **{"pad_id": 0, "sentences": ((1, 2, 3), (4, 3)), "name_lengths": (2, 1)},
-    **{"phrases": {"a photo": (5, 6)}, "weights_sha256": "0" * 64},
-)  # type: ignore[arg-type]
 
 
 def prepare(folder: Path) -> None:
-    rng = np.random.default_rng(0)
-    arrays = {
-        name: rng.random(shape, dtype=np.float32) for name, shape in array_shapes(CONFIG).items()
-    }
-    (folder / NAME).write_bytes(encode_text_tower(TextTower(CONFIG, arrays)))
+    (folder / NAME).write_bytes(encode_text_tower(tower()))
 
 
 def attempt(rng: random.Random, prepared: Path, folder: Path) -> Attempt:
