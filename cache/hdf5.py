@@ -180,8 +180,7 @@ def row_hashes(values: np.ndarray) -> npt.NDArray[np.uint64]:
 def sha256(dataset: h5py.Dataset) -> str:
     """SHA-256 over the values in C order, strings with their padding."""
     digest = hashlib.sha256()
-    for block in blocks(dataset):
-        digest.update(np.ascontiguousarray(block).tobytes())
+    _update(digest, dataset)
     return digest.hexdigest()
 
 
@@ -191,6 +190,10 @@ def content_sha256(find: Callable[[str], h5py.Dataset | None]) -> str:
     for path in schema.HASHED:
         if (dataset := find(path)) is not None:
             digest.update(f"{path} {dataset.shape}\n".encode())
-            for block in blocks(dataset):
-                digest.update(np.ascontiguousarray(block).tobytes())
+            _update(digest, dataset)
     return digest.hexdigest()
+
+
+def _update(digest: "hashlib._Hash", dataset: h5py.Dataset) -> None:
+    for block in blocks(dataset):
+        digest.update(np.ascontiguousarray(block).tobytes())

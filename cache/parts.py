@@ -11,7 +11,7 @@ import numpy as np
 from clip_adapter.cache import schema
 from clip_adapter.cache.content import Content, Tally, in_several_splits, tally
 from clip_adapter.cache.rows import Places, Rows, StoredRows, picked
-from clip_adapter.cache.schema import ELEMENTS, OF_ALL, OF_IMAGES, of_images
+from clip_adapter.cache.schema import ELEMENTS, of_images, split_of
 from clip_adapter.cache.stored_file import StoredFile
 from clip_adapter.cache.writer import write_cache
 from clip_adapter.errors import UserError
@@ -95,22 +95,17 @@ def merge_parts(paths: Sequence[Path], out: Path) -> tuple[list[str], dict[str, 
 
 def _joined(parts: Sequence[PartFile]) -> Content:
     """The rows of all parts one behind another; what belongs to no image is part 1's."""
-    first = parts[0]
     content: dict[str, Any] = {}
-    for element in OF_ALL:
-        if first.has_dataset(element.name):
-            content[element.name] = first.values_of(element.name)
+    classes = parts[0].lengths["C"]
+    for path, element in ELEMENTS.items():
+        having = [part for part in parts if part.has_dataset(path)]
+        if having and "N" not in element.axes:
+            content[path] = np.concatenate([part.values_of(path) for part in having])
+        if path.endswith("labels"):
+            for part in having:
+                part.labels_of(path, classes)
     for split in schema.SPLITS:
-        here = [part for part in parts if split in part.splits]
-        for path in (of_images(split, name) for name in ("labels", "skipped_labels")):
-            for part in here:
-                if part.has_dataset(path):
-                    part.labels_of(path, first.lengths["C"])
-        content |= _joined_rows(here, split)
-        for path in (of_images(split, one.name) for one in OF_IMAGES if one.axes == "S"):
-            pieces = [part.values_of(path) for part in here if part.has_dataset(path)]
-            if pieces:
-                content[path] = np.concatenate(pieces)
+        content |= _joined_rows([part for part in parts if split in part.splits], split)
     return content
 
 
@@ -187,10 +182,9 @@ def _check_split(parts: Sequence[PartFile], split: str) -> None:
                 f"{part.path} and {here[0].path} hold {split} images of different kinds; extract "
                 "all parts with the same arguments."
             )
-    for element in OF_IMAGES:
-        path = of_images(split, element.name)
+    for path, element in ELEMENTS.items():
         some = [part for part in here if part.lengths.get(f"{element.axes} {split}")]
-        if len(element.axes) == 1 and len({part.has_dataset(path) for part in some}) > 1:
+        if split_of(path) == split and len({part.has_dataset(path) for part in some}) > 1:
             raise here[0]._broken(f"{element.name} of {split} are in some parts only")
 
 

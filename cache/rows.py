@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache.schema import ELEMENTS, HASHES, OF_IMAGES, of_images
+from clip_adapter.cache.schema import ELEMENTS, HASHES, of_images, split_of
 from clip_adapter.cache.stored_file import StoredFile
 
 Rows = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
@@ -34,10 +34,10 @@ class StoredRows:
     @property
     def rows(self) -> Rows:
         described = {}
-        for element in OF_IMAGES:
-            path = of_images(self.split, element.name)
-            computed = element.name.endswith(HASHES)  # of the others, where they are written
-            if "N" in element.axes and self.file.has_dataset(path) and not computed:
+        for path, element in ELEMENTS.items():
+            per_image = split_of(path) == self.split and "N" in element.axes
+            computed = path.endswith(HASHES)  # of the others, where they are written
+            if per_image and self.file.has_dataset(path) and not computed:
                 shape = self.file.shape_of(path)
                 row = shape[: element.row_axis] + shape[element.row_axis + 1 :]
                 described[element.name] = (self.file.dtype_of(path), row)

@@ -76,8 +76,7 @@ def of_images(split: str, name: str) -> str:
     return f"images/{split}/{name}"
 
 
-# In the order in which a writer stores them.
-OF_IMAGES = (
+_OF_IMAGES = (
     Element("features", Kind.FEATURES, "VND", required=True, by_row=True, content=1),
     Element("features_hashes", Kind.UINT64, "VN"),
     Element("pre_projection", Kind.FEATURES, "VNF", by_row=True, content=2),
@@ -91,7 +90,7 @@ OF_IMAGES = (
     Element("contents", Kind.UINT64, "N"),
     Element("skipped_stamps", Kind.UINT64, "S"),
 )
-OF_ALL = (
+_OF_ALL = (
     Element("text/features", Kind.FEATURES, "CPD", required=True, content=1),
     Element("text/tokens", Kind.INT32, "CPL", content=2),
     Element("text/class_names", Kind.STRING, "C", required=True, content=1),
@@ -100,9 +99,10 @@ OF_ALL = (
     Element("projection/weights", Kind.FLOAT32, "FD", content=2),
     Element("projection/bias", Kind.FLOAT32, "D", content=2),
 )
+# By path, in the order in which a writer stores them.
 ELEMENTS: Mapping[str, Element] = {
-    **{of_images(split, one.name): one for split in SPLITS for one in OF_IMAGES},
-    **{one.name: one for one in OF_ALL},
+    **{of_images(split, one.name): one for split in SPLITS for one in _OF_IMAGES},
+    **{one.name: one for one in _OF_ALL},
 }
 # In the order in which the content hash reads them.
 HASHED = tuple(path for half in (1, 2) for path, one in ELEMENTS.items() if one.content == half)

@@ -86,7 +86,7 @@ class StagingFolder:
         """
         if not self.begun:
             return
-        earlier = self.read_arguments()
+        earlier = self._read_arguments()
         now = json.loads(json.dumps(arguments | self._own))
         names = now.keys() if known_so_far else earlier.keys() | now.keys()
         names = names - set(may_differ)
@@ -98,22 +98,18 @@ class StagingFolder:
                 "or use --force to start again."
             )
 
-    def read_arguments(self) -> dict[str, Any]:
-        """What was stated. Raises UserError where it cannot be read."""
+    def _read_arguments(self) -> dict[str, Any]:
         path = self.folder / ARGUMENTS
         try:
             files.is_there(path)
-            found = files.parse_json(path.read_text())
-        except (OSError, ValueError) as error:
-            raise self.damaged(ARGUMENTS) from error
-        if not isinstance(found, dict):
-            raise self.damaged(ARGUMENTS)
-        return found
-
-    def damaged(self, name: str) -> UserError:
-        return UserError(
-            f"{self.folder / name} is damaged or cannot be read; use --force to start again."
-        )
+            stated = files.parse_json(path.read_text())
+            if not isinstance(stated, dict):
+                raise TypeError
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{path} is damaged or cannot be read; use --force to start again."
+            ) from error
+        return stated
 
     def begin(
         self,

@@ -174,7 +174,7 @@ def _assemble(path: Path, content: Content, metadata: Metadata) -> None:
     with h5py.File(path, "w", libver=("v110", "v110")) as file:
         there = [name for name in ELEMENTS if name in content]
         for group, names in groupby(there, lambda name: name.rpartition("/")[0]):
-            _write_group(file.create_group(group), {n: (content[n], types[n]) for n in names})
+            _write_group(file.require_group(group), {n: (content[n], types[n]) for n in names})
         _write_metadata(file, metadata)
     with path.open("rb") as finished:
         os.fsync(finished.fileno())

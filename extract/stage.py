@@ -1,9 +1,9 @@
 """Encode what is not known yet, and keep it batch by batch in the staging folder."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from clip_adapter.extract.text.prompts import (
 )
 
 IMAGES, SKIPPED, TEXT = "images", "skipped", "text"  # kinds of batches
-CALLS_BEHIND = 4
+BATCHES_BEHIND = 4
 
 
 def stage_images(
@@ -36,14 +36,20 @@ def stage_images(
 ) -> Generator[EncodedBatch, None, None]:
     """Encode the planned rows of a split and keep them, while the batches are given out.
 
-    All are on the disk at the end, whatever ends it. Raises UserError as `encode_images` does, and
-    where the disk is full.
+    They are written in a second thread, at most four behind, so that memory stays bounded; all are
+    on the disk at the end, whatever ends it. Raises UserError as `encode_images` does, and where
+    the disk is full.
     """
-    with _Behind() as writing:
+    pending: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
         for batch in encode_images(encoder, split.split, plan, watch):
             with watch("write"):
-                writing.submit(_keep, place, split, known, batch)
+                while pending and (pending[0].done() or len(pending) >= BATCHES_BEHIND):
+                    pending.popleft().result()
+                pending.append(pool.submit(_keep, place, split, known, batch))
             yield batch
+        for written in pending:
+            written.result()
 
 
 def _keep(place: StagingFolder, split: KnownRows, known: Known, batch: EncodedBatch) -> None:
@@ -126,30 +132,3 @@ class StagedText:
             yield self._place.add(TEXT, self._ids[start:stop], arrays)
             self.too_long += encoded.too_long
             start = stop
-
-
-class _Behind:
-    """Makes calls one after another in a second thread.
-
-    An error is raised from a later `submit` or at the end of the `with` block. At most four calls
-    wait, so that memory stays bounded. Where the block itself ends with an error, what was
-    submitted is still done.
-    """
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._pending: deque[Future[None]] = deque()
-
-    def submit(self, call: Callable[..., None], *arguments: Any) -> None:
-        while self._pending and (self._pending[0].done() or len(self._pending) >= CALLS_BEHIND):
-            self._pending.popleft().result()
-        self._pending.append(self._pool.submit(call, *arguments))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._pool.shutdown()
-        if kind is None:
-            for call in self._pending:
-                call.result()

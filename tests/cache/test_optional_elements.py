@@ -11,6 +11,8 @@ import pytest
 from clip_adapter.cache.metadata import Part
 from clip_adapter.cache.parts import merge_parts
 from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.rows import StoredRows
+from clip_adapter.cache.schema import ELEMENTS, Element, Kind
 from clip_adapter.cache.writer import write_cache
 from clip_adapter.errors import UserError
 from clip_adapter.pipelines.commands.inspect_file import InspectConfig, inspect
@@ -28,7 +30,9 @@ PRE = {
 IDS = RNG.integers(0, 999, (3, 2, TOKENS)).astype(np.int32)
 
 
-def write(path: Path, part: Part | None = None, bias: bool = True) -> Path:
+def write(
+    path: Path, part: Part | None = None, bias: bool = True, more: dict[str, Any] | None = None
+) -> Path:
     rows = part.rows if part else {"train": (0, 9, 9), "test": (0, 5, 5)}
     content: dict[str, Any] = {}
     for split, (start, stop, _) in rows.items():
@@ -41,7 +45,7 @@ def write(path: Path, part: Part | None = None, bias: bool = True) -> Path:
     if part is None or part.index == 1:
         content |= text() | {"text/tokens": IDS, "projection/weights": WEIGHTS}
         content |= {"projection/bias": BIAS} if bias else {}
-    write_cache(path, content, **STATED, part=part, templates=TEMPLATES)
+    write_cache(path, content | (more or {}), **STATED, part=part, templates=TEMPLATES)
     return path
 
 
@@ -182,3 +186,42 @@ def test_a_projection_that_is_not_finite(tmp_path: Path) -> None:
     rewrite(cache, lambda file, document: file["projection/bias"].__setitem__(0, np.nan))
     with FeatureCache(cache) as opened, pytest.raises(UserError, match="projection holds values"):
         opened.projection()
+
+
+@pytest.mark.parametrize(
+    ("kind", "axes", "values"),
+    [
+        (Kind.INT32, "N", np.arange(9, dtype=np.int32)),
+        (Kind.STRING, "N", [f"ü{row}" for row in range(9)]),
+        (Kind.FEATURES, "VND", RNG.normal(size=(2, 9, DIM)).astype(np.float16)),
+        (Kind.FLOAT32, "CP", RNG.normal(size=(3, 2)).astype(np.float32)),
+    ],
+)
+def test_an_entry_of_the_table_is_all_that_an_element_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, axes: str, values: Any
+) -> None:
+    """It is written, read with its checks, joined from parts and picked by image."""
+    name = "images/train/more" if "N" in axes else "text/more"
+    by_row = kind is Kind.FEATURES
+    monkeypatch.setitem(ELEMENTS, name, Element("more", kind, axes, by_row=by_row))  # type: ignore[arg-type]
+    if by_row:
+        monkeypatch.setitem(ELEMENTS, f"{name}_hashes", Element("more_hashes", Kind.UINT64, "VN"))  # type: ignore[arg-type]
+    whole = write(tmp_path / "whole.h5", more={name: values})
+    parts = []
+    for index, (start, stop) in enumerate(((0, 4), (4, 9)), start=1):
+        rows = {"train": (start, stop, 9), "test": (0, 5, 5) if start else (0, 0, 5)}
+        piece = values[start:stop] if axes == "N" else values[:, start:stop] if by_row else values
+        more = {} if index == 2 and "N" not in axes else {name: piece}
+        parts.append(write(tmp_path / f"{index}.h5", Part(index, 2, rows), more=more))
+    merge_parts(parts, tmp_path / "merged.h5")
+    assert datasets(tmp_path / "merged.h5") == datasets(whole)
+    with FeatureCache(whole) as cache:
+        np.testing.assert_array_equal(cache.values_of(name), values)
+        if "N" in axes:
+            rows = StoredRows(cache, "train")
+            assert "more" in rows.rows
+            np.testing.assert_array_equal(rows.read("more", 2, 3)[0], np.moveaxis(
+                np.asarray(values), -2 if by_row else 0, 0)[2])  # fmt: skip
+    rewrite(whole, lambda file, document: put(file, name, np.zeros(3, np.uint8)))
+    with pytest.raises(UserError, match=f"{name} has a type that the format does not know"):
+        FeatureCache(whole)

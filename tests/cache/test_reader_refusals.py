@@ -2,7 +2,6 @@
 
 import os
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -183,10 +182,6 @@ FIXED = h5py.string_dtype("utf-8", 8)
 ESCAPES = "\x1b[2J\nevil" + "x" * 10_000
 REFUSALS: dict[str, tuple[Change, str]] = {
     "other format": (attribute("format", np.bytes_("other")), "not a CLIP feature cache"),
-    "format is a list": (
-        attribute("format", np.array([b"clip-feature-cache"] * 2)),
-        "not a CLIP feature cache",
-    ),
     "format of variable length": (
         attribute("format", "clip-feature-cache"),
         "not a CLIP feature cache",
@@ -196,14 +191,10 @@ REFUSALS: dict[str, tuple[Change, str]] = {
         "format version 3, this program reads version 2; update clip-adapter or extract again",
     ),
     "older version": (attribute("format_version", 1), "format version 1, this program reads"),
-    "version is a list": (attribute("format_version", [2, 2]), "not a CLIP feature cache"),
     "version is text": (attribute("format_version", np.bytes_(ESCAPES)), "not a CLIP feature"),
-    "no version": (without_attribute("format_version"), "not a CLIP feature cache"),
     "another version within": (stated("format_version", ESCAPES), "format_version in its metadata"),
     "another format within": (stated("format", "x"), "format in its metadata is 'x'"),
     "not complete": (stated("complete", False), "incomplete .not marked"),
-    "complete is a number": (stated("complete", 1), "incomplete .not marked"),
-    "no complete": (unstated("complete"), "incomplete .not marked"),
     **{
         f"no {name}": (unstated(name), rf"incomplete \({name} missing")
         for name in (
@@ -214,21 +205,14 @@ REFUSALS: dict[str, tuple[Change, str]] = {
         )
     },
     "backbone a number": (stated("backbone", 3), "backbone is 3, not a JSON object"),
-    "dataset a list": (stated("dataset", [1]), r"dataset is \[1\], not a JSON object"),
     "preprocess text": (stated("preprocess", ESCAPES), r"preprocess is '\\x1b\[2J\\nevilx+…,"),
-    "arguments a list": (stated("arguments", []), "arguments is .., not a JSON object"),
-    "name of escapes": (stated("backbone.name", [ESCAPES]), "backbone.name is .*, not a string"),
-    "weights": (stated("backbone.weights_sha256", "x"), "weights_sha256 is 'x', not a SHA-256"),
     "width": (stated("backbone.embed_dim", True), "embed_dim is True, not a positive integer"),
     "other width": (stated("backbone.embed_dim", 5), "its features have 4 numbers, not 5"),
     "size": (stated("backbone.image_size", [1, 0]), "image_size is .1, 0., not one or two pos"),
     "splits": (stated("dataset.splits", {"a": 1}), "splits is .*, not an object of strings"),
     "scale NaN": (stated("logit_scale", float("nan")), "its metadata is not a JSON object"),
     "scale text": (stated("logit_scale", "100"), "logit_scale is '100', not a positive"),
-    "scale zero": (stated("logit_scale", 0), "logit_scale is 0, not a positive"),
     "scale negative": (stated("logit_scale", -1.5), "logit_scale is -1.5, not a positive"),
-    "scale beyond digits": (stated("logit_scale", 3e38), "logit_scale is 3e.38, not a positive"),
-    "bias beyond digits": (stated("logit_bias", 1e30), "logit_bias is 1e.30, not a finite"),
     "scale too large": (stated("logit_scale", 1e39), "logit_scale is 1e.39, not a positive"),
     "scale too small": (stated("logit_scale", 1e-50), "logit_scale is 1e-50, not a positive"),
     "bias too large": (stated("logit_bias", 10**50), "logit_bias is 10+, not a finite"),
@@ -251,21 +235,9 @@ REFUSALS: dict[str, tuple[Change, str]] = {
         replaced("images/train/labels", np.zeros(3, np.int32)),
         r"images/train/labels has the shape \(3,\), which disagrees .*N train is 22",
     ),
-    "labels of two dimensions": (
-        replaced("images/train/labels", np.zeros((22, 1), np.int32)),
-        "images/train/labels has the shape",
-    ),
-    "features of two dimensions": (
-        replaced("images/train/features", np.ones((22, 4), np.float32)),
-        "images/train/features has the shape",
-    ),
     "no rows": (
         replaced("images/train/features", np.zeros((1, 0, 4), np.float32)),
         r"images/train/features has the shape \(1, 0, 4\)",
-    ),
-    "no views": (
-        replaced("images/train/features", np.zeros((0, 22, 4), np.float32)),
-        "images/train/features has the shape",
     ),
     "views of test": (
         replaced("images/test/features", np.ones((2, 10, 4), np.float32)),
@@ -275,10 +247,6 @@ REFUSALS: dict[str, tuple[Change, str]] = {
         replaced("images/test/features", np.ones((1, 10, 5), np.float32)),
         r"images/test/features has the shape \(1, 10, 5\), which disagrees .*D is 4",
     ),
-    "float64 features": (
-        replaced("images/test/features", np.ones((1, 10, 4))),
-        "images/test/features has a type that the format does not know",
-    ),
     "big-endian features": (
         replaced("images/test/features", np.ones((1, 10, 4), ">f4")),
         "images/test/features has a type",
@@ -287,8 +255,6 @@ REFUSALS: dict[str, tuple[Change, str]] = {
         replaced("images/test/labels", np.full(10, 2**32)),
         "images/test/labels has a type",
     ),
-    "float labels": (replaced("images/test/labels", np.zeros(10)), "images/test/labels has a type"),
-    "numbers for ids": (replaced("images/test/ids", np.arange(10)), "images/test/ids has a type"),
     "strings without checksum": (
         replaced("images/test/ids", np.array(["a"] * 10, h5py.string_dtype()), fletcher32=False),
         "images/test/ids has other filters",
@@ -301,25 +267,13 @@ REFUSALS: dict[str, tuple[Change, str]] = {
         replaced("text/class_names", np.array([b"a"] * 4).astype(FIXED)),
         r"text/class_names has the shape \(4,\), which disagrees .*C is 3",
     ),
-    "too few templates": (
-        replaced("text/templates", np.array([b"a"]).astype(FIXED)),
-        r"text/templates has the shape \(1,\), which disagrees .*P is 2",
-    ),
     "class names not UTF-8": (
         replaced("text/class_names", np.array([b"a", b"b", b"\xff"]).astype(FIXED)),
         "text/class_names is not UTF-8",
     ),
-    "ids not UTF-8": (
-        replaced("images/test/ids", np.array([b"\xff"] * 10).astype(FIXED)),
-        "images/test/ids is not UTF-8",
-    ),
     "NaN": (
         set_value("images/train/features", (0, 3, 1), np.nan),
         "images/train/features holds values that are not finite",
-    ),
-    "infinity": (
-        set_value("text/features", (0, 1, 1), np.inf),
-        "text/features holds values that are not finite",
     ),
     "zeros": (
         set_value("images/train/features", (0, 3), 0),
@@ -342,34 +296,17 @@ REFUSALS: dict[str, tuple[Change, str]] = {
         "images/test/labels holds labels outside the 3 classes",
     ),
     "soft link": (linked("images/test/labels", h5py.SoftLink("/elsewhere")), "is a link"),
-    "soft link of a group": (linked("images/test", h5py.SoftLink("/elsewhere")), "is a link"),
     "external link": (
         linked("images/test/labels", h5py.ExternalLink("other.h5", "x")),
         "images/test/labels is a link to somewhere else",
     ),
     "virtual": (virtual("images/test/labels"), "images/test/labels is not stored in chunks"),
     "external storage": (external, "images/test/labels is not stored in chunks of this file"),
-    "contiguous": (
-        replaced("images/test/labels", np.zeros(10, np.int32), chunks=None, fletcher32=False),
-        "images/test/labels is not stored in chunks",
-    ),
-    "no checksum": (
-        replaced("images/test/labels", np.zeros(10, np.int32), fletcher32=False),
-        "images/test/labels has other filters than fletcher32",
-    ),
-    "compressed": (
-        replaced("images/test/labels", np.zeros(10, np.int32), compression="gzip"),
-        "images/test/labels has other filters",
-    ),
     "a chunk that is not there": (unwritten_chunk, "images/test/labels lacks some of its chunks"),
     "a chunk without checksum": (unchecked_chunk, "is cut or without a checksum"),
     "10^12 rows": (
         huge("images/test/labels", (10**12,), (10**6,)),
         r"images/test/labels of shape \(1000000000000,\) is larger than the file",
-    ),
-    "10^12 views": (
-        huge("images/test/features", (10**12, 10, 4), (1, 10, 4)),
-        "is larger than the file",
     ),
     "a huge chunk": (
         huge("images/test/labels", (10,), (10**9,)) and huge("images/test/labels", (10**9,)),
@@ -459,44 +396,6 @@ def test_class_names_that_tell_no_class(cache: Path, names: list[str]) -> None:
     values = np.array([name.encode() for name in names], h5py.string_dtype("utf-8", 3))
     rewrite(cache, lambda file, document: put(file, "text/class_names", values))
     refused(cache, f"its 3 class names are all '{names[0]}'")
-
-
-def outcomes(path: Path, damages: Callable[[bytes], list[bytes]]) -> tuple[int, int]:
-    """How many damaged files read as the whole one, and how many are refused; no third thing."""
-    data, whole = path.read_bytes(), read_all(path)
-    same = refusals = 0
-    for damaged in damages(data):
-        path.write_bytes(damaged)
-        try:
-            assert read_all(path) == whole
-            same += 1
-        except UserError as error:
-            refusals += 1
-            assert str(error).isprintable()
-    return same, refusals
-
-
-def zeroed_sectors(data: bytes) -> list[bytes]:
-    return [
-        data[:start] + bytes(len(data[start : start + 512])) + data[start + 512 :]
-        for start in range(0, len(data), 512)
-    ]
-
-
-def test_a_zeroed_sector_never_changes_what_is_read(cache: Path) -> None:
-    same, refusals = outcomes(cache, zeroed_sectors)
-    assert refusals >= 15
-    assert same >= 1
-
-
-def test_a_wrong_byte_never_changes_what_is_read(cache: Path) -> None:
-    def flips(data: bytes) -> list[bytes]:
-        places = [*range(0, 400, 3), *range(400, len(data), 23)]
-        return [data[:n] + bytes([data[n] ^ 0xFF]) + data[n + 1 :] for n in places]
-
-    same, refusals = outcomes(cache, flips)
-    assert refusals > 150
-    assert same >= 1
 
 
 def test_a_split_that_is_not_there(cache: Path) -> None:
