@@ -19,7 +19,7 @@ from clip_adapter.listener import Listener
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.jax_setup import usable_jax
 from clip_adapter.pipelines.console.running import EXIT_PARTIAL, run_command
-from clip_adapter.pipelines.fitting.named_method import know_method
+from clip_adapter.pipelines.fitting.plan import know_method
 from clip_adapter.pipelines.saved.adapted_features import make_adapt, write_features
 from clip_adapter.pipelines.saved.adapter_file import (
     AdapterInfo,

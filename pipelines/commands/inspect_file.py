@@ -18,7 +18,7 @@ from clip_adapter.errors import UserError
 from clip_adapter.files import is_there
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.running import run_command
-from clip_adapter.pipelines.fitting.named_method import know_method
+from clip_adapter.pipelines.fitting.plan import know_method
 from clip_adapter.pipelines.saved.adapter_file import (
     ARRAYS_FILE,
     INFO_FILE,

@@ -23,7 +23,7 @@ from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.progress import Advance, no_advance, progress
 from clip_adapter.pipelines.console.running import EXIT_PARTIAL, run_command
 from clip_adapter.pipelines.console.spoken import Spoken
-from clip_adapter.pipelines.fitting.named_method import know_method
+from clip_adapter.pipelines.fitting.plan import know_method
 from clip_adapter.pipelines.scoring.prediction_formats import FORMATS, Prediction
 from clip_adapter.words import counted, printable
 
