@@ -71,7 +71,7 @@ def called(*words: str) -> int:
     name, *rest = words
     module = dict(commands.COMMANDS)[name][0]
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(f"clip_adapter.pipelines.{module}").main(rest)
+        importlib.import_module(f"clip_adapter.pipelines.commands.{module}").main(rest)
     assert isinstance(ended.value.code, int)
     return ended.value.code
 

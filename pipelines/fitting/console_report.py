@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from clip_adapter.pipelines.fitting.config import shots_words
 from clip_adapter.pipelines.fitting.kept import what_is_kept
 from clip_adapter.pipelines.fitting.tasks import sizes
 from clip_adapter.pipelines.reporting.accuracies import ablations, accuracies
@@ -32,6 +33,11 @@ def print_run(result: FitResult, *, verbose: bool = False) -> None:
     print(table.answer(width), end="")
     whole = not result.problem  # else what was predicted may not have been written
     lines = beside_guessing(counting) if whole else []
+    lines += [
+        f"{row.method} at {shots_words(row.shots)}, seed {row.seed}: {row.note}"
+        for row in result.results
+        if row.note
+    ]
     if verbose and whole:
         lines += beside_the_mean(counting)
     lines += [*table.about, *sizes(result.tasks, about.class_names, repeat=plan.repeat)]
