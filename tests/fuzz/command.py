@@ -49,7 +49,7 @@ def run_command(name: str, arguments: Sequence[str], output: str = "a file") -> 
     """One of `clip-adapter`'s commands, in this process."""
 
     def call() -> NoReturn:
-        import_module(f"clip_adapter.pipelines.{COMMANDS[name][0]}").main(list(arguments))
+        import_module(f"clip_adapter.pipelines.commands.{COMMANDS[name][0]}").main(list(arguments))
         raise AssertionError(f"{name} returned")
 
     return run(call, output)
