@@ -18,7 +18,7 @@ from clip_adapter.adapters.method import Setting, Task, same_program
 from clip_adapter.adapters.methods.clip_adapter import CLIP_ADAPTER
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.pipelines.fitting.data import Data, open_data
-from clip_adapter.pipelines.fitting.tasks import TaskRows, draw_tasks, folds
+from clip_adapter.pipelines.fitting.tasks import TaskRows, cross_validation, draw_tasks
 
 Classify = Callable[[Any], npt.NDArray[np.float32]]
 ALPHAS = (0.2, 0.4, 0.6, 0.8)
@@ -95,7 +95,7 @@ def _runs(
     heads = trained(engine, whole, settings)
     judged = [(whole, heads)]
     if select == "cv":
-        divided = folds(rows, data.labels["train"])
+        divided = cross_validation(rows, data.labels["train"])
         parts = [data.task(CLIP_ADAPTER, rows, fold) for fold in divided]
         judged = [(part, trained(engine, part, settings)) for part in parts]
     test = list(data.test_blocks(CLIP_ADAPTER))

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.errors import UserError
+from clip_adapter.words import counted
 
 Rows = npt.NDArray[np.int64]
 
@@ -61,9 +62,10 @@ def draw_few_shot(
     train_groups = _rows_by_label(train_labels)
     largest = max((len(rows) for rows in train_groups.values()), default=0)
     if shots < 1 or shots > largest:
+        most = f"choose between 1 and {largest}" if largest > 1 else "take 1"
         raise UserError(
-            f"--shots {shots} cannot be drawn: the largest class has {largest} training images; "
-            f"choose between 1 and {largest}, or `--shots all`."
+            f"--shots {shots} cannot be drawn: the largest class has "
+            f"{counted(largest, 'training image')}; {most}, or `--shots all`."
         )
     val_groups, val_shots = _rows_by_label(val_labels), min(shots, VALIDATION_SHOTS)
     support = _draw(rng, train_groups, shots, repeat)

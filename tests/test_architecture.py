@@ -86,7 +86,7 @@ def packages(names: set[str]) -> set[str]:
 def test_the_graph_is_drawn():
     """Otherwise the tests below would show nothing."""
     assert len(MODULES) > 80
-    assert f"{PACKAGE}.files" in imports(f"{PACKAGE}.pipelines.fitting.states")
+    assert f"{PACKAGE}.files" in imports(f"{PACKAGE}.pipelines.fitting.run_folder")
     assert f"{PACKAGE}.pipelines.fitting.run" in imports(f"{PACKAGE}.pipelines.commands.fit")
     assert f"{PACKAGE}.pipelines.fitting.run" not in imports(
         f"{PACKAGE}.pipelines.commands.fit", at_import=True
@@ -140,7 +140,7 @@ def test_a_report_waits_for_no_compiler(module: str):
 
 def test_records_and_the_registry_load_no_array_library():
     """The command line reads them for --help."""
-    for module in (f"{PACKAGE}.adapters.registry", f"{PACKAGE}.pipelines.fitting.flags"):
+    for module in (f"{PACKAGE}.adapters.registry", f"{PACKAGE}.pipelines.fitting.options"):
         reach = reached(module, at_import=True)
         assert not packages(reach) & ARRAY_LIBRARIES
     records = {name for name in reached(f"{PACKAGE}.adapters.registry", at_import=True)}

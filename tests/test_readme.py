@@ -63,7 +63,7 @@ def _extract(arguments: list[str]) -> object:
 
 
 def _fit(arguments: list[str]) -> object:
-    from clip_adapter.pipelines.fitting.flags import parse
+    from clip_adapter.pipelines.fitting.options import parse
 
     return parse(arguments)
 

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     from clip_adapter.pipelines.console.running import run
 
     def parse_and_fit() -> None:
-        from clip_adapter.pipelines.fitting.flags import parse
+        from clip_adapter.pipelines.fitting.options import parse
 
         config = parse(arguments)
 
@@ -45,10 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         set_up_jax()
 
         from clip_adapter.pipelines.console.terminal import Terminal
-        from clip_adapter.pipelines.fitting.tables import print_run
+        from clip_adapter.pipelines.fitting.console_report import print_run
 
         result = fit(config, Terminal("fit"))
-        print_run(result)
+        print_run(result, verbose=config.verbose)
         if result.problem:
             raise UserError(result.problem)
 

@@ -14,8 +14,6 @@ from clip_adapter.pipelines.console.running import run_command
 from clip_adapter.pipelines.console.terminal import Terminal
 from clip_adapter.pipelines.saved.adapter_file import know_method
 
-NARROWEST = 20  # columns; a terminal of none (COLUMNS=0) is none
-
 
 @dataclass(frozen=True)
 class ReportConfig:
@@ -53,39 +51,35 @@ def report(config: ReportConfig) -> None:
 
     Raises UserError for a folder without a finished run, and for runs on different caches.
     """
-    from rich.console import Console
-
     from clip_adapter.pipelines.fitting.predictions import PREDICTIONS
-    from clip_adapter.pipelines.reporting.ablations import pooled_ablations
-    from clip_adapter.pipelines.reporting.accuracies import accuracies
+    from clip_adapter.pipelines.reporting.accuracies import ablations, accuracies
     from clip_adapter.pipelines.reporting.entries import pool
-    from clip_adapter.pipelines.reporting.formats import FORMATS
-    from clip_adapter.pipelines.reporting.pairs import pairwise
+    from clip_adapter.pipelines.reporting.printed import printed
     from clip_adapter.pipelines.reporting.runs import load_runs
+    from clip_adapter.pipelines.reporting.sections.pairs import pairwise
 
     for name in config.method:
         know_method(name)
     if config.images and not config.images.is_dir():
         raise UserError(f"--images: there is no folder {config.images}.")
     runs = load_runs(config.runs)
-    entries = pool(runs)
-    table = accuracies(runs, entries)
-    ablations = pooled_ablations(runs)
+    every = pool(runs)
+    entries = [entry for entry in every if not entry.held]
+    table, factors = accuracies(runs, entries), ablations(every)
     kept = all((run.path / PREDICTIONS).is_dir() for run in runs)
     if not kept:
         Terminal("report").note("without the runs' predictions/ no two methods can be tested")
     # Of what is read by people, one table of pairs: at the most shots.
     shots = table.shots if config.format == "csv" else table.shots[-1:]
     pairs = pairwise(entries, shots) if kept else []
-    width = max(Console().width, NARROWEST)
-    print(FORMATS[config.format](table, ablations, pairs, width), end="", flush=True)
+    print(printed(config.format, table, factors, pairs), end="", flush=True)
     if config.html == "none":
         return
     from clip_adapter.pipelines.reporting.page import find_cache, write_page
 
     path = config.html or runs[0].path / "report.html"
     with find_cache(runs, config.cache) or nullcontext() as cache:
-        write_page(path, runs, entries, table, ablations, cache, config.images)
+        write_page(path, runs, entries, table, factors, cache, config.images)
     Terminal("report").note(f"the page is {path}, its figures are beside it in figures/")
 
 

@@ -19,9 +19,14 @@ from clip_adapter.pipelines.reporting.published import (
     published_datasets,
     published_of,
 )
+from clip_adapter.pipelines.reporting.table import NOTHING, Table
 
 PRESETS = ("paper", "default")
 CACHES, PAGE = "caches", "reproduction.md"
+HEAD = (
+    *("data set", "method", "shots", "published", "ours", "difference"),
+    "within the tolerance",
+)
 
 
 @dataclass(frozen=True)
@@ -182,19 +187,15 @@ def _page(
         lines += ["", f"The published numbers are {published_backbone()}'s: no agreement is meant."]
     for preset in PRESETS:
         ours = _accuracies(runs[preset])
-        lines += ["", f"## --preset {preset}", "", _HEAD, _RULE]
-        for place in product(datasets, methods_of_the_paper(), config.shots):
-            lines.append(_row(config, *place, *ours.get(place, (nan, nan))))
-        lines += ["", f"Averages, ranks and differences: {preset}/study.md, {preset}/study.png"]
+        places = product(datasets, methods_of_the_paper(), config.shots)
+        rows = [_row(config, *place, *ours.get(place, (nan, nan))) for place in places]
+        lines += ["", f"## --preset {preset}", "", Table(HEAD, rows, names=3).markdown()]
+        lines += [f"Averages, ranks and differences: {preset}/study.md, {preset}/study.png"]
     for title, sentences in (("Not there", missing), ("Failed", failed)):
         if sentences:
             lines += ["", f"## {title}", ""]
             lines += [f"- {name}: {sentence}" for name, sentence in sentences.items()]
     return "\n".join(lines) + "\n"
-
-
-_HEAD = "| data set | method | shots | published | ours | difference | within the tolerance |"
-_RULE = "| --- | --- | --- | --- | --- | --- | --- |"
 
 
 def _accuracies(runs: dict[str, list[Path]]) -> dict[tuple[str, str, Shots], tuple[float, float]]:
@@ -211,18 +212,18 @@ def _accuracies(runs: dict[str, list[Path]]) -> dict[tuple[str, str, Shots], tup
 
 def _row(
     config: ReproduceConfig, dataset: str, method: str, shots: int, ours: float, std: float
-) -> str:
-    number = "–" if ours != ours else f"{ours:.2f}" + ("" if std != std else f" ± {std:.2f}")
+) -> list[str]:
+    number = NOTHING if ours != ours else f"{ours:.2f}" + ("" if std != std else f" ± {std:.2f}")
     figures = published_of(dataset)
     wanted = figures.accuracies.get(method, {}).get(shots) if figures else None
-    published, compared = "–", ["–", "–"]
+    published, compared = NOTHING, [NOTHING, NOTHING]
     if wanted is not None:
         published = f"{wanted:.2f}"
         if ours == ours:
             difference = round(ours - wanted, 2)  # of what is shown, whatever lies behind it
             agrees = "yes" if abs(difference) <= config.tolerance else "no"
             compared = [f"{difference:+.2f}", agrees]
-    return f"| {' | '.join(map(str, [dataset, method, shots, published, number, *compared]))} |"
+    return [dataset, method, str(shots), published, number, *compared]
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

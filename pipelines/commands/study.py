@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,11 +25,6 @@ those of `fit`, but for --cache and --resume; `fit --help` lists them.
 --runs pools finished runs, such as those of jobs on a cluster: run folders of `fit`, or folders of
 studies. What is fitted here, too, is pooled with them; runs on one cache are one data set.
 """
-
-# A run that was begun goes on only where it was asked for the same, also by what is left out: data
-# sets are compared by numbers of one kind.
-EVERYTHING = frozenset(option.name for option in fields(FitConfig))
-
 
 # A data set's name is that of its run's folder, beside which these files lie.
 FILES = ("study.md", "study.csv", "study.png")
@@ -83,7 +78,7 @@ def study(config: StudyConfig, listener: Listener | None = None) -> Study:
     runs = _by_dataset(fitted, finished)
     if not runs:
         raise UserError("No data set could be fitted; see the sentences above.")
-    from clip_adapter.pipelines.reporting.comparison_page import write_comparison
+    from clip_adapter.pipelines.reporting.comparison import write_comparison
 
     write_comparison(config.out, runs)
     return Study(config.out, runs, failed)
@@ -121,7 +116,7 @@ def _by_dataset(fitted: Mapping[str, Path], finished: Sequence[Path]) -> dict[st
 
 def _fitted(config: StudyConfig, listener: Listener) -> tuple[dict[str, Path], dict[str, str]]:
     """The run of each cache that was fitted, and a sentence for each other, by name."""
-    from clip_adapter.pipelines.commands.fit import fit
+    from clip_adapter.pipelines.fitting.run import run_fit
 
     runs: dict[str, Path] = {}
     failed: dict[str, str] = {}
@@ -129,16 +124,11 @@ def _fitted(config: StudyConfig, listener: Listener) -> tuple[dict[str, Path], d
         name = cache.stem
         listener.note(f"{name} ({len(runs) + len(failed) + 1} of {len(config.caches)})")
         folder = config.out / name
-        begun = (folder / PLAN).exists()
-        own = replace(
-            config.fit,
-            cache=cache,
-            out=None if begun else folder,
-            resume=folder if begun else None,
-            stated=EVERYTHING,
-        )
+        own = replace(config.fit, cache=cache, out=folder)
         try:
-            result = fit(own, listener)
+            # Data sets are compared by numbers of one kind: a run that was begun goes on only where
+            # it was asked for the same.
+            result = run_fit(own, listener, may_go_on=True)
         except UserError as error:
             failed[name] = str(error)
         except KeyboardInterrupt:
@@ -163,7 +153,7 @@ def parse(arguments: Sequence[str] | None = None) -> StudyConfig:
     import sys
 
     from clip_adapter.pipelines.console.parser import Parser
-    from clip_adapter.pipelines.fitting import flags
+    from clip_adapter.pipelines.fitting import options
 
     parser = Parser(prog="clip-adapter study", add_help=False, allow_abbrev=False)
     parser.add_argument("--caches", nargs="*", type=Path, default=[])
@@ -174,11 +164,11 @@ def parse(arguments: Sequence[str] | None = None) -> StudyConfig:
     if hasattr(given, "help"):
         print(OPTIONS.strip())
         raise SystemExit(0)
-    config = flags.parse(others)
+    config = options.parse(others)
     if config.stated - {"method"} and not given.caches:
         raise UserError("--caches needs at least one cache.")
-    for name in ("cache", "resume"):
-        if getattr(config, name) is not None:
+    for name in ("cache", "resume", "verbose"):
+        if getattr(config, name):
             raise UserError(f"--{name} is for `fit`; a study takes --caches and --out.")
     return StudyConfig(tuple(given.caches), given.out, config, tuple(given.runs))
 

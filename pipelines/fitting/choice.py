@@ -47,7 +47,6 @@ class Chosen:
     compared: int = 1
     indistinguishable: int = 1
     outdoes_zero_shot: bool | None = None
-    note: str = ""
 
     def outdoes(self, asked: Search, reference: Evaluation) -> bool | None:
         """Whether validation shows this to be better than `reference`: more images are right, and
@@ -145,11 +144,11 @@ def choose(asked: Search, task: Task, engine: Engine, record: Record) -> Chosen 
     )
 
 
-def take_defaults(asked: Search, task: Task, engine: Engine, note: str = "") -> Chosen | None:
+def take_defaults(asked: Search, task: Task, engine: Engine) -> Chosen | None:
     """Fit the default setting, where nothing can choose."""
     setting = asked.method.default_setting(asked.values, asked.preset)
     arrays = fit(asked.method, setting, None, task, engine)
-    return Chosen(setting, None, arrays, note=note) if is_finite(arrays) else None
+    return Chosen(setting, None, arrays) if is_finite(arrays) else None
 
 
 def t_quantile(probability: float, freedom: int) -> float:

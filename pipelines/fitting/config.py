@@ -1,20 +1,32 @@
-"""What `fit` is asked for."""
+"""What `fit` is asked for; each option is a field that says what it decides."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Method
 from clip_adapter.errors import UserError
+from clip_adapter.words import dashed
 
 Shots = int | Literal["all"]
 Selection = Literal["few-shot-val", "full-val", "cv", "none"]
 
 DEFAULT_CACHE = Path("features.h5")
+# Options of a few words; each is a field of Plan too, as are all that decide a run's numbers.
+CHOICES = ("select", "score", "preset", "train_classes", "search", "placement")
+
+
+# What a field decides: the numbers of these methods, whose results pool over runs only where it is
+# alike; or nothing of a run, so that it may stand beside --resume.
+OF_ALL = {"numbers_of": lambda method: True}
+OF_CHOSEN = {"numbers_of": lambda method: bool(method.hyper)}
+OF_TRAINED = {"numbers_of": lambda method: method.is_trained}
+OF_VIEWS = {"numbers_of": lambda method: method.uses_views}
+NOTHING = {"with_resume": True}
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,10 @@ class FitConfig:
             adapter; the accuracies shown are those of before.
         placement: How settings share a device: one after another, as auto does on a CPU, or side by
             side.
-        resume: Run folder of an interrupted `fit` to go on with; takes its arguments from there.
+        resume: Run folder of an interrupted `fit` to go on with, as it was begun: beside it stand
+            --cache, where the cache lies elsewhere now, and --method MODULE:NAME of your own.
+        verbose: Print the settings that were chosen and the classes that do worst too; the report
+            always has them.
 
     Examples:
         >>> from clip_adapter import FitConfig
@@ -60,23 +75,24 @@ class FitConfig:
         (1,)
     """
 
-    cache: Path | None = None
+    cache: Path | None = field(default=None, metadata=NOTHING)
     out: Path | None = None
     method: tuple[str, ...] = ("clip-adapter",)
     baselines: tuple[str, ...] = ("zero-shot", "linear-probe")
     shots: tuple[int | Literal["all"], ...] = (16,)
     seeds: tuple[int, ...] = (1,)
-    select: Literal["few-shot-val", "full-val", "cv", "none"] | None = None
-    score: Literal["accuracy", "balanced-accuracy"] = "accuracy"
+    select: Selection | None = field(default=None, metadata=OF_CHOSEN)
+    score: Literal["accuracy", "balanced-accuracy"] = field(default="accuracy", metadata=OF_CHOSEN)
     preset: Literal["default", "paper"] = "default"
-    repeat: bool = False
-    augment: bool = False
-    train_classes: Literal["all", "base"] = "all"
-    search: Literal["full", "halving"] = "full"
+    repeat: bool = field(default=False, metadata=OF_CHOSEN)
+    augment: bool = field(default=False, metadata=OF_VIEWS)
+    train_classes: Literal["all", "base"] = field(default="all", metadata=OF_ALL)
+    search: Literal["full", "halving"] = field(default="full", metadata=OF_TRAINED)
     ablate: tuple[str, ...] = ()
     refit: bool = False
     placement: Literal["auto", "sequential", "vectorised"] = "auto"
-    resume: Path | None = None
+    resume: Path | None = field(default=None, metadata=NOTHING)
+    verbose: bool = field(default=False, metadata=NOTHING)
     hyper: Mapping[str, Any] = field(default_factory=dict, metadata={"option": False})
     """Values to try by the hyper-parameter's name (`alpha`), for each method that has it, or by
     method and name (`clap.learning_rate`)."""
@@ -99,16 +115,26 @@ class FitConfig:
         object.__setattr__(self, "hyper", hyper)
 
     @property
-    def asks_for_something(self) -> bool:
-        """Whether anything beside the cache and the run to go on with was given."""
-        return bool(self.given - {"cache", "resume"})
-
-    @property
-    def given(self) -> set[str]:
-        """Names of the fields that were given, as far as that can be known."""
+    def beside_resume(self) -> list[str]:
+        """The flags that were given and have no place beside --resume."""
         plain = FitConfig()
-        compared = [f.name for f in fields(self) if f.compare]
-        return {n for n in compared if getattr(self, n) != getattr(plain, n)} | self.stated
+        given = {f.name for f in fields(self) if f.compare and not f.metadata.get("with_resume")}
+        given = {n for n in given if getattr(self, n) != getattr(plain, n)} | (given & self.stated)
+        if all(":" in name for name in self.method):
+            given.discard("method")  # named to make them known
+        return [dashed(name) for name in (*sorted(given - {"hyper"}), *self.hyper)]
+
+
+def words_of(name: str) -> tuple[str, ...]:
+    """The words that a field of FitConfig takes."""
+    hint = get_type_hints(FitConfig)[name]
+    return next(get_args(one) for one in (hint, *get_args(hint)) if get_origin(one) is Literal)
+
+
+def numbers_decided(method: Method) -> list[str]:
+    """The fields, but for values of hyper-parameters, that decide the method's numbers."""
+    deciding = [f for f in fields(FitConfig) if "numbers_of" in f.metadata]
+    return [f.name for f in deciding if f.metadata["numbers_of"](method)]
 
 
 def several(values: Any) -> tuple[Value, ...]:

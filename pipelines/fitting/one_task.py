@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from clip_adapter.adapters.engine.evaluation import Evaluation
 from clip_adapter.adapters.engine.runner import Engine
-from clip_adapter.adapters.engine.scoring import balanced
+from clip_adapter.adapters.engine.scoring import balanced, make_classify
 from clip_adapter.adapters.engine.search import judge, work
 from clip_adapter.adapters.method import Arrays, Method, Setting, Task
 from clip_adapter.adapters.registry import REFERENCE
@@ -22,20 +22,17 @@ from clip_adapter.pipelines.fitting.choice import (
     choose,
     take_defaults,
 )
-from clip_adapter.pipelines.fitting.classify import predict_test
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.data import Data
 from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
 from clip_adapter.pipelines.fitting.predictions import Predictions, predictions_path
 from clip_adapter.pipelines.fitting.provenance import Provenance
-from clip_adapter.pipelines.fitting.results import Spread, TaskResult, harmonic_mean
+from clip_adapter.pipelines.fitting.record import TaskRecord
+from clip_adapter.pipelines.fitting.results import Held, Spread, TaskResult, harmonic_mean
 from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder, writing
-from clip_adapter.pipelines.fitting.task_record import TaskRecord
-from clip_adapter.pipelines.fitting.tasks import Fold, TaskRows, folds
+from clip_adapter.pipelines.fitting.tasks import RULES, Fold, TaskRows
 from clip_adapter.pipelines.saved.adapter_file import AdapterInfo, SavedAdapter, save_adapter
 from clip_adapter.words import dashed
-
-NOT_CROSS_VALIDATED = "a class has one image, cv impossible: defaults taken"
 
 
 @dataclass(frozen=True)
@@ -61,21 +58,22 @@ class TaskRunner:
         rows: TaskRows,
         folder: RunFolder,
         expect: Callable[[float], None],
+        held: Held,
     ) -> TaskResult:
-        """Run a method on a task and leave in the folder what it predicted, and its adapter.
+        """Run a method on a task and leave in the folder what it predicted, and its adapter; of an
+        ablation, where a factor is held, the result alone.
 
         expect: told how much the engine will report as progress, before it does.
         """
         method = planned.method
-        chosen = self.choose(planned, rows, folder, expect)
+        chosen = self.choose(planned, rows, folder, expect, held)
         if chosen is None:
-            return self.diverged(planned, rows)
+            return self.diverged(planned, rows, held)
         predictions = predict_test(method, chosen.setting, chosen.arrays, self.data)
-        if predictions:
-            name = predictions_path(method.name, rows.shots, rows.seed)
-            folder.write(name, predictions.content())
-        result = self.result(method, rows, chosen, predictions)
-        if not planned.baseline:
+        result = self.result(method, rows, chosen, predictions, held)
+        if predictions and not held:
+            folder.write(predictions_path(*result.key), predictions.content())
+        if not (planned.baseline or held):
             fitted, seen = fitted_on(result), self._seen_by(rows)
             saved = self.saved(method, chosen.setting, chosen.arrays, fitted, seen)
             with writing(folder.path):
@@ -88,14 +86,12 @@ class TaskRunner:
         rows: TaskRows,
         folder: RunFolder,
         expect: Callable[[float], None],
+        held: Held,
     ) -> Chosen | None:
         """Choose a setting by the run's selection rule; None where every one diverged."""
         method = planned.method
         task = self.data.task(method, rows)
-        rule = self.plan.select
-        divided = folds(rows, self.data.labels["train"]) if rule == "cv" else []
-        if rule in ("few-shot-val", "full-val"):
-            divided = [Fold(rows.support, rows.validation)]
+        divided = RULES[self.plan.select].folds(rows, self.data.labels["train"])
         parts = self._parts(method, rows, divided)
         judged = [fold.validation for fold in divided]
         asked = Search(
@@ -109,15 +105,16 @@ class TaskRunner:
         if method.note and (sentence := method.note(task)):
             self.tell(sentence)
         expect(work(method, planned.values, len(parts), halving=asked.halving))
-        if parts:
-            record = TaskRecord(folder, method, rows, sum(map(len, judged)))
-            chosen = choose(asked, task, self.engine, record)
-            if chosen and method is not REFERENCE:
-                reference = self._reference(rows, divided)
-                chosen = replace(chosen, outdoes_zero_shot=chosen.outdoes(asked, reference))
-            return chosen
-        note = NOT_CROSS_VALIDATED if rule == "cv" else ""
-        return take_defaults(asked, task, self.engine, note)
+        if not parts:
+            return take_defaults(asked, task, self.engine)
+        record = TaskRecord(folder, method, rows, sum(map(len, judged)))
+        chosen = choose(asked, task, self.engine, record)
+        if not held:
+            record.finish()
+        if chosen and method is not REFERENCE:
+            reference = self._reference(rows, divided)
+            chosen = replace(chosen, outdoes_zero_shot=chosen.outdoes(asked, reference))
+        return chosen
 
     def _parts(self, method: Method, rows: TaskRows, divided: Sequence[Fold]) -> list[Task]:
         parts = [self.data.task(method, rows, fold) for fold in divided]
@@ -131,14 +128,19 @@ class TaskRunner:
             self._references[key] = judge(REFERENCE, parts)
         return self._references[key]
 
-    def diverged(self, planned: PlannedMethod, rows: TaskRows) -> TaskResult:
+    def diverged(self, planned: PlannedMethod, rows: TaskRows, held: Held) -> TaskResult:
         """The row of a method of which every setting diverged."""
         note = f"every setting diverged; {_advice(planned)}"
         name = planned.method.name
-        return TaskResult(name, rows.shots, rows.seed, self.plan.select, note=note)
+        return TaskResult(name, rows.shots, rows.seed, self.plan.select, note=note, held=held)
 
     def result(
-        self, method: Method, rows: TaskRows, chosen: Chosen, predictions: Predictions | None
+        self,
+        method: Method,
+        rows: TaskRows,
+        chosen: Chosen,
+        predictions: Predictions | None,
+        held: Held,
     ) -> TaskResult:
         """The row of what was chosen, with what it predicted on the test set."""
         base = predictions.accuracy if predictions else None
@@ -165,7 +167,7 @@ class TaskRunner:
             uneven=predictions.uneven if predictions else False,
             new_accuracy=new,
             harmonic_mean=harmonic_mean(base, new),
-            note=chosen.note,
+            held=held,
         )
 
     def _new_accuracy(self, method: Method, rows: TaskRows, chosen: Chosen) -> float | None:
@@ -226,6 +228,27 @@ class TaskRunner:
             fitted={"train_classes": self.plan.train_classes, **fitted},
         )
         return SavedAdapter(info, arrays, head.weights, seen if arrays or setting else seen[:0])
+
+
+def predict_test(
+    method: Method, setting: Setting, arrays: Arrays, data: Data
+) -> Predictions | None:
+    """Classify the test images of the data's classes, block by block; None where there are none."""
+    if "test" not in data.cache.splits:
+        return None
+    classify = make_classify(method, setting, arrays, data.head(method))
+    blocks = []
+    for features, labels in data.test_blocks(method):
+        logits = classify(features).astype(np.float64)
+        best = logits.argmax(axis=1)
+        top = logits[np.arange(len(best)), best]
+        sure = 1 / np.exp(logits - top[:, None]).sum(axis=1)
+        blocks.append((labels, best.astype(np.int32), sure.astype(np.float32)))
+    if not blocks:
+        return None
+    labels, predicted, confidence = map(np.concatenate, zip(*blocks, strict=True))
+    names = data.cache.class_names[data.classes]
+    return Predictions(labels, predicted, confidence, data.test_ids(), names)
 
 
 def fitted_on(result: TaskResult) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,12 @@ from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.registry import find_method
 from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.config import (
-    FitConfig,
+    CHOICES,
     Selection,
     Shots,
+    words_of,
 )
+from clip_adapter.pipelines.fitting.results import Held, TaskKey
 from clip_adapter.words import dashed, shortened
 
 if TYPE_CHECKING:
@@ -88,9 +90,33 @@ class Plan:
         return [planned for planned in self.methods if not planned.baseline]
 
     @property
-    def everything(self) -> list[PlannedMethod]:
+    def all_methods(self) -> list[PlannedMethod]:
         """Each method of which something is fitted, once."""
         return list({planned.name: planned for planned in (*self.compared, *self.methods)}.values())
+
+    @property
+    def parts(self) -> list[tuple[Held, PlannedMethod]]:
+        """What is fitted on each task: every method, then every method with the factor of an
+        ablation held at a value."""
+        held = [
+            ({factor: value}, replace(planned, values={**planned.values, factor: (value,)}))
+            for factor in self.ablate
+            for planned in self.fitted
+            if factor in planned.method.hyper
+            for value in planned.ablation[factor]
+        ]
+        compared = [({METHOD: planned.method.name}, planned) for planned in self.compared]
+        return [*(({}, planned) for planned in self.methods), *held, *compared]
+
+    @property
+    def identities(self) -> set[tuple[TaskKey, str]]:
+        """Those of the rows that the run ends with."""
+        return {
+            ((planned.method.name, shots, seed), str(dict(held)))
+            for held, planned in self.parts
+            for shots in self.shots
+            for seed in self.seeds
+        }
 
     def document(self) -> Json:
         """As JSON, with a SHA-256 over the rest."""
@@ -121,27 +147,6 @@ class Plan:
         except (KeyError, TypeError, AttributeError, UserError) as error:
             raise ValueError(f"its plan is damaged ({shortened(str(error), 200)})") from error
         return plan
-
-    def completed(self, config: FitConfig) -> FitConfig:
-        """What was given in `config`, and what this plan says of all else; of hyper-parameters too,
-        unless `config` states all that are to count."""
-        mine: Json = {
-            "method": tuple(planned.name for planned in self.fitted),
-            "baselines": tuple(planned.name for planned in self.methods if planned.baseline),
-        }
-        mine |= {f.name: getattr(self, f.name) for f in fields(self) if hasattr(config, f.name)}
-        own = mine["method"]
-        if all(":" in name and name in own for name in config.method):
-            config = replace(config, method=own)  # named to make them known, in any order
-        methods = config.method if "method" in config.given else own
-        missing = {name: value for name, value in mine.items() if name not in config.given}
-        hyper = {
-            f"{planned.method.name}.{name}": self.given(planned, name, values)
-            for planned in self.fitted
-            for name, values in planned.values.items()
-            if planned.name in methods and name not in config.hyper and "hyper" not in config.stated
-        }
-        return replace(config, **missing, hyper=hyper | dict(config.hyper))
 
     def given(self, planned: PlannedMethod, name: str, values: Sequence[Value]) -> Sequence[Value]:
         """What was given to get these values, and the ablation's where only that takes several."""
@@ -200,19 +205,9 @@ def check_protocol(plan: Plan) -> None:
             )
     if not all(type(seed) is int and 0 <= seed <= LARGEST_SEED for seed in plan.seeds):
         raise UserError(f"--seeds must be whole numbers between 0 and {LARGEST_SEED}.")
-    for name, words in _WORDS.items():
-        if getattr(plan, name) not in words:
+    for name in CHOICES:
+        if getattr(plan, name) not in (words := words_of(name)):
             raise UserError(f"--{dashed(name)} must be one of {', '.join(words)}.")
-
-
-_WORDS = {
-    "select": ("few-shot-val", "full-val", "cv", "none"),
-    "score": ("accuracy", "balanced-accuracy"),
-    "preset": ("default", "paper"),
-    "train_classes": ("all", "base"),
-    "search": ("full", "halving"),
-    "placement": ("auto", "sequential", "vectorised"),
-}
 
 
 def _planned(entry: Mapping[str, Any]) -> PlannedMethod:

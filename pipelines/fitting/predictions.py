@@ -26,14 +26,14 @@ class Predictions:
 
     labels: (N,) int32, the true classes. predicted: (N,) int32. confidence: (N,) float32, the
     softmax probability of the predicted class. ids: of the N images. class_names: of the classes,
-    in label order. Both () in files that do not say.
+    in label order.
     """
 
     labels: npt.NDArray[np.int32]
     predicted: npt.NDArray[np.int32]
     confidence: npt.NDArray[np.float32]
-    ids: Sequence[str] = ()
-    class_names: Sequence[str] = ()
+    ids: Sequence[str]
+    class_names: Sequence[str]
 
     @property
     def right(self) -> npt.NDArray[np.bool_]:
@@ -97,7 +97,7 @@ def read_predictions(run: Path, method: str, shots: Any, seed: int) -> Predictio
     path = run / predictions_path(method, shots, seed)
     try:
         tensors = load(files.read_bytes(path))
-        texts = (_texts(tensors.get(name)) for name in TEXTS)
+        texts = (_texts(tensors[name]) for name in TEXTS)
         found = Predictions(tensors["labels"], tensors["predicted"], tensors["confidence"], *texts)
         if found.labels.ndim != 1 or not (
             found.labels.shape == found.predicted.shape == found.confidence.shape
@@ -111,9 +111,7 @@ def read_predictions(run: Path, method: str, shots: Any, seed: int) -> Predictio
     return found
 
 
-def _texts(stored: npt.NDArray[np.uint8] | None) -> Sequence[str]:
-    if stored is None:
-        return ()
+def _texts(stored: npt.NDArray[np.uint8]) -> Sequence[str]:
     found = json.loads(stored.tobytes())
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
         raise ValueError("no list of texts")

@@ -15,6 +15,8 @@ from clip_adapter.pipelines.fitting.config import Shots
 
 TaskKey = tuple[str, Shots, int]
 """(method, shots, seed)."""
+Held = Mapping[str, Value]
+"""Factor of an ablation → the value it is held at; empty for a result that counts."""
 MEASURES = (
     *("val_accuracy", "test_accuracy", "balanced_accuracy", "new_accuracy", "harmonic_mean"),
 )
@@ -49,6 +51,7 @@ class TaskResult:
     """A method on one task: what was chosen, by what, and how it did on the test set.
 
     Accuracies lie in [0, 1]. setting: None where every setting diverged.
+    held: the factor of an ablation and its value; everything else was selected as usual.
     select: what the choice rests on, as FitConfig's `select`. epoch: the chosen setting's, None
     where nothing is trained or nothing chose. val_accuracy, val_nll: the chosen setting's; None
     where there was no choice. tried, diverged: how many settings. compared: those trained as long
@@ -84,10 +87,16 @@ class TaskResult:
     new_accuracy: float | None = None
     harmonic_mean: float | None = None
     note: str = ""
+    held: Held = field(default_factory=dict)
 
     @property
     def key(self) -> TaskKey:
         return self.method, self.shots, self.seed
+
+    @property
+    def identity(self) -> tuple[TaskKey, str]:
+        """What no two rows of a run have in common."""
+        return self.key, str(dict(self.held))
 
     @classmethod
     def of_document(cls, document: Mapping[str, Any]) -> TaskResult:
@@ -121,6 +130,7 @@ class TaskResult:
             and type(self.outdoes_zero_shot) in (bool, NoneType)
             and type(self.val_nll) in (float, NoneType)
             and (self.setting is None or _is_setting(self.setting))
+            and _is_setting(self.held)
             and all(isinstance(s.mean, float) and isinstance(s.std, float | None) for s in spreads)
         )
         if not sound:
@@ -137,13 +147,14 @@ def _is_setting(document: Any) -> bool:
 class MethodSummary:
     """A method at one number of shots, over seeds.
 
-    seeds: how many tasks there are. diverged: those at which every setting diverged; they have no
-    accuracy and do not count in the means. worst_tenth: the mean of the lowest tenth of the test
-    accuracies, from ten seeds on.
+    held: see TaskResult. seeds: how many tasks there are. diverged: those at which every setting
+    diverged; they have no accuracy and do not count in the means. worst_tenth: the mean of the
+    lowest tenth of the test accuracies, from ten seeds on.
     """
 
     method: str
     shots: Shots
+    held: Held
     seeds: int
     diverged: int
     val_accuracy: Spread | None
@@ -157,10 +168,11 @@ class MethodSummary:
 
 
 def summarise(results: Iterable[TaskResult]) -> list[MethodSummary]:
-    """A row for each method and number of shots, in the order of their first results."""
-    groups: dict[tuple[str, Shots], list[TaskResult]] = defaultdict(list)
+    """A row for each method, number of shots and what is held, in the order of their first
+    results."""
+    groups: dict[tuple[str, Shots, str], list[TaskResult]] = defaultdict(list)
     for result in results:
-        groups[result.method, result.shots].append(result)
+        groups[result.method, result.shots, str(dict(result.held))].append(result)
     return [_summary(rows) for rows in groups.values()]
 
 
@@ -171,6 +183,7 @@ def _summary(rows: Sequence[TaskResult]) -> MethodSummary:
     return MethodSummary(
         method=rows[0].method,
         shots=rows[0].shots,
+        held=rows[0].held,
         seeds=len(rows),
         diverged=sum(row.setting is None for row in rows),
         worst_tenth=Spread.of_worst_tenth(known("test_accuracy")),

@@ -14,8 +14,6 @@ from clip_adapter.cores import available_cores
 from clip_adapter.errors import UserError
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.console.jax_setup import usable_jax
-from clip_adapter.pipelines.fitting.ablation import run_ablations
-from clip_adapter.pipelines.fitting.ablation_rows import AblationRow, ablated, read_ablations
 from clip_adapter.pipelines.fitting.config import (
     DEFAULT_CACHE,
     FitConfig,
@@ -23,17 +21,14 @@ from clip_adapter.pipelines.fitting.config import (
     shots_words,
 )
 from clip_adapter.pipelines.fitting.data import Data, available, open_data
-from clip_adapter.pipelines.fitting.feasible import check_feasible
-from clip_adapter.pipelines.fitting.idle import without_effect
-from clip_adapter.pipelines.fitting.keep import keep_one
+from clip_adapter.pipelines.fitting.kept import candidates, keep_one
+from clip_adapter.pipelines.fitting.make_plan import check_feasible, make_plan, without_effect
 from clip_adapter.pipelines.fitting.one_task import TaskRunner
-from clip_adapter.pipelines.fitting.plan import Plan
-from clip_adapter.pipelines.fitting.planning import make_plan
-from clip_adapter.pipelines.fitting.plot import write_plot
+from clip_adapter.pipelines.fitting.plan import METHOD, Plan
 from clip_adapter.pipelines.fitting.provenance import PROVENANCE, Provenance
-from clip_adapter.pipelines.fitting.remarks import candidates
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
 from clip_adapter.pipelines.fitting.run_folder import (
+    PLAN,
     RunFolder,
     new_folder,
     read_plan,
@@ -44,52 +39,81 @@ from clip_adapter.pipelines.fitting.tasks import (
     draw_tasks,
     only_classes,
 )
+from clip_adapter.pipelines.saved.adapter_file import know_method
 from clip_adapter.words import same_text
+
+PLOT = "validation.png"
 
 
 @dataclass(frozen=True)
 class FitResult:
     """What a run found.
 
-    run: its folder. about: where its numbers come from, in words. results: a row per method and
-    task. summary: a row per method and number of shots. ablations: a row per factor, value, method
-    and task, [] where none were asked for. kept: the row whose adapter stands at the
-    top of the folder, None where nothing chose or all diverged. compilations: programs compiled or
-    loaded. problem: a sentence on what could not be done, or "".
+    run: its folder. provenance: where its numbers come from. results: a row per method and task.
+    summary: a row per method and number of shots. ablations: a row per factor, value, method and
+    task, [] where none were asked for. kept: the row whose adapter stands at the top of the folder,
+    None where nothing chose or all diverged. compilations: programs compiled or loaded. problem: a
+    sentence on what could not be done, or "".
     """
 
     run: Path
     plan: Plan
-    about: Sequence[str]
-    class_names: Sequence[str]
+    provenance: Provenance
     tasks: Sequence[TaskRows]
     results: Sequence[TaskResult]
     summary: Sequence[MethodSummary]
-    ablations: Sequence[AblationRow]
+    ablations: Sequence[TaskResult]
     kept: TaskResult | None
     compilations: int
     problem: str = ""
 
 
-def run_fit(config: FitConfig, listener: Listener) -> FitResult:
-    """Fit everything that `config` asks for; see `pipelines.fit.fit`."""
-    if config.resume and config.out:
-        raise UserError("--resume goes on in its own folder; leave --out out.")
-    stored = read_plan(config.resume) if config.resume else None
+def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -> FitResult:
+    """Fit everything that `config` asks for; see `pipelines.commands.fit.fit`.
+
+    may_go_on: where the folder holds a run that was asked for the same, go on with it.
+    """
+    if config.resume and (others := config.beside_resume):
+        raise UserError(
+            f"--resume takes no --{others[0]}: a run goes on as it was begun. Beside it stand "
+            "--cache, where the cache lies elsewhere now, and --method MODULE:NAME of your own."
+        )
+    begun = config.out if may_go_on and config.out and (config.out / PLAN).exists() else None
+    begun = config.resume or begun
+    for name in config.method if config.resume else ():
+        if ":" in name:
+            know_method(name)
+    stored = read_plan(begun) if begun else None
     path = config.cache or (Path(stored.cache) if stored else DEFAULT_CACHE)
     with usable_jax(), FeatureCache(path) as cache:
-        if stored is None and config.select is None:
-            config = replace(config, select=_usual_rule(cache, listener))
-        plan = _plan(config, cache, stored)
-        for sentence in without_effect(config, plan):
-            listener.note(sentence)
+        if stored and stored.cache_sha256 != cache.content_sha256:
+            raise UserError(
+                f"{cache.path} is not the cache that {begun} was started on; start a new run, or "
+                "name with --cache where it lies now."
+            )
+        plan = stored if stored and config.resume else _new_plan(config, cache, listener)
+        if stored and (differing := stored.differing(plan)):
+            raise UserError(
+                f"{begun} was started with other arguments ({', '.join(differing)}); give those "
+                "again, or another --out."
+            )
+        plan = stored or plan
         data, new, tasks = _tasks(plan, cache)
         if groups := data.classes_with_one_text():
             listener.note(same_text(groups))
         check_feasible(plan, data, data.tasks[0])
-        place = config.resume or config.out or new_folder()
-        with closing(RunFolder(place, plan, resume=config.resume is not None)) as folder:
+        place = begun or config.out or new_folder()
+        with closing(RunFolder(place, plan, resume=begun is not None)) as folder:
             return _execute(plan, data, new, tasks, folder, listener)
+
+
+def _new_plan(config: FitConfig, cache: FeatureCache, listener: Listener) -> Plan:
+    if config.select is None:
+        config = replace(config, select=_usual_rule(cache, listener))
+    plan = make_plan(config, cache.content_sha256, available(cache))
+    for sentence in without_effect(config, plan):
+        listener.note(sentence)
+    return plan
 
 
 def _usual_rule(cache: FeatureCache, listener: Listener) -> Selection:
@@ -101,26 +125,6 @@ def _usual_rule(cache: FeatureCache, listener: Listener) -> Selection:
         "support set (--select cv), where every class has two images or more."
     )
     return "cv"
-
-
-def _plan(config: FitConfig, cache: FeatureCache, stored: Plan | None) -> Plan:
-    """The plan of the run to go on with, or a new one."""
-    sha256 = cache.content_sha256
-    if stored is None:
-        return make_plan(config, sha256, available(cache))
-    if stored.cache_sha256 != sha256:
-        raise UserError(
-            f"{cache.path} is not the cache that {config.resume} was started on; start a new run, "
-            "or name with --cache where it lies now."
-        )
-    if config.asks_for_something:
-        asked = make_plan(stored.completed(config), sha256, available(cache))
-        if differing := stored.differing(asked):
-            raise UserError(
-                f"{config.resume} was started with other arguments ({', '.join(differing)}); give "
-                "--resume alone to go on with it."
-            )
-    return stored
 
 
 def _tasks(plan: Plan, cache: FeatureCache) -> tuple[Data, Data | None, list[TaskRows]]:
@@ -151,7 +155,6 @@ def _execute(
     listener: Listener,
 ) -> FitResult:
     provenance = Provenance.of(data.cache)
-    about = provenance.lines()
     folder.write_json(PROVENANCE, provenance.document())
     folder.write_json("tasks.json", [_task_document(data, rows) for rows in tasks])
     engine = Engine(plan.placement, cores=available_cores())
@@ -166,8 +169,6 @@ def _execute(
     problem = ""
     try:
         _run_tasks(runner, folder, listener)
-        if plan.ablate:
-            _run_ablations(runner, folder, listener)
     except KeyboardInterrupt:
         message = f"what is finished is kept; go on with: fit --resume {folder.path}"
         raise KeyboardInterrupt(message) from None
@@ -182,7 +183,7 @@ def _execute(
         if not problem:
             kept = keep_one(runner, tasks, folder, results)
             folder.write_summary(summary)
-            write_plot(folder, plan)
+            _write_picture(folder, plan, provenance)
     except UserError as error:
         problem = str(error)
     if not problem and not candidates(plan, tasks, results):
@@ -191,12 +192,11 @@ def _execute(
     return FitResult(
         run=folder.path,
         plan=plan,
-        about=about,
-        class_names=provenance.class_names,
+        provenance=provenance,
         tasks=tasks,
         results=results,
         summary=summary,
-        ablations=read_ablations(folder.path),
+        ablations=folder.results(held=True),
         kept=kept,
         compilations=engine.compilations,
         problem=problem,
@@ -204,34 +204,42 @@ def _execute(
 
 
 def _run_tasks(runner: TaskRunner, folder: RunFolder, listener: Listener) -> None:
-    """Run every method on every task that the folder has no result of yet."""
-    finished = {result.key for result in folder.results()}
-    everything = [(rows, m) for rows in runner.data.tasks for m in runner.plan.methods]
+    """Run every method on every task that the folder has no result of yet, then the ablations."""
+    known = {row.identity: row for held in (False, True) for row in folder.results(held=held)}
+    tasks, parts = runner.data.tasks, runner.plan.parts
+    everything = [(rows, held, planned) for rows in tasks for held, planned in parts if not held]
+    everything += [(rows, held, planned) for held, planned in parts if held for rows in tasks]
     waiting = [
-        (rows, planned)
-        for rows, planned in everything
-        if (planned.method.name, rows.shots, rows.seed) not in finished
+        (rows, held, planned)
+        for rows, held, planned in everything
+        if ((planned.method.name, rows.shots, rows.seed), str(held)) not in known
     ]
     done = len(everything) - len(waiting)
     with listener.progress("fit", len(everything), done) as advance:
-        for rows, planned in waiting:
-            part = _Part(advance, f"{planned.method.name}, {shots_words(rows.shots)}")
+        for rows, held, planned in waiting:
+            notes = [planned.method.name, *(f"{name} {value}" for name, value in held.items())]
+            part = _Part(advance, ", ".join([*notes, shots_words(rows.shots)]))
             runner.engine.progress = part.settings_done
-            folder.add_result(runner.run(planned, rows, folder, part.expect))
+            key = (planned.method.name, rows.shots, rows.seed), str({})
+            if METHOD in held and key in known:  # fitted already, as a method that counts
+                result = replace(known[key], held=held)
+            else:
+                result = runner.run(planned, rows, folder, part.expect, held)
+            folder.add_result(result)
+            known[result.identity] = result
             part.end()
 
 
-def _run_ablations(runner: TaskRunner, folder: RunFolder, listener: Listener) -> None:
-    total = len(ablated(runner.plan)) * len(runner.data.tasks)
-    with listener.progress("ablate", total, len(read_ablations(folder.path))) as advance:
-        parts: list[_Part] = []
+def _write_picture(folder: RunFolder, plan: Plan, provenance: Provenance) -> None:
+    """`validation.png`: what validation saw of the first method with something to choose, as the
+    report draws it at the most shots."""
+    from clip_adapter.pipelines.reporting.entries import pool
+    from clip_adapter.pipelines.reporting.runs import Run
+    from clip_adapter.pipelines.reporting.sections.selection import drawn_at_most_shots
 
-        def begin(note: str) -> Callable[[float], None]:
-            parts.append(_Part(advance, note))
-            runner.engine.progress = parts[-1].settings_done
-            return parts[-1].expect
-
-        run_ablations(runner, folder, begin, lambda: parts[-1].end())
+    run = Run(folder.path, plan, provenance, {}, folder.results())
+    if content := drawn_at_most_shots(pool([run])):
+        folder.write(PLOT, content)
 
 
 class _Part:

@@ -4,7 +4,9 @@ run.json         the plan: what was asked for, resolved in full, with the versio
 provenance.json  backbone, data set and split source in words
 tasks.json       the ids of every support and validation set, in drawing order
 results.csv      a row per fit, appended as it ends (under halving: per setting and rung)
-selected.jsonl   a line per method and task: the chosen setting and its test accuracy
+grids/           a file per closed form and task: the validation accuracy of every setting
+selected.jsonl   a line per method and task, and per value of an ablation: the chosen setting and
+                 its test accuracy
 predictions/     a file per method and task: what was predicted for each test image
 summary.csv      a row per method and number of shots, written last
 adapter.*, adapters/   the fitted adapters
@@ -20,28 +22,29 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from io import StringIO
-from itertools import count, product
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from clip_adapter import files
 from clip_adapter.errors import UserError
-from clip_adapter.pipelines.fitting.fit_rows import TASK_COLUMNS, Row, is_sound
 from clip_adapter.pipelines.fitting.plan import Plan
+from clip_adapter.pipelines.fitting.record import GRIDS, TASK_COLUMNS, Row, is_sound
 from clip_adapter.pipelines.fitting.results import (
     MEASURES,
     MethodSummary,
     TaskKey,
     TaskResult,
 )
+from clip_adapter.pipelines.reporting.table import Table
 
 OUTCOME_COLUMNS = (
     *("epochs_run", "best_epoch", "val_accuracy", "val_nll"),
     *("status", "seconds", "images"),
 )
-PLAN = "run.json"
+PLAN, SELECTED, FITS = "run.json", "selected.jsonl", "results.csv"
 # Files of a run's first moments, before its plan is there: they hold nothing.
-OWN_FOLDERS = ("adapters", "predictions", "halving")
+OWN_FOLDERS = ("adapters", "predictions", "halving", GRIDS)
 BEFORE_THE_PLAN = {f"{PLAN}.new"}
 
 
@@ -54,14 +57,14 @@ class RunFolder:
 
     def __init__(self, path: Path, plan: Plan, *, resume: bool) -> None:
         self.path = path
-        names = {name: None for planned in plan.everything for name in planned.method.hyper}
+        names = {name: None for planned in plan.all_methods for name in planned.method.hyper}
         self.setting_columns = tuple(names)
-        self._hyper = {p.method.name: p.method.hyper for p in plan.everything}
+        self._hyper = {p.method.name: p.method.hyper for p in plan.all_methods}
         self._columns = (*TASK_COLUMNS, *self.setting_columns, *OUTCOME_COLUMNS)
         self._key_columns = (*TASK_COLUMNS, *self.setting_columns, "epochs_run")
         self._images_alike = plan.score == "accuracy"
         self._known: dict[tuple[str, ...], Row] = {}
-        self._found: dict[TaskKey, TaskResult] = {}
+        self._results: dict[tuple[TaskKey, str], TaskResult] = {}
         with ExitStack() as undo, writing(path):
             if path.exists() and not path.is_dir():
                 raise UserError(f"{path} is a file; a run is kept in a folder.")
@@ -70,26 +73,24 @@ class RunFolder:
             undo.callback(os.close, self._lock)
             if resume:
                 files.refuse_links(path, OWN_FOLDERS)
-                self._known = {self._key(row): row for row in self._read_results()}
-                methods = [planned.method.name for planned in plan.methods]
-                planned_tasks = set(product(methods, plan.shots, plan.seeds))
-                rows = read_selected(path)
-                self._found = {row.key: row for row in rows if row.key in planned_tasks}
+                self._known = {self._key(row): row for row in self._read_fits()}
+                own, rows = plan.identities, read_selected(path)
+                self._results = {row.identity: row for row in rows if row.identity in own}
             else:
                 _check_empty(path)
                 # The plan comes first: from now on the run can go on.
                 files.write_text(path / PLAN, json.dumps(plan.document(), indent=1))
-            self._results = (path / "results.csv").open("a", newline="")
-            undo.callback(self._results.close)
-            self._writer = csv.DictWriter(self._results, self._columns, lineterminator="\n")
-            if not self._results.tell():
+            self._fits = (path / FITS).open("a", newline="")
+            undo.callback(self._fits.close)
+            self._writer = csv.DictWriter(self._fits, self._columns, lineterminator="\n")
+            if not self._fits.tell():
                 self._writer.writeheader()
             undo.pop_all()
 
-    def _read_results(self) -> list[Row]:
+    def _read_fits(self) -> list[Row]:
         """The complete rows of results.csv; a last line that was cut off is removed, and so are
         lines that this program has not written."""
-        path = self.path / "results.csv"
+        path = self.path / FITS
         try:
             text = files.read_bytes(path).decode("utf-8", errors="replace")
         except FileNotFoundError:
@@ -126,15 +127,15 @@ class RunFolder:
     def _key(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(str(row.get(column, "")) for column in self._key_columns)
 
-    def results(self) -> list[TaskResult]:
-        """What was selected so far, also where it could not be written."""
-        return list(self._found.values())
+    def results(self, *, held: bool = False) -> list[TaskResult]:
+        """What was selected so far, also where it could not be written; or the ablations'."""
+        return [row for row in self._results.values() if bool(row.held) == held]
 
     def add_result(self, result: TaskResult) -> None:
-        self._found[result.key] = result
-        rows = [json.dumps(asdict(row)) + "\n" for row in self.results()]
+        self._results[result.identity] = result
+        rows = [json.dumps(asdict(row)) + "\n" for row in self._results.values()]
         with writing(self.path):
-            files.write_text(self.path / "selected.jsonl", "".join(rows))
+            files.write_text(self.path / SELECTED, "".join(rows))
 
     def known(self, row: Row) -> Row | None:
         """What was noted of a fit."""
@@ -144,21 +145,18 @@ class RunFolder:
         """Append a fit to results.csv; it is with the operating system when this returns."""
         with writing(self.path):
             self._writer.writerow(row)
-            self._results.flush()
+            self._fits.flush()
 
     def write_summary(self, rows: Sequence[MethodSummary]) -> None:
-        text = StringIO(newline="")
-        columns = ["method", "shots", "seeds", "diverged"]
-        columns += [f"{name}_{part}" for name in MEASURES for part in ("mean", "std")]
-        columns.append("worst_tenth")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(columns)
+        parts = [f"{name}_{part}" for name in MEASURES for part in ("mean", "std")]
+        cells = []
         for row in rows:
             spreads = [getattr(row, name) for name in MEASURES]
-            cells = [cell for s in spreads for cell in ((s.mean, s.std) if s else (None, None))]
+            means = [cell for s in spreads for cell in ((s.mean, s.std) if s else (None, None))]
             worst = row.worst_tenth.mean if row.worst_tenth else None
-            writer.writerow([row.method, row.shots, row.seeds, row.diverged, *cells, worst])
-        self.write("summary.csv", text.getvalue().encode())
+            cells.append([row.method, row.shots, row.seeds, row.diverged, *means, worst])
+        head = ["method", "shots", "seeds", "diverged", *parts, "worst_tenth"]
+        self.write("summary.csv", Table(head, cells).csv().encode())
 
     def write_json(self, name: str, document: Any) -> None:
         self.write(name, json.dumps(document, indent=1).encode())
@@ -172,7 +170,7 @@ class RunFolder:
 
     def close(self) -> None:
         with suppress(OSError):
-            self._results.close()
+            self._fits.close()
         os.close(self._lock)
 
 
@@ -211,7 +209,7 @@ def read_selected(path: Path) -> list[TaskResult]:
 
     Raises UserError where they cannot be read.
     """
-    selected = path / "selected.jsonl"
+    selected = path / SELECTED
     try:
         lines = files.read_text(selected).splitlines(keepends=True)
         return [TaskResult.of_document(files.parse_json(ln)) for ln in lines if ln.endswith("\n")]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache.few_shot import draw_few_shot
+from clip_adapter.cache.few_shot import VALIDATION_SHOTS, draw_few_shot
 from clip_adapter.errors import UserError
-from clip_adapter.pipelines.fitting.config import Selection, Shots
+from clip_adapter.pipelines.fitting.config import Selection, Shots, shots_words
+from clip_adapter.pipelines.fitting.results import TaskResult
+from clip_adapter.words import counted, some
 
 MAX_FOLDS = 4
 Rows = npt.NDArray[np.int64]
@@ -21,8 +24,8 @@ class TaskRows:
     """The rows of one (shots, seed), in drawing order.
 
     support: rows of train. validation: rows of val; empty where the selection rule takes none.
-    small_classes, small_validation_classes: labels with fewer images than were asked for.
-    absent_classes: labels without any training image.
+    small_classes, small_validation_classes: labels with some images, but fewer than were asked for.
+    absent_classes, absent_validation_classes: labels without any.
     """
 
     shots: Shots
@@ -32,6 +35,7 @@ class TaskRows:
     small_classes: tuple[int, ...] = ()
     small_validation_classes: tuple[int, ...] = ()
     absent_classes: tuple[int, ...] = ()
+    absent_validation_classes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,28 @@ class Fold:
     judged_on: str = "val"
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What chooses among settings (`--select`).
+
+    words: what it is. validation: which rows of the validation split judge, the few that are drawn
+    for a task or all. folds: from a task and the labels of all training rows; [] where nothing can
+    choose, which `unless` explains.
+    """
+
+    words: str
+    validation: Literal["few", "all", "none"]
+    folds: Callable[[TaskRows, npt.NDArray[np.int32]], list[Fold]]
+    unless: str = ""
+
+
 def draw_tasks(
     train: npt.NDArray[np.int32],
     val: npt.NDArray[np.int32] | None,
     classes: int,
     shots: Sequence[Shots],
     seeds: Sequence[int],
-    rule: Selection,
+    select: Selection,
     *,
     repeat: bool,
 ) -> list[TaskRows]:
@@ -59,36 +78,83 @@ def draw_tasks(
     Raises UserError for more shots than the largest class has, and for a rule that needs a
     validation split where the cache has none.
     """
-    if rule in ("few-shot-val", "full-val") and val is None:
+    rule = RULES[select]
+    if rule.validation != "none" and val is None:
         raise UserError(
-            f"--select {rule} needs a validation split and the cache has none; "
+            f"--select {select} needs a validation split and the cache has none; "
             "use --select cv, which divides the support set, or none."
         )
+    every = np.arange(classes)
     val_labels = np.zeros(0, np.int32) if val is None else val
-    whole = np.arange(len(val_labels)) if rule in ("few-shot-val", "full-val") else np.arange(0)
-    absent = tuple(np.setdiff1d(np.arange(classes), train).tolist())
+    judging = val_labels if rule.validation != "none" else val_labels[:0]
+    absent = tuple(np.setdiff1d(every, train).tolist())
+    unjudged = tuple(np.setdiff1d(every, judging).tolist()) if len(judging) else ()
 
     def drawn(number: Shots, seed: int) -> TaskRows:
-        if number == "all":
-            return TaskRows(number, seed, np.arange(len(train)), whole, absent_classes=absent)
-        task = draw_few_shot(
-            train, val_labels, shots=number, seed=seed, repeat=repeat, classes=classes
-        )
-        few = rule == "few-shot-val"
+        support, validation = np.arange(len(train)), np.arange(len(judging))
+        small: tuple[int, ...] = ()
+        small_validation: tuple[int, ...] = ()
+        if number != "all":
+            task = draw_few_shot(
+                train, val_labels, shots=number, seed=seed, repeat=repeat, classes=classes
+            )
+            support, small = task.support, task.small_classes
+            if rule.validation == "few":
+                validation, small_validation = task.validation, task.small_validation_classes
         return TaskRows(
-            number,
-            seed,
-            task.support,
-            task.validation if few else whole,
-            task.small_classes,
-            task.small_validation_classes if few else (),
-            absent,
+            number, seed, support, validation, small, small_validation, absent, unjudged
         )
 
     return [drawn(number, seed) for number in shots for seed in seeds]
 
 
-def folds(rows: TaskRows, labels: npt.NDArray[np.int32]) -> list[Fold]:
+def sizes(tasks: Sequence[TaskRows], class_names: Sequence[str], *, repeat: bool) -> list[str]:
+    """A sentence per number of shots for classes that had too few images, or none."""
+    how = "drawn with repetition" if repeat else "each is taken once"
+    counts: dict[tuple[str, Shots], int] = {}
+    absent: dict[str, tuple[int, ...]] = {}
+    for rows in tasks:
+        absent["training"] = rows.absent_classes
+        absent["validation"] = rows.absent_validation_classes
+        counts["training", rows.shots] = len(rows.small_classes)
+        fewest = min(rows.shots, VALIDATION_SHOTS) if isinstance(rows.shots, int) else 0
+        counts["validation", fewest] = len(rows.small_validation_classes)
+    return [
+        *(
+            f"{counted(count, 'class has', 'classes have')} fewer than {shots} {split} images: "
+            f"{how}"
+            for (split, shots), count in counts.items()
+            if count
+        ),
+        *(
+            f"{counted(len(labels), 'class', 'classes')} without a {split} image: "
+            f"{some([class_names[label] for label in labels])}"
+            for split, labels in absent.items()
+            if labels
+        ),
+    ]
+
+
+def judged_by(select: Selection, score: str, results: Sequence[TaskResult]) -> str:
+    """What chose the settings of these results, in words."""
+    rule, shots = RULES[select], dict.fromkeys(row.shots for row in results)
+    words = rule.words
+    if rule.validation == "few" and "all" in shots:
+        whole = RULES["full-val"].words
+        words = f"{words} (at `all` shots: {whole})" if len(shots) > 1 else whole
+    unjudged = dict.fromkeys(
+        shots_words(row.shots)
+        for row in results
+        if row.setting is not None and row.val_accuracy is None
+    )
+    if rule.unless and unjudged:
+        words += f" (at {', '.join(unjudged)} {rule.unless}: nothing, the defaults)"
+    if score == "balanced-accuracy" and select != "none":
+        words += ", where every class counts alike (validation % is balanced accuracy)"
+    return words
+
+
+def cross_validation(rows: TaskRows, labels: npt.NDArray[np.int32]) -> list[Fold]:
     """Stratified k-fold cross-validation on the support set, k = min(shots, 4).
 
     labels: of all training rows. Each class's images are dealt to the folds in drawing order; a
@@ -119,6 +185,27 @@ def _dealt(support: Rows, labels: npt.NDArray[np.int32], count: int) -> Rows:
     return fold_of
 
 
+RULES: Mapping[Selection, Rule] = {
+    "few-shot-val": Rule(
+        f"min(shots, {VALIDATION_SHOTS}) validation images per class",
+        "few",
+        lambda rows, labels: [Fold(rows.support, rows.validation)],
+    ),
+    "full-val": Rule(
+        "the whole validation split",
+        "all",
+        lambda rows, labels: [Fold(rows.support, rows.validation)],
+    ),
+    "cv": Rule(
+        "cross-validation on the support set",
+        "none",
+        cross_validation,
+        unless="a class has one image",
+    ),
+    "none": Rule("nothing (defaults)", "none", lambda rows, labels: []),
+}
+
+
 def base_classes(classes: int) -> int:
     """How many classes are base ones: the first half, the larger one of an odd number (CoOp)."""
     return -(-classes // 2)
@@ -146,6 +233,7 @@ def only_classes(
         small(rows.small_classes),
         small(rows.small_validation_classes),
         small(rows.absent_classes),
+        small(rows.absent_validation_classes),
     )
 
 

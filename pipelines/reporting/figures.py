@@ -1,4 +1,5 @@
-"""Figures in one style, as SVG for the page and as SVG and PNG for a paper.
+"""What a page is made of: sections, and figures in one style, as SVG for the page and as SVG and
+PNG for a paper.
 
 In the page's SVG ink, ground and the colours of series are variables of its style sheet, so that
 one drawing serves the light and the dark theme.
@@ -11,10 +12,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from clip_adapter.pipelines.reporting.table import Table
 from clip_adapter.words import printable, shortened
 
 if TYPE_CHECKING:
@@ -69,35 +72,73 @@ STYLE: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """A table beside a figure; the first columns, as many as `names` says, name the rows."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-    names: int = 1
-
-
-@dataclass(frozen=True)
 class Picture:
     """A figure.
 
-    name: of its files. alt: what it shows, in words. inline: SVG for the page. svg, png: files.
-    numbers: what is drawn, as a table.
+    name: of its files. alt: what it shows, in words. numbers: what is drawn, as a table.
     """
 
     name: str
     caption: str
     alt: str
-    inline: str
-    svg: bytes
-    png: bytes
-    numbers: Numbers
+    figure: Figure
+    numbers: Table
+
+    @cached_property
+    def svg(self) -> bytes:
+        return self._saved(format="svg", metadata={"Date": None}, transparent=True)
+
+    @cached_property
+    def png(self) -> bytes:
+        return self._saved(format="png", dpi=DPI, facecolor="white")
+
+    @property
+    def inline(self) -> str:
+        """SVG for the page."""
+        return _inline(self.svg, self.name, self.alt)
+
+    def _saved(self, **options: Any) -> bytes:
+        import matplotlib
+
+        style: Any = STYLE | {"svg.hashsalt": self.name}
+        with matplotlib.rc_context(style), warnings.catch_warnings():
+            # A name in letters that the font has not is shown by the browser's font; in the PNG it
+            # is boxes.
+            warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
+            content = BytesIO()
+            self.figure.savefig(content, **options)
+        return content.getvalue()
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """data_uri: a small JPEG, "" where the image is not to be had. alt: what it shows."""
+
+    data_uri: str
+    alt: str
+    words: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    title: str
+    thumbnails: Sequence[Thumbnail]
+
+
+@dataclass(frozen=True)
+class Section:
+    """text: a paragraph each. tables: those that are no figure's numbers."""
+
+    title: str
+    text: Sequence[str] = ()
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
+    galleries: Sequence[Gallery] = ()
 
 
 @contextmanager
 def drawing(size: tuple[float, float] = PANEL) -> Iterator[tuple[Figure, Axes]]:
-    """A figure of one panel in the style of the report; it is saved within the context too."""
+    """A figure of one panel in the style of the report."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -108,29 +149,12 @@ def drawing(size: tuple[float, float] = PANEL) -> Iterator[tuple[Figure, Axes]]:
         yield figure, axes
 
 
-def picture(name: str, caption: str, alt: str, figure: Figure, numbers: Numbers) -> Picture:
-    """A figure that was drawn within `drawing`."""
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
-        # A name in letters that the font has not is shown by the browser's font; in the PNG it is
-        # boxes.
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
-        svg, png = BytesIO(), BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None}, transparent=True)
-        figure.savefig(png, format="png", dpi=DPI, facecolor="white")
-    content = svg.getvalue()
-    return Picture(
-        name, caption, alt, _inline(content, name, alt), content, png.getvalue(), numbers
-    )
-
-
 def label(text: str) -> str:
     """A name that fits beside an axis and is one line."""
     return shortened(printable(text), LONGEST_LABEL)
 
 
-def series(number: int) -> dict[str, str]:
+def series(number: int) -> dict[str, Any]:
     """Colour, marker and line of a series: no two of the first 28 look alike, in grey neither, nor
     by their marks alone."""
     turn, place = divmod(number, len(SERIES))
@@ -176,3 +200,12 @@ def _themed(style: str) -> str:
         lambda found: f"var({VARIABLES[found[0]]})" if found[0] in VARIABLES else found[0],
         style,
     )
+
+
+def points(difference: float) -> str:
+    """A difference of accuracies in percentage points, with its sign: `+21.99`."""
+    return f"{100 * difference:+.2f}".replace("-", "−")
+
+
+def percent(accuracy: float, digits: int = 2) -> str:
+    return f"{100 * accuracy:.{digits}f}"

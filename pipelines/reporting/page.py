@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -10,27 +11,37 @@ from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.errors import UserError
 from clip_adapter.files import refuse_links, write_bytes, write_text
 from clip_adapter.pipelines.fitting.config import shots_words
+from clip_adapter.pipelines.fitting.options import command_line
+from clip_adapter.pipelines.fitting.provenance import Provenance
 from clip_adapter.pipelines.fitting.run_folder import adapter_folder, writing
-from clip_adapter.pipelines.reporting.ablation_section import ablation_sections
-from clip_adapter.pipelines.reporting.ablations import Ablation
-from clip_adapter.pipelines.reporting.accuracies import Accuracies
-from clip_adapter.pipelines.reporting.accuracy_section import accuracy_section
-from clip_adapter.pipelines.reporting.calibration_section import calibration_section
-from clip_adapter.pipelines.reporting.class_section import Pair, class_section
+from clip_adapter.pipelines.fitting.tasks import RULES
+from clip_adapter.pipelines.reporting.accuracies import Ablation, Accuracies
+from clip_adapter.pipelines.reporting.beside_the_mean import (
+    beside_guessing,
+    beside_the_mean,
+    chosen_settings,
+)
 from clip_adapter.pipelines.reporting.entries import Entry
-from clip_adapter.pipelines.reporting.first_section import first_screen
-from clip_adapter.pipelines.reporting.image_section import image_section
-from clip_adapter.pipelines.reporting.manifold_section import manifold_section, space_of
-from clip_adapter.pipelines.reporting.pairs import pairs_section
-from clip_adapter.pipelines.reporting.provenance_section import plans, provenance_facts
+from clip_adapter.pipelines.reporting.figures import Section
 from clip_adapter.pipelines.reporting.published import published
 from clip_adapter.pipelines.reporting.runs import Run
-from clip_adapter.pipelines.reporting.section import Section
-from clip_adapter.pipelines.reporting.selection_section import selection_section
-from clip_adapter.pipelines.reporting.verdict import Verdict, judge, predictions
+from clip_adapter.pipelines.reporting.sections.accuracy import ablation_section, accuracy_section
+from clip_adapter.pipelines.reporting.sections.classes import (
+    Pair,
+    calibration_section,
+    class_section,
+)
+from clip_adapter.pipelines.reporting.sections.first import first_screen
+from clip_adapter.pipelines.reporting.sections.images import image_section
+from clip_adapter.pipelines.reporting.sections.manifold import manifold_section, space_of
+from clip_adapter.pipelines.reporting.sections.pairs import pairs_section
+from clip_adapter.pipelines.reporting.sections.selection import selection_section
+from clip_adapter.pipelines.reporting.verdict import Verdict, judge
 from clip_adapter.pipelines.saved.adapter_file import load_adapter
-from clip_adapter.words import printable
+from clip_adapter.words import counted, printable
 
+Facts = list[tuple[str, str]]
+"""(what, how it is)."""
 FIGURES = "figures"
 TEMPLATE = "report.html"
 
@@ -86,8 +97,9 @@ def _sections(
 ) -> list[Section]:
     found: list[Section | None] = [accuracy_section(table, published(runs[0].provenance))]
     found.append(pairs_section(entries, table.shots))
+    found.append(_beside_the_mean(entries))
     found.append(selection_section(entries))
-    found += ablation_sections(ablations)
+    found += map(ablation_section, ablations)
     pair = _pair(verdict)
     if verdict and pair:
         if cache is None:
@@ -104,12 +116,22 @@ def _sections(
     return [section for section in found if section]
 
 
+def _beside_the_mean(entries: Sequence[Entry]) -> Section | None:
+    """What a mean accuracy hides, and what was chosen for each task."""
+    lines = [*beside_guessing(entries), *beside_the_mean(entries)]
+    tables = [table for e in entries if e.asked and (table := chosen_settings(e))]
+    if not (lines or tables):
+        return None
+    text = [printable(f"{line[:1].upper()}{line[1:]}.") for line in lines]
+    return Section("Beside the mean", text, tables=tables)
+
+
 def _pair(verdict: Verdict | None) -> Pair | None:
     """Zero-shot CLIP and the adapter that the first screen is about."""
     if verdict is None or verdict.zero_shot is None:
         return None
     before, after = (
-        predictions(entry, verdict.shots) for entry in (verdict.zero_shot.other, verdict.entry)
+        entry.predictions(verdict.shots) for entry in (verdict.zero_shot.other, verdict.entry)
     )
     seeds = verdict.zero_shot.seeds
     return Pair(
@@ -126,7 +148,7 @@ def _manifold(verdict: Verdict, pair: Pair, cache: FeatureCache) -> Section | No
     entry, shots = verdict.entry, verdict.shots
     assert verdict.zero_shot is not None
     for seed in verdict.zero_shot.seeds:
-        run = entry.found[shots, seed].run
+        _, run = entry.rows[shots, seed]
         folder = run.path / adapter_folder(entry.method.name, shots, seed)
         if not folder.is_dir():  # a baseline of that run
             continue
@@ -169,3 +191,65 @@ def find_cache(runs: Sequence[Run], named: Path | None) -> FeatureCache | None:
             return cache
         cache.close()
     return None
+
+
+def provenance_facts(runs: Sequence[Run], table: Accuracies) -> Facts:
+    """Backbone, data, protocol, selection rule, commands and versions."""
+    about = runs[0].provenance
+    backbone, dataset = about.backbone, about.dataset
+    facts = [
+        ("backbone", f"{backbone.get('name')}, weights {backbone.get('pretrained')}"),
+        ("weights, SHA-256", str(backbone.get("weights_sha256", "not recorded"))),
+        ("data set", _joined(dataset, ("name", "source", "version"))),
+        *((f"{split} split", str(words)) for split, words in _splits(about)),
+        (
+            "classes",
+            f"{len(about.class_names)}, with {counted(len(about.templates), 'prompt')} each",
+        ),
+        ("test images", f"{about.test_images:,}"),
+        ("cache, SHA-256", about.cache_sha256),
+        ("protocol", "; ".join(dict.fromkeys([*map(_protocol, runs), *table.about[2:]]))),
+        *(("command", command_line(run.plan)) for run in runs),
+    ]
+    versions = dict.fromkeys(
+        ", ".join(f"{name} {number}" for name, number in run.versions.items()) for run in runs
+    )
+    facts += [("versions", words) for words in versions]
+    return [(what, printable(words)) for what, words in facts]
+
+
+def plans(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """(folder, its plan in full); where the cache lay on that machine is nobody else's business."""
+    found = []
+    for run in runs:
+        document = {name: own for name, own in run.plan.document().items() if name != "cache"}
+        found.append((printable(run.path.resolve().name), _compact(document)))
+    return found
+
+
+def _compact(document: dict[str, object]) -> str:
+    return json.dumps(document, indent=1, ensure_ascii=False)
+
+
+def _joined(document: dict[str, object], names: Sequence[str]) -> str:
+    return ", ".join(str(document[name]) for name in names if document.get(name) is not None)
+
+
+def _splits(about: Provenance) -> list[tuple[str, object]]:
+    splits = about.dataset.get("splits")
+    return list(splits.items()) if isinstance(splits, dict) else []
+
+
+def _protocol(run: Run) -> str:
+    """How the images of a task are drawn."""
+    plan = run.plan
+    words = ["support images drawn by class from the train split as in CoOp"]
+    rule = RULES[plan.select]
+    if rule.validation == "few":
+        words.append(f"{rule.words} beside them")
+    words.append("small classes repeated" if plan.repeat else "small classes taken once")
+    if plan.train_classes == "base":
+        words.append("fitted on the first half of the classes")
+    if plan.augment:
+        words.append("augmented views in training")
+    return ", ".join(words)

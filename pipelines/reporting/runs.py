@@ -8,11 +8,16 @@ from pathlib import Path
 
 from clip_adapter import files
 from clip_adapter.errors import UserError
-from clip_adapter.pipelines.fitting.ablation_rows import FILE, AblationRow, ablated, read_ablations
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.fitting.provenance import PROVENANCE, Provenance
 from clip_adapter.pipelines.fitting.results import TaskResult
-from clip_adapter.pipelines.fitting.run_folder import OWN_FOLDERS, read_plan, read_selected
+from clip_adapter.pipelines.fitting.run_folder import (
+    OWN_FOLDERS,
+    SELECTED,
+    read_plan,
+    read_selected,
+)
+from clip_adapter.pipelines.fitting.tasks import base_classes
 from clip_adapter.words import counted
 
 
@@ -20,8 +25,8 @@ from clip_adapter.words import counted
 class Run:
     """A run that has ended.
 
-    versions: of the program and of the libraries that computed it. ablations: the rows of
-        `--ablate`.
+    versions: of the program and of the libraries that computed it. results: those of its ablations
+        too.
     """
 
     path: Path
@@ -29,13 +34,10 @@ class Run:
     provenance: Provenance
     versions: dict[str, str]
     results: Sequence[TaskResult]
-    ablations: Sequence[AblationRow] = ()
 
     @property
     def class_names(self) -> list[str]:
         """Of the classes that were fitted, in label order."""
-        from clip_adapter.pipelines.fitting.tasks import base_classes
-
         names = self.provenance.class_names
         return names if self.plan.train_classes == "all" else names[: base_classes(len(names))]
 
@@ -62,17 +64,17 @@ def _load(path: Path) -> Run:
     plan = read_plan(path)
     files.refuse_links(path, OWN_FOLDERS)
     results = read_selected(path)
-    planned = {p.method.name: p.method for p in plan.methods}
-    wanted = {(name, k, s) for name in planned for k in plan.shots for s in plan.seeds}
+    methods = {planned.method.name: planned.method for planned in plan.all_methods}
+    wanted = plan.identities
     try:
         for index, result in enumerate(results):
             if result.setting is not None:
-                setting = planned[result.method].checked(result.setting, partial=True)
+                setting = methods[result.method].checked(result.setting, partial=True)
                 results[index] = replace(result, setting=setting)
-        if len({result.key for result in results} & wanted) < len(results):
+        if len({result.identity for result in results} & wanted) < len(results):
             raise ValueError("rows twice, or of no task of the plan")
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path / 'selected.jsonl'} is damaged; fit it again.") from error
+        raise UserError(f"{path / SELECTED} is damaged; fit it again.") from error
     if missing := len(wanted) - len(results):
         raise UserError(
             f"{path} holds a run that has not finished: {counted(missing, 'fit')} of {len(wanted)} "
@@ -86,22 +88,4 @@ def _load(path: Path) -> Run:
         raise UserError(f"{path / PROVENANCE} cannot be read; fit it again.") from error
     if provenance.cache_sha256 != plan.cache_sha256:
         raise UserError(f"{path / PROVENANCE} is of another cache than run.json; fit it again.")
-    return Run(path, plan, provenance, versions, results, _ablations(path, plan))
-
-
-def _ablations(path: Path, plan: Plan) -> list[AblationRow]:
-    rows = read_ablations(path)
-    wanted = {
-        (factor, str(value), planned.method.name, shots, seed)
-        for factor, value, planned in ablated(plan)
-        for shots in plan.shots
-        for seed in plan.seeds
-    }
-    if len({row.key for row in rows} & wanted) < len(rows):
-        raise UserError(f"{path / FILE} is damaged: rows twice, or of no value of the plan.")
-    if missing := len(wanted) - len(rows):
-        raise UserError(
-            f"{path} holds a run whose ablation has not finished: {counted(missing, 'row')} of "
-            f"{len(wanted)} to go; go on with: fit --resume {path}"
-        )
-    return rows
+    return Run(path, plan, provenance, versions, results)

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isclose
 from statistics import fmean
 
 import numpy as np
 
 from clip_adapter.adapters.registry import REFERENCE
-from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.config import Shots
-from clip_adapter.pipelines.fitting.predictions import (
-    Predictions,
-    predictions_path,
-    read_predictions,
-)
-from clip_adapter.pipelines.reporting.entries import Entry, Found, in_order
+from clip_adapter.pipelines.reporting.entries import Entry, in_order
 from clip_adapter.pipelines.reporting.significance import Interval, bootstrap, over_seeds
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Difference:
     """An entry against another on the tasks that both have, in accuracy; positive where it is
     better.
 
@@ -61,8 +54,8 @@ class Verdict:
 
     entry: Entry
     shots: Shots
-    zero_shot: Comparison | None
-    next_best: Comparison | None
+    zero_shot: Difference | None
+    next_best: Difference | None
 
 
 def judge(entries: Sequence[Entry]) -> Verdict | None:
@@ -72,23 +65,18 @@ def judge(entries: Sequence[Entry]) -> Verdict | None:
     validation the first one); the next best is the best on the test images among the others, which
     makes that comparison a hard one.
     """
-    asked = [entry for entry in entries if entry.asked and _tested(entry)]
+    asked = [entry for entry in entries if entry.asked and entry.tested]
     if not asked:
         return None
-    shots = in_order({number for entry in asked for number in _tested(entry)})[-1]
-    candidates = [entry for entry in asked if shots in _tested(entry)]
+    shots = in_order({number for entry in asked for number in entry.tested})[-1]
+    candidates = [entry for entry in asked if shots in entry.tested]
     entry = max(candidates, key=lambda one: _validation(one, shots))
     rivals = [e for e in entries if e is not entry and e.train_classes == entry.train_classes]
-    compared = [found for e in rivals if (found := compare(entry, e, shots))]
+    compared = [own for rival in rivals if (own := compare(entry, rival, shots))]
     zero_shot = next((c for c in compared if c.other.method is REFERENCE), None)
     others = [c for c in compared if c.other.method is not REFERENCE]
     next_best = max(others, key=lambda c: c.theirs, default=None)
     return Verdict(entry, shots, zero_shot, next_best)
-
-
-def _tested(entry: Entry) -> list[Shots]:
-    """The numbers of shots at which there is a test accuracy."""
-    return [n for n, row in entry.summary.items() if row.test_accuracy]
 
 
 def _validation(entry: Entry, shots: Shots) -> tuple[float, float]:
@@ -99,16 +87,16 @@ def _validation(entry: Entry, shots: Shots) -> tuple[float, float]:
     return accuracy, -fmean(row.val_nll or 0.0 for row in rows)
 
 
-def compare(entry: Entry, other: Entry, shots: Shots) -> Comparison | None:
+def compare(entry: Entry, other: Entry, shots: Shots) -> Difference | None:
     """None where they have no task in common."""
-    own, others = predictions(entry, shots), predictions(other, shots)
+    own, others = entry.predictions(shots), other.predictions(shots)
     seeds = sorted(own.keys() & others.keys())
     if not seeds or any(len(own[s].labels) != len(others[s].labels) for s in seeds):
         return None
     right = np.array([own[seed].right for seed in seeds], np.float64)
     theirs = np.array([others[seed].right for seed in seeds], np.float64)
     differences = right - theirs
-    return Comparison(
+    return Difference(
         other,
         seeds,
         float(right.mean()),
@@ -116,34 +104,3 @@ def compare(entry: Entry, other: Entry, shots: Shots) -> Comparison | None:
         bootstrap(differences.mean(axis=0)),
         over_seeds(differences.mean(axis=1).tolist()),
     )
-
-
-def predictions(entry: Entry, shots: Shots) -> dict[int, Predictions]:
-    """Seed → what was predicted for each test image, where there is a test accuracy.
-
-    Raises UserError where predictions cannot be read, or are not those that the accuracy counts.
-    """
-    return {
-        seed: _counted(found, entry.method.name)
-        for (number, seed), found in entry.found.items()
-        if number == shots and found.result.test_accuracy is not None
-    }
-
-
-def _counted(found: Found, method: str) -> Predictions:
-    row, folder = found.result, found.run.path
-    own = read_predictions(folder, method, row.shots, row.seed)
-    classes = len(found.run.class_names)
-    both = np.concatenate([own.labels, own.predicted])
-    sound = (
-        len(own.labels) == row.test_images > 0
-        and len(own.ids) in (0, row.test_images)
-        and both.dtype.kind == "i"
-        and bool(np.all((both >= 0) & (both < classes)))
-        and bool(np.all((own.confidence >= 0) & (own.confidence <= 1)))
-        and isclose(own.accuracy, row.test_accuracy or 0.0, abs_tol=1e-6)
-    )
-    if not sound:
-        path = folder / predictions_path(method, row.shots, row.seed)
-        raise UserError(f"{path} is not what selected.jsonl counts; fit it again.")
-    return own

@@ -16,8 +16,8 @@ from clip_adapter.adapters.hyper import Hyper
 from clip_adapter.adapters.registry import METHODS, TAKEN, check_record, find_method
 from clip_adapter.pipelines.console.running import run
 from clip_adapter.pipelines.fitting.config import FitConfig
-from clip_adapter.pipelines.fitting.fit_rows import TASK_COLUMNS
-from clip_adapter.pipelines.fitting.flags import parse
+from clip_adapter.pipelines.fitting.options import parse
+from clip_adapter.pipelines.fitting.record import TASK_COLUMNS
 from clip_adapter.pipelines.fitting.run_folder import OUTCOME_COLUMNS
 from tests.pipelines.toy_methods import WEIGHTED
 

@@ -30,14 +30,14 @@ from clip_adapter.pipelines.console.jax_setup import set_up_jax
 from clip_adapter.pipelines.fitting import run as _run  # noqa: F401 - imported before the forks
 from tests.pipelines.tiny_cache import tiny_data, write_cache
 
-SOME: dict[str, Any] = {"baselines": ("zero-shot",), "shots": (1, 2), "seeds": (1,)}
+SOME: dict[str, Any] = {"baselines": ("gda",), "shots": (1, 2), "seeds": (1,)}
 HYPER = {"alpha": (0.2, 0.6), "learning_rate": (0.001, 0.01), "epochs": (40,)}
 STORIES: Mapping[str, dict[str, Any]] = {
     "halving": {**SOME, "hyper": HYPER, "search": "halving"},
     "cv": {**SOME, "hyper": HYPER, "shots": (2, 3), "select": "cv"},
 }
 COMPARED = ("summary.csv", "selected.jsonl", "tasks.json", "run.json")
-TREES = ("adapters", "predictions", "halving")
+TREES = ("adapters", "predictions", "grids", "halving")
 
 
 def run(config: FitConfig, kill_after: float | None = None) -> tuple[int, float]:

@@ -25,8 +25,7 @@ from clip_adapter.adapters.method import Arrays, Head, Method, Setting, Task
 from clip_adapter.adapters.registry import METHODS
 from clip_adapter.extract.backbones.loading import Backbone, load_backbone
 from clip_adapter.pipelines.console.jax_setup import set_up_jax
-from clip_adapter.pipelines.fitting import plot
-from clip_adapter.pipelines.fitting.plan import PlannedMethod
+from clip_adapter.pipelines.reporting.figures import Picture
 from clip_adapter.pipelines.saved.adapter_file import AdapterInfo, SavedAdapter
 
 CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -80,7 +79,7 @@ def thin_grids(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(METHODS, name, method)
 
 
-_PICTURES: dict[str, bytes | None] = {}
+_PICTURES: dict[str, bytes] = {}
 
 
 @pytest.fixture
@@ -89,17 +88,15 @@ def pictures_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     For tests that end or go on with a run many times: drawing takes a third of a small run's time.
     """
-    drawn = plot._drawn
+    drawn = Picture._saved
 
-    def once(
-        panels: Any, axes: tuple[str, str], planned: PlannedMethod, *, halving: bool
-    ) -> bytes | None:
-        shown = repr((panels, axes, planned.method.name, halving))
+    def once(picture: Picture, **options: Any) -> bytes:
+        shown = repr((picture.name, picture.caption, picture.alt, picture.numbers, options))
         if shown not in _PICTURES:
-            _PICTURES[shown] = drawn(panels, axes, planned, halving=halving)
+            _PICTURES[shown] = drawn(picture, **options)
         return _PICTURES[shown]
 
-    monkeypatch.setattr(plot, "_drawn", once)
+    monkeypatch.setattr(Picture, "_saved", once)
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file
 
-from clip_adapter.pipelines.fitting.fit_rows import unpacked
+from clip_adapter.pipelines.fitting.record import unpacked
 
 SECONDS = "seconds"
 TESTED = ("test_accuracy", "balanced_accuracy", "new_accuracy", "harmonic_mean")
@@ -18,6 +19,21 @@ def results(run: Path) -> list[dict[str, str]]:
     """The rows of results.csv without their times."""
     with (run / "results.csv").open(newline="") as file:
         return [{k: v for k, v in row.items() if k != SECONDS} for row in csv.DictReader(file)]
+
+
+def grid_rows(run: Path) -> list[dict[str, str]]:
+    """The settings of closed forms, as rows of results.csv would have them."""
+    rows = []
+    for path in sorted((run / "grids").rglob("*.safetensors")):
+        stored = load_file(path)
+        axes = json.loads(stored["axes"].tobytes())
+        _, shots, _, seed = path.stem.split("-")
+        task = {"method": path.parent.name, "shots": shots, "seed": seed, "best_epoch": "0"}
+        for place in np.ndindex(stored["val_nll"].shape):
+            values = {name: str(axes[name][n]) for name, n in zip(axes, place, strict=True)}
+            judged = {n: str(stored[n][place]) for n in ("val_accuracy", "val_nll")}
+            rows.append(task | values | judged)
+    return rows
 
 
 def nearest_of(rows: Sequence[dict[str, str]], kept: Sequence[int] | None = None) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """`--ablate`, an analysis that chooses nothing, and `--refit`, the adapter for use."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ from clip_adapter.adapters.engine.search import fit as fit_arrays
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Head, Task
 from clip_adapter.adapters.registry import METHODS
-from clip_adapter.errors import UserError
 from clip_adapter.pipelines.commands.fit import fit, main
 from clip_adapter.pipelines.fitting import one_task
-from clip_adapter.pipelines.fitting.ablation_rows import FILE, AblationRow, read_ablations
 from clip_adapter.pipelines.fitting.config import FitConfig
+from clip_adapter.pipelines.fitting.results import TaskResult
+from clip_adapter.pipelines.fitting.run_folder import SELECTED, read_selected
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter
 from tests.pipelines.run_files import files
 from tests.pipelines.tiny_cache import TinyData, short, tiny_data, write_cache
@@ -41,8 +40,12 @@ def alone(cache: Path, out: Path, **values: Any) -> float:
     return row.test_accuracy
 
 
+def held_rows(run: Path) -> list[TaskResult]:
+    return [row for row in read_selected(run) if row.held]
+
+
 def shown(rows: Any) -> dict[Value, float]:
-    return {row.value: row.result.test_accuracy for row in rows}
+    return {value: row.test_accuracy for row in rows for value in row.held.values()}
 
 
 def test_every_value_has_the_accuracy_of_a_fit_with_it_alone(cache: Path, tmp_path: Path) -> None:
@@ -52,26 +55,26 @@ def test_every_value_has_the_accuracy_of_a_fit_with_it_alone(cache: Path, tmp_pa
     both = fit(
         short(cache, tmp_path / "both", alpha=(0.2, 0.6), ablate=("alpha", "lr"), **grid, **QUICK)
     )
-    own = [row for row in both.ablations if row.factor == "alpha"]
+    own = [row for row in both.ablations if "alpha" in row.held]
     assert shown(own) == {
         value: alone(cache, tmp_path / f"alpha-{value}", alpha=value, **grid)
         for value in (0.2, 0.6)
     }
-    rates = [row for row in both.ablations if row.factor == "learning_rate"]
-    assert [row.value for row in rates] == [0.003, 0.03]
-    assert {row.result.setting["learning_rate"] for row in rates} == {0.003, 0.03}  # type: ignore[index]
+    rates = [row for row in both.ablations if "learning_rate" in row.held]
+    assert [*shown(rates)] == [0.003, 0.03]
+    assert {row.setting["learning_rate"] for row in rates} == {0.003, 0.03}  # type: ignore[index]
     # Nothing is chosen by it.
     assert both.results == plain.results
     one, other = files(plain.run), files(both.run)
     assert {name for name in other if one.get(name) != other[name]} == {
-        *("run.json", "results.csv", FILE)
+        *("run.json", "results.csv", SELECTED)
     }, "the adapters, predictions, tables and the picture of the grid are those without ablation"
 
 
 def test_all_ratios_of_the_table_by_default(cache: Path, tmp_path: Path) -> None:
     result = fit(short(cache, tmp_path / "run", ablate="alpha", alpha=0.4, **QUICK))
     words = ("learned", "hypernet")
-    assert [row.value for row in result.ablations] == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, *words]
+    assert [*shown(result.ablations)] == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, *words]
     for word in words:
         found = shown(result.ablations)[word]
         assert found == alone(cache, tmp_path / word, alpha=word)
@@ -92,7 +95,7 @@ def test_a_hyper_parameter_that_has_one_value_for_all_settings(cache: Path, tmp_
     given = fit(
         short(cache, tmp_path / "given", ablate="branch", branch=("text", "image"), **QUICK)
     )
-    assert [row.value for row in given.ablations] == ["text", "image"]
+    assert [*shown(given.ablations)] == ["text", "image"]
     assert given.results[0].setting["branch"] == "image"  # type: ignore[index]
 
 
@@ -111,7 +114,7 @@ def test_each_method_shots_and_seed_has_its_rows(cache: Path, tmp_path: Path) ->
         hyper=values,
     )
     result = fit(config)
-    keys = [(r.result.method, r.value, r.result.shots, r.result.seed) for r in result.ablations]
+    keys = [(r.method, r.held["alpha"], r.shots, r.seed) for r in result.ablations]
     pairs = {"tip-adapter": (0.5, 1.0), "clip-adapter": (0.2, 0.6)}
     assert sorted(keys) == sorted(
         (method, value, shots, seed)
@@ -188,7 +191,7 @@ def test_it_goes_on_where_it_was_interrupted(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(one_task.TaskRunner, "result", stopped)
         fit(config(run))
-    begun = read_ablations(run)
+    begun = held_rows(run)
     assert len(begun) == 2
     assert not (run / "adapter.json").exists()
     count = 0
@@ -196,17 +199,8 @@ def test_it_goes_on_where_it_was_interrupted(
         patch.setattr(one_task.TaskRunner, "result", lambda *a: stopped(*a))
         fit(FitConfig(resume=run))
     assert count == 4, "what has a row is not run again"
-    assert (run / FILE).read_bytes() == (whole.run / FILE).read_bytes()
+    assert (run / SELECTED).read_bytes() == (whole.run / SELECTED).read_bytes()
     assert (run / "summary.csv").read_bytes() == (whole.run / "summary.csv").read_bytes()
-
-
-def test_another_ablation_does_not_go_on(cache: Path, tmp_path: Path) -> None:
-    run = fit(short(cache, tmp_path / "run", ablate="branch", alpha=0.4, **QUICK)).run
-    asked = short(
-        cache, tmp_path / "run", ablate="branch", alpha=0.4, branch=("text", "both"), **QUICK
-    )
-    with pytest.raises(UserError, match="started with other arguments"):
-        fit(dataclasses.replace(asked, out=None, resume=run))
 
 
 @pytest.mark.parametrize(
@@ -231,27 +225,19 @@ def test_bad_factors_are_a_sentence(
     assert not out.exists()
 
 
-def test_damaged_rows_are_a_sentence(tmp_path: Path) -> None:
-    assert read_ablations(tmp_path) == []
-    for content in ("{", "[]\n", '{"factor": "alpha"}\n', json.dumps({"factor": 1}) + "\n"):
-        (tmp_path / FILE).write_text(content)
-        with pytest.raises(UserError, match=r"ablation\.jsonl cannot be read; fit it again"):
-            read_ablations(tmp_path)
-
-
 def test_the_table_says_what_it_is(cache: Path, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         words = "--shots 1 2 --epochs 2 --baselines --alpha 0.4 --ablate branch"
         main(["--cache", str(cache), "--out", str(tmp_path / "run"), *words.split()])
     printed = capsys.readouterr().out
     assert "an analysis, which chooses nothing" in " ".join(printed.split())
-    rows: list[AblationRow] = read_ablations(tmp_path / "run")
+    rows = held_rows(tmp_path / "run")
     table = printed[printed.index("ablation of branch") :]
     for branch in ("image", "text", "both"):
         (line,) = (ln for ln in table.splitlines() if ln.split()[:1] == [branch])
         for row in rows:
-            if row.value == branch:
-                assert f"{100 * row.result.test_accuracy:.2f}" in line  # type: ignore[operator]
+            if row.held["branch"] == branch:
+                assert f"{100 * row.test_accuracy:.2f}" in line  # type: ignore[operator]
 
 
 # --refit

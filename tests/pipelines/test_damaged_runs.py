@@ -15,10 +15,10 @@ from clip_adapter.errors import UserError
 from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.commands.report import ReportConfig, report
 from clip_adapter.pipelines.fitting.config import FitConfig
+from clip_adapter.pipelines.fitting.console_report import print_run
 from clip_adapter.pipelines.fitting.predictions import read_predictions
+from clip_adapter.pipelines.fitting.record import StateFolder
 from clip_adapter.pipelines.fitting.run_folder import RunFolder
-from clip_adapter.pipelines.fitting.states import StateFolder
-from clip_adapter.pipelines.fitting.tables import print_run
 from tests.pipelines.run_files import assert_same_end, files
 from tests.pipelines.tiny_cache import short, tiny_data, write_cache
 

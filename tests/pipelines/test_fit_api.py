@@ -124,7 +124,7 @@ def test_rows_are_typed_and_predictions_can_be_read(cache: Path, tmp_path: Path)
         assert (line.test_accuracy.mean, line.test_accuracy.std) == pytest.approx((mean, std))
     assert result.kept and result.kept.key == ("clip-adapter", 4, 1)
     assert result.plan.shots == (2, 4) and result.problem == ""
-    assert list(result.class_names) == [f"class {number}" for number in range(4)]
+    assert list(result.provenance.class_names) == [f"class {number}" for number in range(4)]
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,14 @@ from clip_adapter.adapters.registry import METHODS
 from clip_adapter.errors import UserError
 from clip_adapter.pipelines.commands.fit import fit, main
 from clip_adapter.pipelines.fitting.config import FitConfig
-from clip_adapter.pipelines.fitting.flags import parse
+from clip_adapter.pipelines.fitting.console_report import print_run
+from clip_adapter.pipelines.fitting.options import parse
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.fitting.run import FitResult
-from clip_adapter.pipelines.fitting.tables import print_run
 from clip_adapter.pipelines.saved.adapter_file import load_adapter
 from tests import processes
 from tests.pipelines import toy_methods
-from tests.pipelines.run_files import results, selected
+from tests.pipelines.run_files import grid_rows, results, selected
 from tests.pipelines.tiny_cache import short, tiny_data, write_cache
 
 TOYS = "tests.pipelines.toy_methods"
@@ -144,7 +144,8 @@ def test_several_methods_in_one_run(cache: Path, tmp_path: Path):
         )
     )
     assert [row.method for row in result.results] == ["zero-shot", *names]
-    tried = [(row["method"], row["alpha"]) for row in results(result.run)]
+    rows_of = [*results(result.run), *grid_rows(result.run)]
+    tried = [(row["method"], row["alpha"]) for row in rows_of if "alpha" in row]
     assert [alpha for method, alpha in tried if method == "weighted"] == ["0.0", "2.0", "4.0"]
     assert [alpha for method, alpha in tried if method == "clip-adapter"] == ["0.0"]
     rows = [row for row in result.results if row.method in names]
@@ -192,7 +193,7 @@ def test_the_command_that_keeps_a_better_baseline(cache: Path, tmp_path: Path, c
 
 
 def printed(result: FitResult, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    print_run(result)
+    print_run(result, verbose=True)
     return capsys.readouterr().out.splitlines()
 
 
@@ -219,12 +220,14 @@ def test_a_method_of_ones_own(cache: Path, tmp_path: Path):
 
     mine = ["--method", "theirs:WEIGHTED"]
     values = ["--their-own.alpha", 1, 2]
-    done = run("fit", "--cache", cache, "--out", "run", "--shots", 2, *mine, "gda", *values)
+    done = run(
+        "fit", "--cache", cache, "--out", "run", "--shots", 2, *mine, "gda", *values, "--verbose"
+    )
     assert done.returncode == 0, done.stderr
     assert [row["method"] for row in selected(tmp_path / "run")][-2:] == ["their-own", "gda"]
     assert "chosen settings of their-own" in done.stdout
     for command in (
-        ["fit", "--resume", "run"],
+        ["fit", "--resume", "run", "--verbose"],
         ["clip-adapter", "report", "run", "--html", "none"],
     ):
         alone = run(*command)

@@ -12,8 +12,8 @@ from clip_adapter.adapters.registry import METHODS
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
+from clip_adapter.pipelines.fitting.console_report import print_run
 from clip_adapter.pipelines.fitting.run_folder import new_folder
-from clip_adapter.pipelines.fitting.tables import print_run
 from clip_adapter.pipelines.saved.adapter_file import load_adapter
 from tests.pipelines.run_files import results
 from tests.pipelines.test_fit import zero_shot_accuracy
@@ -125,7 +125,7 @@ def test_another_method_and_its_baselines(cache: Path, tmp_path: Path, capsys):
     result = fit(config)
     assert [row.method for row in result.results] == ["zero-shot", "linear-probe"]
     assert load_adapter(result.run).info.method == "linear-probe"
-    print_run(result)
+    print_run(result, verbose=True)
     assert "clip-adapter" not in capsys.readouterr().out.replace(str(result.run), "")
 
 
@@ -134,7 +134,7 @@ def test_without_a_test_split_there_is_no_test_accuracy(tmp_path: Path, capsys):
     result = fit(short(cache, tmp_path / "run", alpha=0.5, baselines=("zero-shot",)))
     assert {row.test_accuracy for row in result.results} == {None}
     assert {line.test_accuracy for line in result.summary} == {None}
-    print_run(result)
+    print_run(result, verbose=True)
     assert "–" in capsys.readouterr().out
     assert (result.run / "adapter.json").exists()
     assert not (result.run / "predictions").exists()
@@ -258,13 +258,13 @@ def test_base_to_new(tmp_path: Path, capsys):
         )
         guesses = classes[0] + logits.argmax(axis=1)
         assert found == pytest.approx(np.mean(guesses == labels[of_these]))
-    print_run(result)
+    print_run(result, verbose=True)
     printed = " ".join(capsys.readouterr().out.split())
     n = int(np.isin(labels, range(3)).sum())
     error = (row.test_accuracy * (1 - row.test_accuracy) / n) ** 0.5
     assert f"clip-adapter base {100 * row.test_accuracy:.2f} ± {100 * error:.2f}" in printed
     assert f"clip-adapter new {100 * row.new_accuracy:.2f}" in printed
-    assert f"clip-adapter H {100 * row.harmonic_mean:.2f}" in printed
+    assert f"clip-adapter H * † {100 * row.harmonic_mean:.2f}" in printed
 
 
 def test_a_setting_that_diverges_is_recorded_and_not_chosen(cache: Path, tmp_path: Path, capsys):
@@ -273,5 +273,5 @@ def test_a_setting_that_diverges_is_recorded_and_not_chosen(cache: Path, tmp_pat
     (row,) = result.results
     assert row.setting and row.setting["learning_rate"] == 0.01
     assert (row.tried, row.diverged) == (2, 1)
-    print_run(result)
+    print_run(result, verbose=True)
     assert "1 diverged" in capsys.readouterr().out

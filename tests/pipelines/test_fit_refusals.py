@@ -108,7 +108,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (f"--out {'x' * 300}", "Cannot write to"),
         ("--resume nowhere", "nowhere holds no run"),
         ("--resume features.h5", "features.h5 holds no run"),
-        ("--resume nowhere --out there", "leave --out out"),
+        ("--resume nowhere --out there", "--resume takes no --out: a run goes on as it was begun."),
     ],
 )
 def test_arguments_that_make_no_sense(

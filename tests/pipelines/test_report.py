@@ -69,14 +69,23 @@ def rows_of(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(StringIO(text)))
 
 
-def table(text: str) -> tuple[str, dict[str, list[str]]]:
-    """The heading of a printed table, and the means of each of its rows."""
-    above, _, below = text.partition("───")
-    found = re.findall(r"^ +(\w+) +(\d.*|–.*)$", below, re.MULTILINE)
-    cells = {
-        shots: [cell.split()[0] for cell in re.split("  +", rest.strip())] for shots, rest in found
-    }
-    return above[above.index("test accuracy (%)") :].partition("\n")[2], cells
+def table(text: str) -> dict[str, dict[str, str]]:
+    """The printed means: row → column → mean, with the names in full and without marks."""
+    head, _, below = text.partition(" ───")
+    columns = re.findall(r"\S+ shots?", head.splitlines()[-1])
+    rows: dict[str, dict[str, str]] = {}
+    for line in below.splitlines()[1:]:
+        if not line.startswith("  "):
+            break
+        name, *cells = re.split("   +", line.strip()) if line[2] != " " else ["", line.strip()]
+        cells = [cell for cell in cells if cell]
+        if cells and re.match(r"\d|–", cells[-1]):
+            means = (cell.split()[0] for cell in cells)
+            rows[name] = dict(zip(columns, means, strict=True))
+        else:  # the rest of a long name
+            name = [*rows][-1]
+            rows[f"{name} {line.strip()}"] = rows.pop(name)
+    return {re.sub("( [*†])+$", "", name): row for name, row in rows.items()}
 
 
 def accuracies(run: Path, method: str, shots: int) -> list[float]:
@@ -103,28 +112,30 @@ def mean(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.2f}"
 
 
-def test_a_column_per_run_and_a_common_baseline_once(runs: Path, printed: Report):
-    heading, cells = table(printed("low", "high"))
-    assert [heading.count(n) for n in ("zero-shot", "linear-probe", "clip-adapter")] == [1, 1, 2]
-    assert re.search(r"alpha 0\.2 +alpha 0\.8", heading)
-    columns = [("low", "zero-shot"), ("low", "linear-probe"), ("low", "clip-adapter")]
-    columns += [("high", "clip-adapter")]
-    for shots in (2, 4):
-        expected = [mean(accuracies(runs / run, method, shots)) for run, method in columns]
-        assert cells[str(shots)] == expected
+APART = {"low": 0.2, "high": 0.8}
+
+
+def test_a_row_per_run_and_a_common_baseline_once(runs: Path, printed: Report):
+    rows = table(printed("low", "high"))
+    sources = {name: ("low", name) for name in ("zero-shot", "linear-probe")}
+    sources |= {f"clip-adapter alpha {a}": (run, "clip-adapter") for run, a in APART.items()}
+    assert rows == {
+        name: {f"{shots} shots": mean(accuracies(runs / run, method, shots)) for shots in (2, 4)}
+        for name, (run, method) in sources.items()
+    }
+    means = [float(row["4 shots"]) for row in rows.values()]
+    assert means == sorted(means, reverse=True), "the best first, at the most shots"
 
 
 def test_other_seeds_and_shots_of_the_same_pool(runs: Path, printed: Report):
     """Over the seeds of both runs, and what it is over is said."""
     text = printed("low", "more")
-    heading, cells = table(text)
-    assert heading.split() == ["shots", "zero-shot", "linear-probe", "clip-adapter"]
-    pooled = accuracies(runs / "low", "clip-adapter", 4) + accuracies(
-        runs / "more", "clip-adapter", 4
-    )
+    rows = table(text)
+    assert sorted(rows) == ["clip-adapter", "linear-probe", "zero-shot"]
+    pooled = [x for run in ("low", "more") for x in accuracies(runs / run, "clip-adapter", 4)]
     assert len(pooled) == 3
     own = accuracies(runs / "low", "clip-adapter", 2)
-    assert [cells["2"][2], cells["4"][2]] == [mean(own), mean(pooled)]
+    assert rows["clip-adapter"] == {"2 shots": mean(own), "4 shots": mean(pooled)}
     assert f"{mean(pooled)} ± {100 * statistics.stdev(pooled):.2f}" in text
     assert "clip-adapter: seeds 1, 2 at 2; 1, 2, 3 at 4 shots" in text
     assert "of one seed" not in text
@@ -137,38 +148,39 @@ def test_it_says_what_the_numbers_rest_on(printed: Report):
     assert "tiny-clip (nothing) on tiny: 4 classes, 60 test images" in text
     assert "test split: made up" in text
     assert "seeds 1, 2\n" in text
-    assert "selected on min(shots, 4) validation images per class\n" in text
+    rule = "selected on min(shots, 4) validation images per class"
+    assert f"{rule}; test computed for the selected setting only\n" in text
 
 
 def test_other_methods_and_rules_stand_beside_each_other(printed: Report):
     """What nothing is chosen of has no rule; what is chosen by another is another column."""
     text = printed("low", "other")
-    heading, cells = table(text)
-    assert heading.count("zero-shot") == 1
-    assert heading.count("linear-probe") == 2
-    assert "select few-shot-val" in heading and "select full-val" in heading
+    rows = table(text)
+    assert {n for n in rows if n.startswith(("zero", "linear"))} == {
+        *("zero-shot", "linear-probe select few-shot-val", "linear-probe select full-val")
+    }
     assert "tip-adapter: selected on the whole validation split\n" in text
-    assert cells["2"][-1] != "–"
+    assert rows["tip-adapter"]["2 shots"] != "–"
 
 
 def test_runs_on_half_of_the_classes_say_so(runs: Path, tmp_path: Path, printed: Report):
     stated = {"cache": runs / "features.h5", "train_classes": "base", "shots": 2, "seeds": 1}
     baselines = {"baselines": ("zero-shot",), "hyper": short(alpha=0.2)}
     result = fit(FitConfig(out=tmp_path / "base", **stated, **baselines)).results[1]
-    heading, cells = table(printed(tmp_path / "base"))
-    assert heading.split().count("zero-shot") == heading.split().count("clip-adapter") == 3
-    assert heading.split()[-6:] == ["base", "new", "H"] * 2
+    rows = table(printed(tmp_path / "base"))
+    kinds = ("base", "new", "H")
+    assert {*rows} == {f"{name} {k}" for name in ("zero-shot", "clip-adapter") for k in kinds}
     assert result.new_accuracy is not None and result.harmonic_mean is not None
-    assert cells["2"][4:] == [mean([result.new_accuracy]), mean([result.harmonic_mean])]
+    assert rows["clip-adapter new"] == {"2 shots": mean([result.new_accuracy])}
+    assert rows["clip-adapter H"] == {"2 shots": mean([result.harmonic_mean])}
 
 
-def test_no_column_hides_another(runs: Path, tmp_path: Path, printed: Report):
-    """Where the same arguments gave other numbers, the folder tells the columns apart."""
+def test_no_row_hides_another(runs: Path, tmp_path: Path, printed: Report):
+    """Where the same arguments gave other numbers, the folder tells the rows apart."""
     changed(runs / "low", tmp_path / "edited", 0.0625)
-    heading, cells = table(printed("low", tmp_path / "edited"))
-    assert "(edited)" in heading
-    assert mean(accuracies(runs / "low", "clip-adapter", 2)) in cells["2"]
-    assert mean(accuracies(tmp_path / "edited", "clip-adapter", 2)) in cells["2"]
+    rows = table(printed("low", tmp_path / "edited"))
+    for name, run in (("clip-adapter", "low"), ("clip-adapter (edited)", tmp_path / "edited")):
+        assert rows[name]["2 shots"] == mean(accuracies(runs / run, "clip-adapter", 2))
 
 
 @pytest.mark.parametrize("width", [-3, 0, 1])
@@ -180,10 +192,9 @@ def test_a_terminal_of_no_width_is_none(printed: Report, width: int):
 def test_it_folds_to_the_width_of_the_terminal(printed: Report, width: int):
     text = printed("low", "high", "other", width=width)
     assert max(map(cell_len, text.splitlines())) <= width
-    wide = table(printed("low", "high", "other"))[1]
-    folded = re.findall(r"^ +4 +(\d.*)$", text, re.MULTILINE)
-    assert len(folded) > 1
-    assert re.findall(r"\d+\.\d\d(?= ±)", " ".join(folded)) == wide["4"]
+    assert text == re.sub(" +$", "", text, flags=re.MULTILINE), "no line ends in blanks"
+    wide = re.findall(r"\d+\.\d\d(?= ±)", printed("low", "high", "other"))
+    assert sorted(re.findall(r"\d+\.\d\d(?= ±)", text)) == sorted(wide)
 
 
 def test_csv_has_a_row_for_each_cell(runs: Path, printed: Report):
@@ -210,11 +221,11 @@ def odd(runs: Path, tmp_path: Path) -> Path:
 def test_markdown_says_names_as_they_are(odd: Path, printed: Report):
     text = printed(odd / "plain", odd / "50% & a_b|<b>", form="md")
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {6}
-    assert r"(50% &amp; a\_b\|&lt;b&gt;)" in lines[0]
+    assert r"(50% &amp; a\_b\|&lt;b&gt;) |" in text
     assert r"a \$\\input\{x\}\$ \~ \*set\* &lt;script&gt;:" in text
-    assert lines[1] == "|" + " ---: |" * 5
-    assert mean(accuracies(odd / "plain", "linear-probe", 2)) in lines[2]
+    assert lines[:2] == ["| method | 2 shots | 4 shots |", "| --- | ---: | ---: |"]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines[:6]} == {4}
+    assert f"| {mean(accuracies(odd / 'plain', 'linear-probe', 2))} ± " in lines[3]
 
 
 def test_latex_says_names_as_they_are(odd: Path, printed: Report):
@@ -226,7 +237,7 @@ def test_latex_says_names_as_they_are(odd: Path, printed: Report):
     assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {2}
     assert len(rows) == 1 + 4
     own = accuracies(odd / "plain", "linear-probe", 4)
-    assert rf"{mean(own)} $\pm$ {100 * statistics.stdev(own):.2f} \\" in text
+    assert rf"{mean(own)} $\pm$ {100 * statistics.stdev(own):.2f}" in text
 
 
 def test_a_name_commands_no_terminal(odd: Path, printed: Report):
@@ -290,8 +301,7 @@ def test_a_run_folder_with_damaged_parts(runs: Path, tmp_path: Path):
 def test_a_run_in_which_every_setting_diverged(runs: Path, tmp_path: Path, printed: Report):
     stated = {"cache": runs / "features.h5", "shots": 2, "baselines": ()}
     fit(FitConfig(out=tmp_path / "lost", hyper=short(alpha=0.2, learning_rate=1e30), **stated))
-    _, cells = table(printed(tmp_path / "lost"))
-    assert cells == {"2": ["–"]}
+    assert table(printed(tmp_path / "lost")) == {"clip-adapter": {"2 shots": "–"}}
     report(ReportConfig((tmp_path / "lost",)))
     assert "There is no test accuracy." in (tmp_path / "lost" / "report.html").read_text()
 

@@ -14,11 +14,12 @@ import pytest
 from clip_adapter.errors import UserError
 from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.commands.report import ReportConfig, report
-from clip_adapter.pipelines.fitting.ablation_rows import FILE
 from clip_adapter.pipelines.fitting.config import FitConfig
-from clip_adapter.pipelines.reporting.ablation_section import ablation_sections
-from clip_adapter.pipelines.reporting.ablations import pooled_ablations
+from clip_adapter.pipelines.fitting.run_folder import SELECTED
+from clip_adapter.pipelines.reporting.accuracies import Ablation, ablations
+from clip_adapter.pipelines.reporting.entries import pool
 from clip_adapter.pipelines.reporting.runs import load_runs
+from clip_adapter.pipelines.reporting.sections.accuracy import ablation_section
 from tests.pipelines.tiny_cache import tiny_data, write_cache
 
 
@@ -41,14 +42,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cell(run: Path, value: object, shots: int, *more: Path) -> str:
-    """Mean ± deviation of the rows in ablation.jsonl."""
-    lines = [line for path in (run, *more) for line in (path / FILE).read_text().splitlines()]
+    """Mean ± deviation of the rows in selected.jsonl."""
+    lines = [line for path in (run, *more) for line in (path / SELECTED).read_text().splitlines()]
     found = [
-        row["result"]["test_accuracy"]
+        row["test_accuracy"]
         for row in map(json.loads, lines)
-        if (row["value"], row["result"]["shots"]) == (value, shots)
+        if (row["held"].get("alpha"), row["shots"]) == (value, shots)
     ]
     return f"{100 * statistics.mean(found):.2f} ± {100 * statistics.stdev(found):.2f}"
+
+
+def pooled(*runs: Path) -> list[Ablation]:
+    return ablations(pool(load_runs(runs)))
 
 
 def printed(capsys: pytest.CaptureFixture[str], form: str, *runs: Path) -> str:
@@ -57,10 +62,10 @@ def printed(capsys: pytest.CaptureFixture[str], form: str, *runs: Path) -> str:
 
 
 def test_a_row_for_each_value_numbers_by_size_then_words(runs: Path) -> None:
-    (found,) = pooled_ablations(load_runs([runs / "one"]))
-    assert found.numbers.head == ["alpha", "1 shot", "4 shots"]
+    (found,) = pooled(runs / "one")
+    assert found.table.head == ["alpha", "1 shot", "4 shots"]
     values = {"0.2": 0.2, "0.8": 0.8, "learned": "learned"}
-    assert found.numbers.rows == [
+    assert found.table.rows == [
         [words, cell(runs / "one", value, 1), cell(runs / "one", value, 4)]
         for words, value in values.items()
     ]
@@ -68,38 +73,39 @@ def test_a_row_for_each_value_numbers_by_size_then_words(runs: Path) -> None:
 
 def test_runs_of_other_seeds_pool_and_others_are_named(runs: Path) -> None:
     one, more, other = (runs / name for name in ("one", "more", "other"))
-    (pooled,) = pooled_ablations(load_runs([one, more]))
-    assert pooled.numbers.rows[0] == ["0.2", cell(one, 0.2, 1, more), cell(one, 0.2, 4, more)]
-    assert pooled.series[0].seeds == {1: (1, 2, 3), 4: (1, 2, 3)}
-    both = pooled_ablations(load_runs([one, other, more]))
-    assert [part.name for part in both] == ["alpha (one)", "alpha (other)"]
-    assert both[0].numbers.rows == pooled.numbers.rows
-    (section,) = ablation_sections(both)
-    assert [picture.name for picture in section.pictures] == [
-        "ablation-alpha-0",
-        "ablation-alpha-1",
+    (both,) = pooled(one, more)
+    assert both.table.rows[0] == ["0.2", cell(one, 0.2, 1, more), cell(one, 0.2, 4, more)]
+    assert [both.entries[0].seeds(shots) for shots in (1, 4)] == [(1, 2, 3)] * 2
+    (every,) = pooled(one, other, more)
+    names = [f"clip-adapter weight-decay {decay}" for decay in ("0.01", "0.1")]
+    assert [row[0] for row in every.table.rows] == [
+        f"{name} {value}" for name in names for value in ("0.2", "0.8", "learned")
     ]
-    assert "(one)" in section.pictures[0].caption and "(other)" in section.pictures[1].caption
+    assert [row[1:] for row in every.table.rows[:3]] == [row[1:] for row in both.table.rows]
+    (picture,) = ablation_section(every).pictures
+    for name in names:
+        assert name[:20] in picture.inline, "a line each"
 
 
 def test_a_number_that_contradicts_another_is_not_averaged_away(runs: Path, tmp_path: Path) -> None:
     copy = tmp_path / "edited"
     shutil.copytree(runs / "one", copy)
-    first, *rest = (copy / FILE).read_text().splitlines(keepends=True)
-    row = json.loads(first)
-    row["result"]["test_accuracy"] = 0.0625
-    (copy / FILE).write_text(json.dumps(row) + "\n" + "".join(rest))
-    names = [part.name for part in pooled_ablations(load_runs([runs / "one", copy]))]
-    assert names == ["alpha (one)", "alpha (edited)"]
+    text = (copy / SELECTED).read_text()
+    lines = text.splitlines(keepends=True)
+    place, row = next((n, r) for n, r in enumerate(map(json.loads, lines)) if r["held"])
+    lines[place] = json.dumps(row | {"test_accuracy": 0.0625}) + "\n"
+    (copy / SELECTED).write_text("".join(lines))
+    (found,) = pooled(runs / "one", copy)
+    assert {entry.label for entry in found.entries} == {"clip-adapter", "clip-adapter (edited)"}
 
 
 def test_several_methods_and_the_factor_method(runs: Path) -> None:
-    alpha, method = pooled_ablations(load_runs([runs / "methods"]))
-    assert [row[0] for row in alpha.numbers.rows] == [
+    alpha, method = pooled(runs / "methods")
+    assert [row[0] for row in alpha.table.rows] == [
         *("tip-adapter 0.5", "tip-adapter 1", "clip-adapter 0.5", "clip-adapter learned")
     ]
-    assert [row[0] for row in method.numbers.rows] == ["tip-adapter", "clip-adapter"]
-    sections = ablation_sections([alpha, method])
+    assert [row[0] for row in method.table.rows] == ["tip-adapter", "clip-adapter"]
+    sections = [ablation_section(one) for one in (alpha, method)]
     assert [section.title for section in sections] == ["Ablation of alpha", "Ablation of method"]
     drawn = sections[0].pictures[0].inline
     for words in ("tip-adapter, 1 shot", "tip-adapter, 4 shots", "clip-adapter, 1 shot"):
@@ -115,7 +121,7 @@ def test_the_page_says_that_it_chooses_nothing(runs: Path, tmp_path: Path) -> No
     assert "test accuracy is seen at every value of alpha" in section
     assert "everything else was selected on validation. It chooses nothing" in section
     assert cell(runs / "one", "learned", 4) in section
-    assert (tmp_path / "figures" / "ablation-alpha-0.svg").exists()
+    assert (tmp_path / "figures" / "ablation-alpha.svg").exists()
     report(ReportConfig((runs / "one",), html="none"))
 
 
@@ -153,19 +159,18 @@ def test_of_base_classes_it_says_so(tmp_path: Path, capsys: Any) -> None:
 
 def test_damage_is_one_sentence(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "one", tmp_path / "run")
-    path = tmp_path / "run" / FILE
+    path = tmp_path / "run" / SELECTED
     lines = path.read_text().splitlines(keepends=True)
-    strange = lines[0].replace('"factor": "alpha"', '"factor": "beta"')
-    listed = lines[0].replace('"value": 0.8', '"value": [0.8]')
-    assert strange != lines[0] != listed
+    held = next(line for line in lines if '"alpha": 0.8}' in line and '"held": {"' in line)
+    rest = [line for line in lines if line != held]
     for content, words in (
-        ("{", "cannot be read; fit it again"),
-        ("".join([*lines, lines[0]]), "is damaged"),
-        ("".join([strange, *lines[1:]]), "is damaged"),
-        ("".join([listed, *lines[1:]]), "is damaged"),
-        ("".join(lines[:-2]), "2 rows of 12 to go; go on with: fit --resume"),
+        ([*lines, held], "is damaged"),
+        ([*rest, held.replace('"held": {"alpha"', '"held": {"beta"')], "is damaged"),
+        ([*rest, held.replace('"held": {"alpha": 0.8}', '"held": {"alpha": 0.7}')], "is damaged"),
+        ([*rest, held.replace('{"alpha": 0.8}', '{"alpha": [0.8]}')], "cannot be read"),
+        (rest[:-1], "2 fits of 16 to go; go on with: fit --resume"),
     ):
-        path.write_text(content)
+        path.write_text("".join(content))
         with pytest.raises(UserError, match=words) as caught:
             report(ReportConfig((tmp_path / "run",)))
         assert "\n" not in str(caught.value)

@@ -15,17 +15,15 @@ from sklearn.metrics import confusion_matrix
 
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.extract.datasets.catalogue import load_catalogue
-from clip_adapter.pipelines.fitting.command_line_of import command_line
-from clip_adapter.pipelines.fitting.flags import parse
-from clip_adapter.pipelines.fitting.planning import make_plan
+from clip_adapter.pipelines.fitting.make_plan import make_plan
+from clip_adapter.pipelines.fitting.options import command_line, parse
 from clip_adapter.pipelines.fitting.predictions import Predictions
-from clip_adapter.pipelines.reporting.class_section import Pair, changed_most
 from clip_adapter.pipelines.reporting.figures import series
-from clip_adapter.pipelines.reporting.fits import Fit, best_by, ordered
-from clip_adapter.pipelines.reporting.image_section import changed_sides, originals, small_jpeg
-from clip_adapter.pipelines.reporting.manifold_section import embedded, neighbour_agreement
 from clip_adapter.pipelines.reporting.published import published
-from clip_adapter.pipelines.reporting.selection_section import of_every_seed
+from clip_adapter.pipelines.reporting.searches import Fit, best_by, of_every_seed, ordered
+from clip_adapter.pipelines.reporting.sections.classes import Pair, changed_most
+from clip_adapter.pipelines.reporting.sections.images import changed_sides, originals, small_jpeg
+from clip_adapter.pipelines.reporting.sections.manifold import embedded, neighbour_agreement
 from clip_adapter.pipelines.reporting.significance import (
     bootstrap,
     confusion,
@@ -139,7 +137,7 @@ def test_a_point_is_the_best_over_everything_else():
 
 def predictions(labels: list[int], predicted: list[int], sure: list[float]) -> Predictions:
     arrays = np.array(labels, np.int32), np.array(predicted, np.int32)
-    return Predictions(*arrays, np.array(sure, np.float32))
+    return Predictions(*arrays, np.array(sure, np.float32), (), ())
 
 
 @pytest.fixture

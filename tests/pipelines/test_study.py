@@ -20,8 +20,13 @@ from clip_adapter.listener import Listener
 from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.commands.study import StudyConfig, main, parse, study
 from clip_adapter.pipelines.fitting.config import FitConfig
-from clip_adapter.pipelines.reporting.comparison import Comparison, read_comparisons
-from clip_adapter.pipelines.reporting.comparison_page import _figure, _markdown, write_comparison
+from clip_adapter.pipelines.reporting.comparison import (
+    Comparison,
+    _figure,
+    _tables,
+    read_comparisons,
+    write_comparison,
+)
 from clip_adapter.pipelines.reporting.figures import series
 from tests import processes
 from tests.pipelines.run_files import assert_same_end, summary
@@ -158,18 +163,17 @@ def test_a_method_without_a_number_on_a_data_set() -> None:
     """It has no average; the others have theirs, and pairs are compared where both have one."""
     nan = np.nan
     accuracy = np.array([[[0.5], [0.6]], [[0.7], [nan]], [[0.3], [0.8]]])
-    found = Comparison("test_accuracy", ("a", "b", "c"), ("one", "two"), (1,), accuracy, accuracy)
+    measured = ("test accuracy", "test_accuracy")
+    found = Comparison(*measured, ("a", "b", "c"), ("one", "two"), (1,), accuracy, accuracy)
     assert np.array_equal(found.average, [[0.5], [nan]], equal_nan=True)
-    page = _markdown(found, "test accuracy")
+    page = "\n".join(table.markdown() for table in _tables(found))
     assert page.count("| two | – |") == 3, "neither an average, nor a rank, nor a number on b"
     assert "nan" not in page
     mean, error, wins, losses = found.difference(1, 0)
     assert mean == pytest.approx(0.3)
     assert error == pytest.approx(0.2)
     assert (wins, losses) == (2, 0)
-    lost = Comparison(
-        "test_accuracy", ("a",), ("one", "two"), (1,), np.array([[[0.5], [nan]]]), accuracy
-    )
+    lost = Comparison(*measured, ("a",), ("one", "two"), (1,), np.array([[[0.5], [nan]]]), accuracy)
     assert np.isnan(lost.difference(0, 1)[0])
 
 
@@ -177,10 +181,12 @@ def test_the_figure_takes_any_name_and_every_method_looks_another() -> None:
     """Names are text, no mathematics; the legend of many long names leaves room for the axes."""
     methods = [f"method-{number} with all its arguments" for number in range(15)]
     accuracy = np.linspace(0, 1, 30).reshape(1, 15, 2)
-    found = Comparison("test_accuracy", ("$\\frac{$",), methods, (1, 4), accuracy, accuracy)
+    found = Comparison(
+        "test accuracy", "test_accuracy", ("$\\frac{$",), methods, (1, 4), accuracy, accuracy
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # such as of a layout that leaves no room
-        content = _figure(found, "test accuracy")
+        content = _figure(found)
     pixels = np.array(Image.open(BytesIO(content)).convert("RGB")).reshape(-1, 3)
     counts = Counter(map(tuple, pixels.tolist()))
     for number in range(7):
@@ -286,6 +292,7 @@ def test_another_command_does_not_go_on(caches: Path, whole: Path) -> None:
         ("--caches .", "rename the file"),
         ("--caches a.h5 --cache b.h5", "--cache is for `fit`; a study takes --caches and --out."),
         ("--caches a.h5 --resume run", "--resume is for `fit`"),
+        ("--caches a.h5 --verbose", "--verbose is for `fit`"),
         ("--caches a.h5 --shot 1", "--shot"),
         ("--runs nowhere", "nowhere holds no run of `fit`, nor a study (there is no run.json)."),
         ("--runs nowhere --shots 1", "--caches needs at least one cache."),

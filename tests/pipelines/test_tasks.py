@@ -14,8 +14,8 @@ from clip_adapter.pipelines.fitting.data import open_data
 from clip_adapter.pipelines.fitting.tasks import (
     TaskRows,
     base_classes,
+    cross_validation,
     draw_tasks,
-    folds,
     kept_task,
     needed_rows,
     only_classes,
@@ -78,7 +78,7 @@ def test_tasks_come_by_shots_and_then_by_seed():
 @pytest.mark.parametrize(("shots", "count"), [(2, 2), (3, 3), (4, 4), (7, 4)])
 def test_folds_divide_the_support_set_class_by_class(shots: int, count: int):
     drawn = draw(DATA, shots, 2, "cv")
-    parts = folds(drawn, TRAIN)
+    parts = cross_validation(drawn, TRAIN)
     assert len(parts) == count
     judged: list[int] = []
     for part in parts:
@@ -101,7 +101,7 @@ def test_an_image_of_a_small_class_is_never_trained_on_and_judged(repeat: bool):
     for seed in range(6):
         drawn = draw(data, 8, seed, "cv", repeat=repeat)
         assert drawn.small_classes == (1, 2)
-        parts = folds(drawn, labels)
+        parts = cross_validation(drawn, labels)
         distinct = [len(set(drawn.support[labels[drawn.support] == c].tolist())) for c in range(4)]
         assert len(parts) == (min(*distinct, 4) if min(distinct) > 1 else 0)
         if not repeat:
@@ -112,10 +112,10 @@ def test_an_image_of_a_small_class_is_never_trained_on_and_judged(repeat: bool):
 
 
 def test_one_image_of_a_class_cannot_be_cross_validated():
-    assert folds(draw(DATA, 1, 1, "cv"), TRAIN) == []
+    assert cross_validation(draw(DATA, 1, 1, "cv"), TRAIN) == []
     single = tiny_data(train=(8, 1, 8, 8))
     drawn = draw(single, 4, 1, "cv")
-    assert folds(drawn, single.splits["train"][1].astype(np.int32)) == []
+    assert cross_validation(drawn, single.splits["train"][1].astype(np.int32)) == []
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_a_task_holds_the_images_of_its_rows(cache: Path):
             np.testing.assert_array_equal(task.validation_features, val[0][0, rows.validation])
             np.testing.assert_array_equal(task.validation_labels, VAL[rows.validation])
             assert (int(task.seed), task.head.text) == (rows.seed, None)
-            for fold in folds(rows, TRAIN):
+            for fold in cross_validation(rows, TRAIN):
                 part = data.task(PROBE, rows, fold)
                 np.testing.assert_array_equal(part.features, train[0][:, fold.support])
                 np.testing.assert_array_equal(

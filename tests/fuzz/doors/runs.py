@@ -47,7 +47,7 @@ def _make(out: Path, cache: Path, fits: int) -> None:
 
     hyper = {"alpha": (0.2, 0.6), "learning_rate": (0.001, 0.01), "epochs": (10,)}
     config = FitConfig(
-        cache=cache, out=out, baselines=("zero-shot",), shots=(2,), search="halving", hyper=hyper
+        cache=cache, out=out, baselines=("gda",), shots=(2,), search="halving", hyper=hyper
     )
     with patch.object(RunFolder, "add_fit", add_some):
         try:

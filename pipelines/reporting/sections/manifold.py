@@ -11,7 +11,6 @@ import numpy.typing as npt
 from clip_adapter.adapters.method import Head
 from clip_adapter.adapters.registry import REFERENCE
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.pipelines.reporting.class_section import MOST_CLASSES, Pair, changed_most
 from clip_adapter.pipelines.reporting.entries import Entry
 from clip_adapter.pipelines.reporting.figures import (
     DPI,
@@ -19,13 +18,14 @@ from clip_adapter.pipelines.reporting.figures import (
     INK,
     MARKERS,
     SERIES,
-    Numbers,
     Picture,
+    Section,
     drawing,
     label,
-    picture,
+    percent,
 )
-from clip_adapter.pipelines.reporting.section import Section, percent
+from clip_adapter.pipelines.reporting.sections.classes import MOST_CLASSES, Pair, changed_most
+from clip_adapter.pipelines.reporting.table import Table
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter
 from clip_adapter.words import counted, printable
 
@@ -146,14 +146,14 @@ def embedded(rows: Rows) -> npt.NDArray[np.float32]:
         return tsne.fit_transform(rows)
 
 
-def _by_class(space: Space, pair: Pair, right: dict[str, npt.NDArray[np.bool_]]) -> Numbers:
+def _by_class(space: Space, pair: Pair, right: dict[str, npt.NDArray[np.bool_]]) -> Table:
     rows = []
     for c in np.unique(space.labels).tolist():
         own = space.labels == c
         shares = [percent(float(some[own].mean()), 1) for some in right.values()]
         rows.append([printable(pair.class_names[c]), str(int(own.sum())), *shares])
     caption = f"images whose {NEIGHBOURS} nearest others agree with their class"
-    return Numbers(["class", "images", "before %", "after %"], rows, caption)
+    return Table(["class", "images", "before %", "after %"], rows, caption)
 
 
 def _drawn(
@@ -162,7 +162,7 @@ def _drawn(
     rows: Rows,
     space: Space,
     pair: Pair,
-    numbers: Numbers,
+    numbers: Table,
     agreement: float,
 ) -> Picture:
     places = embedded(rows)
@@ -201,7 +201,7 @@ def _drawn(
             figure.legend(loc="outside lower center", ncols=2, fontsize=7, markerscale=1.5)
         where = "the legend names classes" if listed else "labels stand at their class's median"
         figure.set_dpi(DPI)
-        return picture(
+        return Picture(
             f"features-{when}",
             f"{space.what.capitalize()} {when} adapting ({name}); {where}.",
             f"Scatter plot of test images {when} adapting; the nearest neighbours agree with the "

@@ -18,8 +18,8 @@ from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.extract.datasets.catalogue import load_catalogue
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.encoding.images import open_image, read_rgb
-from clip_adapter.pipelines.reporting.class_section import Pair
-from clip_adapter.pipelines.reporting.section import Gallery, Section, Thumbnail
+from clip_adapter.pipelines.reporting.figures import Gallery, Section, Thumbnail
+from clip_adapter.pipelines.reporting.sections.classes import Pair
 from clip_adapter.words import printable, shortened
 
 if TYPE_CHECKING:

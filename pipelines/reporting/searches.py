@@ -1,49 +1,48 @@
-"""Every fit of a search, as results.csv has them."""
+"""What the searches of a method tried, read back, and the best of it along an axis."""
 
 from __future__ import annotations
 
 import csv
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from io import StringIO
 
 from clip_adapter import files
 from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.config import Shots
-from clip_adapter.pipelines.fitting.factors import in_grid
+from clip_adapter.pipelines.fitting.record import Fit, has_rows, read_grid
+from clip_adapter.pipelines.fitting.run_folder import FITS
 from clip_adapter.pipelines.reporting.entries import Entry
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A setting on a task. values: as written, for the hyper-parameters that have an effect.
-    accuracy: on validation, in [0, 1]; None where it diverged."""
-
-    shots: Shots
-    seed: int
-    values: Mapping[str, str]
-    accuracy: float | None
-
-
 def read_fits(entry: Entry) -> list[Fit]:
-    """The fits of an entry's tasks.
+    """Every fit of the searches on an entry's tasks, without those of an ablation's values.
 
-    Raises UserError where results.csv cannot be read.
+    Raises UserError where they cannot be read.
     """
-    found = []
-    for run in {id(one.run): one.run for one in entry.found.values()}.values():
-        own = {task for task, one in entry.found.items() if one.run is run}
-        path = run.path / "results.csv"
+    if not has_rows(entry.method):
+        return [fit for row, run in entry.rows.values() for fit in read_grid(run.path, *row.key)]
+    found: list[Fit] = []
+    for run in {id(run): run for _, run in entry.rows.values()}.values():
+        own = {task for task, (_, its_run) in entry.rows.items() if its_run is run}
+        path = run.path / FITS
         try:
             table = csv.DictReader(StringIO(files.read_text(path), newline=""))
             rows = [row for row in table if row["method"] == entry.method.name]
-            values, shown = entry.planned.values, entry.planned.ablation
-            fits = [_fit(row, entry) for row in rows if in_grid(values, shown, row)]
+            fits = [_fit(row, entry) for row in rows if _counts(row, entry)]
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
             raise UserError(f"{path} cannot be read; fit --resume {run.path}.") from error
         found += [fit for fit in fits if (fit.shots, fit.seed) in own]
     return found
+
+
+def _counts(row: Mapping[str, str], entry: Entry) -> bool:
+    """Whether a row belongs to the choice: that of a value that only an ablation shows does not."""
+    values = entry.planned.values
+    return all(
+        not row.get(factor) or row[factor] in map(str, values[factor])
+        for factor in entry.planned.ablation
+    )
 
 
 def _fit(row: Mapping[str, str], entry: Entry) -> Fit:
@@ -78,3 +77,11 @@ def ordered(values: set[str]) -> list[str]:
             return True, 0.0, value
 
     return sorted(values, key=key)
+
+
+def of_every_seed(
+    best: Mapping[tuple[str, ...], dict[int, float]],
+) -> dict[tuple[str, ...], dict[int, float]]:
+    """Those values that have an accuracy of every seed that any of them has one of."""
+    seeds = {seed for own in best.values() for seed in own}
+    return {key: own for key, own in best.items() if own.keys() == seeds}

@@ -1,4 +1,5 @@
-"""Class by class: what adapting gained and lost against another classifier."""
+"""Two classifiers on the same images: what adapting gained and lost class by class, and whether a
+probability of 0.9 is right nine times in ten."""
 
 from __future__ import annotations
 
@@ -12,13 +13,15 @@ from clip_adapter.pipelines.fitting.predictions import Predictions
 from clip_adapter.pipelines.reporting.figures import (
     MUTED,
     SERIES,
-    Numbers,
+    Picture,
+    Section,
     drawing,
     label,
-    picture,
+    percent,
+    points,
 )
-from clip_adapter.pipelines.reporting.section import Section, percent, points
-from clip_adapter.pipelines.reporting.significance import confusion
+from clip_adapter.pipelines.reporting.significance import BINS, confusion, reliability
+from clip_adapter.pipelines.reporting.table import Table
 from clip_adapter.words import printable
 
 MOST_CLASSES = 20
@@ -80,13 +83,13 @@ def class_section(pair: Pair) -> Section:
         axes.set_xlabel("test accuracy of the class (%)")
         axes.grid(axis="y", visible=False)
         which = "classes that changed most" if len(shown) < len(everything) else "every class"
-        drawn = picture(
+        drawn = Picture(
             "classes",
             f"Accuracy of {which}: open marks {pair.before_name}, filled marks {pair.after_name}; "
             "blue circles gained, orange squares lost.",
             f"Dot plot of class accuracies before and after. {_extremes(names, before, after)}",
             figure,
-            Numbers(
+            Table(
                 ["class", "test images", f"{pair.before_name} %", f"{pair.after_name} %", "change"],
                 [
                     [
@@ -126,7 +129,7 @@ def _confusions(
     after: npt.NDArray[np.float64],
     names: Sequence[str],
     words: str,
-) -> Numbers:
+) -> Table:
     off = growth - np.diag(np.diag(growth))
     order = np.argsort(-off, axis=None, kind="stable")[:MOST_CONFUSIONS]
     cells = [divmod(int(index), len(names)) for index in order]
@@ -141,4 +144,56 @@ def _confusions(
         if off[true, taken] > 0
     ]
     caption = f"confusions that {words}: test images, mean over seeds"
-    return Numbers(["class", "taken for", "before", "after"], rows, caption, names=2)
+    return Table(["class", "taken for", "before", "after"], rows, caption, names=2)
+
+
+def calibration_section(pair: Pair) -> Section:
+    """Reliability diagrams before and after, over the test images of all seeds."""
+    pictures, errors = [], []
+    sides = (("before", pair.before_name, pair.before), ("after", pair.after_name, pair.after))
+    for number, (when, name, some) in enumerate(sides):
+        found = reliability(
+            np.concatenate([p.confidence for p in some]), np.concatenate([p.right for p in some])
+        )
+        errors.append(found.error)
+        with drawing((3.5, 3.2)) as (figure, axes):
+            axes.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1)
+            axes.vlines(
+                found.confidence,
+                np.minimum(found.confidence, found.accuracy),
+                np.maximum(found.confidence, found.accuracy),
+                color=SERIES[1 - number],
+                linewidth=2,
+                alpha=0.5,
+            )
+            sizes = 12 + 130 * found.images / found.images.max()
+            axes.scatter(found.confidence, found.accuracy, sizes, color=SERIES[1 - number])
+            axes.set(
+                xlim=(-0.03, 1.03),
+                ylim=(-0.03, 1.03),
+                xlabel="probability of the predicted class",
+                ylabel="how often it is right",
+            )
+            axes.set_title(f"{name}: ECE {100 * found.error:.1f} %")
+            rows = zip(found.confidence, found.accuracy, found.images, strict=True)
+            pictures.append(
+                Picture(
+                    f"reliability-{when}",
+                    f"Reliability {when} adapting ({name}): above the dotted line it is right more "
+                    f"often than it says, below less often. "
+                    "A larger disc stands for more images, but not in proportion.",
+                    f"Reliability diagram of {name}: expected calibration error "
+                    f"{100 * found.error:.1f} % in {BINS} bins.",
+                    figure,
+                    Table(
+                        ["mean probability", "right", "images"],
+                        [[f"{c:.3f}", f"{a:.3f}", f"{n}"] for c, a, n in rows],
+                        "bins of equal width, images of all seeds",
+                    ),
+                )
+            )
+    text = (
+        f"Expected calibration error, {BINS} bins: {100 * errors[0]:.1f} % before, "
+        f"{100 * errors[1]:.1f} % after."
+    )
+    return Section("Calibration", [text], pictures)

@@ -1,19 +1,23 @@
-"""What `fit` says beside its accuracies."""
+"""What `fit --verbose` and the page say beside accuracies."""
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from clip_adapter.pipelines.fitting.config import FitConfig
-from clip_adapter.pipelines.fitting.planning import make_plan
+from clip_adapter.pipelines.fitting.make_plan import make_plan
 from clip_adapter.pipelines.fitting.predictions import Predictions, predictions_path
-from clip_adapter.pipelines.fitting.remarks import remarks
-from clip_adapter.pipelines.fitting.results import TaskResult, summarise
+from clip_adapter.pipelines.fitting.results import TaskResult
+from clip_adapter.pipelines.reporting.beside_the_mean import beside_guessing, beside_the_mean
+from clip_adapter.pipelines.reporting.entries import pool
+from clip_adapter.pipelines.reporting.runs import Run
 
 LABELS = np.array([0] * 5 + [1] * 10 + [3] * 4, np.int32)
-NAMES = ["ant", "b\x1bee", "unseen", "cat"]
+NAMES, IDS = ["ant", "b\x1bee", "unseen", "cat"], [str(n) for n in range(19)]
 # Images of class 0, 1 and 3 that are right, at 4 shots with seed 1 and 2.
 RIGHT = {"clip-adapter": [(1, 9, 4), (2, 10, 4)], "zero-shot": [(5, 1, 2), (5, 1, 2)]}
 RIGHT["linear-probe"] = [(5, 9, 4), (5, 10, 4)]
@@ -29,14 +33,17 @@ def said(tmp_path: Path) -> list[str]:
                 [np.arange(n) < k for n, k in zip((5, 10, 4), some, strict=True)]
             )
             predicted = np.where(right, LABELS, (LABELS + 1) % 4).astype(np.int32)
-            kept = Predictions(LABELS, predicted, np.ones(19, np.float32))
+            kept = Predictions(LABELS, predicted, np.ones(19, np.float32), IDS, NAMES)
             path = tmp_path / predictions_path(method, 4, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(kept.content())
-            row = TaskResult(method, 4, seed, "none", {}, test_accuracy=kept.accuracy)
+            tested = {"test_accuracy": kept.accuracy, "test_images": 19}
+            row = TaskResult(method, 4, seed, "none", {}, **tested)
             better = {"clip-adapter": 0.6, "zero-shot": 0.5, "linear-probe": 0.55}[method]
             results += [replace(row, shots=2, test_accuracy=better), row]
-    return remarks(tmp_path, plan, results, summarise(results), NAMES)
+    about: Any = SimpleNamespace(class_names=NAMES)
+    entries = pool([Run(tmp_path, plan, about, {}, results)])
+    return [*beside_guessing(entries), *beside_the_mean(entries)]
 
 
 def test_the_majority_rate(said: list[str]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
 
 import numpy as np
@@ -11,17 +11,18 @@ import numpy as np
 from clip_adapter.adapters.hyper import Hyper
 from clip_adapter.adapters.method import Method
 from clip_adapter.pipelines.fitting.config import Shots, shots_words
+from clip_adapter.pipelines.fitting.record import Fit
 from clip_adapter.pipelines.reporting.entries import Entry, in_order
 from clip_adapter.pipelines.reporting.figures import (
     INK,
-    Numbers,
     Picture,
+    Section,
     drawing,
-    picture,
+    percent,
     series,
 )
-from clip_adapter.pipelines.reporting.fits import Fit, best_by, ordered, read_fits
-from clip_adapter.pipelines.reporting.section import Section, percent
+from clip_adapter.pipelines.reporting.searches import best_by, of_every_seed, ordered, read_fits
+from clip_adapter.pipelines.reporting.table import Table
 
 MOST_PANELS = 3
 MOST_TICKS = 7
@@ -34,17 +35,14 @@ BEST_ROWS = 20
 def selection_section(entries: Sequence[Entry]) -> Section | None:
     """Of the methods that were asked for and had something to choose; None where none had."""
     pictures: list[Picture] = []
-    for number, entry in enumerate(entry for entry in entries if entry.asked):
-        fits = read_fits(entry)
-        axes = _varied(entry, fits)
-        if not axes or all(fit.accuracy is None for fit in fits):
+    for number, (entry, fits, axes) in enumerate(_searched(entries)):
+        if not axes:
             continue
         pictures.append(_curve(f"selection-{number}", entry, entries, fits, axes[0]))
         if len(axes) > 1:
-            for shots in in_order({fit.shots for fit in fits})[-MOST_PANELS:]:
-                if any(fit.accuracy is not None for fit in fits if fit.shots == shots):
-                    name = f"selection-{number}-{shots}"
-                    pictures.append(_surface(name, entry, fits, axes[:2], shots))
+            for shots in _judged(fits)[-MOST_PANELS:]:
+                name = f"selection-{number}-{shots}"
+                pictures.append(_surface(name, entry, fits, axes[:2], shots))
     if not pictures:
         return None
     text = [
@@ -57,6 +55,30 @@ def selection_section(entries: Sequence[Entry]) -> Section | None:
     if any(entry.first.plan.search == "halving" for entry in entries):
         text.append("Settings that successive halving stopped count as far as they were trained.")
     return Section("What validation chose", text, pictures)
+
+
+def drawn_at_most_shots(entries: Sequence[Entry]) -> bytes | None:
+    """A PNG of the first entry that had something to choose, over two hyper-parameters or one."""
+    for entry, fits, axes in _searched(entries):
+        if len(axes) > 1:
+            return _surface("validation", entry, fits, axes[:2], _judged(fits)[-1]).png
+        if axes:
+            return _curve("validation", entry, entries, fits, axes[0]).png
+    return None
+
+
+def _searched(entries: Sequence[Entry]) -> Iterator[tuple[Entry, list[Fit], list[str]]]:
+    """Each entry that was asked for, its fits, and the hyper-parameters to draw them over, none
+    where there is nothing to see."""
+    for entry in entries:
+        if entry.asked and not entry.held:
+            fits = read_fits(entry)
+            yield entry, fits, _varied(entry, fits) if _judged(fits) else []
+
+
+def _judged(fits: Sequence[Fit]) -> list[Shots]:
+    """The numbers of shots at which some setting did not diverge."""
+    return in_order({fit.shots for fit in fits if fit.accuracy is not None})
 
 
 def _varied(entry: Entry, fits: Sequence[Fit]) -> list[str]:
@@ -152,7 +174,7 @@ def _curve(
         axes.set_title(entry.label)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
-        return picture(
+        return Picture(
             name,
             f"{entry.label}: validation accuracy against {_words(entry.method, axis)}, mean over "
             "seeds. Rings mark what was chosen, larger ones by more seeds.",
@@ -160,19 +182,11 @@ def _curve(
             f"{entry.label}; chosen: {_chosen_words(chosen)}.",
             figure,
             _cut(
-                Numbers(
+                Table(
                     ["shots", _words(entry.method, axis), "validation %", "chosen by seeds"], rows
                 )
             ),
         )
-
-
-def of_every_seed(
-    best: Mapping[tuple[str, ...], dict[int, float]],
-) -> dict[tuple[str, ...], dict[int, float]]:
-    """Those values that have an accuracy of every seed that any of them has one of."""
-    seeds = {seed for own in best.values() for seed in own}
-    return {key: own for key, own in best.items() if own.keys() == seeds}
 
 
 def _surface(
@@ -223,14 +237,14 @@ def _surface(
         axes.set_xlabel(names[0])
         axes.set_ylabel(names[1])
         axes.set_title(f"{entry.label}, {shots} shot{plural}")
-        return picture(
+        return Picture(
             name,
             f"{entry.label} at {shots} shot{plural}: validation accuracy over {names[0]} and "
             f"{names[1]}, mean over seeds. Rings mark what was chosen, larger ones by more seeds.",
             f"Heat map of validation accuracy over {names[0]} and {names[1]} for {entry.label} at "
             f"{shots} shot{plural}; chosen: {_chosen_words({shots: chosen})}.",
             figure,
-            _cut(Numbers([*names, "validation %", "chosen by seeds"], rows), best_first=True),
+            _cut(Table([*names, "validation %", "chosen by seeds"], rows), best_first=True),
         )
 
 
@@ -251,14 +265,14 @@ def _chosen_words(chosen: dict[Shots, Counter[tuple[str, ...]]]) -> str:
     )
 
 
-def _cut(numbers: Numbers, *, best_first: bool = False) -> Numbers:
+def _cut(numbers: Table, *, best_first: bool = False) -> Table:
     """A table that a page can hold; results.csv has everything."""
     if len(numbers.rows) <= MOST_ROWS:
         return numbers
     rows = numbers.rows if best_first else sorted(numbers.rows, key=lambda r: r[-1] == "–")
     count = f"{BEST_ROWS} of {len(rows):,} rows"
     kept = "the best" if best_first else "what was chosen first"
-    return Numbers(numbers.head, rows[:BEST_ROWS], f"{count}, {kept}; results.csv has all")
+    return Table(numbers.head, rows[:BEST_ROWS], f"{count}, {kept}; results.csv has all")
 
 
 def _thinned(count: int) -> list[int]:

@@ -11,10 +11,9 @@ import numpy.typing as npt
 
 from clip_adapter.pipelines.fitting.config import Shots, shots_words
 from clip_adapter.pipelines.reporting.entries import Entry
-from clip_adapter.pipelines.reporting.figures import Numbers
-from clip_adapter.pipelines.reporting.section import Section, points
+from clip_adapter.pipelines.reporting.figures import Section, points
 from clip_adapter.pipelines.reporting.significance import holm, mcnemar
-from clip_adapter.pipelines.reporting.verdict import predictions
+from clip_adapter.pipelines.reporting.table import Table
 from clip_adapter.words import counted
 
 LEAST_SHOWN = 0.001
@@ -48,11 +47,12 @@ class Against:
 class Pairs:
     """All pairs of entries at a number of shots that have test images and seeds in common."""
 
+    dataset: str
     shots: Shots
     found: Sequence[Against]
 
     @property
-    def numbers(self) -> Numbers:
+    def table(self) -> Table:
         """Row minus column."""
         cells: dict[tuple[str, str], str] = {}
         for a in self.found:
@@ -62,12 +62,13 @@ class Pairs:
         of = " of the base classes" if all(a.classes == "base" for a in self.found) else ""
         names = list(dict.fromkeys(name for pair in cells for name in pair))
         rows = [[cells.get((row, c), "" if c == row else "–") for c in names] for row in names]
-        return Numbers(
+        return Table(
             ["", *names],
             [[name, *row] for name, row in zip(names, rows, strict=True)],
             f"difference in test accuracy{of} in points at {shots_words(self.shots)}, row minus "
             "column (in brackets p: McNemar's exact test on the test images, Holm over "
             f"{counted(len(self.found), 'pair')})",
+            label=f"{self.dataset} pairs",
         )
 
 
@@ -76,12 +77,13 @@ def pairwise(entries: Sequence[Entry], shots: Sequence[Shots]) -> list[Pairs]:
 
     Raises UserError where predictions cannot be read.
     """
-    return [Pairs(number, found) for number in shots if (found := _found(entries, number))]
+    name = str(entries[0].first.provenance.dataset["name"]) if entries else ""
+    return [Pairs(name, number, found) for number in shots if (found := _found(entries, number))]
 
 
 def _found(entries: Sequence[Entry], shots: Shots) -> list[Against]:
     right = {
-        entry.label: {seed: own.right for seed, own in predictions(entry, shots).items()}
+        entry.label: {seed: own.right for seed, own in entry.predictions(shots).items()}
         for entry in entries
     }
     classes = {entry.label: entry.train_classes for entry in entries}
@@ -110,5 +112,5 @@ def _against(one: str, other: str, classes: str, right: Mapping[str, Right]) -> 
 
 def pairs_section(entries: Sequence[Entry], shots: Sequence[Shots]) -> Section | None:
     """A table for each number of shots; None where there is nothing to compare."""
-    tables = [pairs.numbers for pairs in pairwise(entries, shots)]
+    tables = [pairs.table for pairs in pairwise(entries, shots)]
     return Section("Any two methods", [ABOUT], tables=tables) if tables else None

@@ -1,21 +1,23 @@
-"""`fit`'s options: those of FitConfig, and those of the methods that the line names."""
+"""`fit`'s options: those of FitConfig, and those of the methods that the line names; and the
+commands that a plan amounts to."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from clip_adapter.adapters.hyper import Hyper
+from clip_adapter.adapters.hyper import Hyper, Value
 from clip_adapter.adapters.method import Method
 from clip_adapter.adapters.registry import METHODS
 from clip_adapter.errors import UserError
 from clip_adapter.pipelines.console.argument_types import READERS, number_or
 from clip_adapter.pipelines.console.parser import Parser, config_from, parser_for
-from clip_adapter.pipelines.fitting.config import FitConfig
-from clip_adapter.pipelines.fitting.plan import named
+from clip_adapter.pipelines.fitting.config import CHOICES, FitConfig, Shots
+from clip_adapter.pipelines.fitting.plan import Plan, named
 from clip_adapter.words import dashed
 
 Flags = dict[str, tuple[str, list[Method]]]
@@ -178,3 +180,55 @@ def _means_the_same(one: Hyper, other: Hyper) -> bool:
 
 def _destination(flag: str) -> str:
     return f"hyper {flag}"
+
+
+def command_line(plan: Plan) -> str:
+    """`fit …`, which makes this plan again from the same cache; options at their defaults are left
+    out, and so is where the cache lies."""
+    words = ["fit", "--method", *(planned.name for planned in plan.fitted)]
+    baselines = tuple(planned.name for planned in plan.methods if planned.baseline)
+    usual = tuple(n for n in FitConfig.baselines if n not in {p.name for p in plan.fitted})
+    if baselines != usual:
+        words += ["--baselines", *baselines]
+    for name in ("shots", "seeds"):
+        words += [f"--{name}", *map(str, getattr(plan, name))]
+    for name in CHOICES:
+        if getattr(plan, name) != getattr(FitConfig, name):
+            words += [f"--{dashed(name)}", getattr(plan, name)]
+    words += [f"--{f.name}" for f in fields(plan) if getattr(plan, f.name) is True]
+    if plan.ablate:
+        words += ["--ablate", *plan.ablate]
+    for flag, values in _hyper(plan).items():
+        words += [f"--{flag}", *map(_written, values)]
+    return shlex.join(words)
+
+
+def command_that_keeps(plan: Plan, method: str, shots: Shots, seed: int) -> str:
+    """`fit …`, which fits one of the plan's methods as the plan does, on one of its tasks, and so
+    keeps its adapter."""
+    methods = tuple(
+        replace(planned, baseline=planned.method.name != method, ablation={})
+        for planned in plan.methods
+        if planned.baseline or planned.method.name == method
+    )
+    alone = replace(plan, methods=methods, compared=(), ablate=(), shots=(shots,), seeds=(seed,))
+    return shlex.join([*shlex.split(command_line(alone)), "--cache", plan.cache])
+
+
+def _hyper(plan: Plan) -> dict[str, tuple[Value, ...]]:
+    """Flag → values, of the hyper-parameters that are not at what would be tried anyway."""
+    flags = flags_of([planned.method for planned in plan.fitted])
+    given: dict[str, tuple[Value, ...]] = {}
+    for planned in plan.fitted:
+        method = planned.method
+        usual = method.values({}, plan.preset, one=plan.select == "none")
+        for name, values in planned.values.items():
+            values = plan.given(planned, name, values)
+            if tuple(values) != usual[name]:
+                own = [f for f, (n, owners) in flags.items() if n == name and owners == [method]]
+                given[own[0]] = tuple(values)
+    return given
+
+
+def _written(value: Value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 from clip_adapter.adapters.registry import REFERENCE
 from clip_adapter.pipelines.fitting.config import Shots
-from clip_adapter.pipelines.fitting.remarks import guessing
-from clip_adapter.pipelines.fitting.tables import value_words
+from clip_adapter.pipelines.reporting.beside_the_mean import chosen_settings, guess
 from clip_adapter.pipelines.reporting.entries import Entry
-from clip_adapter.pipelines.reporting.figures import Numbers
-from clip_adapter.pipelines.reporting.section import percent, points
+from clip_adapter.pipelines.reporting.figures import percent, points
 from clip_adapter.pipelines.reporting.significance import DRAWS, Interval
-from clip_adapter.pipelines.reporting.verdict import Comparison, Verdict, predictions
+from clip_adapter.pipelines.reporting.table import Table
+from clip_adapter.pipelines.reporting.verdict import Difference, Verdict
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class First:
     sentence: str
     facts: list[Fact]
     how_sure: list[str]
-    settings: Numbers | None
+    settings: Table | None
 
 
 def first_screen(verdict: Verdict | None) -> First:
@@ -52,8 +51,8 @@ def first_screen(verdict: Verdict | None) -> First:
     if row.uneven and row.balanced_accuracy:
         balanced = percent(row.balanced_accuracy.mean)
         sentence += f" Its balanced accuracy, the mean recall over the classes, is {balanced} %."
-    tested = next(iter(predictions(entry, shots).values()))
-    guessed = guessing(tested, entry.first.class_names)
+    tested = next(iter(entry.predictions(shots).values()))
+    guessed = guess(tested, entry.first.class_names)
     sentence += f" {guessed.words}."
     spread = "" if accuracy.std is None else f"± {100 * accuracy.std:.2f} over {row.seeds} seeds"
     facts = [Fact(f"{percent(accuracy.mean)} %", entry.label, spread or "one seed")]
@@ -86,10 +85,10 @@ def first_screen(verdict: Verdict | None) -> First:
         )
     beside = f"; {best.other.label} is the best of the others on the test images" if best else ""
     how_sure.append(f"{chosen}, and no test image chose it{beside}.")
-    return First(answer, sentence, facts, how_sure, _settings(verdict))
+    return First(answer, sentence, facts, how_sure, chosen_settings(entry, shots))
 
 
-def _rival(best: Comparison) -> str:
+def _rival(best: Difference) -> str:
     name, theirs = best.other.label, percent(best.theirs)
     words = {
         1: f"The next best, {name} ({theirs} %), is behind it beyond noise.",
@@ -107,52 +106,27 @@ def _of(entry: Entry) -> str:
     return "" if entry.train_classes == "all" else " of the base classes, the ones it was fitted on"
 
 
-def _noise(comparison: Comparison) -> str:
-    return f"within noise of the {comparison.noise}" if comparison.noise else "beyond noise"
+def _noise(difference: Difference) -> str:
+    return f"within noise of the {difference.noise}" if difference.noise else "beyond noise"
 
 
-def _sure(comparison: Comparison) -> str:
+def _sure(difference: Difference) -> str:
     """The two intervals of a difference, in words."""
-    name = comparison.other.label
+    name = difference.other.label
     images = (
-        f"Against {name}: {points(comparison.images.mean)} points, 95 % interval "
-        f"{_ends(comparison.images)} over the test images (paired bootstrap, {DRAWS:,} draws)"
+        f"Against {name}: {points(difference.images.mean)} points, 95 % interval "
+        f"{_ends(difference.images)} over the test images (paired bootstrap, {DRAWS:,} draws)"
     )
-    count = len(comparison.seeds)
+    count = len(difference.seeds)
     seeds = (
-        f" and {_ends(comparison.spread)} over {count} seeds (Student's t)."
-        if comparison.spread
+        f" and {_ends(difference.spread)} over {count} seeds (Student's t)."
+        if difference.spread
         else "; one seed, so how it varies with the draw of the images is not known."
     )
     verdict = {1: " It is better beyond noise.", -1: " It is worse beyond noise."}
-    within = f" That is within the noise of the {comparison.noise}." if comparison.noise else ""
-    return images + seeds + verdict.get(comparison.sign, within)
+    within = f" That is within the noise of the {difference.noise}." if difference.noise else ""
+    return images + seeds + verdict.get(difference.sign, within)
 
 
 def _ends(interval: Interval) -> str:
     return f"{points(interval.low)} to {points(interval.high)}"
-
-
-def _settings(verdict: Verdict) -> Numbers | None:
-    """What was chosen, seed by seed: hyper-parameters of which several values were tried."""
-    entry = verdict.entry
-    method = entry.method
-    rows = entry.results(verdict.shots)
-    tried = {name for name, values in entry.planned.values.items() if len(values) > 1}
-    names = [n for n in method.hyper if n in tried or any(n in row.learned for row in rows)]
-    if not names:
-        return None
-    heads = [method.flag(name).replace("_", " ") for name in names]
-    return Numbers(
-        ["seed", *heads, "validation %", "test %"],
-        [
-            [
-                str(row.seed),
-                *(value_words(row, name) for name in names),
-                "–" if row.val_accuracy is None else percent(row.val_accuracy),
-                "–" if row.test_accuracy is None else percent(row.test_accuracy),
-            ]
-            for row in rows
-        ],
-        f"chosen settings of {entry.label} at {_at(verdict.shots)}",
-    )

@@ -1,0 +1,55 @@
+"""What `fit` prints: the answer first, then what it rests on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clip_adapter.pipelines.fitting.config import shots_words
+from clip_adapter.pipelines.fitting.kept import what_is_kept
+from clip_adapter.pipelines.fitting.tasks import sizes
+from clip_adapter.pipelines.reporting.accuracies import ablations, accuracies
+from clip_adapter.pipelines.reporting.beside_the_mean import (
+    beside_guessing,
+    beside_the_mean,
+    chosen_settings,
+)
+from clip_adapter.pipelines.reporting.entries import pool
+from clip_adapter.pipelines.reporting.runs import Run
+from clip_adapter.pipelines.reporting.table import terminal_width
+from clip_adapter.words import counted, printable
+
+if TYPE_CHECKING:
+    from clip_adapter.pipelines.fitting.run import FitResult
+
+
+def print_run(result: FitResult, *, verbose: bool = False) -> None:
+    """Print the methods, best first, and what their numbers rest on; with `verbose` what else the
+    report has to say."""
+    plan, about = result.plan, result.provenance
+    run = Run(result.run, plan, about, {}, [*result.results, *result.ablations])
+    entries = pool([run])
+    counting = [entry for entry in entries if not entry.held]
+    table, width = accuracies([run], counting), terminal_width()
+    print(table.answer(width), end="")
+    whole = not result.problem  # else what was predicted may not have been written
+    lines = beside_guessing(counting) if whole else []
+    lines += [
+        f"{row.method} at {shots_words(row.shots)}, seed {row.seed}: {row.note}"
+        for row in result.results
+        if row.note
+    ]
+    if verbose and whole:
+        lines += beside_the_mean(counting)
+    lines += [*table.about, *sizes(result.tasks, about.class_names, repeat=plan.repeat)]
+    print(*map(printable, lines), sep="\n")
+    settings = [chosen_settings(entry) for entry in counting if entry.asked] if verbose else []
+    for shown in [*settings, *(ablation.table for ablation in ablations(entries))]:
+        if shown:
+            print(f"\n{shown.text(width)}", end="")
+    if verbose:
+        print(counted(result.compilations, "program"), "compiled or loaded")
+    if result.kept or whole:
+        kept = what_is_kept(plan, result.run, result.tasks, result.results, result.kept)
+        print(*map(printable, kept), sep="\n")
+    if not verbose:
+        print("--verbose prints the settings that were chosen and the classes that do worst")

@@ -1,0 +1,126 @@
+"""The adapter at the top of a run folder: which one it is, and how to have another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from clip_adapter.adapters.engine.search import fit
+from clip_adapter.errors import UserError
+from clip_adapter.pipelines.fitting.choice import is_finite
+from clip_adapter.pipelines.fitting.config import shots_words
+from clip_adapter.pipelines.fitting.one_task import TaskRunner, fitted_on
+from clip_adapter.pipelines.fitting.options import command_that_keeps
+from clip_adapter.pipelines.fitting.plan import Plan
+from clip_adapter.pipelines.fitting.results import TaskResult
+from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder, writing
+from clip_adapter.pipelines.fitting.tasks import TaskRows, kept_task
+from clip_adapter.pipelines.saved.adapter_file import load_adapter, save_adapter
+
+
+def keep_one(
+    runner: TaskRunner,
+    tasks: Sequence[TaskRows],
+    folder: RunFolder,
+    results: Sequence[TaskResult],
+) -> TaskResult | None:
+    """Put one adapter at the top of the folder and return its row: at the most shots and the first
+    seed, of the methods that were asked for the one that validation prefers. None where nothing
+    chose between several, or every setting of all of them diverged.
+
+    Raises UserError where the chosen setting diverges on all labelled images.
+    """
+    sound = candidates(runner.plan, tasks, results)
+    if not sound or (len(sound) > 1 and not any(map(is_judged, sound))):
+        return None
+    best, rows = max(sound, key=rank), kept_task(tasks)
+    if runner.plan.refit:
+        _refit(runner, rows, best, folder)
+        return best
+    source = folder.path / adapter_folder(*best.key)
+    load_adapter(source)  # of an earlier process: whether it is there, and as it was written
+    for name in ("adapter.safetensors", "adapter.json"):  # without the JSON it is no adapter
+        folder.write(name, (source / name).read_bytes())
+    return best
+
+
+def _refit(runner: TaskRunner, rows: TaskRows, best: TaskResult, folder: RunFolder) -> None:
+    """Fit the chosen setting once more on every labelled image of the cache."""
+    (method,) = (p.method for p in runner.plan.fitted if p.method.name == best.method)
+    task = runner.data.everything(method, rows.seed)
+    setting = dict(best.setting or {})
+    arrays = fit(method, setting, best.epoch, task, runner.engine)
+    if not is_finite(arrays):
+        raise UserError(
+            f"{best.method} diverged on all labelled images; the adapters of the tasks are under "
+            f"{folder.path / 'adapters'}."
+        )
+    images = {"refitted_on": task.features.shape[1]}
+    seen = runner.data.hashes(runner.data.labelled_rows())
+    saved = runner.saved(method, setting, arrays, fitted_on(best) | images, seen)
+    with writing(folder.path):
+        save_adapter(folder.path, saved)
+
+
+def candidates(
+    plan: Plan, tasks: Sequence[TaskRows], results: Sequence[TaskResult], *, baseline: bool = False
+) -> list[TaskResult]:
+    """The rows of the methods that were asked for, or of the baselines, on the task whose adapter
+    is kept; without those of which every setting diverged."""
+    rows = kept_task(tasks)
+    by_key = {result.key: result for result in results}
+    names = [p.method.name for p in plan.methods if p.baseline == baseline]
+    found = [by_key.get((name, rows.shots, rows.seed)) for name in names]
+    return [result for result in found if result and result.setting is not None]
+
+
+def what_is_kept(
+    plan: Plan,
+    run: Path,
+    tasks: Sequence[TaskRows],
+    results: Sequence[TaskResult],
+    kept: TaskResult | None,
+) -> list[str]:
+    """Sentences: whose adapter stands at the top of the run folder, and the command that keeps
+    another where nothing chose or a baseline did better on validation."""
+    if kept is None:
+        return _unchosen(plan, run, candidates(plan, tasks, results))
+    which = f"{kept.method} at {shots_words(kept.shots)}, seed {kept.seed}"
+    if plan.refit:
+        which += ", fitted once more on every labelled image (the accuracies are those of before)"
+    lines = [f"{run}: adapter of {which}"]
+    rivals = [r for r in candidates(plan, tasks, results, baseline=True) if is_judged(r)]
+    best = max(rivals, key=rank, default=None)
+    if best and is_judged(kept) and (best.val_accuracy or 0) > (kept.val_accuracy or 0):
+        ours, theirs = (f"{100 * (row.val_accuracy or 0):.2f} %" for row in (kept, best))
+        lines += [
+            f"the baseline {best.method} did better on validation ({theirs} against {ours}); the "
+            "command that keeps it:",
+            f"  {command_that_keeps(plan, *best.key)}",
+        ]
+    return lines
+
+
+def _unchosen(plan: Plan, run: Path, sound: Sequence[TaskResult]) -> list[str]:
+    if not sound:
+        return []
+    first = next((row for row in sound if row.setting), sound[0])  # rather than zero-shot
+    return [
+        f"{run}: no adapter is kept at the top, as nothing chose between "
+        f"{', '.join(row.method for row in sound)}; each lies in {run / 'adapters'}",
+        f"the command that keeps {first.method}, or another by its name (validation chooses "
+        "between several where --select is not none):",
+        f"  {command_that_keeps(plan, *first.key)}",
+    ]
+
+
+def is_judged(result: TaskResult) -> bool:
+    return result.val_accuracy is not None and result.val_nll is not None
+
+
+def rank(result: TaskResult) -> tuple[float, float]:
+    if result.val_accuracy is None or result.val_nll is None:
+        return (-np.inf, -np.inf)
+    return result.val_accuracy, -result.val_nll
