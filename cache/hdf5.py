@@ -152,15 +152,15 @@ def fixed_attribute(file: h5py.File, name: str) -> str | int | None:
     return stored.decode("utf-8", "replace") if isinstance(stored, bytes) else stored
 
 
-def blocks(dataset: h5py.Dataset) -> Iterator[np.ndarray]:
-    """The values in C order, a bounded piece at a time."""
+def blocks(dataset: h5py.Dataset) -> Iterator[bytes]:
+    """The values' bytes in C order, a bounded piece at a time."""
     outer: tuple[int, ...] = ()
     if dataset.ndim == 3 and prod(dataset.shape[1:]) * dataset.dtype.itemsize > schema.CHUNK_BYTES:
         outer = dataset.shape[:1]  # view by view
     rows, step = dataset.shape[len(outer)], block_rows(dataset, len(outer))
     for index in np.ndindex(outer):
         for start in range(0, rows, step):
-            yield dataset[(*index, slice(start, start + step))]
+            yield dataset[(*index, slice(start, start + step))].tobytes()
 
 
 def block_rows(dataset: h5py.Dataset, axis: int) -> int:
@@ -180,7 +180,8 @@ def row_hashes(values: np.ndarray) -> npt.NDArray[np.uint64]:
 def sha256(dataset: h5py.Dataset) -> str:
     """SHA-256 over the values in C order, strings with their padding."""
     digest = hashlib.sha256()
-    _update(digest, dataset)
+    for block in blocks(dataset):
+        digest.update(block)
     return digest.hexdigest()
 
 
@@ -190,10 +191,6 @@ def content_sha256(find: Callable[[str], h5py.Dataset | None]) -> str:
     for path in schema.HASHED:
         if (dataset := find(path)) is not None:
             digest.update(f"{path} {dataset.shape}\n".encode())
-            _update(digest, dataset)
+            for block in blocks(dataset):
+                digest.update(block)
     return digest.hexdigest()
-
-
-def _update(digest: "hashlib._Hash", dataset: h5py.Dataset) -> None:
-    for block in blocks(dataset):
-        digest.update(np.ascontiguousarray(block).tobytes())
