@@ -190,6 +190,29 @@ def test_killed_or_interrupted_anywhere_it_ends_with_the_same_bytes(
     assert datasets(out) == datasets(whole)
 
 
+def test_text_goes_on_behind_its_last_batch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = stage.encode_classes
+    starts: list[int] = []
+
+    def stopping(*arguments: Any, start: int, batch_size: int) -> Iterator[Any]:
+        starts.append(start)
+        for number, batch in enumerate(encode(*arguments, start=start, batch_size=batch_size)):
+            if len(starts) == number == 1:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(stage, "encode_classes", stopping)
+    out, templates = tmp_path / "features.h5", ("a {}", "the {}", "my {}")
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, out, templates=templates)
+    run(folder, out, templates=templates)
+    fresh = run(folder, tmp_path / "fresh.h5", templates=templates)
+    assert starts == [0, 1, 0]
+    assert datasets(out) == datasets(fresh)
+
+
 @pytest.mark.parametrize("where", ["open_dataset", "encode_images", "in_several_splits"])
 def test_an_interruption_promises_what_is_true(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
