@@ -502,7 +502,7 @@ for rows in map(int, sys.argv[2:]):  # in one process: its peak after few is par
             pass
         text = {"features": np.ones((2, 1, 512), np.float32), "class_names": ["a", "b"]}
         text = {f"text/{name}": values for name, values in text.items()}
-        content = {**train.content("train", known.sources), **text, "text/templates": ["{}"]}
+        content = {**known.content(), **text, "text/templates": ["{}"]}
         in_several_splits(content), tally(content)
         backbone = {"name": "b", "pretrained": "p", "weights_sha256": "0" * 64, "embed_dim": 512,
                     "image_size": 32, "quick_gelu": False}
