@@ -38,10 +38,10 @@ def stamps(split: Split, provenance: Mapping[str, Any]) -> npt.NDArray[np.uint64
     """
     if split.file is None:
         source = json.dumps(provenance, sort_keys=True)
-        found = (_hash(f"{source} {name}".encode(errors="surrogatepass")) for name in split.ids)
+        hashes = (_hash(f"{source} {name}".encode(errors="surrogatepass")) for name in split.ids)
     else:
-        found = (_of_file(split.file(row)) for row in range(len(split.ids)))
-    return np.fromiter(found, np.uint64, len(split.ids))
+        hashes = (_of_file(split.file(row)) for row in range(len(split.ids)))
+    return np.fromiter(hashes, np.uint64, len(split.ids))
 
 
 def _of_file(path: Path) -> int:
@@ -51,8 +51,8 @@ def _of_file(path: Path) -> int:
         return UNKNOWN
     if status.st_ctime_ns % NANOSECONDS == 0:
         return UNKNOWN
-    told = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-    return _hash(" ".join(map(str, told)).encode())
+    described = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+    return _hash(" ".join(map(str, described)).encode())
 
 
 def content(path: Path) -> int:
