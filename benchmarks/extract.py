@@ -223,7 +223,7 @@ def ours(case: Case, encoder: Encoder) -> None:
         }
         write_cache(
             place,
-            {**train.content("train", known.sources), **text},
+            {**known.content(), **text},
             backbone={
                 "name": "made up",
                 "pretrained": "made up",

@@ -45,40 +45,40 @@ class CheckedDatasets:
         Raises Contradiction for anything but a dataset of this kind and number of axes that is
         stored as the format says.
         """
-        found = self._object(path)
-        if found is None:
+        stored = self._object(path)
+        if stored is None:
             return None
-        if not isinstance(found, h5py.h5d.DatasetID):
+        if not isinstance(stored, h5py.h5d.DatasetID):
             raise Contradiction(f"{path} is not a dataset")
-        created = found.get_create_plist()
+        created = stored.get_create_plist()
         if created.get_layout() != h5py.h5d.CHUNKED or created.get_external_count():
             raise Contradiction(f"{path} is not stored in chunks of this file")
         filters = [created.get_filter(n)[0] for n in range(created.get_nfilters())]
         if filters != [h5py.h5z.FILTER_FLETCHER32]:
             raise Contradiction(f"{path} has other filters than fletcher32")
-        if not _is_of_kind(found.get_type(), kind):
+        if not _is_of_kind(stored.get_type(), kind):
             raise Contradiction(f"{path} has a type that the format does not know")
-        dataset = h5py.Dataset(found)
+        dataset = h5py.Dataset(stored)
         if dataset.ndim != axes:
             raise Contradiction(f"{path} has the shape {dataset.shape}")
         self._check_chunks(path, dataset)
         return dataset
 
     def has_group(self, path: str) -> bool:
-        found = self._object(path)
-        if found is not None and not isinstance(found, h5py.h5g.GroupID):
+        stored = self._object(path)
+        if stored is not None and not isinstance(stored, h5py.h5g.GroupID):
             raise Contradiction(f"{path} is not a group")
-        return found is not None
+        return stored is not None
 
     def _object(self, path: str) -> Any:
-        found = h5py.h5g.open(self._file.id, b"/")
+        place = h5py.h5g.open(self._file.id, b"/")
         for name in path.encode().split(b"/"):
-            if not isinstance(found, h5py.h5g.GroupID) or not found.links.exists(name):
+            if not isinstance(place, h5py.h5g.GroupID) or not place.links.exists(name):
                 return None
-            if found.links.get_info(name).type != h5py.h5l.TYPE_HARD:
+            if place.links.get_info(name).type != h5py.h5l.TYPE_HARD:
                 raise Contradiction(f"{path} is a link to somewhere else")
-            found = h5py.h5o.open(found, name)
-        return found
+            place = h5py.h5o.open(place, name)
+        return place
 
     def _check_chunks(self, path: str, dataset: h5py.Dataset) -> None:
         """Every chunk is there, in the file, behind a checksum; a missing one would read as 0."""
@@ -91,34 +91,34 @@ class CheckedDatasets:
         most = schema.CHUNKS_AT_LEAST + declared // schema.BYTES_PER_CHUNK
         if chunk_bytes > schema.LARGEST_CHUNK_BYTES or count > most:
             raise Contradiction(f"{path} has chunks of the shape {dataset.chunks}")
-        found = 0
+        chunks = 0
         offsets = set()
 
         def check(chunk: h5py.h5d.StoreInfo) -> None:
-            nonlocal found
-            found += 1
+            nonlocal chunks
+            chunks += 1
             end = (chunk.byte_offset or 0) + chunk.size
             if chunk.filter_mask or chunk.size != chunk_bytes or end > self._file_bytes:
                 raise Contradiction(f"{path} has a chunk that is cut or without a checksum")
             offsets.add(chunk.chunk_offset)
 
         dataset.id.chunk_iter(check)
-        if not found == len(offsets) == count:
+        if not chunks == len(offsets) == count:
             raise Contradiction(f"{path} lacks some of its chunks")
-        self._bytes_found += found * chunk_bytes
+        self._bytes_found += chunks * chunk_bytes
         if self._bytes_found > self._file_bytes:
             raise Contradiction(f"{path} is larger than the file")
 
 
-def _is_of_kind(found: h5py.h5t.TypeID, kind: Kind) -> bool:
+def _is_of_kind(stored: h5py.h5t.TypeID, kind: Kind) -> bool:
     if kind == Kind.STRING:
         return (
-            isinstance(found, h5py.h5t.TypeStringID)
-            and not found.is_variable_str()
-            and found.get_cset() == h5py.h5t.CSET_UTF8
-            and found.get_strpad() == h5py.h5t.STR_NULLPAD
+            isinstance(stored, h5py.h5t.TypeStringID)
+            and not stored.is_variable_str()
+            and stored.get_cset() == h5py.h5t.CSET_UTF8
+            and stored.get_strpad() == h5py.h5t.STR_NULLPAD
         )
-    return any(found.equal(one) for one in _NUMBERS[kind])
+    return any(stored.equal(one) for one in _NUMBERS[kind])
 
 
 _NUMBERS = {
@@ -138,13 +138,13 @@ def fixed_attribute(file: h5py.File, name: str) -> str | int | None:
     if not h5py.h5a.exists(file.id, name.encode()):
         return None
     attribute = h5py.h5a.open(file.id, name.encode())
-    found = attribute.get_type()
+    stored_type = attribute.get_type()
     if attribute.get_space().get_simple_extent_type() != h5py.h5s.SCALAR:
         return None
-    if isinstance(found, h5py.h5t.TypeIntegerID) and found.get_size() <= 8:
+    if isinstance(stored_type, h5py.h5t.TypeIntegerID) and stored_type.get_size() <= 8:
         value: np.ndarray = np.zeros((), np.int64)
-    elif isinstance(found, h5py.h5t.TypeStringID) and not found.is_variable_str():
-        value = np.zeros((), f"S{found.get_size()}")
+    elif isinstance(stored_type, h5py.h5t.TypeStringID) and not stored_type.is_variable_str():
+        value = np.zeros((), f"S{stored_type.get_size()}")
     else:
         return None
     attribute.read(value)
@@ -152,15 +152,15 @@ def fixed_attribute(file: h5py.File, name: str) -> str | int | None:
     return stored.decode("utf-8", "replace") if isinstance(stored, bytes) else stored
 
 
-def blocks(dataset: h5py.Dataset) -> Iterator[np.ndarray]:
-    """The values in C order, a bounded piece at a time."""
+def blocks(dataset: h5py.Dataset) -> Iterator[bytes]:
+    """The values' bytes in C order, a bounded piece at a time."""
     outer: tuple[int, ...] = ()
     if dataset.ndim == 3 and prod(dataset.shape[1:]) * dataset.dtype.itemsize > schema.CHUNK_BYTES:
         outer = dataset.shape[:1]  # view by view
     rows, step = dataset.shape[len(outer)], block_rows(dataset, len(outer))
     for index in np.ndindex(outer):
         for start in range(0, rows, step):
-            yield dataset[(*index, slice(start, start + step))]
+            yield dataset[(*index, slice(start, start + step))].tobytes()
 
 
 def block_rows(dataset: h5py.Dataset, axis: int) -> int:
@@ -180,7 +180,8 @@ def row_hashes(values: np.ndarray) -> npt.NDArray[np.uint64]:
 def sha256(dataset: h5py.Dataset) -> str:
     """SHA-256 over the values in C order, strings with their padding."""
     digest = hashlib.sha256()
-    _update(digest, dataset)
+    for block in blocks(dataset):
+        digest.update(block)
     return digest.hexdigest()
 
 
@@ -190,10 +191,6 @@ def content_sha256(find: Callable[[str], h5py.Dataset | None]) -> str:
     for path in schema.HASHED:
         if (dataset := find(path)) is not None:
             digest.update(f"{path} {dataset.shape}\n".encode())
-            _update(digest, dataset)
+            for block in blocks(dataset):
+                digest.update(block)
     return digest.hexdigest()
-
-
-def _update(digest: "hashlib._Hash", dataset: h5py.Dataset) -> None:
-    for block in blocks(dataset):
-        digest.update(np.ascontiguousarray(block).tobytes())

@@ -67,13 +67,13 @@ def encode(metadata: Metadata) -> tuple[bytes, str]:
 def parse_object(text: str | bytes) -> dict[str, Any]:
     """A JSON object of Unicode strings and finite numbers. Raises Contradiction for others."""
     try:
-        found = files.parse_json(text, parse_constant=_no_number)
-        json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate could not be printed
+        document = files.parse_json(text, parse_constant=_no_number)
+        json.dumps(document, ensure_ascii=False).encode()  # a lone surrogate could not be printed
     except (ValueError, RecursionError, TypeError) as error:
         raise Contradiction("is not a JSON object") from error
-    if not isinstance(found, dict):
+    if not isinstance(document, dict):
         raise Contradiction("is not a JSON object")
-    return found
+    return document
 
 
 def _no_number(name: str) -> None:
@@ -102,14 +102,14 @@ def parse(document: Mapping[str, Any]) -> Metadata:
     return Metadata(**stated)
 
 
-def _check(found: Mapping[str, Any], prefix: str, wanted: Mapping[str, tuple]) -> None:
-    missing = [name for name in wanted if name not in found]
+def _check(stated: Mapping[str, Any], prefix: str, wanted: Mapping[str, tuple]) -> None:
+    missing = [name for name in wanted if name not in stated]
     if missing:
         names = ", ".join(prefix + name for name in missing)
         raise Contradiction(f"it is incomplete ({names} missing in its metadata)")
     for name, (words, fits) in wanted.items():
-        if not fits(found[name]):
-            raise Contradiction(f"{prefix}{name} is {quoted(found[name])}, not {words}")
+        if not fits(stated[name]):
+            raise Contradiction(f"{prefix}{name} is {quoted(stated[name])}, not {words}")
 
 
 def _is_text(value: object) -> bool:

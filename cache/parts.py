@@ -47,10 +47,10 @@ class PartFile(StoredFile):
             if split not in self.part.rows:
                 raise self._broken(f"it has {split} images and states none")
         for split, (start, stop, _) in self.part.rows.items():
-            found = sum(self.lengths.get(f"{letter} {split}", 0) for letter in "NS")
-            if found != stop - start:
+            count = sum(self.lengths.get(f"{letter} {split}", 0) for letter in "NS")
+            if count != stop - start:
                 raise UserError(
-                    f"{self.path} accounts for {found} of its {stop - start} {split} images; "
+                    f"{self.path} accounts for {count} of its {stop - start} {split} images; "
                     "extract it again."
                 )
 

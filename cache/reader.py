@@ -156,8 +156,8 @@ class FeatureCache(StoredFile):
             here = np.unique(wanted[(wanted >= start) & (wanted < start + BLOCK_ROWS)])
             if len(here):
                 first = int(here[0])
-                found = self.values_of(path, slice(first, int(here[-1]) + 1))
-                names |= {row: found[row - first] for row in here.tolist()}
+                strings = self.values_of(path, slice(first, int(here[-1]) + 1))
+                names |= {row: strings[row - first] for row in here.tolist()}
         return [names[row] for row in wanted.tolist()]
 
     def hashes(self, split: str, name: str) -> npt.NDArray[np.uint64] | None:
@@ -224,7 +224,7 @@ class FeatureCache(StoredFile):
         path = f"images/{split}/{name}"
         wanted = self._rows(split, rows)
         stored, _, dim = self.shape_of(path)
-        found = np.empty((min(views or stored, stored), len(wanted), dim), np.float32)
+        picked = np.empty((min(views or stored, stored), len(wanted), dim), np.float32)
         order = np.argsort(wanted, kind="stable")
         step = self.row_step(path)
         edges = np.searchsorted(wanted[order], np.arange(0, self.shape_of(path)[1] + step, step))
@@ -234,10 +234,10 @@ class FeatureCache(StoredFile):
             places = order[first:last]
             here = wanted[places]
             low, high = int(here[0]), int(here[-1]) + 1
-            for view in range(len(found)):
+            for view in range(len(picked)):
                 piece = (view, slice(low, high))
-                found[view, places] = self.features_of(path, piece, here - low)
-        return found
+                picked[view, places] = self.features_of(path, piece, here - low)
+        return picked
 
     def _rows(self, split: str, rows: npt.ArrayLike) -> npt.NDArray[np.int64]:
         wanted = np.asarray(rows, np.int64)

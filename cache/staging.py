@@ -172,8 +172,8 @@ class StagingFolder:
                 if files.other_kind(path) is not None:
                     raise ValueError
                 with path.open("rb") as file:
-                    found = hashlib.file_digest(file, _digest).hexdigest()
-                if found != path.stem:
+                    digest = hashlib.file_digest(file, _digest).hexdigest()
+                if digest != path.stem:
                     raise ValueError
                 with safe_open(path, framework="np") as batch:
                     kind, *ids = json.loads(batch.metadata()[DESCRIPTION])

@@ -86,15 +86,15 @@ class StoredFile:
         self._find_datasets(part=name == schema.PART_FORMAT)
         self._check_agreement()
 
-    def _check_identity(self, found: object, version: object, name: str) -> None:
+    def _check_identity(self, stored: object, version: object, name: str) -> None:
         if type(version) is int and version != schema.FORMAT_VERSION:
             raise UserError(
                 f"{self.path} has format version {version}, this program reads version "
                 f"{schema.FORMAT_VERSION}; update clip-adapter or extract again."
             )
-        if found == name and version == schema.FORMAT_VERSION:
+        if stored == name and version == schema.FORMAT_VERSION:
             return
-        if found == schema.PART_FORMAT and found != name:
+        if stored == schema.PART_FORMAT and stored != name:
             raise UserError(
                 f"{self.path} is one part of a cache; join the parts with `clip-adapter merge`."
             )
@@ -114,19 +114,19 @@ class StoredFile:
         self.splits = tuple(
             split for split in schema.SPLITS if images and checked.has_group(f"images/{split}")
         )
-        found = {
+        datasets = {
             path: checked.find(path, element.kind, len(element.axes))
             for path, element in ELEMENTS.items()
         }
-        self._datasets = {path: one for path, one in found.items() if one is not None}
+        self._datasets = {path: one for path, one in datasets.items() if one is not None}
         shapes = {path: dataset.shape for path, dataset in self._datasets.items()}
         self.lengths = schema.measure(shapes, self.splits, part=part)
 
     def _stored_metadata(self, stated: dict[str, Any]) -> dict[str, Any]:
-        found = hdf5.CheckedDatasets(self._file).find(schema.METADATA, Kind.BYTES, 1)
-        if found is None:
+        dataset = hdf5.CheckedDatasets(self._file).find(schema.METADATA, Kind.BYTES, 1)
+        if dataset is None:
             raise Contradiction("it lacks its metadata")
-        text = found[...].tobytes()
+        text = dataset[...].tobytes()
         if hashlib.sha256(text).hexdigest() != stated[schema.METADATA_SHA256]:
             raise Contradiction("its metadata is damaged (its SHA-256 does not match)")
         try:

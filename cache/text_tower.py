@@ -139,8 +139,8 @@ def read_text_tower(path: Path, sha256: str | None = None) -> TextTower:
         )
     try:
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest() if sha256 else None
-        if found != sha256:
+            digest = hashlib.file_digest(file, "sha256").hexdigest() if sha256 else None
+        if digest != sha256:
             raise UserError(
                 f"{path} is not the text tower that the cache was written with; "
                 "extract again with --with-text-tower."

@@ -134,13 +134,13 @@ class ExtractConfig:
 
         names = "|".join(COLUMNS)
         parts = [part for value in self.columns for part in re.split(rf",(?=(?:{names})=)", value)]
-        found = {name: own for name, _, own in (part.partition("=") for part in parts)}
-        if len(found) < len(parts) or not found.keys() <= set(COLUMNS) or not all(found.values()):
+        named = {name: own for name, _, own in (part.partition("=") for part in parts)}
+        if len(named) < len(parts) or not named.keys() <= set(COLUMNS) or not all(named.values()):
             raise UserError(
                 f"--columns {' '.join(self.columns)} does not say what columns are called; write "
                 "path=NAME,label=NAME or, with splits, path=NAME,label=NAME,split=NAME."
             )
-        return found
+        return named
 
     def source_options(self, listener: Listener | None = None) -> "SourceOptions":
         from clip_adapter.extract.datasets.source import SourceOptions

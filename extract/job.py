@@ -104,7 +104,7 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
                 content |= {} if bias is None else {"projection/bias": bias}
         for name in dataset.splits:
             job.encode_split(name)
-        content |= job.images()
+        content |= job.known.content()
         record: dict[str, Any] = {
             **dataset.provenance,
             "splits": {name: split.origin for name, split in dataset.splits.items()},
@@ -162,7 +162,7 @@ class _Job:
         self._place = place
         self._listener = listener
         self._reason: str | None = None  # why the first image was skipped
-        self._known = Known(
+        self.known = Known(
             {
                 name: KnownRows(
                     split,
@@ -187,7 +187,7 @@ class _Job:
 
         Raises UserError where images were skipped that should not be.
         """
-        known, workers = self._known, self._config.workers
+        known, workers = self.known, self._config.workers
         for batch, ids in self._place.batches():
             if batch.kind == IMAGES:
                 known.look_in(batch, ids)
@@ -228,20 +228,12 @@ class _Job:
             return None
         rows = {
             name: (known.bounds.start, known.bounds.stop, len(known.source))
-            for name, known in self._known.splits.items()
+            for name, known in self.known.splits.items()
         }
         return Part(self._shard.index, self._shard.of, rows)
 
-    def images(self) -> Content:
-        """What the cache has of the images, as soon as all are encoded."""
-        content: dict[str, Any] = {}
-        for name, known in self._known.splits.items():
-            if known.bounds:
-                content |= known.content(name, self._known.sources)
-        return content
-
     def encode_split(self, name: str) -> None:
-        known = self._known.splits[name]
+        known = self.known.splits[name]
         missing, total = known.missing, len(known.bounds)
         plan = Plan(
             rows=missing,
@@ -255,7 +247,7 @@ class _Job:
         shown = self._listener.progress(f"encode {name}", total, total - len(missing))
         clock = Stopwatch()
         count = 0
-        batches = stage_images(self._encoder, known, self._known, plan, self._place, self.watch)
+        batches = stage_images(self._encoder, known, self.known, plan, self._place, self.watch)
         with shown as advance, self._naming_all(name), closing(batches):
             for batch in batches:
                 handled = len(batch.rows) + len(batch.skipped)
@@ -272,8 +264,8 @@ class _Job:
         try:
             yield
         except BrokenImage as broken:
-            every = [(one.split, one.bounds) for one in self._known.splits.values()]
-            (split, bounds), *later = every[list(self._known.splits).index(name) :]
+            every = [(one.split, one.bounds) for one in self.known.splits.values()]
+            (split, bounds), *later = every[list(self.known.splits).index(name) :]
             rest = [(split, range(broken.image.row + 1, bounds.stop)), *later]
             raise name_all(broken.image, rest, self._config.workers) from broken
 

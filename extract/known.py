@@ -38,10 +38,10 @@ def stamps(split: Split, provenance: Mapping[str, Any]) -> npt.NDArray[np.uint64
     """
     if split.file is None:
         source = json.dumps(provenance, sort_keys=True)
-        found = (_hash(f"{source} {name}".encode(errors="surrogatepass")) for name in split.ids)
+        hashes = (_hash(f"{source} {name}".encode(errors="surrogatepass")) for name in split.ids)
     else:
-        found = (_of_file(split.file(row)) for row in range(len(split.ids)))
-    return np.fromiter(found, np.uint64, len(split.ids))
+        hashes = (_of_file(split.file(row)) for row in range(len(split.ids)))
+    return np.fromiter(hashes, np.uint64, len(split.ids))
 
 
 def _of_file(path: Path) -> int:
@@ -51,8 +51,8 @@ def _of_file(path: Path) -> int:
         return UNKNOWN
     if status.st_ctime_ns % NANOSECONDS == 0:
         return UNKNOWN
-    told = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-    return _hash(" ".join(map(str, told)).encode())
+    described = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+    return _hash(" ".join(map(str, described)).encode())
 
 
 def content(path: Path) -> int:
@@ -119,11 +119,11 @@ class KnownRows:
                 return False
         return "stamps" in rows
 
-    def content(self, name: str, sources: Sequence[Source]) -> Content:
-        """What a cache holds of the split, called `name`, in the order of the data set."""
+    def content(self, sources: Sequence[Source]) -> Content:
+        """What a cache holds of the split, by the names of elements."""
         kept, skipped = self.where(self.source >= 0), self.skipped
         places = Places(sources, self.source[kept], self.row[kept])
-        values: dict[str, Any] = {
+        return {
             **picked(places, self.wanted),
             "labels": self.split.labels[kept],
             "ids": Chosen(self.split.ids, kept),
@@ -132,7 +132,6 @@ class KnownRows:
             "skipped_labels": self.split.labels[skipped],
             "skipped_stamps": self.stamps[skipped],
         }
-        return {of_images(name, element): value for element, value in values.items()}
 
 
 class Known:
@@ -160,6 +159,14 @@ class Known:
     @property
     def skipped(self) -> int:
         return sum(len(known.skipped) for known in self.splits.values())
+
+    def content(self) -> Content:
+        """What a cache holds of the images, in the order of the data set, if nothing is missing."""
+        content: dict[str, Any] = {}
+        for split, known in self.splits.items():
+            values = known.content(self.sources) if known.bounds else {}
+            content |= {of_images(split, name): value for name, value in values.items()}
+        return content
 
     def add(self, source: Source) -> int:
         self.sources.append(source)

@@ -103,8 +103,8 @@ def _tower(parts: Sequence[Path], sha256: str) -> Path:
     for path in sorted({tower_path(part) for part in parts}):
         if path.is_file():
             with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found == sha256:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest == sha256:
                 return path
     raise UserError(
         f"The text tower that `extract` wrote beside the first part, {tower_path(parts[0]).name}, "

@@ -46,10 +46,10 @@ def parse_shard(text: str | None) -> Shard:
     """
     if text is None:
         return Shard()
-    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
+    numbers = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if not numbers or not 1 <= int(numbers[1]) <= int(numbers[2]):
         raise UserError(f"--shard {text} is no part of anything; write 1/4, 2/4, 3/4 or 4/4.")
-    return Shard(int(found[1]), int(found[2]))
+    return Shard(int(numbers[1]), int(numbers[2]))
 
 
 def find_launch() -> Launch | None:

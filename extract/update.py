@@ -86,15 +86,15 @@ def _current(dataset: ImageDataset) -> ClassNames:
 
 def _cached(cache: FeatureCache) -> ClassNames:
     """The same of a cache, with the images that were skipped."""
-    found: ClassNames = {}
+    class_names: ClassNames = {}
     for split in cache.splits:
         labels = cache.labels(split).tolist() + cache.skipped_labels(split)
         names = cache.ids(split) + cache.skipped_ids(split)
-        found |= {
+        class_names |= {
             (split, name): cache.class_names[label]
             for name, label in zip(names, labels, strict=True)
         }
-    return found
+    return class_names
 
 
 def _changed(

@@ -65,10 +65,10 @@ class EncodedBatch:
 
     def of_each_image(self) -> dict[str, np.ndarray]:
         """What each of the B images got, by the names of the cache."""
-        given = {"features": self.features, "digests": self.digests, "contents": self.contents}
+        arrays = {"features": self.features, "digests": self.digests, "contents": self.contents}
         if self.pre_projection is not None:
-            given["pre_projection"] = self.pre_projection
-        return given
+            arrays["pre_projection"] = self.pre_projection
+        return arrays
 
 
 class Encoder:
@@ -138,9 +138,9 @@ class Encoder:
 
     def too_long(self, prompts: Sequence[str]) -> list[str]:
         """The prompts of which the text tower reads only the beginning."""
-        asked = ["", *prompts]
-        tokens = self._tokenizer(asked)
-        roomier = self._tokenizer(asked, tokens.shape[1] + 1)
+        with_none = ["", *prompts]
+        tokens = self._tokenizer(with_none)
+        roomier = self._tokenizer(with_none, tokens.shape[1] + 1)
         # One place more is filled with padding, as for "", unless something had been cut off.
         added = roomier.sum(dim=1) - tokens.sum(dim=1)
         is_cut = (added[1:] != added[0]).tolist()

@@ -117,6 +117,19 @@ def test_lies(parts: list[Path], name: str) -> None:
     refused(parts, words)
 
 
+def test_every_part_has_to_be_there_once(parts: list[Path], tmp_path: Path) -> None:
+    one, two = parts
+    copy = tmp_path / "copy.h5"
+    copy.write_bytes(one.read_bytes())
+    for named, words in (
+        ([one], "Not all 2 parts are there; name part 2 as well"),
+        ([two], "Not all 2 parts are there; name part 1 as well"),
+        ([one, two, two], r"2\.h5 and .*2\.h5 are both part 2 of 2; name every part once"),
+        ([one, copy], r"1\.h5 and .*copy\.h5 are both part 1 of 2"),
+    ):
+        refused(named, words)
+
+
 def test_many_missing_parts_are_named_briefly(parts: list[Path]) -> None:
     for path in parts:
         rewrite(path, lambda file, document: document["part"].update(of=999_999))

@@ -26,7 +26,7 @@ from clip_adapter.extract.shards import Shard, parse_shard
 from clip_adapter.pipelines.commands.merge import MergeConfig, merge
 from clip_adapter.pipelines.console.terminal import Terminal
 from tests import processes
-from tests.cache.rewriting import datasets, put, rewrite
+from tests.cache.rewriting import datasets
 from tests.extract.image_folders import make_folder, photograph
 
 BIN = Path(sys.executable).parent
@@ -191,6 +191,29 @@ def test_killed_or_interrupted_anywhere_it_ends_with_the_same_bytes(
     assert datasets(out) == datasets(whole)
 
 
+def test_text_goes_on_behind_its_last_batch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = stage.encode_classes
+    starts: list[int] = []
+
+    def stopping(*arguments: Any, start: int, batch_size: int) -> Iterator[Any]:
+        starts.append(start)
+        for number, batch in enumerate(encode(*arguments, start=start, batch_size=batch_size)):
+            if len(starts) == number == 1:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(stage, "encode_classes", stopping)
+    out, templates = tmp_path / "features.h5", ("a {}", "the {}", "my {}")
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, out, templates=templates)
+    run(folder, out, templates=templates)
+    fresh = run(folder, tmp_path / "fresh.h5", templates=templates)
+    assert starts == [0, 1, 0]
+    assert datasets(out) == datasets(fresh)
+
+
 @pytest.mark.parametrize("where", ["open_dataset", "encode_images", "in_several_splits"])
 def test_an_interruption_promises_what_is_true(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
@@ -273,35 +296,6 @@ def test_what_a_killed_merge_left_is_in_nobodys_way(
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_part_with_too_few_images_is_refused(folder: Path, tmp_path: Path) -> None:
-    ways = tuple(run(folder, tmp_path / f"{i}.h5", shard=f"{i}/2") for i in (1, 2))
-
-    def without_the_last(file: h5py.File, document: dict[str, Any]) -> None:
-        of_rows = ("labels", "ids", "digests", "stamps", "contents")
-        for name in (*of_rows, "features", "features_hashes"):
-            stored = file[f"images/test/{name}"]
-            kept = stored[:-1] if name in of_rows else stored[:, :-1]
-            put(file, stored.name.lstrip("/"), kept.astype(stored.dtype))
-
-    rewrite(ways[1], without_the_last)
-    with pytest.raises(UserError, match=r"2\.h5 accounts for 6 of its 7 test images; extract it"):
-        merge(MergeConfig(out=tmp_path / "features.h5", parts=ways))
-    assert not (tmp_path / "features.h5").exists()
-
-
-def test_a_disk_that_is_full_in_the_end(whole: Path, folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "features.h5"
-    with pytest.raises(UserError):
-        run(folder, out, on_error="fail")
-    assembled = tmp_path / "features.h5.partial" / "assembled.h5"
-    assembled.symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"features\.h5: No space left on device; what is encoded"):
-        run(folder, out)
-    assert not out.exists()
-    run(folder, out)
-    assert datasets(out) == datasets(whole)
-
-
 @pytest.mark.parametrize("count", [2, 3, 9])
 def test_parts_join_into_the_undivided_cache(
     whole: Path, folder: Path, tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]
@@ -346,46 +340,24 @@ def test_images_that_were_skipped_stay_skipped_only_where_that_is_asked_for(
         run(folder, begun, on_error="fail")
 
 
-def test_parts_that_do_not_belong_together(whole: Path, folder: Path, tmp_path: Path) -> None:
+def test_parts_of_other_runs_do_not_belong_together(folder: Path, tmp_path: Path) -> None:
     def part(name: str, **options: Any) -> Path:
         return run(folder, tmp_path / name, **options)
 
-    one, two = part("1.h5", shard="1/2"), part("2.h5", shard="2/2")
-
-    def refused(words: str, *parts: Path) -> None:
-        with pytest.raises(UserError, match=words) as caught:
-            merge(MergeConfig(out=tmp_path / "features.h5", parts=parts))
-        assert "\n" not in str(caught.value)
-        assert not (tmp_path / "features.h5").exists()
-
-    refused("Name the parts")
-    refused("Not all 2 parts are there; name part 2 as well", one)
-    refused("Not all 2 parts are there; name part 1 as well", two)
-    refused(r"2\.h5 and .*2\.h5 are both part 2 of 2; name every part once", one, two, two)
-    (tmp_path / "copy.h5").write_bytes(one.read_bytes())
-    refused(r"1\.h5 and .*copy\.h5 are both part 1 of 2", one, tmp_path / "copy.h5")
-    refused("number of parts differ", one, part("2of3.h5", shard="2/3"))
-    other = part("other.h5", shard="2/2", augment_seed=1)
-    refused(r"other\.h5 and .*1\.h5 do not belong together: augment_seed differ;", one, other)
-    refused("do not meet in the train split", one, part("big.h5", shard="2/2", batch_size=5))
-    refused("is no part of a cache", one, whole)
-    refused("There is no part at", one, tmp_path / "missing.h5")
-    (tmp_path / "text.h5").write_text("hello")
-    refused("cannot be read as HDF5", one, tmp_path / "text.h5")
-    content = bytearray(two.read_bytes())
-    place = content.index(np.load(_features(two)).tobytes()[:64])
-    content[place + 40] ^= 255
-    (tmp_path / "damaged.h5").write_bytes(content)
-    refused("damaged.h5 is damaged", one, tmp_path / "damaged.h5")
-    (tmp_path / "features.h5").write_text("mine")
+    one, out = part("1.h5", shard="1/2"), tmp_path / "features.h5"
+    for other, words in (
+        (part("2of3.h5", shard="2/3"), "number of parts differ"),
+        (part("other.h5", shard="2/2", augment_seed=1), r"together: augment_seed differ;"),
+        (part("big.h5", shard="2/2", batch_size=5), "do not meet in the train split"),
+    ):
+        with pytest.raises(UserError, match=words):
+            merge(MergeConfig(out=out, parts=(one, other)))
+        assert not out.exists()
+    with pytest.raises(UserError, match="Name the parts"):
+        merge(MergeConfig(out=out, parts=()))
+    out.write_text("mine")
     with pytest.raises(UserError, match="exists; choose another name"):
-        merge(MergeConfig(out=tmp_path / "features.h5", parts=(one, two)))
-
-
-def _features(part: Path) -> Path:
-    with h5py.File(part) as file:
-        np.save(part.with_suffix(".npy"), file["images/test/features"][0])
-    return part.with_suffix(".npy")
+        merge(MergeConfig(out=out, parts=(one,)))
 
 
 def test_shards_cover_every_row_once_and_end_with_batches() -> None:
@@ -531,7 +503,7 @@ for rows in map(int, sys.argv[2:]):  # in one process: its peak after few is par
             pass
         text = {"features": np.ones((2, 1, 512), np.float32), "class_names": ["a", "b"]}
         text = {f"text/{name}": values for name, values in text.items()}
-        content = {**train.content("train", known.sources), **text, "text/templates": ["{}"]}
+        content = {**known.content(), **text, "text/templates": ["{}"]}
         in_several_splits(content), tally(content)
         backbone = {"name": "b", "pretrained": "p", "weights_sha256": "0" * 64, "embed_dim": 512,
                     "image_size": 32, "quick_gelu": False}

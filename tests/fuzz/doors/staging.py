@@ -43,7 +43,7 @@ def go_on(out: Path, batches: int = ROWS) -> None:
             values = {name: array[rows] for name, array in VALUES.items()}
             train.put(rows, known.add(place.add("images", [IDS[row] for row in rows], values)))
         if not len(train.missing):
-            write_cache(place, train.content("train", known.sources) | text(), **STATED)
+            write_cache(place, {**known.content(), **text()}, **STATED)
 
 
 def prepare(folder: Path) -> None:
