@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from clip_adapter.adapters.engine.evaluation import DIVERGED, Score
 from clip_adapter.pipelines.fitting.command_line_of import command_that_keeps
 from clip_adapter.pipelines.fitting.config import shots_words
 from clip_adapter.pipelines.fitting.plan import Plan
@@ -189,7 +190,7 @@ def is_judged(result: TaskResult) -> bool:
     return result.val_accuracy is not None and result.val_nll is not None
 
 
-def rank(result: TaskResult) -> tuple[float, float]:
+def rank(result: TaskResult) -> Score:
     if result.val_accuracy is None or result.val_nll is None:
-        return (-np.inf, -np.inf)
-    return result.val_accuracy, -result.val_nll
+        return DIVERGED
+    return Score(result.val_accuracy, -result.val_nll)

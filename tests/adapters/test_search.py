@@ -1,9 +1,12 @@
 """What a search says of each setting and what it hands over, for CLIP-Adapter."""
 
+import itertools
+
+import jax
 import numpy as np
 import pytest
 
-from clip_adapter.adapters.engine.evaluation import Evaluation
+from clip_adapter.adapters.engine.evaluation import DIVERGED, Evaluation, Score
 from clip_adapter.adapters.engine.runner import Engine
 from clip_adapter.adapters.engine.scoring import make_classify, pooled
 from clip_adapter.adapters.engine.search import fit, search
@@ -90,6 +93,14 @@ def test_one_fold_that_diverges_fails_the_setting(engine: Engine):
     values = {name: (value,) for name, value in setting_of(**SHORT).items()}
     (evaluation,) = search(CLIP_ADAPTER, CLIP_ADAPTER.values(values), parts, engine, Notes())
     assert evaluation.failed
+
+
+def test_better_is_one_order_also_within_a_program():
+    pairs = [Score(a, b) for a in (0.25, 0.5) for b in (-2.0, -1.0)] + [DIVERGED]
+    for one, other in itertools.product(pairs, repeat=2):
+        assert bool(jax.jit(Score.beats)(one, other)) == (one > other)
+    assert pairs[0] < pairs[1] < pairs[2] < pairs[3] > DIVERGED
+    assert max([*pairs, Score(0.5, -1.0)], key=lambda score: score) is pairs[3], "not the earlier"
 
 
 def test_equal_numbers_of_right_images_are_equal_accuracies():
