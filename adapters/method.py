@@ -95,8 +95,9 @@ class Method:
         of the features before it.
     fit(xp, task, setting) → arrays: the closed form; of a trained method, where training starts.
     trained: names in them that the optimiser moves; the others are constants of the task.
-    network: `"module:Class"` instead, a Flax module (setting, task, rngs=…) that makes them;
-        called with (features, task) it gives logits.
+    network: `"module:Class"` instead, a Flax module (setting, task, rngs=…) whose parameters are
+        what is trained. One that can be called, with (features, task), gives logits in place of
+        the formula as long as the method trains.
     loss(xp, classify, arrays, batch, setting, task) → (): None for mean cross-entropy.
     optimizer(setting, task, steps per epoch) → optax transformation: None for the recipe that the
         setting names (optimisation.py).

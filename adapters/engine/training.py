@@ -103,9 +103,10 @@ class Run:
 
     def classify(self, trained: Arrays) -> Classify:
         """features → logits with these arrays."""
-        if self.method.network:
-            module: Any = _filled(self._module(nnx.Rngs(0)), trained)
-            return lambda features: module(features, self.task)
+        module: Any = self._module(nnx.Rngs(0)) if self.method.network else None
+        if callable(module):
+            filled = _filled(module, trained)
+            return lambda features: filled(features, self.task)
         seen = self.method.during_training(self.setting)
         arrays = {**self.constants, **trained}
         return lambda features: self.method.logits(jnp, arrays, seen, features, self.task.head)
@@ -215,7 +216,7 @@ def _parameters(module: nnx.Module) -> dict[str, jax.Array]:
     return {_name(path): variable[...] for path, variable in flat}
 
 
-def _filled(module: nnx.Module, arrays: Arrays) -> nnx.Module:
+def _filled(module: nnx.Module, arrays: Arrays) -> Any:
     """The module with these parameters; inside `jit` the drawing of its own falls away unused."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
     state = {path: variable.replace(arrays[_name(path)]) for path, variable in flat}

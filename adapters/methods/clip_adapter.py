@@ -5,7 +5,7 @@
 
 on the image features (ρ = α), on the classifier weights (ρ = β), or on both, before normalisation.
 A ratio ρ is fixed, one trained scalar (`learned`), or predicted for each row (`hypernet`). The
-parameters, and how they start, are Flax modules in bottleneck.py, which call these formulas.
+parameters, and how they start, are Flax modules in bottleneck.py.
 """
 
 from __future__ import annotations
@@ -24,50 +24,29 @@ KINDS = ("learned", "hypernet")
 RATIOS = {"image": "alpha", "text": "beta"}
 
 
-def bottleneck(
-    xp: Any, x: Float[Array, "N D"], down: Float[Array, "D H"], up: Float[Array, "H D"]
-) -> Float[Array, "N D"]:
-    """A(x)."""
-    return relu(xp, relu(xp, x @ down) @ up)
-
-
-def blended(
-    x: Float[Array, "N D"], adapted: Float[Array, "N D"], ratio: Array
-) -> Float[Array, "N D"]:
-    """ρ · A(x) + (1 − ρ) · x for a ratio that is a number or (N, 1)."""
-    return ratio * adapted + (1 - ratio) * x
-
-
-def predicted_ratio(
-    xp: Any,
-    x: Float[Array, "N D"],
-    hidden: Float[Array, "D R"],
-    direction: Float[Array, "R 1"],
-    logit: Float[Array, ""],
-) -> Float[Array, "N 1"]:
-    """sigmoid(v · ReLU(V unit(x)) + λ), a ratio for each row."""
-    return sigmoid(xp, relu(xp, unit(xp, x) @ hidden) @ direction + logit)
-
-
 def ratio(
     xp: Any, arrays: Arrays, setting: Setting, branch: str, x: Float[Array, "N D"]
 ) -> Float[Array, ""] | Float[Array, "N 1"]:
-    """The ratio of a branch: a number, or (N, 1) where it is predicted for each row."""
+    """ρ of a branch: a number, or (N, 1) where it is predicted for each row, by
+    sigmoid(v · ReLU(V unit(x)) + λ)."""
     value = setting[RATIOS[branch]]
-    if value == "learned":
-        return sigmoid(xp, arrays[f"{branch}/ratio/logit"])
+    if value not in KINDS:
+        return value
+    logit = arrays[f"{branch}/ratio/logit"]
     if value == "hypernet":
-        names = ("hidden/kernel", "direction", "logit")
-        return predicted_ratio(xp, x, *(arrays[f"{branch}/ratio/{name}"] for name in names))
-    return value
+        hidden = relu(xp, unit(xp, x) @ arrays[f"{branch}/ratio/hidden/kernel"])
+        logit = hidden @ arrays[f"{branch}/ratio/direction"] + logit
+    return sigmoid(xp, logit)
 
 
 def adapted(
     xp: Any, arrays: Arrays, setting: Setting, branch: str, x: Float[Array, "N D"]
 ) -> Float[Array, "N D"]:
-    """x* of a branch."""
-    kernels = (arrays[f"{branch}/bottleneck/{name}/kernel"] for name in ("down", "up"))
-    return blended(x, bottleneck(xp, x, *kernels), ratio(xp, arrays, setting, branch, x))
+    """x* = ρ · A(x) + (1 − ρ) · x of a branch."""
+    down, up = (arrays[f"{branch}/bottleneck/{name}/kernel"] for name in ("down", "up"))
+    bottleneck = relu(xp, relu(xp, x @ down) @ up)
+    share = ratio(xp, arrays, setting, branch, x)
+    return share * bottleneck + (1 - share) * x
 
 
 def adapt(xp, arrays, setting, features, head):

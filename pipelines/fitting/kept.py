@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
+from clip_adapter.adapters.engine.evaluation import DIVERGED, Score
 from clip_adapter.adapters.engine.search import fit
 from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.choice import is_finite
@@ -120,7 +119,7 @@ def is_judged(result: TaskResult) -> bool:
     return result.val_accuracy is not None and result.val_nll is not None
 
 
-def rank(result: TaskResult) -> tuple[float, float]:
+def rank(result: TaskResult) -> Score:
     if result.val_accuracy is None or result.val_nll is None:
-        return (-np.inf, -np.inf)
-    return result.val_accuracy, -result.val_nll
+        return DIVERGED
+    return Score(result.val_accuracy, -result.val_nll)

@@ -36,17 +36,21 @@ def separable_task(
     seed: int = 0,
     noise: float = 1.0,
     data_seed: int = 0,
+    empty: tuple[int, ...] = (),
 ) -> Task:
-    """Classes around random centres; the text features are the centres, disturbed."""
+    """Classes around random centres; the text features are the centres, disturbed.
+
+    empty: classes that have no support images.
+    """
     rng = np.random.default_rng(data_seed)
     centres = rng.normal(size=(CLASSES, DIM))
 
-    def images(count: int, views: int) -> tuple[np.ndarray, np.ndarray]:
-        labels = np.repeat(np.arange(CLASSES), count)
+    def images(count: int, views: int, without: tuple[int, ...] = ()) -> tuple[Any, Any]:
+        labels = np.repeat([c for c in range(CLASSES) if c not in without], count)
         drawn = centres[labels] + noise * rng.normal(size=(views, len(labels), DIM))
         return 2 * drawn, labels
 
-    features, labels = images(shots, views)
+    features, labels = images(shots, views, empty)
     validation_features, validation_labels = images(validation, 1)
     weights = centres + noise * rng.normal(size=centres.shape)
     text = weights[:, None] + 0.3 * rng.normal(size=(CLASSES, PROMPTS, DIM))
@@ -63,6 +67,30 @@ def separable_task(
         ),
         seed=jnp.int32(seed),
     )
+
+
+def exact(task: Task) -> Task:
+    """The same in NumPy, its numbers in float64."""
+
+    def widened(leaf: object) -> np.ndarray:
+        array = np.asarray(leaf)
+        return array.astype(np.float64) if array.dtype.kind == "f" else array
+
+    return jax.tree.map(widened, task)
+
+
+def unit(x: Any) -> np.ndarray:
+    """Each row divided by its length, in float64; the zero vector stays what it is."""
+    x = np.asarray(x, np.float64)
+    lengths = np.linalg.norm(x, axis=-1, keepdims=True)
+    return x / np.where(lengths == 0, 1, lengths)
+
+
+def zero_shot(task: Task, images: Any) -> np.ndarray:
+    """The logits of zero-shot CLIP, in float64."""
+    head = task.head
+    cosines = unit(images) @ unit(head.weights).T
+    return float(head.logit_scale) * cosines + float(head.logit_bias)
 
 
 def needed(method: Method, task: Task) -> Task:

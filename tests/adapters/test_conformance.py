@@ -1,10 +1,12 @@
 """What has to be true of every method: a new record in METHODS is tested here as it stands."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,11 +27,13 @@ from tests.adapters.tasks import (
     DIM,
     Notes,
     compilations,
+    exact,
     needed,
     separable_task,
     setting_of,
     validation_accuracy,
     validation_nll,
+    zero_shot,
 )
 
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -39,6 +43,7 @@ trained_methods = pytest.mark.parametrize(
 SHORT: dict[str, Value] = {"epochs": 10, "batch_size": 8}
 """Where a method has them; else nothing."""
 GRID_AXES = 2
+PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 
 
 def alternatives(hyper: Hyper, name: str) -> list[Value]:
@@ -118,6 +123,40 @@ def test_the_table_is_sane(method: Method):
         assert method.default_setting(method.values({}, preset)), preset
 
 
+TRAINED = "epochs batch_size drop_last epoch evaluate_every"
+OPTIMISED = f"learning_rate weight_decay {TRAINED} optimizer warmup adam_epsilon"
+RATIOS = "alpha alpha_init beta beta_init ratio_learning_rate"
+FIRST_ROWS = {
+    "linear-probe": "C",
+    "clip-adapter": f"branch {RATIOS} reduction {OPTIMISED}",
+    "tip-adapter": "beta alpha",
+    "tip-adapter-f": f"beta alpha beta_init alpha_init {OPTIMISED}",
+    "taskres": f"alpha {OPTIMISED}",
+    "lp++": TRAINED,
+    **dict.fromkeys(("clap", "zs-lp", "cross-modal"), OPTIMISED),
+    **dict.fromkeys(("rla", "prolip"), f"strength {OPTIMISED}"),
+    "coop": f"initialisation context_length class_specific position {OPTIMISED}",
+    "gda": "alpha",
+    "proker": "beta ridge",
+}
+"""What the first files of each method state."""
+
+
+@every_method
+def test_a_row_that_came_after_the_first_files_says_what_they_were(method: Method):
+    first = FIRST_ROWS.get(method.name, " ".join(method.hyper)).split()
+    assert {*first} <= {*method.hyper}, "files state a hyper-parameter that the method has not"
+    for name, hyper in method.hyper.items():
+        assert name in first or hyper.absent is not None, f"{name}: Hyper(…, absent=…)"
+
+
+@every_method
+def test_the_page_of_methods_links_to_the_source(method: Method):
+    (line,) = re.findall(rf"^\| `{re.escape(method.name)}` \| \[.*", PAGE.read_text(), re.MULTILINE)
+    number = method.source.removeprefix("arXiv ")
+    assert f"[{number}](https://arxiv.org/abs/{number})" in line
+
+
 @every_method
 def test_settings_are_plain_values_that_survive_json(method: Method):
     values = method.values({})
@@ -154,7 +193,11 @@ def in_library(
 ) -> np.ndarray:
     head = Head(*(asarray(np.asarray(part)) for part in task.head[:3]))
     moved = {name: asarray(np.asarray(array)) for name, array in arrays.items()}
-    return np.asarray(method.logits(xp, moved, short_setting(method), asarray(rows()), head))
+    setting, images = short_setting(method), asarray(rows())
+    if xp is jnp:  # one program instead of one for each operation
+        compiled = jax.jit(lambda *given: method.logits(jnp, given[0], setting, *given[1:]))
+        return np.asarray(compiled(moved, images, head))
+    return np.asarray(method.logits(xp, moved, setting, images, head))
 
 
 @every_method
@@ -186,13 +229,22 @@ def test_the_formula_may_be_compiled_batched_and_differentiated(method: Method, 
     stacked = {name: jnp.array([n[name] for n in numbers], jnp.float32) for name in numbers[0]}
     if stacked:
         batched = jax.jit(jax.vmap(logits, (None, None, 0)))(arrays, features, stacked)
+        compiled = jax.jit(logits)
         for row, chosen in zip(batched, numbers, strict=True):
-            alone = logits(arrays, features, chosen)
+            alone = compiled(arrays, features, chosen)
             np.testing.assert_allclose(row, alone, atol=1e-5 * float(jnp.abs(alone).max()))
-    gradients = jax.grad(lambda *given: jnp.sum(logits(*given, numbers[0]) ** 2), (0, 1))(
-        arrays, features
-    )
+    squared = jax.jit(jax.grad(lambda *given: jnp.sum(logits(*given, numbers[0]) ** 2), (0, 1)))
+    gradients = squared(arrays, features)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS.values() if m.adapt], ids=lambda m: m.name)
+def test_its_logits_are_cosines_of_the_features_that_it_adapts(method: Method, engine: Engine):
+    given = fitted(method, engine), short_setting(method), rows(), exact(task_for(method)).head
+    adapted = method.adapt(np, *given)
+    assert np.abs(adapted - rows()).max() > 1e-3
+    expected = zero_shot(task_for(method), adapted)
+    np.testing.assert_allclose(method.logits(np, *given), expected, rtol=1e-5, atol=1e-5)
 
 
 # What is fitted
@@ -250,13 +302,9 @@ def test_odd_support_sets_give_finite_logits(method: Method, kind: str, engine: 
 @every_method
 def test_classes_never_seen_are_classified_or_it_says_so(method: Method, engine: Engine):
     arrays, task, setting = fitted(method, engine), task_for(method), short_setting(method)
-    other = separable_task(data_seed=8).head
-    six = Head(
-        jnp.concatenate([other.weights, other.weights[:2] + 1]),
-        other.logit_scale,
-        other.logit_bias,
-        jnp.concatenate([other.text, other.text[:2] + 1]),
-    )
+    other = jax.tree.map(np.asarray, separable_task(data_seed=8).head)
+    weights, text = (np.concatenate([a, a[:2] + 1]) for a in (other.weights, other.text))
+    six = other._replace(weights=weights, text=text)
 
     if "tower" in task.extra:  # what a cache of the six classes holds
         tower = task.extra["tower"].of_classes((0, 1, 2, 3, 0, 1))
@@ -265,7 +313,7 @@ def test_classes_never_seen_are_classified_or_it_says_so(method: Method, engine:
     def classified() -> bool:
         moved = method.for_classes(arrays, setting, task, six) if method.for_classes else arrays
         try:
-            logits = method.logits(jnp, moved, setting, jnp.asarray(rows()), six)
+            logits = make_classify(method, setting, moved, six)(rows())
         except (TypeError, ValueError):
             return False
         return logits.shape == (9, 6) and bool(np.isfinite(logits).all())
@@ -340,7 +388,7 @@ def test_survivors_of_halving_end_as_the_full_run(method: Method, engine: Engine
 @trained_methods
 def test_training_in_pieces_is_training_at_once(method: Method, engine: Engine):
     setting, task = short_setting(method), task_for(method)
-    run = partial(engine.run, method, [setting], task)
+    run = partial(engine.run, method, [method.of_the_run(setting)], task)
     (whole,) = run()
     (piece,) = run(stop=4)
     (piece,) = run(first=4, states=[partial(piece.row, 0)])
@@ -351,7 +399,8 @@ def test_training_in_pieces_is_training_at_once(method: Method, engine: Engine):
 @trained_methods
 def test_the_best_epoch_can_be_kept(method: Method, engine: Engine):
     """It is as good on validation as the run was at its best."""
-    values = short_values(method, axes=0) | {"epoch": ("best",), "evaluate_every": (2,)}
+    values = {name: (value,) for name, value in short_setting(method).items()}
+    values |= {"epoch": ("best",), "evaluate_every": (1,)}
     task = task_for(method)
     (evaluation,) = search(method, values, [task], engine, Notes())
     classify = make_classify(method, evaluation.setting, evaluation.arrays(), task.head)

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from clip_adapter.adapters.engine.evaluation import Leaves
+from clip_adapter.adapters.engine.process import one_blas_thread
 from clip_adapter.adapters.engine.runner import Engine, Placement
 from clip_adapter.adapters.method import Setting, Task
 from tests.adapters.tasks import (
     CLIP_ADAPTER,
     EACH_EPOCH,
-    SHORT,
     compilations,
     separable_task,
     setting_of,
@@ -59,15 +60,15 @@ def test_a_program_is_compiled_per_static_signature_and_not_per_setting(engine: 
     assert compiled, "the listener hears nothing"
 
 
-@pytest.fixture(scope="module")
-def vectorised() -> Engine:
+@pytest.fixture
+def vectorised(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """Of the six settings it runs three at a time."""
+    monkeypatch.setattr("clip_adapter.adapters.engine.runner.LARGEST_CHUNK", 4)
     return Engine("vectorised")
 
 
-def test_chunks_are_as_equal_as_can_be(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("clip_adapter.adapters.engine.runner.LARGEST_CHUNK", 4)
-    settings = [setting_of(alpha=alpha, **SHORT) for alpha in (0.2, 0.3, 0.4, 0.5, 0.6)]
-    chunks = list(Engine("vectorised").run(CLIP_ADAPTER, settings, separable_task()))
+def test_chunks_are_as_equal_as_can_be(vectorised: Engine):
+    chunks = list(vectorised.run(CLIP_ADAPTER, SETTINGS[:5], separable_task()))
     assert [len(chunk.state.history) for chunk in chunks] == [3, 3]
     assert [chunk.indices for chunk in chunks] == [[0, 1, 2], [3, 4]]
 
@@ -118,27 +119,29 @@ def test_a_state_that_was_lost_or_damaged_is_had_again(
         assert found.tobytes() == whole.tobytes()
 
 
+SLOW = [
+    {name: value for name, value in setting.items() if name != "evaluate_every"}
+    | {"epochs": 20_000, "epoch": "last"}
+    for setting in SETTINGS
+]
+
+
 def test_nobody_trains_on_after_the_last_chunk_was_taken():
     """The caller leaves after the first setting: what runs beside it ends between two calls."""
     trained: list[float] = []
     engine = Engine("sequential", trained.append)
-    slow = [setting | {"epochs": 20_000, "epoch": "last"} for setting in SETTINGS]
-    for setting in slow:
-        del setting["evaluate_every"]
-    chunks = engine.run(CLIP_ADAPTER, slow, separable_task(), stop=200)
+    chunks = engine.run(CLIP_ADAPTER, SLOW, separable_task(), stop=200)
     next(chunks)
     chunks.close()
-    list(engine.run(CLIP_ADAPTER, slow[:1], separable_task(), stop=1))
-    assert sum(trained) * 20_000 < 200 * len(slow)
+    list(engine.run(CLIP_ADAPTER, SLOW[:1], separable_task(), stop=1))
+    assert sum(trained) * 20_000 < 200 * len(SLOW)
 
 
 def test_progress_adds_up_to_the_settings():
     trained: list[float] = []
-    engine = Engine("sequential", trained.append)
-    # Of a length of its own: a program that is known takes as many epochs at once as it can.
-    histories(engine, [setting | {"epochs": 17} for setting in SETTINGS])
-    assert sum(trained) == pytest.approx(len(SETTINGS))
-    assert len(trained) > len(SETTINGS), "it moves within a setting"
+    list(Engine("sequential", trained.append).run(CLIP_ADAPTER, SLOW, separable_task(), stop=200))
+    assert sum(trained) * 20_000 == pytest.approx(200 * len(SLOW))
+    assert len(trained) > len(SLOW), "it moves within a setting"
 
 
 SHARDED = """
@@ -173,3 +176,22 @@ def test_four_devices_agree_with_one(engine: Engine, tmp_path: Path):
     expected = histories(engine, SETTINGS)
     for placement in ("sequential", "vectorised"):
         np.testing.assert_allclose(found[placement], expected, atol=2e-5, err_msg=placement)
+
+
+def blas_threads() -> set[int]:
+    return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+
+def test_times_with_one_blas_thread_that_overlap_leave_the_number_as_it_was():
+    with threadpool_limits(2, user_api="blas"):
+        first, second = one_blas_thread(), one_blas_thread()
+        first.__enter__()
+        second.__enter__()
+        assert blas_threads() == {1}
+        first.__exit__(None, None, None)
+        assert blas_threads() == {1}, "the other one is still in there"
+        second.__exit__(None, None, None)
+        assert blas_threads() == {2}
+        with one_blas_thread():
+            assert blas_threads() == {1}
+        assert blas_threads() == {2}

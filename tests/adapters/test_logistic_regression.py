@@ -1,5 +1,7 @@
 """Logistic regression along C against scikit-learn and a dense Newton's method in float64."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from scipy.special import logsumexp, softmax
@@ -14,7 +16,7 @@ from clip_adapter.adapters.methods.logistic.path import (
     ROUNDING,
     TOLERANCE,
     LogisticRegressionPath,
-    fit_path,
+    Solution,
 )
 
 Data = tuple[np.ndarray, np.ndarray]
@@ -29,6 +31,11 @@ def clusters(
     centres = rng.normal(size=(classes, dim))
     features = centres[labels] + noise * rng.normal(size=(images, dim)) + offset
     return (scale * features).astype(np.float32), labels
+
+
+def fit_path(data: Data, cs: Sequence[float]) -> list[Solution]:
+    path = LogisticRegressionPath(*data, 5)
+    return [path.solve(c) for c in cs]
 
 
 def twice(data: Data) -> Data:
@@ -166,8 +173,8 @@ def test_of_a_single_class_there_is_nothing_to_learn():
 def test_a_solution_depends_on_the_data_and_c_alone():
     data = clusters(30, 40, 5, 1.0)
     cs = [1e4, 3e-7, 0.316, 1e6, 30.0, 2e6, 1.0, 1e-6]
-    together = fit_path(*data, 5, cs)
-    backwards = fit_path(*data, 5, cs[::-1])[::-1]
+    together = fit_path(data, cs)
+    backwards = fit_path(data, cs[::-1])[::-1]
     alone = [LogisticRegressionPath(*data, 5).solve(c) for c in cs]
     for one, other, third in zip(together, backwards, alone, strict=True):
         assert one.solved
@@ -178,7 +185,7 @@ def test_a_solution_depends_on_the_data_and_c_alone():
 
 def test_a_start_elsewhere_ends_at_the_same_minimum(monkeypatch: pytest.MonkeyPatch):
     data = clusters(30, 40, 5, 1.0)
-    warm = fit_path(*data, 5, LADDER)
+    warm = fit_path(data, LADDER)
     for c, one in zip(LADDER, warm, strict=True):
         # Without rungs below it, a value starts where nothing is known.
         monkeypatch.setattr(logistic_regression, "LADDER", [c])
@@ -202,9 +209,9 @@ def test_what_is_not_solved_says_so(monkeypatch: pytest.MonkeyPatch):
 
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch):
     data = clusters(31, 40, 5, 1.0)
-    whole = fit_path(*data, 5, DECADES)
+    whole = fit_path(data, DECADES)
     monkeypatch.setattr(logistic_objective, "BLOCK", 7 * 5)
-    for one, other in zip(whole, fit_path(*data, 5, DECADES), strict=True):
+    for one, other in zip(whole, fit_path(data, DECADES), strict=True):
         assert other.solved
         assert other.objective == pytest.approx(one.objective, rel=TOLERANCE)
 
@@ -224,18 +231,10 @@ def test_the_number_of_blas_threads_is_put_back(monkeypatch: pytest.MonkeyPatch)
     with threadpool_limits(2, user_api="blas"):
         before = threads()
         path = LogisticRegressionPath(*clusters(12, 16, 3, 1.0), 3)
-        path.estimated_seconds(15)
         path.solve(1.0)
         assert threads() == before
     assert set(before) == {2}
     assert {count for counts in inside for count in counts} == {1}
-
-
-def test_the_time_estimated_grows_with_the_values():
-    path = LogisticRegressionPath(*clusters(12, 16, 3, 1.0), 3)
-    assert 0 < path.estimated_seconds(1) < path.estimated_seconds(1000) < 60
-    unaffected = LogisticRegressionPath(*clusters(12, 16, 3, 1.0), 3).solve(1.0)
-    assert np.array_equal(path.solve(1.0).kernel, unaffected.kernel)
 
 
 @pytest.fixture

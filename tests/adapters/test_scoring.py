@@ -1,11 +1,13 @@
 """What counts as right, and how likely at the best temperature."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from clip_adapter.adapters.engine.scoring import (
     AT_ONCE,
+    Scored,
     balanced,
     is_right,
     pooled,
@@ -46,7 +48,7 @@ def test_likelihood_is_that_of_the_best_temperature_at_any_scale(right: float):
     found = []
     for scale in (1e-3, 1.0, 1e3):
         logits, labels = logits_of(right, scale)
-        scored = score(jnp.asarray(logits), jnp.asarray(labels))
+        scored = jax.jit(score)(logits, labels)
         assert scored.score[0] == pytest.approx(np.mean(logits.argmax(axis=1) == labels))
         np.testing.assert_allclose(scored.score[1], np.mean(scored.losses), rtol=1e-6)
         assert scored.score[1] == pytest.approx(tempered_nll(logits, labels), rel=1e-4, abs=1e-5)
@@ -60,15 +62,16 @@ def task_of(logits: np.ndarray, labels: np.ndarray) -> Task:
     return Task(None, None, jnp.asarray(logits), jnp.asarray(labels), None, None)
 
 
+def compiled(task: Task, at_once: int = AT_ONCE) -> Scored:
+    """How it does, as one program instead of one for each operation."""
+    return jax.jit(lambda task: validation_score(lambda rows: rows, task, at_once))(task)
+
+
 def test_many_rows_are_judged_in_blocks_at_a_temperature_of_all():
     logits, labels = logits_of(1.0, 5.0, rows=2 * AT_ONCE + 7)
     order = np.argsort(labels, kind="stable")  # class by class, as validation images lie
-    scored = validation_score(lambda rows: rows, task_of(logits[order], labels[order]))
-    expected = tempered_nll(logits, labels)
-    at_once = validation_score(
-        lambda rows: rows, task_of(logits[order], labels[order]), len(labels)
-    )
-    for found in (scored, at_once):
+    task, expected = task_of(logits[order], labels[order]), tempered_nll(logits, labels)
+    for found in (compiled(task), compiled(task, len(labels))):
         assert found.score[1] == pytest.approx(expected, rel=1e-3)
         np.testing.assert_array_equal(found.right, (logits.argmax(axis=1) == labels)[order])
 
@@ -82,8 +85,8 @@ def test_balanced_accuracy_is_the_mean_of_recalls_over_all_folds():
         logits = np.zeros((5, 3), np.float32)
         logits[np.arange(5), np.where(good, own, 2)] = 1
         folds.append(task_of(logits, own))
-    scores = [validation_score(lambda rows: rows, fold).score for fold in balanced(folds)]
+    scores = [compiled(fold).score for fold in balanced(folds)]
     accuracy, _ = pooled(scores, balanced(folds))
     assert accuracy == pytest.approx((7 / 8 + 0) / 2)
-    plain = [validation_score(lambda rows: rows, fold).score for fold in folds]
+    plain = [compiled(fold).score for fold in folds]
     assert pooled(plain, folds)[0] == pytest.approx(7 / 10)

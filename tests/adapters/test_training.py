@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from clip_adapter.adapters.engine.epoch_draws import epochs_per_drawing
+from clip_adapter.adapters.engine import epoch_draws as draws
 from clip_adapter.adapters.engine.runner import Chunk, Engine
 from clip_adapter.adapters.engine.training import RunState
 from clip_adapter.adapters.method import Setting, Task
@@ -27,11 +27,11 @@ from tests.adapters.tasks import (
 
 SPARSE = EACH_EPOCH | {"evaluate_every": 3}
 PLAIN = EACH_EPOCH | {"optimizer": "sgd"}
-PAPER = PLAIN | {"warmup": "constant", "drop_last": True}
+PAPER = PLAIN | {"warmup": "constant", "drop_last": True, "learning_rate": 0.02}
 ADAM = EACH_EPOCH | {"optimizer": "adam", "adam_epsilon": 1e-4}
 HYPER = {"alpha": 0.6, "learning_rate": 3e-3, "weight_decay": 0.1}
 LEARNED = {"branch": "both", "reduction": 2, "alpha": "learned", "beta": "learned"}
-PREDICTED = {"branch": "both", "alpha": "hypernet", "beta": "hypernet"}
+PREDICTED = {"branch": "both", "alpha": "hypernet", "beta": "hypernet", "learning_rate": 1e-3}
 STARTS = {"alpha_init": 0.4, "beta_init": 0.3}
 
 
@@ -152,38 +152,31 @@ def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], 
         np.testing.assert_allclose(found[name], wanted, rtol=0, atol=by, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("given", "views"),
-    [
-        (EACH_EPOCH | HYPER, 1),
-        (SPARSE | LEARNED | STARTS | {"learning_rate": 3e-3, "weight_decay": 0.1}, 3),
-        (PLAIN | HYPER | {"learning_rate": 0.02}, 1),
-        # Under Adam's usual epsilon, a hyper-network's unit that closes has steps of pure rounding.
-        (
-            ADAM
-            | PREDICTED
-            | STARTS
-            | {"learning_rate": 1e-3, "adam_epsilon": 1e-3, "ratio_learning_rate": 0.05},
-            1,
-        ),
-        (PAPER | {"alpha": 0.6, "learning_rate": 0.02, "weight_decay": 5e-2}, 1),
-        (PAPER | LEARNED | STARTS | {"learning_rate": 0.02, "ratio_learning_rate": 0.1}, 1),
-        (ADAM | HYPER, 1),
-    ],
-    ids=[
-        "adamw",
-        "adamw-learned-views",
-        "sgd",
-        "adam-hypernet",
-        "sgd-paper",
-        "sgd-paper-learned",
-        "adam",
-    ],
-)
+ONE_BATCH = EACH_EPOCH | HYPER | {"batch_size": 20}
+RUNS: dict[str, tuple[dict[str, Any], int]] = {
+    "adamw": (EACH_EPOCH | HYPER, 1),
+    "adamw, learned, views": (SPARSE | HYPER | LEARNED | STARTS, 3),
+    "sgd": (PLAIN | HYPER | {"learning_rate": 0.02}, 1),
+    "adam": (ADAM | HYPER, 1),
+    # Under Adam's usual epsilon, a hyper-network's unit that closes has steps of pure rounding.
+    "adam, hypernet": (
+        ADAM | PREDICTED | STARTS | {"adam_epsilon": 1e-3, "ratio_learning_rate": 0.05},
+        1,
+    ),
+    "as in the paper, learned": (
+        PAPER | LEARNED | STARTS | {"weight_decay": 5e-2, "ratio_learning_rate": 0.1},
+        1,
+    ),
+    "one batch of all images": (ONE_BATCH, 1),
+    "one batch, views": (ONE_BATCH | {"drop_last": True}, 3),
+    "one batch of all images but three": (ONE_BATCH | {"batch_size": 17, "drop_last": True}, 1),
+}
+
+
+@pytest.mark.parametrize(("given", "views"), RUNS.values(), ids=RUNS)
 def test_a_run_ends_where_pytorch_ends(engine: Engine, given: dict[str, Any], views: int):
     task = separable_task(views=views, seed=7, noise=2.0)
     setting = setting_of(**given)
-    assert task.features.shape[1] % setting["batch_size"], "the last batch has to be incomplete"
     expected = TorchRun(setting, task).train(setting["epochs"])
     state: RunState = run(engine, setting, task).state
     assert_close(row_of(state.trained), expected.snapshots[-1], by=2e-5)
@@ -192,7 +185,7 @@ def test_a_run_ends_where_pytorch_ends(engine: Engine, given: dict[str, Any], vi
         assert moved > 100 * 2e-5, f"{name} hardly moved: nothing is compared"
 
     # The epochs that are due are evaluated, and the best of them is kept.
-    due = [3, 6, 9, 10] if setting["evaluate_every"] == 3 else list(range(1, 11))
+    due = evaluated_epochs(setting)
     evaluations = np.array([expected.evaluations[epoch - 1] for epoch in due])
     np.testing.assert_allclose(state.history[0], evaluations, rtol=5e-4, atol=1e-4)
     rule = [(-accuracy, nll) for accuracy, nll in evaluations]
@@ -218,37 +211,20 @@ def test_by_default_only_the_last_epoch_is_judged_and_kept(engine: Engine):
     np.testing.assert_allclose(stopped.history[0], [expected.evaluations[3]], atol=1e-4)
 
 
-@pytest.mark.parametrize("views", [1, 3])
-@pytest.mark.parametrize(("left_out", "drop_last"), [(0, False), (0, True), (3, True)])
-def test_a_single_batch_of_all_images_or_of_all_but_a_few(
-    engine: Engine, views: int, left_out: int, drop_last: bool
-):
-    task = separable_task(views=views, seed=7, noise=2.0)
-    size = task.features.shape[1] - left_out
-    setting = setting_of(**EACH_EPOCH | {"batch_size": size}, drop_last=drop_last, **HYPER)
-    assert len(list(batches(task, setting, 0))) == 1
-    expected = TorchRun(setting, task).train(setting["epochs"])
-    state: RunState = run(engine, setting, task).state
-    assert_close(row_of(state.trained), expected.snapshots[-1], by=2e-5)
-    np.testing.assert_allclose(state.history[0], expected.evaluations, atol=1e-4)
-    assert np.ptp(state.history[0, :, 1]) > 0.005, "hardly anything moved: nothing is compared"
-
-
 def test_a_long_warm_up_ends_after_a_hundred_steps(engine: Engine):
     """And the order of the images goes on over the epochs that are drawn at a time."""
     given = {"learning_rate": 2e-3, "weight_decay": 0.0, "optimizer": "sgd"}
     setting = setting_of(epochs=1200, batch_size=8, alpha=0.6, **given)
     task = separable_task(noise=2.0)
-    assert epochs_per_drawing(task.features.shape[1]) < 125
+    assert draws.epochs_per_drawing(task.features.shape[1]) < 125
     expected = TorchRun(setting, task).train(125)
     state = run(engine, setting, task, stop=125).state
     assert_close(row_of(state.trained), expected.snapshots[-1], by=1e-5)
 
 
-@pytest.mark.parametrize("kept", [SHORT, EACH_EPOCH], ids=["last", "best"])
-def test_advancing_in_pieces_is_advancing_at_once(engine: Engine, kept: dict[str, Any]):
-    task = separable_task(seed=3)
-    setting = setting_of(**kept, **HYPER)
+def test_advancing_in_pieces_is_advancing_at_once(engine: Engine):
+    """Also of a run that keeps its best epoch; test_conformance.py has the others."""
+    task, setting = separable_task(seed=3), setting_of(**EACH_EPOCH, **HYPER)
     whole = run(engine, setting, task)
     state = run(engine, setting, task, stop=2).row(0)
     for first, stop in ((2, 5), (5, 6), (6, 10)):
@@ -297,15 +273,11 @@ def test_accuracy_goes_before_likelihood(engine: Engine):
     assert int(state.best_evaluation[0]) == best
 
 
-@pytest.mark.parametrize("kept", [SHORT, EACH_EPOCH], ids=["last", "best"])
-def test_without_validation_images_the_last_parameters_are_kept(
-    engine: Engine, kept: dict[str, Any]
-):
+def test_without_validation_images_the_last_parameters_are_kept(engine: Engine):
     task = separable_task(seed=3, validation=0)
-    state = run(engine, setting_of(**kept, **HYPER), task).state
+    state = run(engine, setting_of(**EACH_EPOCH, **HYPER), task).state
     assert np.isnan(state.history).all()
-    if state.best:
-        assert_close(row_of(state.best), row_of(state.trained), by=0)
+    assert_close(row_of(state.best), row_of(state.trained), by=0)
 
 
 def test_another_seed_starts_and_shuffles_otherwise():
@@ -344,3 +316,44 @@ def test_the_schedules_rate_of_each_step():
     found = [float(scheduled_rate(constant, 3, step)) for step in range(60)]
     cosine = 0.25 * (1 + np.cos(np.pi * np.arange(19) / 20))
     np.testing.assert_allclose(found, np.repeat([1e-5, *cosine], 3), atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("views", "given"),
+    [
+        (3, {"batch_size": 8}),
+        (1, {"batch_size": 8, "drop_last": True}),
+        (3, {"batch_size": 256}),
+    ],
+    ids=["views", "drop-last", "one-batch"],
+)
+def test_each_epoch_has_its_own_order_whichever_drawing_it_is_in(
+    views: int, given: dict[str, int | bool], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(draws, "MOST_EPOCHS", 4)
+    task = separable_task(views=views, seed=5)
+    support = task.features.shape[1]
+    setting = setting_of(epochs=10, **given)
+    _, size = steps_and_batch(support, setting)
+    drawn = draws.kept_draws(task, setting)
+    for epoch in range(10):
+        rows, chosen = (np.asarray(part)[epoch % 4] for part in drawn(epoch // 4))
+        wanted = list(batches(task, setting, epoch))
+        assert len(rows) == len(chosen) == len(wanted)
+        for step, (view, row) in enumerate(wanted):
+            assert rows[step, : len(row)].tolist() == row.tolist()
+            assert chosen.shape == (len(rows), size if views > 1 else 0)
+            if views > 1:
+                assert chosen[step, : len(row)].tolist() == view.tolist()
+
+
+def test_the_order_of_a_batch_of_all_images_is_not_drawn():
+    task = separable_task()
+    drawn = draws.draw(task, setting_of(epochs=10, batch_size=256), 0)
+    assert drawn.rows.shape[1:] == drawn.views.shape[1:] == (1, 0)
+
+
+def test_a_drawing_of_many_images_has_few_epochs():
+    assert draws.epochs_per_drawing(20) == draws.MOST_EPOCHS
+    assert draws.epochs_per_drawing(100_000) == 10
+    assert draws.epochs_per_drawing(1_281_167) == 1

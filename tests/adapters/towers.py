@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import open_clip
 import torch
 
@@ -66,8 +64,3 @@ def coop_features(
         tokens.argmax(dim=1) if model.text_pool_type == "argmax" else torch.full((len(names),), -1)
     )
     return x[torch.arange(len(names)), end] @ model.text_projection
-
-
-def unit(x: Any) -> npt.NDArray[np.float64]:
-    x = np.asarray(x, np.float64)
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)

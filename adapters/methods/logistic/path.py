@@ -16,9 +16,7 @@ is the objective of scikit-learn's LogisticRegression; the bias is not penalised
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass
-from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
@@ -39,16 +37,12 @@ objective alone would say nothing: there K = 0 is within 1e-6 of the minimum, to
 ROUNDING = 1e-14
 """How much of the objective is not asked about, as float64 would not tell."""
 
-
 MAX_NEWTON_STEPS = 50
 MAX_PRODUCTS = 200  # with the Hessian, for one step
 LADDER = tuple(10.0**exponent for exponent in (-6, -4, -2, 0, 2, 4, 6))
 ROTATED_AT_ONCE = 1024  # rows
 # Below all other logits, for a class without images: its bias would be −∞ at the minimum.
 ABSENT = 40.0
-# What one value takes on average, found on features of CLIP's size along CLIP's sweep.
-EVALUATIONS_PER_VALUE = 5
-PRODUCTS_PER_VALUE = 25
 
 
 @dataclass(frozen=True)
@@ -78,14 +72,6 @@ class Minimum(NamedTuple):
     gap: float
     solved: bool
     steps: int
-
-
-def fit_path(
-    features: npt.ArrayLike, labels: npt.ArrayLike, classes: int, cs: Sequence[float]
-) -> list[Solution]:
-    """One solution for each C of `cs`; see LogisticRegressionPath."""
-    path = LogisticRegressionPath(features, labels, classes)
-    return [path.solve(c) for c in cs]
 
 
 class LogisticRegressionPath:
@@ -121,19 +107,6 @@ class LogisticRegressionPath:
                 self._rungs.append(self._newton(rung))
             found = self._rungs[LADDER.index(c)] if c in LADDER else self._newton(c)
             return self._solution(found)
-
-    def estimated_seconds(self, values: int) -> float:
-        """About how long so many values of C take, from timing one evaluation and one product."""
-        point = self._objective.origin()
-        with one_blas_thread(self._libraries):
-            times = [perf_counter()]
-            self._objective.evaluate(point, 1.0)
-            times.append(perf_counter())
-            self._objective.times_hessian(point.astype(np.float32), 1.0)
-            times.append(perf_counter())
-        evaluation, product = np.diff(times)
-        each = EVALUATIONS_PER_VALUE * evaluation + PRODUCTS_PER_VALUE * product
-        return float(values * each)
 
     def _start(self, c: float) -> Doubles:
         """On the line, in log C, through the rungs around c; above all of them, the last two."""

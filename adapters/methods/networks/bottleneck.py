@@ -1,4 +1,4 @@
-"""CLIP-Adapter's parameters as Flax NNX modules, whose calls are clip_adapter.py's formulas."""
+"""CLIP-Adapter's parameters as Flax NNX modules; their formula is in clip_adapter.py."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from flax import nnx
 
-from clip_adapter.adapters.formulas import cosine_logits, sigmoid
 from clip_adapter.adapters.method import Setting, Task, Value
-from clip_adapter.adapters.methods.clip_adapter import RATIOS, blended, bottleneck, predicted_ratio
+from clip_adapter.adapters.methods.clip_adapter import RATIOS
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -22,7 +21,7 @@ EDGE = 1e-4
 
 
 class Bottleneck(nnx.Module):
-    """A(x); D → D/r → D.
+    """D → D/r → D.
 
     Raises ValueError where r leaves no hidden unit.
     """
@@ -42,28 +41,12 @@ class Bottleneck(nnx.Module):
         self.down = linear(dim, hidden)
         self.up = linear(hidden, dim)
 
-    def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
-        return bottleneck(jnp, x, self.down.kernel[...], self.up.kernel[...])
-
-
-class FixedRatio(nnx.Module):
-    """The same constant for every row; it is not trained."""
-
-    def __init__(self, value: Value) -> None:
-        self.value = nnx.data(jnp.asarray(value, jnp.float32))
-
-    def __call__(self, x: Float[Array, "N D"]) -> Float[Array, ""]:
-        return self.value
-
 
 class LearnedRatio(nnx.Module):
-    """One trained scalar, sigmoid(λ), the same for every row."""
+    """One trained scalar."""
 
     def __init__(self, start: Value) -> None:
         self.logit = nnx.Param(_logit(start))
-
-    def __call__(self, x: Float[Array, "N D"]) -> Float[Array, ""]:
-        return sigmoid(jnp, self.logit[...])
 
 
 class HyperNetwork(nnx.Module):
@@ -74,28 +57,17 @@ class HyperNetwork(nnx.Module):
         self.direction = nnx.Param(jnp.zeros((HYPER_NETWORK_WIDTH, 1)))
         self.logit = nnx.Param(_logit(start))
 
-    def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N 1"]:
-        return predicted_ratio(
-            jnp, x, self.hidden.kernel[...], self.direction[...], self.logit[...]
-        )
-
 
 class ResidualAdapter(nnx.Module):
-    """x* of one branch, with the kind of ratio that the setting names."""
+    """What one branch trains, with the kind of ratio that the setting names."""
 
     def __init__(self, setting: Setting, branch: str, dim: int, *, rngs: nnx.Rngs) -> None:
         name = RATIOS[branch]
         self.bottleneck = Bottleneck(dim, int(setting["reduction"]), rngs=rngs)
-        self.ratio: FixedRatio | LearnedRatio | HyperNetwork
         if setting[name] == "learned":
-            self.ratio = LearnedRatio(setting[f"{name}_init"])
+            self.ratio: LearnedRatio | HyperNetwork = LearnedRatio(setting[f"{name}_init"])
         elif setting[name] == "hypernet":
             self.ratio = HyperNetwork(dim, setting[f"{name}_init"], rngs=rngs)
-        else:
-            self.ratio = FixedRatio(setting[name])
-
-    def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
-        return blended(x, self.bottleneck(x), self.ratio(x))
 
 
 class ClipAdapter(nnx.Module):
@@ -103,21 +75,10 @@ class ClipAdapter(nnx.Module):
 
     def __init__(self, setting: Setting, task: Task, *, rngs: nnx.Rngs) -> None:
         dim = task.head.weights.shape[1]
-
-        def adapter(branch: str) -> ResidualAdapter | None:
-            there = setting["branch"] in (branch, "both")
-            return nnx.data(ResidualAdapter(setting, branch, dim, rngs=rngs) if there else None)
-
-        self.image, self.text = adapter("image"), adapter("text")
-
-    def __call__(self, features: Float[Array, "N D"], task: Task) -> Float[Array, "N C"]:
-        """The logits of image features, un-normalised."""
-        head = task.head
-        if self.image is not None:
-            features = self.image(features)
-        if self.text is not None:
-            head = head._replace(weights=self.text(head.weights))
-        return cosine_logits(jnp, features, head)
+        if setting["branch"] != "text":
+            self.image = ResidualAdapter(setting, "image", dim, rngs=rngs)
+        if setting["branch"] != "image":
+            self.text = ResidualAdapter(setting, "text", dim, rngs=rngs)
 
 
 def _logit(value: Value) -> Float[Array, ""]:

@@ -1,0 +1,341 @@
+"""Closed forms against their formulas in float64 NumPy: one key, or one linear system, a time."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_adapter.adapters.engine import closed_form
+from clip_adapter.adapters.engine.runner import Engine
+from clip_adapter.adapters.engine.scoring import make_classify
+from clip_adapter.adapters.engine.search import fit, search
+from clip_adapter.adapters.method import Head, Method, Setting, Task
+from clip_adapter.adapters.methods import proker
+from clip_adapter.adapters.methods.gda import NEIGHBOURS, by_shots
+from clip_adapter.adapters.registry import METHODS
+from tests.adapters.tasks import (
+    CLASSES,
+    DIM,
+    Notes,
+    exact,
+    separable_task,
+    unit,
+    validation_accuracy,
+    validation_nll,
+    zero_shot,
+)
+
+TIP_ADAPTER, GDA, PROKER = (METHODS[name] for name in ("tip-adapter", "gda", "proker"))
+Logits = Callable[[np.ndarray], np.ndarray]
+
+
+def flattened(task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """Unit support rows, all views beside each other, and their labels."""
+    views, _, dim = task.features.shape
+    return unit(task.features).reshape(-1, dim), np.tile(task.labels, views)
+
+
+def tip_keys(task: Task) -> np.ndarray:
+    return unit(unit(task.features).mean(axis=0))
+
+
+def tip_adapter(task: Task, setting: Setting, keys: np.ndarray | None = None) -> Logits:
+    """keys: others than those it has without training."""
+    keys = tip_keys(task) if keys is None else keys
+
+    def logits(images: np.ndarray) -> np.ndarray:
+        found = zero_shot(task, images)
+        for image, row in zip(unit(images), found, strict=True):
+            for key, label in zip(keys, task.labels, strict=True):
+                row[label] += setting["alpha"] * np.exp(-setting["beta"] * (1 - image @ key))
+        return found
+
+    return logits
+
+
+def gaussians(task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """GDA's (kernel, bias), of classes that all have images, through the D × D pseudo-inverse."""
+    images, labels = flattened(task)
+    count, dim = images.shape
+    means = np.stack([images[labels == c].mean(axis=0) for c in range(CLASSES)])
+    centred = images - means[labels]
+    covariance = centred.T @ centred / (count - 1)
+    shrunk = (count - 1) * covariance + np.trace(covariance) * np.eye(dim)
+    kernel = dim * np.linalg.pinv(shrunk, hermitian=True) @ means.T
+    return kernel, np.log(1 / CLASSES) - np.einsum("cd,dc->c", means, kernel) / 2
+
+
+def gda(task: Task, setting: Setting) -> Logits:
+    kernel, bias = gaussians(task)
+    return lambda images: (
+        zero_shot(task, images) + setting["alpha"] * (unit(images) @ kernel + bias)
+    )
+
+
+def residual(task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """(support rows, what zero-shot CLIP leaves of their labels), all views."""
+    images, labels = flattened(task)
+    return images, np.eye(CLASSES)[labels] - images @ unit(task.head.weights).T
+
+
+def kernel_ridge(task: Task, setting: Setting) -> Logits:
+    def kernel(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        return np.exp(-setting["beta"] * (1 - left @ right.T))
+
+    support, left_over = residual(task)
+    system = kernel(support, support) / setting["ridge"] + np.eye(len(support))
+    duals = np.linalg.solve(system, left_over)
+
+    def logits(images: np.ndarray) -> np.ndarray:
+        rows = unit(images)
+        return rows @ unit(task.head.weights).T + kernel(rows, support) @ duals
+
+    return logits
+
+
+REFERENCES: dict[str, Callable[[Task, Setting], Logits]] = {
+    "zero-shot": lambda task, setting: partial(zero_shot, task),
+    "tip-adapter": tip_adapter,
+    "gda": gda,
+    "proker": kernel_ridge,
+}
+
+
+def repeated(task: Task) -> Task:
+    """Each image three times."""
+    return task._replace(
+        features=jnp.repeat(task.features, 3, axis=1), labels=jnp.repeat(task.labels, 3)
+    )
+
+
+TASKS = {
+    "one view": separable_task(),
+    "views": separable_task(views=3),
+    "one shot": separable_task(shots=1),
+    "one shot with views": separable_task(shots=1, views=3),
+    "as many images as dimensions": separable_task(shots=4),
+    "a class without images": separable_task(empty=(2,)),
+    "each image three times": repeated(separable_task()),
+}
+POINTS: dict[str, list[dict[str, Any]]] = {
+    "zero-shot": [{}],
+    "tip-adapter": [{"beta": 5.5, "alpha": 1.5}],
+    "gda": [{"alpha": 0.3}],
+    "proker": [{"beta": b, "ridge": r} for b, r in ((1.5, 0.05), (0.1, 1e-3), (20.0, 10.0))],
+}
+# Without spread, or with a class of no images, GDA is something else; see below.
+NOT_GDA = {"one shot", "a class without images"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in POINTS for kind in TASKS if name != "gda" or kind not in NOT_GDA],
+)
+def test_fit_and_logits_are_the_formula(name: str, kind: str, engine: Engine):
+    method, task = METHODS[name], TASKS[kind]
+    for setting in POINTS[name]:
+        arrays = fit(method, setting, None, task, engine)
+        found = make_classify(method, setting, arrays, task.head)(task.validation_features)
+        expected = REFERENCES[name](exact(task), setting)(exact(task).validation_features)
+        np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
+    "zero-shot": {},
+    "tip-adapter": {"beta": (0.1, 1.3, 5.5, 40.0), "alpha": (0.0, 3.0, 20.0)},
+    "gda": {"alpha": (1e-4, 1e-2, 0.1, 1.0, 100.0)},
+    "proker": {"beta": (0.1, 1.5, 20.0), "ridge": (1e-3, 0.05, 1.0, 10.0)},
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_each_point_of_the_grid_is_what_a_loop_in_float64_finds(name: str, engine: Engine):
+    method, task = METHODS[name], separable_task(noise=3.0, data_seed=3)
+    found = list(search(method, GRIDS[name], [task], engine, Notes()))
+    assert [e.setting for e in found] == method.settings(GRIDS[name])
+    expected = []
+    for evaluation in found:
+        logits = REFERENCES[name](exact(task), evaluation.setting)(exact(task).validation_features)
+        accuracy, nll = validation_accuracy(logits, task), validation_nll(logits, task)
+        expected.append((accuracy, -nll))
+        assert evaluation.accuracy == pytest.approx(accuracy)
+        assert evaluation.nll == pytest.approx(nll, rel=1e-3, abs=1e-4)
+    assert len({accuracy for accuracy, _ in expected}) > min(2, len(found) - 1), (
+        "all points are alike"
+    )
+    best = max(range(len(found)), key=lambda index: found[index].score)
+    assert best == max(range(len(found)), key=expected.__getitem__)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_all_zero_features_are_finite(name: str, engine: Engine):
+    task, setting = separable_task(), POINTS[name][0]
+    nothing = jnp.zeros_like(task.features)
+    zero_class = jnp.where(task.labels[None, :, None] == 1, 0, task.features)
+    for features in (nothing, zero_class):
+        arrays = fit(METHODS[name], setting, None, task._replace(features=features), engine)
+        assert all(np.isfinite(array).all() for array in arrays.values())
+        classify = make_classify(METHODS[name], setting, arrays, task.head)
+        assert np.isfinite(classify(np.zeros((2, DIM)))).all()
+
+
+# GDA
+
+
+@pytest.mark.parametrize("task", [TASKS["one shot"], repeated(TASKS["one shot"])])
+def test_without_spread_gda_is_zero_shot(task: Task, engine: Engine):
+    arrays = fit(GDA, {"alpha": 100.0}, None, task, engine)
+    assert not arrays["kernel"].any()
+    assert np.unique(arrays["bias"]).size == 1
+    found = make_classify(GDA, {"alpha": 100.0}, arrays, task.head)(task.validation_features)
+    expected = zero_shot(exact(task), task.validation_features) + 100 * np.log(1 / CLASSES)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_class_without_images_takes_the_mean_of_its_neighbours(engine: Engine):
+    task = separable_task(shots=40, empty=(1, 3))
+    found = fit(GDA, {"alpha": 1.0}, None, task, engine)
+    (images, labels), means = flattened(exact(task)), np.zeros((CLASSES, DIM))
+    for c in range(CLASSES):
+        own = images[labels == c]
+        if c in (1, 3):
+            own = images[np.argsort(-(images @ exact(task).head.weights[c]))[:NEIGHBOURS]]
+        means[c] = own.mean(axis=0)
+    centred = images - means[labels]
+    trace = (centred**2).sum() / (len(images) - 1)
+    kernel = DIM * np.linalg.inv(centred.T @ centred + trace * np.eye(DIM)) @ means.T
+    np.testing.assert_allclose(found["kernel"], kernel, atol=1e-5 * np.abs(kernel).max())
+
+
+def test_new_classes_are_made_from_their_nearest_neighbours():
+    task = exact(separable_task(shots=30))
+    images, _ = flattened(task)
+    weights = unit(np.random.default_rng(5).normal(size=(3, DIM)))
+    means, precision = np.zeros((3, DIM)), np.zeros((DIM, DIM))
+    for c, w in enumerate(weights):
+        near = images[np.argsort(-(images @ w))[:NEIGHBOURS]]
+        means[c] = np.concatenate([near, np.tile(w, (16, 1))]).mean(0)
+        covariance = (near - w).T @ (near - w) / (NEIGHBOURS - 1)
+        shrunk = (NEIGHBOURS - 1) * covariance + np.trace(covariance) * np.eye(DIM)
+        precision += DIM * np.linalg.pinv(shrunk) / 3
+    kernel = precision @ means.T
+    bias = np.log(1 / 3) - np.einsum("cd,dc->c", means, kernel) / 2
+    head, fitted = Head(weights, 20.0, 0.25), {"weight": np.float32(1)}
+    found = GDA.for_classes(fitted, {"alpha": 1.0}, task, head)
+    np.testing.assert_allclose(found["kernel"], kernel, atol=1e-4 * np.abs(kernel).max())
+    np.testing.assert_allclose(found["bias"], bias, rtol=1e-4)
+
+
+# Where nothing chooses
+
+
+@pytest.mark.parametrize(("shots", "weight"), [(2, 0.0031748), (4, 0.010079), (16, 0.10159)])
+def test_gdas_weight_grows_with_the_images_where_nothing_chooses(shots: int, weight: float):
+    assert by_shots(separable_task(shots=shots)) == pytest.approx(weight, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shots", "beta", "ridge"),
+    [
+        *((1, 3, 0.05), (2, 2.6, 0.05), (4, 1.5, 0.05), (8, 1.66, 0.07)),
+        *((16, 1.7, 0.1), (9, 1.66, 0.07)),
+    ],
+)
+def test_proker_takes_the_authors_values_for_the_shots_where_nothing_chooses(
+    shots: int, beta: float, ridge: float
+):
+    (setting,) = PROKER.settings(PROKER.values({}, one=True))
+    task = separable_task(shots=shots)
+    assert [proker.transferred(task, name, setting[name]) for name in setting] == [beta, ridge]
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [(PROKER, {"beta": 1.5, "ridge": 0.05}), (GDA, {"alpha": by_shots(separable_task())})],
+)
+def test_those_values_are_what_is_fitted_with(
+    method: Method, given: dict[str, float], engine: Engine
+):
+    (setting,) = method.settings(method.values({}, one=True))
+    one, other = (
+        fit(method, chosen, None, separable_task(), engine) for chosen in (setting, given)
+    )
+    assert {*one} == {*other}
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-5)
+
+
+# ProKeR
+
+
+def test_a_search_that_takes_long_is_announced():
+    task = separable_task()._replace(
+        features=np.empty((1, 16000, 1)),
+        validation_labels=np.empty(4000),
+        head=Head(np.empty((1000, 1)), 20.0, 0.0),
+    )
+    assert "whole grid of 2,000 points takes about 27 CPU minutes" in proker.note(task)
+
+
+@pytest.mark.parametrize("room", [1, 50_000, 1 << 28])
+def test_one_eigendecomposition_serves_all_ridges(monkeypatch: pytest.MonkeyPatch, room: int):
+    """There is one for each β and not one for each (β, λ), however few λ find room side by side:
+    counted as they are computed."""
+    decomposed: list[tuple[int, ...]] = []
+
+    def on_the_host(matrix: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+        decomposed.append(matrix.shape)
+        values, vectors = np.linalg.eigh(np.asarray(matrix))
+        return values, vectors
+
+    def counted(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+        shapes = jax.ShapeDtypeStruct(matrix.shape[:1], matrix.dtype), matrix
+        return jax.pure_callback(on_the_host, shapes, matrix, vmap_method="sequential")
+
+    monkeypatch.setattr(jnp.linalg, "eigh", counted)
+    task = separable_task()
+    axes = {"beta": (0.1, 1.0), "ridge": tuple(PROKER.hyper["ridge"].tried)}
+    # A record of its own: programs are kept by their method, and this one is not as it should be.
+    monkeypatch.setattr(closed_form, "SIDE_BY_SIDE_BYTES", room)
+    scores = closed_form.grid_scores(replace(PROKER), {}, axes, task)
+    assert decomposed == [(20, 20)] * 2
+    monkeypatch.undo()
+    whole = closed_form.grid_scores(PROKER, {}, axes, task)
+    assert scores.score.shape == (2, 100, 2)
+    np.testing.assert_allclose(scores.score, whole.score, rtol=1e-4)
+    assert np.ptp(whole.score[..., 1], axis=1).min() > 1e-3, "all points are alike"
+
+
+def test_a_large_support_set_is_approximated_and_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, engine: Engine
+):
+    task = separable_task(shots=14)
+    images, setting = exact(task).validation_features, {"beta": 1.5, "ridge": 0.5}
+    assert proker.note(task) == ""
+    monkeypatch.setattr(proker, "MOST_ROWS", 55)
+    monkeypatch.setattr(proker, "RANDOM_FEATURES", 1000)
+    assert "56 support rows are more than 55, so 1,000 random" in proker.note(task)
+    arrays = fit(PROKER, setting, None, task, engine)
+    found = make_classify(PROKER, setting, arrays, task.head)(images)
+    whole = kernel_ridge(exact(task), setting)(images)
+    without = unit(images) @ unit(task.head.weights).T
+    assert np.abs(found - whole).max() < 0.15 * np.abs(whole - without).max()
+
+    frequencies, phases = arrays["points"].astype(np.float64), arrays["phases"]
+    assert frequencies.shape == (1000, DIM)
+    block = unit(frequencies[:DIM])
+    np.testing.assert_allclose(block @ block.T, np.eye(DIM), atol=1e-5)
+
+    def mapped(images: np.ndarray) -> np.ndarray:
+        return np.cos(images @ frequencies.T + phases) * np.sqrt(2 / 1000)
+
+    # Ridge regression on these features, through 56 × 56 as in the kernel's formula.
+    support, left_over = residual(exact(task))
+    system = mapped(support) @ mapped(support).T / 0.5 + np.eye(56)
+    corrected = mapped(unit(images)) @ mapped(support).T @ np.linalg.solve(system, left_over)
+    np.testing.assert_allclose(found, without + corrected, atol=1e-4)
