@@ -55,9 +55,11 @@ def _numbers(table: Accuracies, ablations: Sequence[Ablation], pairs: Sequence[P
             numbers = shots, " ".join(map(str, entry.seeds(shots))), row.diverged, *means
             rows.append([entry.label, line.kind or "all", *numbers, row.test_images, *held])
     for at in pairs:
-        for a in at.found:
-            numbers = (at.shots, " ".join(map(str, a.seeds)), None, a.difference, None, a.images)
-            rows.append([a.one, a.classes, *numbers, "against", a.other, a.p, a.corrected])
+        for one, p in zip(at.differences, at.corrected, strict=True):
+            seeds, mean = " ".join(map(str, one.seeds)), float(one.gained.mean())
+            numbers = at.shots, seeds, None, mean, None, one.gained.shape[1]
+            start = [one.one.label, one.one.train_classes, *numbers]
+            rows.append([*start, "against", one.other.label, one.p, p])
     head = ("entry", "kind", "shots", "seeds", "diverged", "mean", "std", "test_images")
     filled = [row + [None] * (12 - len(row)) for row in rows]
     return Table([*head, "factor", "value", "p", "p_holm"], filled)

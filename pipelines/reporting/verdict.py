@@ -4,31 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 
 import numpy as np
+import numpy.typing as npt
 
 from clip_adapter.adapters.registry import REFERENCE
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.reporting.entries import Entry, in_order
-from clip_adapter.pipelines.reporting.significance import Interval, bootstrap, over_seeds
+from clip_adapter.pipelines.reporting.significance import Interval, bootstrap, mcnemar, over_seeds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Difference:
     """An entry against another on the tasks that both have, in accuracy; positive where it is
     better.
 
-    seeds: those tasks'. ours, theirs: accuracies on them, means over the seeds.
-    images: over test images, paired. spread: over seeds, None of a single one.
+    seeds: those tasks'. right, theirs_right: (S, N), whether each is right on an image.
     """
 
+    one: Entry
     other: Entry
     seeds: Sequence[int]
-    ours: float
-    theirs: float
-    images: Interval
-    spread: Interval | None
+    right: npt.NDArray[np.bool_]
+    theirs_right: npt.NDArray[np.bool_]
+
+    @property
+    def theirs(self) -> float:
+        """The other's accuracy, mean over the seeds."""
+        return float(self.theirs_right.mean())
+
+    @property
+    def gained(self) -> npt.NDArray[np.int64]:
+        """(S, N): 1 where only the first is right, −1 where only the other is."""
+        return self.right.astype(np.int64) - self.theirs_right
+
+    @cached_property
+    def images(self) -> Interval:
+        """Over test images, paired."""
+        return bootstrap(self.gained.mean(axis=0))
+
+    @cached_property
+    def spread(self) -> Interval | None:
+        """Over seeds; None of a single one."""
+        return over_seeds(self.gained.mean(axis=1).tolist())
+
+    @cached_property
+    def p(self) -> float:
+        """McNemar's; of several seeds an image counts for the one that is right in more of them."""
+        gained = self.gained.sum(axis=0)
+        return mcnemar(int(np.sum(gained > 0)), int(np.sum(gained < 0)))
 
     @property
     def sign(self) -> int:
@@ -93,14 +119,5 @@ def compare(entry: Entry, other: Entry, shots: Shots) -> Difference | None:
     seeds = sorted(own.keys() & others.keys())
     if not seeds or any(len(own[s].labels) != len(others[s].labels) for s in seeds):
         return None
-    right = np.array([own[seed].right for seed in seeds], np.float64)
-    theirs = np.array([others[seed].right for seed in seeds], np.float64)
-    differences = right - theirs
-    return Difference(
-        other,
-        seeds,
-        float(right.mean()),
-        float(theirs.mean()),
-        bootstrap(differences.mean(axis=0)),
-        over_seeds(differences.mean(axis=1).tolist()),
-    )
+    right, theirs = (np.array([some[seed].right for seed in seeds]) for some in (own, others))
+    return Difference(entry, other, seeds, right, theirs)

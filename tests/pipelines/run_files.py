@@ -2,16 +2,43 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from clip_adapter.pipelines.fitting.record import unpacked
+from clip_adapter.pipelines.fitting.run_folder import RunFolder
 
 SECONDS = "seconds"
+
+
+class Killed(BaseException):
+    """As if the process had ended here."""
+
+
+@contextmanager
+def killed_after(steps: int, what: str = "add_fit") -> Iterator[None]:
+    """`fit` within ends before it keeps more fits (or results) than these; an `AssertionError`
+    where it came to its end."""
+    keep, kept = getattr(RunFolder, what), 0
+
+    def keep_some(folder: RunFolder, row: Any) -> None:
+        nonlocal kept
+        if kept == steps:
+            raise Killed
+        kept += 1
+        keep(folder, row)
+
+    with patch.object(RunFolder, what, keep_some), suppress(Killed):
+        yield
+        raise AssertionError("it was not killed")
+
+
 TESTED = ("test_accuracy", "balanced_accuracy", "new_accuracy", "harmonic_mean")
 
 

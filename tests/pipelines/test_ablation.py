@@ -15,12 +15,11 @@ from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Head, Task
 from clip_adapter.adapters.registry import METHODS
 from clip_adapter.pipelines.commands.fit import fit, main
-from clip_adapter.pipelines.fitting import one_task
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.results import TaskResult
 from clip_adapter.pipelines.fitting.run_folder import SELECTED, read_selected
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter
-from tests.pipelines.run_files import files
+from tests.pipelines.run_files import files, killed_after
 from tests.pipelines.tiny_cache import TinyData, short, tiny_data, write_cache
 
 DATA = tiny_data(train=(6, 6, 6), noise=2.2, test=20)
@@ -163,44 +162,23 @@ def test_the_factor_method_of_several_methods_shows_those(cache: Path, tmp_path:
     assert shown(result.ablations) == {name: own[name] for name in names}
 
 
-class Killed(BaseException):
-    pass
-
-
-def test_it_goes_on_where_it_was_interrupted(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_goes_on_where_it_was_interrupted(cache: Path, tmp_path: Path) -> None:
     def config(out: Path) -> FitConfig:
         return short(
             cache, out, ablate="lr", learning_rate=(0.001, 0.01, 0.1), seeds=(1, 2), **QUICK
         )
 
-    whole = fit(config(tmp_path / "whole"))
+    whole, run = fit(config(tmp_path / "whole")), tmp_path / "run"
     assert len(whole.ablations) == 6
-    predict = one_task.TaskRunner.result
-    count = 0
-
-    def stopped(*arguments: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == 2 + 3:
-            raise Killed
-        return predict(*arguments)
-
-    run = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(one_task.TaskRunner, "result", stopped)
+    with killed_after(2 + 2, "add_result"):
         fit(config(run))
-    begun = held_rows(run)
-    assert len(begun) == 2
+    assert len(held_rows(run)) == 2
     assert not (run / "adapter.json").exists()
-    count = 0
-    with monkeypatch.context() as patch:
-        patch.setattr(one_task.TaskRunner, "result", lambda *a: stopped(*a))
+    with killed_after(3, "add_result"):  # what has a row is not run again: four are left
         fit(FitConfig(resume=run))
-    assert count == 4, "what has a row is not run again"
-    assert (run / SELECTED).read_bytes() == (whole.run / SELECTED).read_bytes()
-    assert (run / "summary.csv").read_bytes() == (whole.run / "summary.csv").read_bytes()
+    fit(FitConfig(resume=run))
+    for name in (SELECTED, "summary.csv"):
+        assert (run / name).read_bytes() == (whole.run / name).read_bytes()
 
 
 @pytest.mark.parametrize(

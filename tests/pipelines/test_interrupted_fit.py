@@ -17,7 +17,7 @@ from clip_adapter.pipelines.commands.fit import fit, main
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.saved.adapter_file import load_adapter
 from tests import processes
-from tests.pipelines.run_files import assert_same_end, files
+from tests.pipelines.run_files import Killed, assert_same_end, files
 from tests.pipelines.tiny_cache import FIT, short, tiny_data, write_cache
 
 pytestmark = pytest.mark.usefixtures("pictures_drawn_once")
@@ -45,10 +45,6 @@ def config(home: Path, run: Path) -> FitConfig:
         shots=(4,),
         hyper={"C": (0.1, 10.0)},
     )
-
-
-class Killed(BaseException):
-    """As if the process had ended here."""
 
 
 class Steps:

@@ -188,18 +188,18 @@ def test_any_two_methods_are_tested_on_the_images_that_they_share(result: FitRes
     assert (one.shots, two.shots) == (1, 2)
     pairs = [("zero-shot", "linear-probe"), ("zero-shot", "tip-adapter")]
     pairs += [("linear-probe", "tip-adapter")]
-    assert [(a.one, a.other) for a in two.found] == pairs
-    for found in two.found:
+    assert [(d.one.label, d.other.label) for d in two.differences] == pairs
+    for found, corrected in zip(two.differences, two.corrected, strict=True):
         right, theirs = (
             np.sum([read_predictions(result.run, name, 2, seed).right for seed in SEEDS], axis=0)
-            for name in (found.one, found.other)
+            for name in (found.one.label, found.other.label)
         )
         better, worse = int(np.sum(right > theirs)), int(np.sum(right < theirs))
         tosses = np.random.default_rng(0).binomial(better + worse, 0.5, 200_000)
         as_uneven = np.abs(2 * tosses - better - worse) >= abs(better - worse)
         assert found.p == pytest.approx(as_uneven.mean(), abs=0.005)
-        assert found.difference == pytest.approx((right - theirs).mean() / len(SEEDS))
-        assert found.p <= found.corrected <= 3 * found.p + 1e-12
+        assert found.gained.mean() == pytest.approx((right - theirs).mean() / len(SEEDS))
+        assert found.p <= corrected <= 3 * found.p + 1e-12
     text, shown = printed(result.run, "text", capsys), page(result.run)
     rows = list(csv.DictReader(StringIO(printed(result.run, "csv", capsys))))
     assert "difference in test accuracy in points at 2 shots, row minus column" in text
@@ -208,8 +208,8 @@ def test_any_two_methods_are_tested_on_the_images_that_they_share(result: FitRes
     assert len(against) == 6 and not any(row["p"] for row in rows if row not in against)
     last = against[-1]
     assert (last["entry"], last["value"], last["shots"]) == ("linear-probe", "tip-adapter", "2")
-    assert float(last["p_holm"]) == two.found[-1].corrected
-    assert float(last["mean"]) == two.found[-1].difference
+    assert float(last["p_holm"]) == two.corrected[-1]
+    assert float(last["mean"]) == two.differences[-1].gained.mean()
 
 
 def test_latex_marks_the_best_of_each_kind_and_has_labels(result: FitResult, capsys):

@@ -17,10 +17,8 @@ from clip_adapter.errors import UserError
 from clip_adapter.pipelines.commands.fit import fit, main
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.console_report import print_run
-from clip_adapter.pipelines.fitting.run import FitResult
-from clip_adapter.pipelines.fitting.run_folder import RunFolder
 from tests import processes
-from tests.pipelines.run_files import assert_same_end, choices, files, results
+from tests.pipelines.run_files import assert_same_end, choices, files, killed_after, results
 from tests.pipelines.tiny_cache import short, tiny_data, write_cache
 
 pytestmark = pytest.mark.usefixtures("pictures_drawn_once")
@@ -103,58 +101,23 @@ def test_a_run_killed_and_interrupted_ends_as_if_nothing_had_happened(
     assert_same_end(folder / "run", whole(search))
 
 
-class Killed(BaseException):
-    """As if the process had ended here."""
-
-
 @pytest.mark.parametrize("search", ["full", "halving"])
-def test_it_may_end_after_any_fit(
-    folder: Path, whole: Callable[[str], Path], search: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_it_may_end_after_any_fit(folder: Path, whole: Callable[[str], Path], search: str):
     """Ended again and again, a few fits further each time; each fit is begun by one of them."""
-    whole(search)  # made before fits begin to end early
-    add = RunFolder.add_fit
-    steps = 0
-
-    def add_some(self: RunFolder, row: dict) -> None:
-        nonlocal steps
-        if steps == 5:
-            raise Killed
-        steps += 1
-        add(self, row)
-
-    monkeypatch.setattr(RunFolder, "add_fit", add_some)
-    ended = 0
-    result: FitResult | None = None
-    while result is None:
-        steps = 0
-        going_on = FitConfig(resume=folder / "run")
-        try:
-            result = fit(going_on if ended else config(folder, search))
-        except Killed:
-            ended += 1
-    assert ended == (len(results(whole(search))) - 1) // 5
+    fits = len(results(whole(search)))
+    for ended in range(-(-fits // 5) - 1):
+        with killed_after(5):
+            fit(FitConfig(resume=folder / "run") if ended else config(folder, search))
+    fit(FitConfig(resume=folder / "run"))
     assert_same_end(folder / "run", whole(search))
 
 
-def test_over_folds_survivors_go_on_too(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_over_folds_survivors_go_on_too(folder: Path):
     """Halving under cross-validation keeps a state for each fold."""
     stated = {"select": "cv", "seeds": (1,), "baselines": (), "epochs": 10}
     expected = fit(config(folder, "halving", **stated, out=folder / "whole")).run
-    add = RunFolder.add_fit
-    kept = 0
-
-    def add_some(self: RunFolder, row: dict) -> None:
-        nonlocal kept
-        if kept == 10:
-            raise Killed
-        kept += 1
-        add(self, row)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "add_fit", add_some)
-        with pytest.raises(Killed):
-            fit(config(folder, "halving", **stated))
+    with killed_after(10):
+        fit(config(folder, "halving", **stated))
     assert any((folder / "run" / "halving").rglob("*fold-3*"))
     fit(FitConfig(resume=folder / "run"))
     assert_same_end(folder / "run", expected)
@@ -232,16 +195,8 @@ def test_a_changed_default_changes_no_run(folder: Path, monkeypatch: pytest.Monk
     method = METHODS["clip-adapter"]
     table = dict(method.hyper)
 
-    add = RunFolder.add_result
-
-    def one_task(self: RunFolder, result: object) -> None:
-        add(self, result)  # type: ignore[arg-type]
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "add_result", one_task)
-        with pytest.raises(Killed):
-            fit(short(folder / "features.h5", folder / "run", **stated))
+    with killed_after(0, "add_result"):
+        fit(short(folder / "features.h5", folder / "run", **stated))
     for name, default in (("weight_decay", 7.0), ("reduction", 2), ("optimizer", "sgd")):
         monkeypatch.setitem(table, name, replace(table[name], default=default))
     monkeypatch.setitem(METHODS, "clip-adapter", replace(method, hyper=table))

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
-
-import numpy as np
-import numpy.typing as npt
 
 from clip_adapter.pipelines.fitting.config import Shots, shots_words
 from clip_adapter.pipelines.reporting.entries import Entry
 from clip_adapter.pipelines.reporting.figures import Section, points
-from clip_adapter.pipelines.reporting.significance import holm, mcnemar
-from clip_adapter.pipelines.reporting.table import Table
+from clip_adapter.pipelines.reporting.significance import holm
+from clip_adapter.pipelines.reporting.table import NOTHING, Table
+from clip_adapter.pipelines.reporting.verdict import Difference, compare
 from clip_adapter.words import counted
 
 LEAST_SHOWN = 0.001
@@ -22,53 +20,44 @@ ABOUT = (
     "explains? McNemar's exact test; where there are several seeds an image counts for the method "
     "that is right on it in more of them. p-values are Holm's, over all pairs of a table: where "
     "those below 0.05 are called different, the chance that any call is false is at most 5 %. This "
-    "is about "
-    "the draw of the test images; how a method varies with the seeds is in its ±."
+    "is about the draw of the test images; how a method varies with the seeds is in its ±."
 )
 
 
 @dataclass(frozen=True)
-class Against:
-    """One entry against another. classes: `all`, or `base` of runs on half of them. seeds: those
-    that both have. difference: in accuracy, mean over them. p, corrected: McNemar's, and with
-    Holm's correction over the pairs of the table."""
-
-    one: str
-    other: str
-    classes: str
-    seeds: Sequence[int]
-    images: int
-    difference: float
-    p: float
-    corrected: float
-
-
-@dataclass(frozen=True)
 class Pairs:
-    """All pairs of entries at a number of shots that have test images and seeds in common."""
+    """All pairs of entries at a number of shots that have test images and seeds in common.
 
-    dataset: str
+    corrected: of each McNemar's p-value with Holm's correction over all of them.
+    """
+
     shots: Shots
-    found: Sequence[Against]
+    differences: Sequence[Difference]
+    corrected: Sequence[float]
 
     @property
     def table(self) -> Table:
         """Row minus column."""
         cells: dict[tuple[str, str], str] = {}
-        for a in self.found:
-            p = f"{a.corrected:.3f}" if a.corrected >= LEAST_SHOWN else f"<{LEAST_SHOWN}"
-            cells[a.one, a.other] = f"{points(a.difference)} ({p})"
-            cells[a.other, a.one] = f"{points(0 - a.difference)} ({p})"
-        of = " of the base classes" if all(a.classes == "base" for a in self.found) else ""
+        for difference, p in zip(self.differences, self.corrected, strict=True):
+            words = f"{p:.3f}" if p >= LEAST_SHOWN else f"<{LEAST_SHOWN}"
+            mean, pair = difference.gained.mean(), (difference.one.label, difference.other.label)
+            cells[pair] = f"{points(mean)} ({words})"
+            cells[pair[::-1]] = f"{points(0 - mean)} ({words})"
+        first = self.differences[0].one.first
+        base = all(d.one.train_classes == "base" for d in self.differences)
+        of = " of the base classes" if base else ""
         names = list(dict.fromkeys(name for pair in cells for name in pair))
-        rows = [[cells.get((row, c), "" if c == row else "–") for c in names] for row in names]
         return Table(
             ["", *names],
-            [[name, *row] for name, row in zip(names, rows, strict=True)],
+            [
+                [name, *(cells.get((name, c), "" if c == name else NOTHING) for c in names)]
+                for name in names
+            ],
             f"difference in test accuracy{of} in points at {shots_words(self.shots)}, row minus "
             "column (in brackets p: McNemar's exact test on the test images, Holm over "
-            f"{counted(len(self.found), 'pair')})",
-            label=f"{self.dataset} pairs",
+            f"{counted(len(self.differences), 'pair')})",
+            label=f"{first.provenance.dataset['name']} pairs",
         )
 
 
@@ -77,37 +66,17 @@ def pairwise(entries: Sequence[Entry], shots: Sequence[Shots]) -> list[Pairs]:
 
     Raises UserError where predictions cannot be read.
     """
-    name = str(entries[0].first.provenance.dataset["name"]) if entries else ""
-    return [Pairs(name, number, found) for number in shots if (found := _found(entries, number))]
-
-
-def _found(entries: Sequence[Entry], shots: Shots) -> list[Against]:
-    right = {
-        entry.label: {seed: own.right for seed, own in entry.predictions(shots).items()}
-        for entry in entries
-    }
-    classes = {entry.label: entry.train_classes for entry in entries}
-    found = [
-        against
-        for one, other in combinations(right, 2)
-        if classes[one] == classes[other] and (against := _against(one, other, classes[one], right))
-    ]
-    corrected = holm([a.p for a in found])
-    return [replace(a, corrected=p) for a, p in zip(found, corrected, strict=True)]
-
-
-Right = Mapping[int, npt.NDArray[np.bool_]]
-
-
-def _against(one: str, other: str, classes: str, right: Mapping[str, Right]) -> Against | None:
-    own, others = right[one], right[other]
-    seeds = sorted(own.keys() & others.keys())
-    if not seeds or any(len(own[seed]) != len(others[seed]) for seed in seeds):
-        return None
-    gained = np.sum([own[s].astype(np.int64) - others[s] for s in seeds], axis=0)
-    p = mcnemar(int(np.sum(gained > 0)), int(np.sum(gained < 0)))
-    difference = float(gained.mean()) / len(seeds)
-    return Against(one, other, classes, seeds, len(gained), difference, p, p)
+    pairs = []
+    for number in shots:
+        differences = [
+            difference
+            for one, other in combinations(entries, 2)
+            if one.train_classes == other.train_classes
+            and (difference := compare(one, other, number))
+        ]
+        if differences:
+            pairs.append(Pairs(number, differences, holm([d.p for d in differences])))
+    return pairs
 
 
 def pairs_section(entries: Sequence[Entry], shots: Sequence[Shots]) -> Section | None:

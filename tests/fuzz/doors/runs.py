@@ -4,26 +4,23 @@ gone on with, and read by `report`, `inspect` and `predict`."""
 import json
 import random
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
 from clip_adapter.pipelines.commands.fit import FitConfig, fit
-from clip_adapter.pipelines.fitting.run_folder import RunFolder
 from tests.fuzz.attempt import Attempt
 from tests.fuzz.command import run_command
 from tests.fuzz.damage import NESTED, change_json, damage
+from tests.pipelines.run_files import killed_after
 from tests.pipelines.tiny_cache import tiny_data, write_cache
 
 CACHE = "features.h5"
-STOPPED_AFTER = (0, 2, 5)  # fits, of which `halving` makes eight
-RUNS = ("finished", *(f"stopped-{fits}" for fits in STOPPED_AFTER))
+STOPPED_AFTER = {f"stopped-{fits}": fits for fits in (0, 2, 5)}  # of the seven that halving makes
+RUNS = ("finished", *STOPPED_AFTER)
 SAME = ("summary.csv", "selected.jsonl")
 # The clock stands still, so that the files have the same bytes whenever they are made.
 CLOCK = patch("time.perf_counter", return_value=0.0), patch("time.monotonic", return_value=0.0)
-
-
-class Stopped(BaseException):
-    """As if the process had ended here."""
 
 
 def prepare(folder: Path) -> None:
@@ -32,28 +29,16 @@ def prepare(folder: Path) -> None:
         place = folder / run
         place.mkdir()
         shutil.copyfile(cache, place / CACHE)
-        _make(place / "run", place / CACHE, int(run.partition("-")[2] or 1000))
+        _make(place / "run", place / CACHE, STOPPED_AFTER.get(run))
 
 
-def _make(out: Path, cache: Path, fits: int) -> None:
-    add = RunFolder.add_fit
-
-    def add_some(self: RunFolder, row: dict) -> None:
-        nonlocal fits
-        if not fits:
-            raise Stopped
-        fits -= 1
-        add(self, row)
-
+def _make(out: Path, cache: Path, fits: int | None) -> None:
     hyper = {"alpha": (0.2, 0.6), "learning_rate": (0.001, 0.01), "epochs": (10,)}
     config = FitConfig(
         cache=cache, out=out, baselines=("gda",), shots=(2,), search="halving", hyper=hyper
     )
-    with patch.object(RunFolder, "add_fit", add_some):
-        try:
-            fit(config)
-        except Stopped:
-            return
+    with killed_after(fits) if fits is not None else nullcontext():
+        fit(config)
 
 
 def attempt(rng: random.Random, prepared: Path, folder: Path) -> Attempt:
