@@ -58,6 +58,11 @@ def trained_with(
     """The same and those of the optimiser and its schedule.
 
     learning_rates, weight_decays: those to try where the user gives none. run: of `run_for`.
+
+    Examples:
+        >>> from clip_adapter import trained_with
+        >>> trained_with(epochs=20, learning_rates=(1e-4, 1e-3))["learning_rate"].tried
+        (0.0001, 0.001)
     """
     choice: dict[str, Any] = {"static": True, "single": True}
     return {

@@ -80,6 +80,11 @@ def find_method(name: str) -> Method:
     stands in). It is then known by its own name as well.
 
     Raises LookupError, in a sentence, where there is none.
+
+    Examples:
+        >>> from clip_adapter import find_method
+        >>> find_method("tip-adapter").needs
+        ()
     """
     if name in METHODS:
         return METHODS[name]

@@ -11,9 +11,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clip_adapter.adapters.formulas import cosine_logits, one_hot, unit
     from clip_adapter.adapters.hyper import Hyper
     from clip_adapter.adapters.method import Method
-    from clip_adapter.adapters.registry import METHODS
+    from clip_adapter.adapters.optimisation import trained_with
+    from clip_adapter.adapters.registry import METHODS, find_method
     from clip_adapter.cache.reader import FeatureCache
     from clip_adapter.cache.writer import write_cache
     from clip_adapter.extract.config import ExtractConfig
@@ -41,6 +43,11 @@ PUBLIC = {
     "Method": "adapters.method",
     "Hyper": "adapters.hyper",
     "METHODS": "adapters.registry",
+    "find_method": "adapters.registry",
+    "trained_with": "adapters.optimisation",
+    "cosine_logits": "adapters.formulas",
+    "unit": "adapters.formulas",
+    "one_hot": "adapters.formulas",
 }
 __all__ = [
     "METHODS",
@@ -54,9 +61,14 @@ __all__ = [
     "Hyper",
     "Method",
     "__version__",
+    "cosine_logits",
     "extract",
+    "find_method",
     "fit",
     "load_adapter",
+    "one_hot",
+    "trained_with",
+    "unit",
     "write_cache",
 ]
 
