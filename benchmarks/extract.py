@@ -37,7 +37,7 @@ from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import Split
 from clip_adapter.extract.encoding.decode import Plan, decode
 from clip_adapter.extract.encoding.device import find_device, find_precision, forward_passes
-from clip_adapter.extract.encoding.encoder import Encoder, Stopwatch
+from clip_adapter.extract.encoding.encoder import Encoder, Stopwatch, encode_images
 from clip_adapter.extract.known import Known, KnownRows
 from clip_adapter.extract.stage import stage_images
 

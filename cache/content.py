@@ -18,7 +18,6 @@ from clip_adapter.words import quoted
 
 Content = Mapping[str, Any]
 EXAMPLES = 20
-AT_ONCE = 1 << 16  # strings that are looked at
 
 
 def check_strings(strings: Iterable[str]) -> None:
