@@ -3,18 +3,38 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from clip_adapter import files
 from clip_adapter.cache import schema
 from clip_adapter.errors import Contradiction
-from clip_adapter.words import quoted
+from clip_adapter.records import Rule, between, from_document
 
 MOST_PARTS = 999_999
-SCALE_WORDS = f"a positive number from {schema.SMALLEST_SCALE:g} to {schema.LARGEST_SCALE:g}"
-BIAS_WORDS = f"a finite number from −{schema.LARGEST_BIAS:g} to {schema.LARGEST_BIAS:g}"
+Count = Annotated[int, between(1, 2**31 - 1)]
+Place = Annotated[int, between(0, 2**48)]
+Sha256 = Annotated[str, Rule("that is a SHA-256", re.compile("[0-9a-f]{64}").fullmatch)]
+
+
+class Backbone(TypedDict):
+    """The encoder; whatever else is stated is kept."""
+
+    name: str
+    pretrained: str
+    weights_sha256: Sha256
+    embed_dim: Count
+    image_size: Count | Annotated[list[Count], Rule("of two", lambda size: len(size) == 2)]
+    quick_gelu: bool
+
+
+class DataSet(TypedDict):
+    """The data set; whatever else is stated is kept."""
+
+    name: str
+    source: str
+    splits: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -25,9 +45,14 @@ class Part:
     set the first row of the part, the row behind its last, and how many rows the split has.
     """
 
-    index: int
-    of: int
-    rows: Mapping[str, tuple[int, int, int]]
+    index: Count
+    of: Annotated[int, between(1, MOST_PARTS)]
+    rows: Mapping[str, tuple[Place, Place, Place]]
+
+    def __post_init__(self) -> None:
+        ordered = all(start <= stop <= total for start, stop, total in self.rows.values())
+        if self.index > self.of or not ordered or not self.rows.keys() <= set(schema.SPLITS):
+            raise Contradiction("part is not a part of a cache")
 
 
 @dataclass(frozen=True)
@@ -36,16 +61,16 @@ class Metadata:
 
     created_at: str
     writer: str
-    backbone: dict[str, Any]
+    backbone: Backbone
     preprocess: dict[str, Any]
-    dataset: dict[str, Any]
-    logit_scale: float
-    logit_bias: float
+    dataset: DataSet
+    logit_scale: Annotated[float, between(schema.SMALLEST_SCALE, schema.LARGEST_SCALE)]
+    logit_bias: Annotated[float, between(-schema.LARGEST_BIAS, schema.LARGEST_BIAS)]
+    datasets_sha256: dict[str, Sha256]
     arguments: dict[str, Any] = field(default_factory=dict)
-    content_sha256: str | None = None
-    datasets_sha256: dict[str, str] = field(default_factory=dict)
+    content_sha256: Sha256 | None = None
     part: Part | None = None
-    templates: list[str] | None = None
+    templates: Annotated[list[str], Rule("that is not empty", bool)] | None = None
     format_version: int = schema.FORMAT_VERSION
 
     def document(self) -> dict[str, Any]:
@@ -81,131 +106,17 @@ def _no_number(name: str) -> None:
 
 
 def parse(document: Mapping[str, Any]) -> Metadata:
-    """The metadata that a JSON object holds. Raises Contradiction where something is missing or of
-    another type; names that the format does not know are left out."""
+    """The metadata that a JSON object holds; names that the format does not know are left out.
+
+    Raises Contradiction where something is missing or of another type.
+    """
     if document.get("complete") is not True:
         raise Contradiction("it is incomplete (not marked as complete)")
-    _check(document, "", _REQUIRED)
-    _check(document, "", {name: fits for name, fits in _OPTIONAL.items() if name in document})
-    _check(document["backbone"], "backbone.", _BACKBONE)
-    _check(document["dataset"], "dataset.", _DATASET)
+    of_parts = {"part", "templates"}
     known = {item.name for item in fields(Metadata)}
+    if document["format"] != schema.PART_FORMAT:
+        known -= of_parts
+    elif missing := sorted(of_parts - document.keys()):
+        raise Contradiction(f"it lacks {', '.join(missing)}")
     stated = {name: value for name, value in document.items() if name in known}
-    for name in ("logit_scale", "logit_bias"):
-        stated[name] = float(stated[name])
-    if document["format"] == schema.PART_FORMAT:
-        _check(document, "", _OF_PARTS)
-        part = document["part"]
-        stated["part"] = Part(part["index"], part["of"], part["rows"])
-    else:
-        stated |= {"part": None, "templates": None}
-    return Metadata(**stated)
-
-
-def _check(stated: Mapping[str, Any], prefix: str, wanted: Mapping[str, tuple]) -> None:
-    missing = [name for name in wanted if name not in stated]
-    if missing:
-        names = ", ".join(prefix + name for name in missing)
-        raise Contradiction(f"it is incomplete ({names} missing in its metadata)")
-    for name, (words, fits) in wanted.items():
-        if not fits(stated[name]):
-            raise Contradiction(f"{prefix}{name} is {quoted(stated[name])}, not {words}")
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, dict)
-
-
-def is_sha256(value: object) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
-
-
-def _is_integer(value: object, least: int = 1, most: int = 2**31 - 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def is_bias(value: Any) -> bool:
-    return _is_number(value) and abs(value) <= schema.LARGEST_BIAS
-
-
-def is_scale(value: Any) -> bool:
-    return _is_number(value) and schema.SMALLEST_SCALE <= value <= schema.LARGEST_SCALE
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_image_size(value: Any) -> bool:
-    both = value if isinstance(value, list) and len(value) == 2 else [value]
-    return all(map(_is_integer, both))
-
-
-def _are_texts(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
-
-
-def _are_sha256(value: object) -> bool:
-    return isinstance(value, dict) and all(map(is_sha256, value.values()))
-
-
-def _are_origins(value: object) -> bool:
-    return isinstance(value, dict) and all(map(_is_text, value.values()))
-
-
-def _is_part(value: Any) -> bool:
-    """Part `index` of `of`; rows: start, stop, total of splits."""
-    if not isinstance(value, dict) or not isinstance(value.get("rows"), dict):
-        return False
-    index, of, rows = value.get("index"), value.get("of", 0), value["rows"]
-    if not (_is_integer(of, 1, MOST_PARTS) and _is_integer(index, 1, of)):
-        return False
-    return rows.keys() <= set(schema.SPLITS) and all(map(_is_range, rows.values()))
-
-
-def _is_range(value: Any) -> bool:
-    counts = isinstance(value, list) and len(value) == 3
-    return (
-        counts
-        and all(_is_integer(one, 0, 2**48) for one in value)
-        and (value[0] <= value[1] <= value[2])
-    )
-
-
-_Checks = dict[str, tuple[str, Callable[[Any], bool]]]
-_TEXT, _OBJECT = ("a string", _is_text), ("a JSON object", _is_object)
-_REQUIRED: _Checks = {
-    "created_at": _TEXT,
-    "writer": _TEXT,
-    "backbone": _OBJECT,
-    "preprocess": _OBJECT,
-    "dataset": _OBJECT,
-    "logit_scale": (SCALE_WORDS, is_scale),
-    "logit_bias": (BIAS_WORDS, is_bias),
-    "datasets_sha256": ("an object of SHA-256 sums", _are_sha256),
-}
-_OPTIONAL: _Checks = {
-    "arguments": _OBJECT,
-    "content_sha256": ("a SHA-256", is_sha256),
-}
-_BACKBONE: _Checks = {
-    "name": _TEXT,
-    "pretrained": _TEXT,
-    "weights_sha256": ("a SHA-256", is_sha256),
-    "embed_dim": ("a positive integer", _is_integer),
-    "image_size": ("one or two positive integers", _is_image_size),
-    "quick_gelu": ("true or false", lambda value: isinstance(value, bool)),
-}
-_DATASET: _Checks = {
-    "name": _TEXT,
-    "source": _TEXT,
-    "splits": ("an object of strings", _are_origins),
-}
-_OF_PARTS: _Checks = {
-    "part": ("a part of a cache", _is_part),
-    "templates": ("a list of strings", _are_texts),
-}
+    return from_document(Metadata, stated)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -58,7 +58,7 @@ class FeatureCache(StoredFile):
 
     @property
     def backbone(self) -> dict[str, Any]:
-        return self.metadata.backbone
+        return cast(dict[str, Any], self.metadata.backbone)
 
     @property
     def preprocess(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class FeatureCache(StoredFile):
 
     @property
     def dataset(self) -> dict[str, Any]:
-        return self.metadata.dataset
+        return cast(dict[str, Any], self.metadata.dataset)
 
     @property
     def arguments(self) -> dict[str, Any]:

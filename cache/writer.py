@@ -1,10 +1,11 @@
 """Write a feature cache: assembled beside its path and renamed when it is whole."""
 
 import errno
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import groupby
@@ -40,7 +41,7 @@ def write_cache(
     preprocess: Mapping[str, Any] | None = None,
     arguments: Mapping[str, Any] | None = None,
     part: Part | None = None,
-    templates: Iterable[str] | None = None,
+    templates: Iterable[str] = (),
 ) -> None:
     """Write a feature cache, which is there when it is whole and else not.
 
@@ -75,18 +76,21 @@ def write_cache(
         ...     cache.shape("train"), cache.class_names
         ((1, 6, 8), ['cat', 'eel'])
     """
-    metadata = Metadata(
-        created_at=_now(),
-        writer=f"clip-adapter {version('clip-adapter')}",
-        backbone=dict(backbone),
-        preprocess=dict(preprocess or {}),
-        dataset=dict(dataset),
-        logit_scale=float(logit_scale),
-        logit_bias=float(logit_bias),
-        arguments=dict(arguments or {}),
-        part=part,
-        templates=None if part is None else [*(templates or ())],
-    )
+    document = {
+        "format": schema.FORMAT if part is None else schema.PART_FORMAT,
+        "complete": True,
+        "created_at": _now(),
+        "writer": f"clip-adapter {version('clip-adapter')}",
+        "backbone": backbone,
+        "preprocess": preprocess or {},
+        "dataset": dataset,
+        "logit_scale": float(logit_scale),
+        "logit_bias": float(logit_bias),
+        "datasets_sha256": {},
+        "arguments": arguments or {},
+        "part": part and asdict(part),
+        "templates": [*templates],
+    }
     with ExitStack() as stack:
         place = out
         if not isinstance(place, StagingFolder):
@@ -95,7 +99,11 @@ def write_cache(
             raise ValueError(f"{unknown[0]} is no dataset of the format")
         content = {name: _values(name, values) for name, values in content.items()}
         content = {name: values for name, values in content.items() if _is_written(name, values)}
-        _check(place.path, content, metadata)
+        _check(place.path, content, part is not None, backbone.get("embed_dim"))
+        try:
+            metadata = parse(parse_object(json.dumps(document, allow_nan=False)))
+        except Contradiction as error:
+            raise UserError(f"Cannot write {place.path}: {error}.") from error
         assembled = place.folder / "assembled.h5"
         with place.writing():
             stack.callback(assembled.unlink, missing_ok=True)
@@ -122,10 +130,9 @@ def _is_written(name: str, values: Any) -> bool:
     return element.required or element.by_row or 0 not in values.shape
 
 
-def _check(path: Path, content: Content, metadata: Metadata) -> None:
+def _check(path: Path, content: Content, part: bool, dim: Any) -> None:
     """Raises UserError or ValueError for what the file may not hold."""
     shapes = {name: values.shape for name, values in content.items()}
-    part = metadata.part is not None
     splits = [split for split in schema.SPLITS if of_images(split, "labels") in content]
     for split in splits:
         if not part and not shapes[of_images(split, "labels")][0]:
@@ -134,7 +141,7 @@ def _check(path: Path, content: Content, metadata: Metadata) -> None:
         lengths = schema.measure(shapes, splits, part=part)
     except Contradiction as error:
         raise ValueError(str(error)) from error
-    if lengths.get("D", dim := metadata.backbone.get("embed_dim")) != dim:
+    if lengths.get("D", dim) != dim:
         raise ValueError(f"features of {lengths['D']} numbers and embed_dim of {dim}")
     names = content.get("text/class_names", [])
     if len(names) and (reason := indistinct(names)):
@@ -149,10 +156,6 @@ def _check(path: Path, content: Content, metadata: Metadata) -> None:
             split = split_of(name)
             rows = np.moveaxis(values, ELEMENTS[name].row_axis, 0)
             check_features(rows, content[of_images(split, "ids")] if split else names)
-    try:
-        parse(parse_object(encode(metadata)[0]))
-    except Contradiction as error:
-        raise UserError(f"Cannot write {path}: {error}.") from error
 
 
 def _within(labels: npt.NDArray[np.int32], classes: int) -> bool:

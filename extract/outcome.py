@@ -83,7 +83,8 @@ def join_parts(parts: Sequence[Path], out: Path, listener: Listener) -> None:
     not there.
     """
     with PartFile(parts[0]) as part:  # all name the same backbone, else they are not joined
-        sha256 = part.metadata.backbone.get("text_tower_sha256")
+        backbone: Mapping[str, Any] = part.metadata.backbone
+        sha256 = backbone.get("text_tower_sha256")
     tower = None if sha256 is None else _tower(parts, sha256)
     class_names, tallies, several = merge_parts(parts, out)
     if tower is not None:

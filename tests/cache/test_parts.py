@@ -51,13 +51,19 @@ def values(name: str, kept: np.ndarray) -> Callable[[Path], None]:
 
 
 LIES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "10^10 parts": (stated(lambda d: d["part"].update(of=10**10)), "part is .*, not a part of a"),
+    "10^10 parts": (
+        stated(lambda d: d["part"].update(of=10**10)),
+        "part.of is 10+, not an integer",
+    ),
     "many parts": (stated(lambda d: d["part"].update(of=10**5)), "number of parts differ"),
-    "part 0": (stated(lambda d: d["part"].update(index=0)), "part is .*, not a part of a cache"),
+    "part 0": (stated(lambda d: d["part"].update(index=0)), "part.index is 0, not an integer"),
     "part 3 of 2": (stated(lambda d: d["part"].update(index=3)), "not a part of a cache"),
-    "text": (stated(lambda d: d["part"].update(index="2")), "not a part of a cache"),
-    "no rows": (stated(lambda d: d["part"].pop("rows")), "not a part of a cache"),
-    "rows of two": (stated(lambda d: d["part"]["rows"].update(train=[0, 1])), "not a part of"),
+    "text": (stated(lambda d: d["part"].update(index="2")), "part.index is '2', not an integer"),
+    "no rows": (stated(lambda d: d["part"].pop("rows")), "part lacks rows"),
+    "rows of two": (
+        stated(lambda d: d["part"]["rows"].update(train=[0, 1])),
+        "train is .*, not a list",
+    ),
     "no such split": (
         stated(lambda d: d["part"]["rows"].update({"\x1b[2J": [0, 0, 0]})),
         "not a part of a cache",
@@ -75,8 +81,11 @@ LIES: dict[str, tuple[Callable[[Path], None], str]] = {
         stated(lambda d: d["part"]["rows"].update(train=[5, 9, 10])),
         "do not meet in the train split",
     ),
-    "templates": (stated(lambda d: d.update(templates=[])), "templates is .., not a list of"),
-    "no templates": (stated(lambda d: d.pop("templates")), "incomplete .templates missing"),
+    "templates": (
+        stated(lambda d: d.update(templates=[])),
+        "templates is .., not a list",
+    ),
+    "no templates": (stated(lambda d: d.pop("templates")), "it lacks templates"),
     "escapes": (
         stated(lambda d: d["arguments"].update({"\x1b[2J\n": 1})),
         r"\\x1b\[2J\\n differ",

@@ -196,7 +196,10 @@ REFUSALS: dict[str, tuple[Change, str]] = {
     "another format within": (stated("format", "x"), "format in its metadata is 'x'"),
     "not complete": (stated("complete", False), "incomplete .not marked"),
     **{
-        f"no {name}": (unstated(name), rf"incomplete \({name} missing")
+        f"no {name}": (
+            unstated(name),
+            f"{name.rpartition('.')[0] or 'it'} lacks {name.split('.')[-1]};",
+        )
         for name in (
             *("backbone", "preprocess", "dataset", "logit_scale", "logit_bias", "writer"),
             *("created_at", "datasets_sha256", "backbone.name", "backbone.pretrained"),
@@ -204,25 +207,31 @@ REFUSALS: dict[str, tuple[Change, str]] = {
             *("backbone.quick_gelu", "dataset.name", "dataset.source", "dataset.splits"),
         )
     },
-    "backbone a number": (stated("backbone", 3), "backbone is 3, not a JSON object"),
+    "backbone a number": (stated("backbone", 3), "backbone is 3, not an object"),
     "preprocess text": (stated("preprocess", ESCAPES), r"preprocess is '\\x1b\[2J\\nevilx+…,"),
-    "width": (stated("backbone.embed_dim", True), "embed_dim is True, not a positive integer"),
+    "width": (stated("backbone.embed_dim", True), "embed_dim is True, not an integer"),
     "other width": (stated("backbone.embed_dim", 5), "its features have 4 numbers, not 5"),
-    "size": (stated("backbone.image_size", [1, 0]), "image_size is .1, 0., not one or two pos"),
-    "splits": (stated("dataset.splits", {"a": 1}), "splits is .*, not an object of strings"),
+    "size": (stated("backbone.image_size", [1, 0]), "image_size is .1, 0., not an integer"),
+    "splits": (stated("dataset.splits", {"a": 1}), "dataset.splits.a is 1, not a string"),
     "scale NaN": (stated("logit_scale", float("nan")), "its metadata is not a JSON object"),
-    "scale text": (stated("logit_scale", "100"), "logit_scale is '100', not a positive"),
-    "scale negative": (stated("logit_scale", -1.5), "logit_scale is -1.5, not a positive"),
-    "scale too large": (stated("logit_scale", 1e39), "logit_scale is 1e.39, not a positive"),
-    "scale too small": (stated("logit_scale", 1e-50), "logit_scale is 1e-50, not a positive"),
-    "bias too large": (stated("logit_bias", 10**50), "logit_bias is 10+, not a finite"),
-    "content hash": (stated("content_sha256", "abc"), "content_sha256 is 'abc', not a SHA-256"),
+    "scale text": (stated("logit_scale", "100"), "logit_scale is '100', not a number from"),
+    "scale negative": (stated("logit_scale", -1.5), "logit_scale is -1.5, not a number from"),
+    "scale too large": (stated("logit_scale", 1e39), "logit_scale is 1e.39, not a number from"),
+    "scale too small": (stated("logit_scale", 1e-50), "logit_scale is 1e-50, not a number from"),
+    "bias too large": (stated("logit_bias", 10**50), "logit_bias is 10+, not a number from"),
+    "content hash": (
+        stated("content_sha256", "abc"),
+        "content_sha256 is 'abc', not a string that",
+    ),
     "lone surrogate": (stated("writer", "\ud800"), "its metadata is not a JSON object"),
     "no hash of labels": (
         lambda file, document: document["datasets_sha256"].pop("images/test/labels"),
         "no SHA-256 of images/test/labels",
     ),
-    "hashes": (stated("datasets_sha256", {"a": 1}), "datasets_sha256 is .*, not an object of SHA"),
+    "hashes": (
+        stated("datasets_sha256", {"a": 1}),
+        "datasets_sha256.a is 1, not a string that",
+    ),
     "no images": (without("images"), "lacks images"),
     "no features": (without("images/train/features"), "lacks images/train/features"),
     "no labels": (without("images/test/labels"), "lacks images/test/labels"),

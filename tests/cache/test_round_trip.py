@@ -154,8 +154,8 @@ def test_what_no_cache_may_hold_is_refused(tmp_path: Path, number: int) -> None:
     [
         ({"backbone": BACKBONE | {"embed_dim": 5}}, ValueError, "features of 4 numbers and embed"),
         ({"dataset": {"name": object()}}, TypeError, "JSON"),
-        ({"dataset": {"name": "x"}}, UserError, "Cannot write .*dataset.source, dataset.splits"),
-        ({"logit_scale": -1}, UserError, "logit_scale is -1.0, not a positive number"),
+        ({"dataset": {"name": "x"}}, UserError, "Cannot write .*: dataset lacks source, splits"),
+        ({"logit_scale": -1}, UserError, "logit_scale is -1.0, not a number from"),
     ],
 )
 def test_metadata_that_no_cache_may_have_is_refused(
