@@ -99,8 +99,8 @@ class Method:
         what is trained. One that can be called, with (features, task), gives logits in place of
         the formula as long as the method trains.
     loss(xp, classify, arrays, batch, setting, task) → (): None for mean cross-entropy.
-    optimizer(setting, task, steps per epoch) → optax transformation: None for the recipe that the
-        setting names (optimisation.py).
+    optimizer(setting, task, steps per epoch) → optax transformation: None for what the setting
+        names (optimisation.py).
     near_zero_shot: hyper-parameters whose smaller values stay nearer to zero-shot, the first one
         deciding. Of the settings that validation cannot tell from the likeliest the nearest is then
         chosen; () for methods whose most accurate setting is, ties by likelihood.

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clip_adapter.adapters import optimisation as recipe
 from clip_adapter.adapters.method import Setting, Task
+from clip_adapter.adapters.optimisation import steps_and_batch
 
 if TYPE_CHECKING:
     from jax import Array
@@ -56,7 +56,7 @@ def epochs_per_drawing(support: int) -> int:
 def draw(task: Task, static: Setting, number: int) -> Draws:
     """The `number`-th drawing: of epochs number · T … (number + 1) · T − 1, up to the last one."""
     views, support, _ = task.features.shape
-    steps, size = recipe.steps_and_batch(support, static)
+    steps, size = steps_and_batch(support, static)
     length = epochs_per_drawing(support)
     if size == support and views == 1:
         nothing = jax.device_put(np.zeros((length, steps, 0), np.int32))

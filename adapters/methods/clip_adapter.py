@@ -75,7 +75,7 @@ def describe(xp, arrays, setting, features, head):
 
 
 def optimizer(setting, task, steps):
-    """The recipe's for the kernels; ratios have a rate of their own, without weight decay.
+    """That of the setting for the kernels; ratios have a rate of their own, without weight decay.
 
     A ratio is the sigmoid of one number that has to move by units, where a kernel's entries move by
     hundredths: under the kernels' rate it stays where it starts. It is moved by Adam, whose steps

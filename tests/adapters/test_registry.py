@@ -13,7 +13,7 @@ import pytest
 
 from clip_adapter.adapters import registry as methods
 from clip_adapter.adapters.hyper import Hyper
-from clip_adapter.adapters.registry import METHODS, TAKEN, check_record, find_method
+from clip_adapter.adapters.registry import METHODS, TAKEN, find_method
 from clip_adapter.pipelines.console.running import run
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.options import parse
@@ -23,11 +23,6 @@ from tests.pipelines.toy_methods import WEIGHTED
 
 NUMBER = itertools.count()
 HALF = Hyper(0.5, "Half.", low=0, high=1)
-
-
-def test_our_own_records_are_sound() -> None:
-    for method in METHODS.values():
-        check_record(method)
 
 
 def test_a_hyper_parameter_has_no_name_that_means_something_else() -> None:

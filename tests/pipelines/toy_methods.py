@@ -1,6 +1,6 @@
 """Methods of somebody else: what stands in a module of a user's own."""
 
-from clip_adapter.adapters import optimisation as recipe
+from clip_adapter.adapters import optimisation
 from clip_adapter.adapters.formulas import cosine_logits
 from clip_adapter.adapters.hyper import Hyper
 from clip_adapter.adapters.method import Method
@@ -39,7 +39,7 @@ WORSE = Method(
 GROWING = Method(
     name="growing",
     source="made up",
-    hyper=recipe.trained_with(optimizer="adam", weight_decay=0.0),
+    hyper=optimisation.trained_with(optimizer="adam", weight_decay=0.0),
     # Better the larger the weight is, and no number where it is 0.5 or more.
     logits=lambda xp, arrays, setting, features, head: (
         arrays["weight"] * cosine_logits(xp, features, head)
