@@ -142,6 +142,7 @@ class Plan:
             several |= {n: tuple(map(_planned, content[n])) for n in ("methods", "compared")}
             plan = cls(**content | several)
             check_protocol(plan)
+            _ = plan.parts  # every factor has its values
         except MethodElsewhere:
             raise
         except (KeyError, TypeError, AttributeError, UserError) as error:
