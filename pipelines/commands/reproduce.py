@@ -144,7 +144,7 @@ def _fitted(
     from clip_adapter.pipelines.fitting.config import FitConfig
 
     given = {"epochs": config.epochs, "coop.context_length": config.context}
-    asked = FitConfig(
+    fit = FitConfig(
         method=methods_of_the_paper(),
         baselines=(),
         shots=config.shots,
@@ -153,12 +153,12 @@ def _fitted(
         hyper={name: value for name, value in given.items() if value is not None},
     )
     try:
-        found = study(StudyConfig(tuple(caches), config.out / preset, asked), listener)
+        result = study(StudyConfig(tuple(caches), config.out / preset, fit), listener)
     except UserError as error:
         failed[f"all ({preset})"] = str(error)
         return {}
-    failed |= {f"{name} ({preset})": sentence for name, sentence in found.failed.items()}
-    return found.runs
+    failed |= {f"{name} ({preset})": sentence for name, sentence in result.failed.items()}
+    return result.runs
 
 
 def _page(
@@ -239,8 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         from clip_adapter.pipelines.console.terminal import Terminal
 
         set_up_jax()
-        found = reproduce(config, Terminal("reproduce"))
-        print(found.page.read_text(encoding="utf-8"))
-        return EXIT_PARTIAL if found.failed else 0
+        result = reproduce(config, Terminal("reproduce"))
+        print(result.page.read_text(encoding="utf-8"))
+        return EXIT_PARTIAL if result.failed else 0
 
     run("clip-adapter reproduce", parse_and_reproduce)

@@ -184,8 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         from clip_adapter.pipelines.console.terminal import Terminal
 
         set_up_jax()
-        found = study(config, Terminal("study"))
-        print((found.folder / "study.md").read_text(encoding="utf-8"))
-        return EXIT_PARTIAL if found.failed else 0
+        result = study(config, Terminal("study"))
+        print((result.folder / "study.md").read_text(encoding="utf-8"))
+        return EXIT_PARTIAL if result.failed else 0
 
     run("clip-adapter study", parse_and_study)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from clip_adapter.pipelines.fitting.config import shots_words
+from clip_adapter.cache.few_shot import VALIDATION_SHOTS
+from clip_adapter.pipelines.fitting.config import Shots, shots_words
 from clip_adapter.pipelines.fitting.kept import what_is_kept
-from clip_adapter.pipelines.fitting.tasks import sizes
 from clip_adapter.pipelines.reporting.accuracies import ablations, accuracies
 from clip_adapter.pipelines.reporting.beside_the_mean import (
     beside_guessing,
@@ -16,10 +17,11 @@ from clip_adapter.pipelines.reporting.beside_the_mean import (
 from clip_adapter.pipelines.reporting.entries import pool
 from clip_adapter.pipelines.reporting.runs import Run
 from clip_adapter.pipelines.reporting.table import terminal_width
-from clip_adapter.words import counted, printable
+from clip_adapter.words import counted, printable, some
 
 if TYPE_CHECKING:
     from clip_adapter.pipelines.fitting.run import FitResult
+    from clip_adapter.pipelines.fitting.tasks import TaskRows
 
 
 def print_run(result: FitResult, *, verbose: bool = False) -> None:
@@ -40,7 +42,7 @@ def print_run(result: FitResult, *, verbose: bool = False) -> None:
     ]
     if verbose and whole:
         lines += beside_the_mean(counting)
-    lines += [*table.about, *sizes(result.tasks, about.class_names, repeat=plan.repeat)]
+    lines += [*table.about, *_sizes(result.tasks, about.class_names, repeat=plan.repeat)]
     print(*map(printable, lines), sep="\n")
     settings = [chosen_settings(entry) for entry in counting if entry.asked] if verbose else []
     for shown in [*settings, *(ablation.table for ablation in ablations(entries))]:
@@ -53,3 +55,30 @@ def print_run(result: FitResult, *, verbose: bool = False) -> None:
         print(*map(printable, kept), sep="\n")
     if not verbose:
         print("--verbose prints the settings that were chosen and the classes that do worst")
+
+
+def _sizes(tasks: Sequence[TaskRows], class_names: Sequence[str], *, repeat: bool) -> list[str]:
+    """A sentence per number of shots for classes that had too few images, or none."""
+    how = "drawn with repetition" if repeat else "each is taken once"
+    counts: dict[tuple[str, Shots], int] = {}
+    absent: dict[str, tuple[int, ...]] = {}
+    for rows in tasks:
+        absent["training"] = rows.absent_classes
+        absent["validation"] = rows.absent_validation_classes
+        counts["training", rows.shots] = len(rows.small_classes)
+        fewest = min(rows.shots, VALIDATION_SHOTS) if isinstance(rows.shots, int) else 0
+        counts["validation", fewest] = len(rows.small_validation_classes)
+    return [
+        *(
+            f"{counted(count, 'class has', 'classes have')} fewer than {shots} {split} images: "
+            f"{how}"
+            for (split, shots), count in counts.items()
+            if count
+        ),
+        *(
+            f"{counted(len(labels), 'class', 'classes')} without a {split} image: "
+            f"{some([class_names[label] for label in labels])}"
+            for split, labels in absent.items()
+            if labels
+        ),
+    ]

@@ -163,9 +163,9 @@ class Data:
         features, labels = [], []
         views = self.views_of(method)
         for split, rows in self.labelled_rows().items():
-            found = self._read(split, source_of(method), rows, views)
+            stored = self._read(split, source_of(method), rows, views)
             # Only training images have augmented views; of the others each is taken as often.
-            repeated = found if len(found) == views else np.repeat(found, views, axis=0)
+            repeated = stored if len(stored) == views else np.repeat(stored, views, axis=0)
             features.append(repeated)
             labels.append(self._labels(split, rows))
         task = Task(
@@ -185,15 +185,15 @@ class Data:
 
     def hashes(self, rows: Mapping[str, Rows]) -> npt.NDArray[np.uint64]:
         """By which the images of these rows of the splits are known again, each once."""
-        found = [np.zeros(0, np.uint64)]
+        known_by = [np.zeros(0, np.uint64)]
         for split, own in rows.items():
             digests = self.cache.hashes(split, "digests") if len(own) else None
             for start in range(0, len(own), BLOCK_ROWS):
                 block = own[start : start + BLOCK_ROWS]
                 features = self._read(split, "features", block, views=1)[0]
                 known = image_hashes(features, None if digests is None else digests[block])
-                found.append(known.ravel())
-        return np.unique(np.concatenate(found))
+                known_by.append(known.ravel())
+        return np.unique(np.concatenate(known_by))
 
     def views_of(self, method: Method) -> int:
         """How many views of a training image the method sees."""

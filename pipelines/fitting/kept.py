@@ -71,8 +71,8 @@ def candidates(
     rows = kept_task(tasks)
     by_key = {result.key: result for result in results}
     names = [p.method.name for p in plan.methods if p.baseline == baseline]
-    found = [by_key.get((name, rows.shots, rows.seed)) for name in names]
-    return [result for result in found if result and result.setting is not None]
+    chosen = [by_key.get((name, rows.shots, rows.seed)) for name in names]
+    return [result for result in chosen if result and result.setting is not None]
 
 
 def what_is_kept(

@@ -192,8 +192,8 @@ class TaskRunner:
         task = self.data.task(method, rows)
         features = np.asarray(task.features)[0]  # JAX would copy them
         described = method.describe(jnp, chosen.arrays, chosen.setting, features, task.head)
-        found = {name: np.asarray(values) for name, values in described.items()}
-        return {name: Spread(float(v.mean()), float(v.std())) for name, v in found.items()}
+        values_of = {name: np.asarray(values) for name, values in described.items()}
+        return {name: Spread(float(v.mean()), float(v.std())) for name, v in values_of.items()}
 
     def _seen_by(self, rows: TaskRows) -> npt.NDArray[np.uint64]:
         """Hashes of the images that fit or choose on a task; looked at once for all methods."""

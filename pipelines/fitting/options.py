@@ -218,7 +218,7 @@ def command_that_keeps(plan: Plan, method: str, shots: Shots, seed: int) -> str:
 def _hyper(plan: Plan) -> dict[str, tuple[Value, ...]]:
     """Flag → values, of the hyper-parameters that are not at what would be tried anyway."""
     flags = flags_of([planned.method for planned in plan.fitted])
-    given: dict[str, tuple[Value, ...]] = {}
+    values_by_flag: dict[str, tuple[Value, ...]] = {}
     for planned in plan.fitted:
         method = planned.method
         usual = method.values({}, plan.preset, one=plan.select == "none")
@@ -226,8 +226,8 @@ def _hyper(plan: Plan) -> dict[str, tuple[Value, ...]]:
             values = plan.given(planned, name, values)
             if tuple(values) != usual[name]:
                 own = [f for f, (n, owners) in flags.items() if n == name and owners == [method]]
-                given[own[0]] = tuple(values)
-    return given
+                values_by_flag[own[0]] = tuple(values)
+    return values_by_flag
 
 
 def _written(value: Value) -> str:

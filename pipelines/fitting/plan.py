@@ -132,8 +132,8 @@ class Plan:
         """
         if not isinstance(document, dict) or "clip_adapter" not in document:
             raise ValueError("it holds no plan of this program")
-        if (found := document["clip_adapter"]) != VERSION:
-            raise ValueError(f"it was made by clip-adapter {shortened(str(found), 40)}")
+        if (made_by := document["clip_adapter"]) != VERSION:
+            raise ValueError(f"it was made by clip-adapter {shortened(str(made_by), 40)}")
         content = {name: value for name, value in document.items() if name != OWN_SHA256}
         if document.get(OWN_SHA256) != _sha256(content):
             raise ValueError("it was changed (its SHA-256 does not match)")
@@ -142,6 +142,7 @@ class Plan:
             several |= {n: tuple(map(_planned, content[n])) for n in ("methods", "compared")}
             plan = cls(**content | several)
             check_protocol(plan)
+            _ = plan.parts  # every factor has its values
         except MethodElsewhere:
             raise
         except (KeyError, TypeError, AttributeError, UserError) as error:

@@ -97,22 +97,20 @@ def read_predictions(run: Path, method: str, shots: Any, seed: int) -> Predictio
     path = run / predictions_path(method, shots, seed)
     try:
         tensors = load(files.read_bytes(path))
-        texts = (_texts(tensors[name]) for name in TEXTS)
-        found = Predictions(tensors["labels"], tensors["predicted"], tensors["confidence"], *texts)
-        if found.labels.ndim != 1 or not (
-            found.labels.shape == found.predicted.shape == found.confidence.shape
-        ):
+        arrays = tensors["labels"], tensors["predicted"], tensors["confidence"]
+        predictions = Predictions(*arrays, *(_texts(tensors[name]) for name in TEXTS))
+        if len({array.shape for array in arrays}) > 1 or arrays[0].ndim != 1:
             raise ValueError("shapes")
     except (
         *(OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError),
         RecursionError,
     ) as error:
         raise UserError(f"{path} cannot be read; fit it again.") from error
-    return found
+    return predictions
 
 
 def _texts(stored: npt.NDArray[np.uint8]) -> Sequence[str]:
-    found = json.loads(stored.tobytes())
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+    texts = json.loads(stored.tobytes())
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError("no list of texts")
-    return found
+    return texts

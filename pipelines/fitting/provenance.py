@@ -50,14 +50,14 @@ class Provenance:
         Raises ValueError for anything else.
         """
         try:
-            found = cls(**{f.name: document[f.name] for f in fields(cls)})
-            found.lines()
-            names = [found.cache_sha256, *found.class_names, *found.templates]
+            provenance = cls(**{f.name: document[f.name] for f in fields(cls)})
+            provenance.lines()
+            names = [provenance.cache_sha256, *provenance.class_names, *provenance.templates]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError("no provenance of a run") from error
-        if type(found.test_images) is not int or not all(isinstance(n, str) for n in names):
+        if type(provenance.test_images) is not int or not all(isinstance(n, str) for n in names):
             raise ValueError("no provenance of a run")
-        return found
+        return provenance
 
     def lines(self) -> list[str]:
         """Backbone, data set and where the test split came from, for the top of a report."""

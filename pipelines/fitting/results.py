@@ -147,14 +147,13 @@ def _is_setting(document: Any) -> bool:
 class MethodSummary:
     """A method at one number of shots, over seeds.
 
-    held: see TaskResult. seeds: how many tasks there are. diverged: those at which every setting
-    diverged; they have no accuracy and do not count in the means. worst_tenth: the mean of the
-    lowest tenth of the test accuracies, from ten seeds on.
+    seeds: how many tasks there are. diverged: those at which every setting diverged; they have no
+    accuracy and do not count in the means. worst_tenth: the mean of the lowest tenth of the test
+    accuracies, from ten seeds on.
     """
 
     method: str
     shots: Shots
-    held: Held
     seeds: int
     diverged: int
     val_accuracy: Spread | None
@@ -168,11 +167,10 @@ class MethodSummary:
 
 
 def summarise(results: Iterable[TaskResult]) -> list[MethodSummary]:
-    """A row for each method, number of shots and what is held, in the order of their first
-    results."""
-    groups: dict[tuple[str, Shots, str], list[TaskResult]] = defaultdict(list)
+    """A row for each method and number of shots, in the order of their first results."""
+    groups: dict[tuple[str, Shots], list[TaskResult]] = defaultdict(list)
     for result in results:
-        groups[result.method, result.shots, str(dict(result.held))].append(result)
+        groups[result.method, result.shots].append(result)
     return [_summary(rows) for rows in groups.values()]
 
 
@@ -183,7 +181,6 @@ def _summary(rows: Sequence[TaskResult]) -> MethodSummary:
     return MethodSummary(
         method=rows[0].method,
         shots=rows[0].shots,
-        held=rows[0].held,
         seeds=len(rows),
         diverged=sum(row.setting is None for row in rows),
         worst_tenth=Spread.of_worst_tenth(known("test_accuracy")),

@@ -207,15 +207,15 @@ def _run_tasks(runner: TaskRunner, folder: RunFolder, listener: Listener) -> Non
     """Run every method on every task that the folder has no result of yet, then the ablations."""
     known = {row.identity: row for held in (False, True) for row in folder.results(held=held)}
     tasks, parts = runner.data.tasks, runner.plan.parts
-    everything = [(rows, held, planned) for rows in tasks for held, planned in parts if not held]
-    everything += [(rows, held, planned) for held, planned in parts if held for rows in tasks]
+    steps = [(rows, held, planned) for rows in tasks for held, planned in parts if not held]
+    steps += [(rows, held, planned) for held, planned in parts if held for rows in tasks]
     waiting = [
         (rows, held, planned)
-        for rows, held, planned in everything
+        for rows, held, planned in steps
         if ((planned.method.name, rows.shots, rows.seed), str(held)) not in known
     ]
-    done = len(everything) - len(waiting)
-    with listener.progress("fit", len(everything), done) as advance:
+    done = len(steps) - len(waiting)
+    with listener.progress("fit", len(steps), done) as advance:
         for rows, held, planned in waiting:
             notes = [planned.method.name, *(f"{name} {value}" for name, value in held.items())]
             part = _Part(advance, ", ".join([*notes, shots_words(rows.shots)]))

@@ -105,12 +105,12 @@ class RunFolder:
             for row in map(self._completed, rows)
             if row.keys() == set(self._columns) and is_sound(row, images_alike=self._images_alike)
         ]
-        kept = StringIO(newline="")
-        writer = csv.DictWriter(kept, self._columns, lineterminator="\n")
+        rewritten = StringIO(newline="")
+        writer = csv.DictWriter(rewritten, self._columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(sound)
-        if kept.getvalue() != text or path.is_symlink():
-            files.write_text(path, kept.getvalue())
+        if rewritten.getvalue() != text or path.is_symlink():
+            files.write_text(path, rewritten.getvalue())
         return sound
 
     def _completed(self, row: Row) -> Row:

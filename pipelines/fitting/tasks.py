@@ -13,7 +13,6 @@ from clip_adapter.cache.few_shot import VALIDATION_SHOTS, draw_few_shot
 from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.config import Selection, Shots, shots_words
 from clip_adapter.pipelines.fitting.results import TaskResult
-from clip_adapter.words import counted, some
 
 MAX_FOLDS = 4
 Rows = npt.NDArray[np.int64]
@@ -106,33 +105,6 @@ def draw_tasks(
         )
 
     return [drawn(number, seed) for number in shots for seed in seeds]
-
-
-def sizes(tasks: Sequence[TaskRows], class_names: Sequence[str], *, repeat: bool) -> list[str]:
-    """A sentence per number of shots for classes that had too few images, or none."""
-    how = "drawn with repetition" if repeat else "each is taken once"
-    counts: dict[tuple[str, Shots], int] = {}
-    absent: dict[str, tuple[int, ...]] = {}
-    for rows in tasks:
-        absent["training"] = rows.absent_classes
-        absent["validation"] = rows.absent_validation_classes
-        counts["training", rows.shots] = len(rows.small_classes)
-        fewest = min(rows.shots, VALIDATION_SHOTS) if isinstance(rows.shots, int) else 0
-        counts["validation", fewest] = len(rows.small_validation_classes)
-    return [
-        *(
-            f"{counted(count, 'class has', 'classes have')} fewer than {shots} {split} images: "
-            f"{how}"
-            for (split, shots), count in counts.items()
-            if count
-        ),
-        *(
-            f"{counted(len(labels), 'class', 'classes')} without a {split} image: "
-            f"{some([class_names[label] for label in labels])}"
-            for split, labels in absent.items()
-            if labels
-        ),
-    ]
 
 
 def judged_by(select: Selection, score: str, results: Sequence[TaskResult]) -> str:

@@ -52,19 +52,19 @@ def beside_guessing(entries: Sequence[Entry]) -> list[str]:
 
     Raises UserError where predictions cannot be read.
     """
-    told: list[str] = []
+    sentences: list[str] = []
     for entry in entries:
         if not (entry.asked and entry.tested):
             continue
         shots = entry.tested[-1]
         guessed = guess(next(iter(entry.predictions(shots).values())), entry.first.class_names)
-        if not told:
-            told.append(guessed.words)
+        if not sentences:
+            sentences.append(guessed.words)
         spread = entry.summary[shots].test_accuracy
         if spread and guessed.beats(spread.mean):
             at = f"{entry.label} at {shots_words(shots)}"
-            told.append(f"{at} is worse than {guessed.short} ({100 * spread.mean:.2f} %)")
-    return told
+            sentences.append(f"{at} is worse than {guessed.short} ({100 * spread.mean:.2f} %)")
+    return sentences
 
 
 def beside_the_mean(entries: Sequence[Entry]) -> list[str]:
@@ -74,11 +74,11 @@ def beside_the_mean(entries: Sequence[Entry]) -> list[str]:
     Raises UserError where predictions cannot be read.
     """
     asked = [entry for entry in entries if entry.asked and entry.tested]
-    told = []
+    sentences = []
     for entry in asked:
         shots = entry.tested[-1]
         if worst := _worst([*entry.predictions(shots).values()], entry.first.class_names):
-            told.append(f"{entry.label} at {shots_words(shots)} does worst on {worst}")
+            sentences.append(f"{entry.label} at {shots_words(shots)} does worst on {worst}")
     for entry in asked:
         places = []
         for shots in entry.summary:
@@ -87,18 +87,18 @@ def beside_the_mean(entries: Sequence[Entry]) -> list[str]:
                 seeds = f" ({missing} of {count} seeds)" if count > 1 else ""
                 places.append(shots_words(shots) + seeds)
         if places:
-            told.append(
+            sentences.append(
                 f"validation does not show {entry.label} to outdo zero-shot at {_joined(places)}"
             )
     for baseline in (entry for entry in entries if not entry.asked):
         for entry in asked:
             gaps = [gap for shots in entry.tested if (gap := _gap(baseline, entry, shots))]
             if gaps and baseline.train_classes == entry.train_classes:
-                told.append(
+                sentences.append(
                     f"the baseline {baseline.label} did better than {entry.label} at "
                     f"{_joined(gaps)}"
                 )
-    return told
+    return sentences
 
 
 def _worst(predictions: Sequence[Predictions], class_names: Sequence[str]) -> str:

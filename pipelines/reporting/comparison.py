@@ -139,13 +139,13 @@ def write_comparison(folder: Path, runs: Mapping[str, Sequence[Path]]) -> None:
 
     runs: of each data set, by its name, as `read_comparisons` takes them.
     """
-    found = read_comparisons(runs)
-    tables = [table.markdown() for one in found for table in _tables(one)]
+    comparisons = read_comparisons(runs)
+    tables = [table.markdown() for one in comparisons for table in _tables(one)]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_text(folder / "study.csv", _numbers(found).csv())
+        files.write_text(folder / "study.csv", _numbers(comparisons).csv())
         files.write_text(folder / "study.md", "\n".join(tables))
-        files.write_bytes(folder / "study.png", _figure(found[-1]))
+        files.write_bytes(folder / "study.png", _figure(comparisons[-1]))
 
 
 def _numbers(found: Sequence[Comparison]) -> Table:

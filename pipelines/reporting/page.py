@@ -95,11 +95,11 @@ def _sections(
     cache: FeatureCache | None,
     images: Path | None,
 ) -> list[Section]:
-    found: list[Section | None] = [accuracy_section(table, published(runs[0].provenance))]
-    found.append(pairs_section(entries, table.shots))
-    found.append(_beside_the_mean(entries))
-    found.append(selection_section(entries))
-    found += map(ablation_section, ablations)
+    sections: list[Section | None] = [accuracy_section(table, published(runs[0].provenance))]
+    sections.append(pairs_section(entries, table.shots))
+    sections.append(_beside_the_mean(entries))
+    sections.append(selection_section(entries))
+    sections += map(ablation_section, ablations)
     pair = _pair(verdict)
     if verdict and pair:
         if cache is None:
@@ -107,13 +107,13 @@ def _sections(
                 "The cache that the runs were made on was not found; name it with --cache for the "
                 "test images before and after adapting, and for those helped and hurt most."
             )
-            found.append(Section("Test images before and after", [words]))
+            sections.append(Section("Test images before and after", [words]))
         else:
-            found.append(_manifold(verdict, pair, cache))
-        found += [class_section(pair), calibration_section(pair)]
+            sections.append(_manifold(verdict, pair, cache))
+        sections += [class_section(pair), calibration_section(pair)]
         if cache is not None:
-            found.append(image_section(pair, cache, images))
-    return [section for section in found if section]
+            sections.append(image_section(pair, cache, images))
+    return [section for section in sections if section]
 
 
 def _beside_the_mean(entries: Sequence[Entry]) -> Section | None:
@@ -220,11 +220,11 @@ def provenance_facts(runs: Sequence[Run], table: Accuracies) -> Facts:
 
 def plans(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """(folder, its plan in full); where the cache lay on that machine is nobody else's business."""
-    found = []
+    documents = []
     for run in runs:
         document = {name: own for name, own in run.plan.document().items() if name != "cache"}
-        found.append((printable(run.path.resolve().name), _compact(document)))
-    return found
+        documents.append((printable(run.path.resolve().name), _compact(document)))
+    return documents
 
 
 def _compact(document: dict[str, object]) -> str:

@@ -35,12 +35,12 @@ def published(provenance: Provenance) -> Published | None:
 def published_of(dataset: str) -> Published | None:
     """The figures of a data set of the literature; None for any other name."""
     stored = _stored()
-    found = stored["datasets"].get(dataset)
-    if found is None:
+    figures = stored["datasets"].get(dataset)
+    if figures is None:
         return None
     accuracies = {
         method: dict(zip(stored["shots"], numbers, strict=True))
-        for method, numbers in found.items()
+        for method, numbers in figures.items()
     }
     return Published(stored["source"], stored["selection"], accuracies)
 

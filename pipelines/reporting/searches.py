@@ -22,7 +22,7 @@ def read_fits(entry: Entry) -> list[Fit]:
     """
     if not has_rows(entry.method):
         return [fit for row, run in entry.rows.values() for fit in read_grid(run.path, *row.key)]
-    found: list[Fit] = []
+    every_fit: list[Fit] = []
     for run in {id(run): run for _, run in entry.rows.values()}.values():
         own = {task for task, (_, its_run) in entry.rows.items() if its_run is run}
         path = run.path / FITS
@@ -32,8 +32,8 @@ def read_fits(entry: Entry) -> list[Fit]:
             fits = [_fit(row, entry) for row in rows if _counts(row, entry)]
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
             raise UserError(f"{path} cannot be read; fit --resume {run.path}.") from error
-        found += [fit for fit in fits if (fit.shots, fit.seed) in own]
-    return found
+        every_fit += [fit for fit in fits if (fit.shots, fit.seed) in own]
+    return every_fit
 
 
 def _counts(row: Mapping[str, str], entry: Entry) -> bool:

@@ -15,6 +15,8 @@ import pytest
 from clip_adapter.adapters.method import Head
 from clip_adapter.adapters.registry import METHODS
 from clip_adapter.pipelines.commands.fit import fit
+from clip_adapter.pipelines.fitting.config import FitConfig
+from clip_adapter.pipelines.fitting.console_report import print_run
 from clip_adapter.pipelines.fitting.predictions import read_predictions
 from clip_adapter.pipelines.fitting.record import unpacked
 from clip_adapter.pipelines.saved.adapter_file import load_adapter
@@ -56,6 +58,22 @@ def test_a_run_leaves_its_files(command: Command):
         name = f"adapter.{kind}"
         best = run / "adapters" / "clip-adapter" / "shots-4-seed-3" / name
         assert (run / name).read_bytes() == best.read_bytes(), "most shots and the first seed"
+
+
+def test_the_answer_comes_first_and_the_rest_on_request(command: Command, capsys):
+    """A line per method, the best first and marked; nothing ends in blanks."""
+    run, done = command
+    lines = done.stdout.splitlines()
+    assert len(lines) < 20 and all(line == line.rstrip() for line in lines)
+    most = [row for row in summary(run) if row["shots"] == "4"]
+    means = {row["method"]: float(row["test_accuracy_mean"]) for row in most}
+    ranked = sorted(means, key=lambda name: -means[name])
+    assert [line.split()[0] for line in lines[3:6]] == ranked
+    assert lines[3].split()[1] == "*" and lines[6].startswith("* the best at 4 shots")
+    print_run(fit(FitConfig(resume=run, cache=run.parent / "features.h5")), verbose=True)
+    more = capsys.readouterr().out
+    for words in ("chosen settings of clip-adapter", "does worst on", "compiled or loaded"):
+        assert words in more and words not in done.stdout
 
 
 def test_results_have_a_row_per_fit(command: Command):

@@ -90,13 +90,19 @@ def test_classes_without_training_images_are_named(tmp_path: Path, capsys):
 
 
 def test_few_validation_images_are_taken_once_and_said(tmp_path: Path, capsys):
-    cache = write_cache(tmp_path / "features.h5", tiny_data(val=2))
+    """And so are the classes that have none."""
+    data = tiny_data(val=2)
+    features, labels = data.splits["val"]
+    there = labels != 3
+    data = data.with_split("val", (features[:, there], labels[there]))
+    cache = write_cache(tmp_path / "features.h5", data)
     result = zero_shot(cache, tmp_path / "run", shots=4)
-    print_run(result, verbose=True)
-    said = "4 classes have fewer than 4 validation images: each is taken once"
-    assert said in capsys.readouterr().out
+    print_run(result)
+    said = capsys.readouterr().out
+    assert "3 classes have fewer than 4 validation images: each is taken once" in said
+    assert "1 class without a validation image: 'class 3'" in said
     (document,) = tasks(result)
-    assert len(document["validation"]) == 8 == len(set(document["validation"]))
+    assert len(document["validation"]) == 6 == len(set(document["validation"]))
 
 
 @pytest.mark.parametrize("rule", ["few-shot-val", "full-val"])

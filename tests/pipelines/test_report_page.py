@@ -18,6 +18,8 @@ from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.commands.report import ReportConfig, report
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.predictions import read_predictions
+from clip_adapter.pipelines.fitting.run import FitResult
+from clip_adapter.pipelines.reporting.beside_the_mean import beside_the_mean
 from clip_adapter.pipelines.reporting.entries import pool
 from clip_adapter.pipelines.reporting.runs import load_runs
 from clip_adapter.pipelines.reporting.verdict import judge
@@ -100,6 +102,37 @@ def test_the_first_screen_says_by_how_much_and_how_sure(run: Path, page: Page):
     assert f"points against zero-shot {noise} noise" in first
     assert "no test image chose it" in first
     assert f"chosen settings of {name} at 4 shots" in first
+
+
+def test_what_the_mean_hides_is_there(run: Path, page: Page):
+    """As `fit --verbose` prints it; and identities stand below the first picture."""
+    (loaded,) = load_runs((run,))
+    for sentence in beside_the_mean(pool([loaded])):
+        assert f"{sentence[:1].upper()}{sentence[1:]}." in page.text
+    for method in ("clip-adapter", "taskres"):
+        assert f"chosen settings of {method} shots seed" in page.text
+    html = (run / "report.html").read_text()
+    assert html.index("<svg") < html.index("SHA-256") < html.index("Beside the mean")
+
+
+def test_methods_at_one_number_of_shots_are_a_sorted_chart(tmp_path: Path):
+    cache = write_cache(tmp_path / "features.h5", tiny_data())
+    methods = {"method": ("gda", "tip-adapter", "proker"), "hyper": {"tip-adapter.alpha": 2.0}}
+    given = {"baselines": ("zero-shot",), "shots": 2, "select": "none", **methods}
+    result = fit(FitConfig(cache=cache, out=tmp_path / "run", **given))
+    report(ReportConfig((result.run,)))
+    root = ElementTree.parse(result.run / "figures" / "accuracy.svg").getroot()
+    names = [row.method for row in sorted(result.results, key=lambda r: r.test_accuracy or 0)]
+    words = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    shown = [word for word in words if word in names]
+    assert [result_of(result, name) for name in shown] == sorted(
+        result_of(result, name) for name in names
+    )
+    assert not [e for e in root.iter() if e.get("id", "").startswith("legend")]
+
+
+def result_of(result: FitResult, method: str) -> float:
+    return next(row.test_accuracy or 0.0 for row in result.results if row.method == method)
 
 
 def test_the_provenance_is_there(run: Path, page: Page):

@@ -139,14 +139,14 @@ def _shift(number: int, count: int) -> float:
 
 
 def _ends(lines: Sequence[Line], shots: Sequence[Shots]) -> str:
-    told = []
+    words = []
     for line in lines:
         means = [
             f"{100 * s.mean:.1f} % at {shots_words(n)}" for n in shots if (s := line.spread(n))
         ]
         if means:
-            told.append(f"{line.heading} {' and '.join(dict.fromkeys((means[0], means[-1])))}")
-    return "; ".join(told)
+            words.append(f"{line.heading} {' and '.join(dict.fromkeys((means[0], means[-1])))}")
+    return "; ".join(words)
 
 
 def ablation_section(ablation: Ablation) -> Section:
@@ -217,7 +217,7 @@ def _drawn_ablation(ablation: Ablation) -> Picture:
 
 
 def _highest(ablation: Ablation) -> str:
-    told = []
+    words = []
     for shots in ablation.shots:
         means = {
             entry.summary[shots].test_accuracy.mean: entry  # type: ignore[union-attr]
@@ -226,5 +226,5 @@ def _highest(ablation: Ablation) -> str:
         }
         if means:
             name = ablation.heading(means[max(means)])
-            told.append(f"highest at {shots_words(shots)}: {name}, {100 * max(means):.1f} %")
-    return "; ".join(told)
+            words.append(f"highest at {shots_words(shots)}: {name}, {100 * max(means):.1f} %")
+    return "; ".join(words)

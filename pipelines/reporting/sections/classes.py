@@ -70,7 +70,7 @@ def class_section(pair: Pair) -> Section:
     shown = changed_most(pair)
     names = [printable(name) for name in pair.class_names]
     counts = matrices[0].sum(axis=1)
-    everything = sorted(np.flatnonzero(counts).tolist(), key=lambda c: (-(after - before)[c], c))
+    classes = sorted(np.flatnonzero(counts).tolist(), key=lambda c: (-(after - before)[c], c))
     with drawing((4.4, 0.9 + 0.22 * len(shown))) as (figure, axes):
         for place, c in enumerate(shown[::-1]):
             gained = after[c] >= before[c]
@@ -82,7 +82,7 @@ def class_section(pair: Pair) -> Section:
         axes.set_yticks(range(len(shown)), [label(pair.class_names[c]) for c in shown[::-1]])
         axes.set_xlabel("test accuracy of the class (%)")
         axes.grid(axis="y", visible=False)
-        which = "classes that changed most" if len(shown) < len(everything) else "every class"
+        which = "classes that changed most" if len(shown) < len(classes) else "every class"
         drawn = Picture(
             "classes",
             f"Accuracy of {which}: open marks {pair.before_name}, filled marks {pair.after_name}; "
@@ -99,14 +99,14 @@ def class_section(pair: Pair) -> Section:
                         percent(after[c], 1),
                         points(after[c] - before[c]),
                     ]
-                    for c in everything
+                    for c in classes
                 ],
                 "every class, biggest gain first; mean over seeds",
             ),
         )
     change = after - before
     gained, lost = int(np.sum(change > 0)), int(np.sum(change < 0))
-    text = f"Of {len(everything)} classes {gained} gained and {lost} lost."
+    text = f"Of {len(classes)} classes {gained} gained and {lost} lost."
     tables = [
         _confusions(matrices[1] - matrices[0], *matrices, names, "appeared or grew"),
         _confusions(matrices[0] - matrices[1], *matrices, names, "vanished or shrank"),
@@ -152,30 +152,30 @@ def calibration_section(pair: Pair) -> Section:
     pictures, errors = [], []
     sides = (("before", pair.before_name, pair.before), ("after", pair.after_name, pair.after))
     for number, (when, name, some) in enumerate(sides):
-        found = reliability(
+        bins = reliability(
             np.concatenate([p.confidence for p in some]), np.concatenate([p.right for p in some])
         )
-        errors.append(found.error)
+        errors.append(bins.error)
         with drawing((3.5, 3.2)) as (figure, axes):
             axes.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1)
             axes.vlines(
-                found.confidence,
-                np.minimum(found.confidence, found.accuracy),
-                np.maximum(found.confidence, found.accuracy),
+                bins.confidence,
+                np.minimum(bins.confidence, bins.accuracy),
+                np.maximum(bins.confidence, bins.accuracy),
                 color=SERIES[1 - number],
                 linewidth=2,
                 alpha=0.5,
             )
-            sizes = 12 + 130 * found.images / found.images.max()
-            axes.scatter(found.confidence, found.accuracy, sizes, color=SERIES[1 - number])
+            sizes = 12 + 130 * bins.images / bins.images.max()
+            axes.scatter(bins.confidence, bins.accuracy, sizes, color=SERIES[1 - number])
             axes.set(
                 xlim=(-0.03, 1.03),
                 ylim=(-0.03, 1.03),
                 xlabel="probability of the predicted class",
                 ylabel="how often it is right",
             )
-            axes.set_title(f"{name}: ECE {100 * found.error:.1f} %")
-            rows = zip(found.confidence, found.accuracy, found.images, strict=True)
+            axes.set_title(f"{name}: ECE {100 * bins.error:.1f} %")
+            rows = zip(bins.confidence, bins.accuracy, bins.images, strict=True)
             pictures.append(
                 Picture(
                     f"reliability-{when}",
@@ -183,7 +183,7 @@ def calibration_section(pair: Pair) -> Section:
                     f"often than it says, below less often. "
                     "A larger disc stands for more images, but not in proportion.",
                     f"Reliability diagram of {name}: expected calibration error "
-                    f"{100 * found.error:.1f} % in {BINS} bins.",
+                    f"{100 * bins.error:.1f} % in {BINS} bins.",
                     figure,
                     Table(
                         ["mean probability", "right", "images"],

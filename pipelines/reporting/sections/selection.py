@@ -133,9 +133,9 @@ def _curve(
         # What the value amounts to was run by itself, and judged on the same images.
         for shots, own in by_shots.items():
             alike = [r for r in same.results(shots) if r.seed in {f.seed for f in fits}]
-            found = {r.seed: r.val_accuracy for r in alike if r.val_accuracy is not None}
-            if found:
-                own[value] = found
+            accuracies = {r.seed: r.val_accuracy for r in alike if r.val_accuracy is not None}
+            if accuracies:
+                own[value] = accuracies
     values = ordered({value for own in by_shots.values() for value in own})
     chosen = {shots: _chosen(entry, shots, (axis,)) for shots in by_shots}
     rows = []
