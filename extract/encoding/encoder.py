@@ -162,7 +162,13 @@ class Encoder:
             return torch.empty((views, 0, width), dtype=self.stored_dtype, device=self.device)
         if count < batch:
             pixels = torch.cat([pixels, pixels[:, :1].expand(-1, batch - count, -1, -1, -1)], dim=1)
-        return torch.stack([self._forward(view)[:count] for view in pixels])
+        try:
+            return torch.stack([self._forward(view)[:count] for view in pixels])
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{self.device} lacks the memory for {batch} images at once; take fewer with "
+                "--batch-size."
+            ) from error
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
         values = self.preprocess.normalised(pixels).to(self._dtype)

@@ -180,6 +180,19 @@ def test_the_others_in_a_batch_change_no_bit(vit: Backbone) -> None:
     np.testing.assert_array_equal(batch.features, whole[chosen])
 
 
+def test_a_device_without_the_memory_is_named(
+    vit: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = Encoder(vit, CPU, batch_size=6)
+
+    def full(values: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(vit.model, "encode_image", full)
+    with pytest.raises(UserError, match=r"^cpu lacks the memory for 6 images at once; take fewer"):
+        encoder.images(torch.zeros((1, 2, 32, 32, 3), dtype=torch.uint8))
+
+
 def test_skipped_images_leave_the_others_in_place(vit: Backbone) -> None:
     def read(row: int) -> Image.Image:
         if row in (0, 5, 8, 9, 10):
