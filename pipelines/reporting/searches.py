@@ -26,7 +26,7 @@ def read_fits(entry: Entry) -> list[Fit]:
         own = {task for task, (_, its_run) in entry.rows.items() if its_run is run}
         path = run.path / FITS
         try:
-            head, *lines = files.read_text(path).splitlines()
+            head, *lines = files.read_text(path).splitlines() or [""]
             lines = [line for line in lines if line.startswith(f"{entry.method.name},")]
             rows = list(csv.DictReader([head, *lines]))
             fits = [_fit(row, entry) for row in rows if _counts(row, entry)]
