@@ -51,8 +51,7 @@ def print_run(result: FitResult, *, verbose: bool = False) -> None:
     if verbose:
         print(counted(result.compilations, "program"), "compiled or loaded")
     if result.kept or whole:
-        kept = what_is_kept(plan, result.run, result.tasks, result.results, result.kept)
-        print(*map(printable, kept), sep="\n")
+        print(*map(printable, what_is_kept(result)), sep="\n")
     if not verbose:
         print("--verbose prints the settings that were chosen and the classes that do worst")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clip_adapter.adapters.engine.evaluation import DIVERGED, Score
 from clip_adapter.adapters.engine.search import fit
@@ -17,6 +18,9 @@ from clip_adapter.pipelines.fitting.results import TaskResult
 from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder, writing
 from clip_adapter.pipelines.fitting.tasks import TaskRows, kept_task
 from clip_adapter.pipelines.saved.adapter_file import load_adapter, save_adapter
+
+if TYPE_CHECKING:
+    from clip_adapter.pipelines.fitting.run import FitResult
 
 
 def keep_one(
@@ -75,23 +79,18 @@ def candidates(
     return [result for result in chosen if result and result.setting is not None]
 
 
-def what_is_kept(
-    plan: Plan,
-    run: Path,
-    tasks: Sequence[TaskRows],
-    results: Sequence[TaskResult],
-    kept: TaskResult | None,
-) -> list[str]:
+def what_is_kept(result: FitResult) -> list[str]:
     """Sentences: whose adapter stands at the top of the run folder, and the command that keeps
     another where nothing chose or a baseline did better on validation."""
+    plan, kept = result.plan, result.kept
     if kept is None:
-        return _unchosen(plan, run, candidates(plan, tasks, results))
+        return _unchosen(plan, result.run, candidates(plan, result.tasks, result.results))
     which = f"{kept.method} at {shots_words(kept.shots)}, seed {kept.seed}"
     if plan.refit:
         which += ", fitted once more on every labelled image (the accuracies are those of before)"
-    lines = [f"{run}: adapter of {which}"]
-    rivals = [r for r in candidates(plan, tasks, results, baseline=True) if is_judged(r)]
-    best = max(rivals, key=rank, default=None)
+    lines = [f"{result.run}: adapter of {which}"]
+    rivals = candidates(plan, result.tasks, result.results, baseline=True)
+    best = max(filter(is_judged, rivals), key=rank, default=None)
     if best and is_judged(kept) and (best.val_accuracy or 0) > (kept.val_accuracy or 0):
         ours, theirs = (f"{100 * (row.val_accuracy or 0):.2f} %" for row in (kept, best))
         lines += [

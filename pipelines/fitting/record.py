@@ -37,8 +37,8 @@ Row = dict[str, Any]
 class TaskRecord:
     """What a search on one task has found (a choice.Record).
 
-    judged: how many validation images there are, over all folds. A closed form finds thousands of
-    settings in no time: they are one array, which `finish` writes, and no rows to go on from.
+    judged: how many validation images there are, over all folds. Thousands of settings that are
+    found in no time are one array, which `finish` writes, and no rows to go on from.
     """
 
     def __init__(self, folder: RunFolder, method: Method, rows: TaskRows, judged: int) -> None:
@@ -92,8 +92,9 @@ class TaskRecord:
 
 
 def has_rows(method: Method) -> bool:
-    """Whether each fit of the method is a row of results.csv; else its searches are grids."""
-    return method.is_trained or method.solver is not None
+    """Whether each fit of the method is a row of results.csv; else its searches are grids: of
+    closed forms, and of what is tried by thousands after training (Method.after_training)."""
+    return (method.is_trained or method.solver is not None) and not method.after_training
 
 
 def packed(images: Images | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, count
 from math import isclose
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from clip_adapter.adapters.method import Method
 from clip_adapter.errors import UserError
@@ -49,6 +50,7 @@ class Entry:
     asked: bool
     rows: Mapping[Task, tuple[TaskResult, Run]]
     held: Held
+    _right: dict[Shots, dict[int, npt.NDArray[np.bool_]]] = field(default_factory=dict)
 
     @property
     def method(self) -> Method:
@@ -91,6 +93,12 @@ class Entry:
             for (number, seed), (result, run) in self.rows.items()
             if number == shots and result.test_accuracy is not None
         }
+
+    def right(self, shots: Shots) -> dict[int, npt.NDArray[np.bool_]]:
+        """Seed → whether each test image is classified correctly; read once."""
+        if shots not in self._right:
+            self._right[shots] = {s: own.right for s, own in self.predictions(shots).items()}
+        return self._right[shots]
 
 
 def _counted(row: TaskResult, run: Run) -> Predictions:

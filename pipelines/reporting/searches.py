@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from io import StringIO
 
 from clip_adapter import files
 from clip_adapter.errors import UserError
@@ -27,8 +26,9 @@ def read_fits(entry: Entry) -> list[Fit]:
         own = {task for task, (_, its_run) in entry.rows.items() if its_run is run}
         path = run.path / FITS
         try:
-            table = csv.DictReader(StringIO(files.read_text(path), newline=""))
-            rows = [row for row in table if row["method"] == entry.method.name]
+            head, *lines = files.read_text(path).splitlines() or [""]
+            lines = [line for line in lines if line.startswith(f"{entry.method.name},")]
+            rows = list(csv.DictReader([head, *lines]))
             fits = [_fit(row, entry) for row in rows if _counts(row, entry)]
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
             raise UserError(f"{path} cannot be read; fit --resume {run.path}.") from error

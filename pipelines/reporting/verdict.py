@@ -115,9 +115,9 @@ def _validation(entry: Entry, shots: Shots) -> tuple[float, float]:
 
 def compare(entry: Entry, other: Entry, shots: Shots) -> Difference | None:
     """None where they have no task in common."""
-    own, others = entry.predictions(shots), other.predictions(shots)
+    own, others = entry.right(shots), other.right(shots)
     seeds = sorted(own.keys() & others.keys())
-    if not seeds or any(len(own[s].labels) != len(others[s].labels) for s in seeds):
+    if not seeds or any(len(own[seed]) != len(others[seed]) for seed in seeds):
         return None
-    right, theirs = (np.array([some[seed].right for seed in seeds]) for some in (own, others))
+    right, theirs = (np.array([some[seed] for seed in seeds]) for some in (own, others))
     return Difference(entry, other, seeds, right, theirs)

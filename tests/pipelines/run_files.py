@@ -55,7 +55,7 @@ def grid_rows(run: Path) -> list[dict[str, str]]:
         stored = load_file(path)
         axes = json.loads(stored["axes"].tobytes())
         _, shots, _, seed = path.stem.split("-")
-        task = {"method": path.parent.name, "shots": shots, "seed": seed, "best_epoch": "0"}
+        task = {"method": path.parent.name, "shots": shots, "seed": seed}
         for place in np.ndindex(stored["val_nll"].shape):
             values = {name: str(axes[name][n]) for name, n in zip(axes, place, strict=True)}
             judged = {n: str(stored[n][place]) for n in ("val_accuracy", "val_nll")}

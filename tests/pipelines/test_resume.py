@@ -17,8 +17,9 @@ from clip_adapter.errors import UserError
 from clip_adapter.pipelines.commands.fit import fit, main
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.console_report import print_run
+from clip_adapter.pipelines.fitting.record import TaskRecord
 from tests import processes
-from tests.pipelines.run_files import assert_same_end, choices, files, killed_after, results
+from tests.pipelines.run_files import Killed, assert_same_end, choices, files, killed_after, results
 from tests.pipelines.tiny_cache import short, tiny_data, write_cache
 
 pytestmark = pytest.mark.usefixtures("pictures_drawn_once")
@@ -119,6 +120,29 @@ def test_over_folds_survivors_go_on_too(folder: Path):
     with killed_after(10):
         fit(config(folder, "halving", **stated))
     assert any((folder / "run" / "halving").rglob("*fold-3*"))
+    fit(FitConfig(resume=folder / "run"))
+    assert_same_end(folder / "run", expected)
+
+
+def test_a_grid_is_found_again(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is tried after training is kept when its task is finished; before that it has no rows
+    to go on from."""
+
+    def asked(out: Path) -> FitConfig:
+        values = {"tip-adapter-f.alpha": (1.0, 2.0), "tip-adapter-f.beta": (1.0, 5.0)}
+        values |= {"epochs": 10, "learning_rate": (0.001, 0.01)}
+        stated = {"method": ("tip-adapter-f",), "baselines": ("gda",), "search": "halving"}
+        return FitConfig(folder / "features.h5", out, shots=(4,), hyper=values, **stated)
+
+    def killed(record: TaskRecord) -> None:
+        raise Killed
+
+    expected = fit(asked(folder / "whole")).run
+    grids = {path.parent.name for path in (expected / "grids").rglob("*.safetensors")}
+    assert grids == {"gda", "tip-adapter-f"} and results(expected) == []
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(TaskRecord, "finish", killed)
+        fit(asked(folder / "run"))
     fit(FitConfig(resume=folder / "run"))
     assert_same_end(folder / "run", expected)
 
