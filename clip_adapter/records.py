@@ -137,7 +137,7 @@ def _record(kind: Any, value: Mapping[str, Any], place: str) -> Any:
     kinds, needed = _declared(kind)
     if missing := [name for name in needed if name not in value]:
         raise Contradiction(f"{place or 'it'} lacks {', '.join(missing)}")
-    unknown = {name: value[name] for name in value if name not in kinds}
+    unknown = value.keys() - kinds
     if unknown and not typing.is_typeddict(kind):
         raise Contradiction(f"{place or 'it'} has {quoted(min(unknown))}, which is not known here")
     known = {
@@ -145,7 +145,8 @@ def _record(kind: Any, value: Mapping[str, Any], place: str) -> Any:
         for name in kinds
         if name in value
     }
-    return unknown | known if typing.is_typeddict(kind) else kind(**known)
+    # What is kept keeps its order, too.
+    return {**value, **known} if typing.is_typeddict(kind) else kind(**known)
 
 
 def _within(place: str, name: str) -> str:

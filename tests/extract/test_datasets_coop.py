@@ -9,6 +9,7 @@ import pytest
 
 from clip_adapter.cache.few_shot import draw_few_shot
 from clip_adapter.errors import UserError
+from clip_adapter.extract.datasets import coop_layout
 from clip_adapter.extract.datasets.catalogue import load_catalogue
 from clip_adapter.extract.datasets.coop_layout import open_coop
 from clip_adapter.extract.datasets.registry import open_dataset
@@ -136,7 +137,7 @@ def test_published_sizes_are_recognised(tmp_path: Path, monkeypatch: pytest.Monk
     folder = tmp_path / "oxford_pets"
     folder.mkdir()
     (folder / str(PETS.coop_split_file)).write_text(json.dumps(split))
-    monkeypatch.setattr("clip_adapter.extract.datasets.coop_layout.require_files", lambda *_: None)
+    monkeypatch.setattr(coop_layout, "require_files", lambda *_: None)
     data = open_coop(str(folder), SourceOptions())
     assert data.splits["val"].origin == "val: published split split_zhou_OxfordPets.json"
 
