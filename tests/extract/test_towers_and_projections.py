@@ -16,7 +16,7 @@ from clip_adapter.extract.backbones.loading import load_backbone
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.run import extract
 from clip_adapter.pipelines.commands.merge import MergeConfig, merge
-from tests.adapters.towers import unit
+from tests.adapters.tasks import unit
 from tests.extract.image_folders import make_folder
 
 CLASSES = ("cat", "sea_horse", "eel")
