@@ -63,7 +63,17 @@ TAKEN = {
     *("method", "shots", "seed", "seeds", "epochs_run", "best_epoch", "val_accuracy", "val_nll"),
     *("status", "seconds", "images", "cache", "out", "baselines", "select", "score", "preset"),
     "repeat",
-    *("augment", "train_classes", "search", "ablate", "refit", "placement", "resume", "help"),
+    *(
+        "augment",
+        "validation",
+        "train_classes",
+        "search",
+        "ablate",
+        "refit",
+        "placement",
+        "resume",
+        "help",
+    ),
     *("version", "hyper", "stated", "caches", "runs", "verbose"),
     *("text_features", "classes", "logit_scale", "logit_bias", "random_state"),
 }

@@ -13,11 +13,11 @@ from clip_adapter.errors import UserError
 from clip_adapter.words import dashed
 
 Shots = int | Literal["all"]
-Selection = Literal["few-shot-val", "full-val", "cv", "none"]
+Selection = Literal["few-shot-val", "full-val", "cv", "loo", "none"]
 
 DEFAULT_CACHE = Path("features.h5")
 # Options of a few words; each is a field of Plan too, as are all that decide a run's numbers.
-CHOICES = ("select", "score", "preset", "train_classes", "search", "placement")
+CHOICES = ("select", "validation", "score", "preset", "train_classes", "search", "placement")
 
 
 # What a field decides: the numbers of these methods, whose results pool over runs only where it is
@@ -46,7 +46,11 @@ class FitConfig:
         seeds: Seeds of the few-shot draws and of training.
         select: Validation data that choose the setting: min(shots, 4) images per class as in CoOp,
             the whole split, cross-validation on the support set, or none, which takes defaults.
+            `loo` leaves out one support image of every class at a time (trained methods: `cv`).
             [few-shot-val, or cv where the cache has no validation split]
+        validation: What the validation images of few-shot-val do under cv, loo and none: `join`
+            adds them to the support set. Not beside numbers of the literature, which trains on none
+            of them.
         score: How validation images count in the choice: all alike, or (balanced-accuracy) every
             class alike, so that one of few images counts as much as one of many.
         preset: How to train; `paper` does as a method's official implementation.
@@ -82,6 +86,7 @@ class FitConfig:
     shots: tuple[int | Literal["all"], ...] = (16,)
     seeds: tuple[int, ...] = (1,)
     select: Selection | None = field(default=None, metadata=OF_CHOSEN)
+    validation: Literal["keep", "join"] = field(default="keep", metadata=OF_CHOSEN)
     score: Literal["accuracy", "balanced-accuracy"] = field(default="accuracy", metadata=OF_CHOSEN)
     preset: Literal["default", "paper"] = "default"
     repeat: bool = field(default=False, metadata=OF_CHOSEN)

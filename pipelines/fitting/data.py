@@ -93,6 +93,18 @@ class Data:
     _extra: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def support_labels(self) -> Labels:
+        """Of all rows that may be in a support set: of train, and behind them of val."""
+        return np.concatenate(
+            [self.labels[split] for split in ("train", "val") if split in self.labels]
+        )
+
+    def by_split(self, support: Rows) -> dict[str, Rows]:
+        """The rows of each split that are in a support set."""
+        joined = support >= len(self.labels["train"])
+        return {"train": support[~joined], "val": support[joined] - len(self.labels["train"])}
+
+    @property
     def count(self) -> int:
         """C, the number of classes."""
         return self.classes.stop - self.classes.start
@@ -149,7 +161,7 @@ class Data:
         fold = fold or Fold(rows.support, rows.validation)
         task = Task(
             features=self._take(method, "train", fold.support, self.views_of(method)),
-            labels=self.labels["train"][fold.support] - np.int32(self.classes.start),
+            labels=self._labels("train", fold.support),
             validation_features=self._take(method, fold.judged_on, fold.validation, views=1)[0],
             validation_labels=self._labels(fold.judged_on, fold.validation),
             head=self.head(method),
@@ -267,12 +279,20 @@ class Data:
         return jnp.asarray(np.asarray(held)[:views, places])
 
     def _read(self, split: str, source: str, rows: Rows, views: int) -> Features:
+        if split == "train" and len(joined := self.by_split(rows)["val"]):
+            own = self._read("train", source, self.by_split(rows)["train"], views)
+            # Only training images have augmented views; of the others each is taken as often.
+            others = np.repeat(self._read("val", source, joined, 1), views, axis=0)
+            read = np.empty((views, len(rows), own.shape[2]), own.dtype)
+            is_joined = rows >= len(self.labels["train"])
+            read[:, ~is_joined], read[:, is_joined] = own, others
+            return read
         if source == "pre_projection":
             return self.cache.pre_projection(split, rows, views)
         return self.cache.features(split, rows, views)
 
     def _labels(self, split: str, rows: Rows) -> Labels:
-        labels = self.labels.get(split)
+        labels = self.support_labels if split == "train" else self.labels.get(split)
         own = np.zeros(0, np.int32) if labels is None else labels[rows]
         return own - np.int32(self.classes.start)
 

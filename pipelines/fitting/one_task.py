@@ -49,7 +49,7 @@ class TaskRunner:
     provenance: Provenance
     engine: Engine
     tell: Callable[[str], None]
-    _references: dict[tuple[Shots, int], Evaluation] = field(default_factory=dict)
+    _references: dict[tuple[Shots, int, int], Evaluation] = field(default_factory=dict)
     _seen: dict[tuple[Shots, int], npt.NDArray[np.uint64]] = field(default_factory=dict)
 
     def run(
@@ -91,7 +91,7 @@ class TaskRunner:
         """Choose a setting by the run's selection rule; None where every one diverged."""
         method = planned.method
         task = self.data.task(method, rows)
-        divided = RULES[self.plan.select].folds(rows, self.data.labels["train"])
+        divided = self._folds(method, rows)
         parts = self._parts(method, rows, divided)
         judged = [fold.validation for fold in divided]
         asked = Search(
@@ -116,13 +116,19 @@ class TaskRunner:
             chosen = replace(chosen, outdoes_zero_shot=chosen.outdoes(asked, reference))
         return chosen
 
+    def _folds(self, method: Method, rows: TaskRows) -> list[Fold]:
+        rule = RULES[self.plan.select]
+        is_closed = not (method.is_trained or method.solver)
+        divide = rule.folds if is_closed else rule.of_trained or rule.folds
+        return divide(rows, self.data.support_labels)
+
     def _parts(self, method: Method, rows: TaskRows, divided: Sequence[Fold]) -> list[Task]:
         parts = [self.data.task(method, rows, fold) for fold in divided]
         return balanced(parts) if parts and self.plan.score == "balanced-accuracy" else parts
 
     def _reference(self, rows: TaskRows, divided: Sequence[Fold]) -> Evaluation:
         """How zero-shot does on the images that validate; looked at once for all methods."""
-        key = rows.shots, rows.seed
+        key = rows.shots, rows.seed, len(divided)  # as many folds are the same ones
         if key not in self._references:
             parts = self._parts(REFERENCE, rows, divided)
             self._references[key] = judge(REFERENCE, parts)
@@ -199,7 +205,8 @@ class TaskRunner:
         """Hashes of the images that fit or choose on a task; looked at once for all methods."""
         key = rows.shots, rows.seed
         if key not in self._seen:
-            seen = {"train": rows.support, "val": rows.validation}
+            seen = self.data.by_split(rows.support)
+            seen["val"] = np.concatenate([seen["val"], rows.validation])
             self._seen[key] = self.data.hashes(seen)
         return self._seen[key]
 

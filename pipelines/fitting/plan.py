@@ -83,6 +83,7 @@ class Plan:
     ablate: tuple[str, ...]
     refit: bool
     placement: Placement
+    validation: str = "keep"
 
     @property
     def fitted(self) -> list[PlannedMethod]:

@@ -8,6 +8,8 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from clip_adapter.adapters.engine.runner import Engine
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cores import available_cores
@@ -137,11 +139,13 @@ def _tasks(plan: Plan, cache: FeatureCache) -> tuple[Data, Data | None, list[Tas
     train = cache.labels("train")
     val = cache.labels("val") if "val" in cache.splits else None
     classes = len(cache.class_names)
-    drawn = draw_tasks(train, val, classes, plan.shots, plan.seeds, plan.select, repeat=plan.repeat)
+    how = {"repeat": plan.repeat, "join": plan.validation == "join"}
+    drawn = draw_tasks(train, val, classes, plan.shots, plan.seeds, plan.select, **how)
     if plan.train_classes == "all":
         return open_data(cache, drawn, augment=plan.augment), None, drawn
     base = base_classes(classes)
-    taken = [only_classes(rows, base, train, val) for rows in drawn]
+    every = train if val is None else np.concatenate([train, val])
+    taken = [only_classes(rows, base, every, val) for rows in drawn]
     data = open_data(cache, taken, augment=plan.augment)
     return data.of_classes(slice(0, base)), data.of_classes(slice(base, classes)), drawn
 
@@ -272,6 +276,11 @@ def _task_document(data: Data, rows: TaskRows) -> dict[str, object]:
     return {
         "shots": rows.shots,
         "seed": rows.seed,
-        "support": data.cache.ids("train", rows.support),
+        "support": [
+            name
+            for split, own in data.by_split(rows.support).items()
+            if len(own)
+            for name in data.cache.ids(split, own)
+        ],
         "validation": data.cache.ids("val", rows.validation) if len(rows.validation) else [],
     }

@@ -22,7 +22,8 @@ Rows = npt.NDArray[np.int64]
 class TaskRows:
     """The rows of one (shots, seed), in drawing order.
 
-    support: rows of train. validation: rows of val; empty where the selection rule takes none.
+    support: rows of train and, behind its last, of val where validation images join. validation:
+    rows of val; empty where the selection rule takes none.
     small_classes, small_validation_classes: labels with some images, but fewer than were asked for.
     absent_classes, absent_validation_classes: labels without any.
     """
@@ -39,7 +40,8 @@ class TaskRows:
 
 @dataclass(frozen=True)
 class Fold:
-    """What to train on and what to judge on: rows of train, and rows of `judged_on`."""
+    """What to train on and what to judge on: rows as of `TaskRows.support`, and rows of
+    `judged_on`: `val` or, for those of the support set, `train`."""
 
     support: Rows
     validation: Rows
@@ -51,14 +53,16 @@ class Rule:
     """What chooses among settings (`--select`).
 
     words: what it is. validation: which rows of the validation split judge, the few that are drawn
-    for a task or all. folds: from a task and the labels of all training rows; [] where nothing can
-    choose, which `unless` explains.
+    for a task or all. folds: from a task and the labels of all rows that may be in a support set;
+    [] where nothing can choose, which `unless` explains. of_trained: the same for methods without a
+    closed form, where it differs.
     """
 
     words: str
     validation: Literal["few", "all", "none"]
     folds: Callable[[TaskRows, npt.NDArray[np.int32]], list[Fold]]
     unless: str = ""
+    of_trained: Callable[[TaskRows, npt.NDArray[np.int32]], list[Fold]] | None = None
 
 
 def draw_tasks(
@@ -70,14 +74,23 @@ def draw_tasks(
     select: Selection,
     *,
     repeat: bool,
+    join: bool = False,
 ) -> list[TaskRows]:
     """Draw every task as published (few_shot.py); `all` shots take every training image.
 
-    train, val: labels of the splits.
-    Raises UserError for more shots than the largest class has, and for a rule that needs a
-    validation split where the cache has none.
+    train, val: labels of the splits. join: the validation images that few-shot-val would draw are
+    part of the support set.
+    Raises UserError for more shots than the largest class has, for a rule that needs a validation
+    split where the cache has none, and for images that are to join and judge, or are not there.
     """
     rule = RULES[select]
+    if join and (rule.validation != "none" or val is None):
+        why = (
+            "the cache has no validation split"
+            if val is None
+            else f"--select {select} judges by them"
+        )
+        raise UserError(f"--validation join adds validation images to the support set, and {why}.")
     if rule.validation != "none" and val is None:
         raise UserError(
             f"--select {select} needs a validation split and the cache has none; "
@@ -100,6 +113,9 @@ def draw_tasks(
             support, small = task.support, task.small_classes
             if rule.validation == "few":
                 validation, small_validation = task.validation, task.small_validation_classes
+        if join:
+            joining = np.arange(len(val_labels)) if number == "all" else task.validation
+            support = np.concatenate([support, len(train) + joining])
         return TaskRows(
             number, seed, support, validation, small, small_validation, absent, unjudged
         )
@@ -129,9 +145,9 @@ def judged_by(select: Selection, score: str, results: Sequence[TaskResult]) -> s
 def cross_validation(rows: TaskRows, labels: npt.NDArray[np.int32]) -> list[Fold]:
     """Stratified k-fold cross-validation on the support set, k = min(shots, 4).
 
-    labels: of all training rows. Each class's images are dealt to the folds in drawing order; a
-    class never lacks in a training part, as every class has at least two images. An image that was
-    drawn repeatedly stays in one fold.
+    labels: of all rows that may be in it. Each class's images are dealt to the folds in drawing
+    order; a class never lacks in a training part, as every class has at least two images. An image
+    that was drawn repeatedly stays in one fold.
 
     Returns [] where some class has fewer than two distinct images.
     """
@@ -144,6 +160,25 @@ def cross_validation(rows: TaskRows, labels: npt.NDArray[np.int32]) -> list[Fold
     fold_of = _dealt(support, own, count)
     return [
         Fold(support[fold_of != fold], support[fold_of == fold], "train") for fold in range(count)
+    ]
+
+
+def rounds(rows: TaskRows, labels: npt.NDArray[np.int32]) -> list[Fold]:
+    """Leave-one-out by rounds: round r leaves out the r-th image of every class of two or more.
+
+    To leave out single images makes the class of each one image poorer than its rivals, and trusts
+    images too little. An image that was drawn repeatedly is left out as often as it is there.
+
+    Returns [] where no class has two distinct images.
+    """
+    support = rows.support
+    own = labels[support]
+    images = {label: len(np.unique(support[own == label])) for label in np.unique(own)}
+    round_of = _dealt(support, own, max(images.values()))
+    round_of[[images[label] < 2 for label in own]] = -1
+    return [
+        Fold(support[round_of != number], support[round_of == number], "train")
+        for number in range(round_of.max() + 1)
     ]
 
 
@@ -174,6 +209,14 @@ RULES: Mapping[Selection, Rule] = {
         cross_validation,
         unless="a class has one image",
     ),
+    "loo": Rule(
+        "leaving out one support image of every class at a time (trained methods: "
+        "cross-validation)",
+        "none",
+        rounds,
+        unless="too few classes have two images",
+        of_trained=cross_validation,
+    ),
     "none": Rule("nothing (defaults)", "none", lambda rows, labels: []),
 }
 
@@ -186,10 +229,13 @@ def base_classes(classes: int) -> int:
 def only_classes(
     rows: TaskRows,
     classes: int,
-    train: npt.NDArray[np.int32],
+    support: npt.NDArray[np.int32],
     val: npt.NDArray[np.int32] | None,
 ) -> TaskRows:
-    """The rows of the first so many classes: drawn first, filtered then, as in CoOp."""
+    """The rows of the first so many classes: drawn first, filtered then, as in CoOp.
+
+    support, val: labels of all rows that may be in a support set, and of the validation split.
+    """
 
     def within(some: Rows, labels: npt.NDArray[np.int32] | None) -> Rows:
         return some if labels is None else some[labels[some] < classes]
@@ -200,7 +246,7 @@ def only_classes(
     return TaskRows(
         rows.shots,
         rows.seed,
-        within(rows.support, train),
+        within(rows.support, support),
         within(rows.validation, val),
         small(rows.small_classes),
         small(rows.small_validation_classes),

@@ -247,6 +247,8 @@ def _protocol(run: Run) -> str:
     rule = RULES[plan.select]
     if rule.validation == "few":
         words.append(f"{rule.words} beside them")
+    if plan.validation == "join":
+        words.append("the validation images joined to them")
     words.append("small classes repeated" if plan.repeat else "small classes taken once")
     if plan.train_classes == "base":
         words.append("fitted on the first half of the classes")

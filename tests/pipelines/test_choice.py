@@ -1,5 +1,7 @@
 """What chooses among settings that a few validation images judge."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,12 @@ from scipy.stats import t, ttest_rel
 from clip_adapter.adapters.engine.evaluation import Evaluation, Images
 from clip_adapter.adapters.method import Task
 from clip_adapter.adapters.registry import METHODS
+from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.choice import Search, t_quantile
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.run import FitResult
+from clip_adapter.pipelines.saved.adapter_file import image_hashes, load_adapter
 from tests.pipelines.run_files import nearest_of, results
 from tests.pipelines.tiny_cache import TinyData, tiny_data, write_cache
 
@@ -86,3 +90,25 @@ def test_the_bound_is_students(probability: float):
             t.ppf(probability, freedom), rel=0.15 if freedom == 5 else 0.01
         )
     assert t_quantile(probability, 1) == np.inf
+
+
+def test_where_every_setting_says_the_same_the_default_is_taken(cache: Path, tmp_path: Path):
+    """At two shots a round leaves GDA one image a class, and with it no covariance."""
+    for shots, chosen in ((2, False), (8, True)):
+        out = tmp_path / str(shots)
+        fit(FitConfig(cache, out, method="gda", baselines=(), shots=shots, select="loo"))
+        row = json.loads((out / "selected.jsonl").read_text())
+        assert (row["setting"]["alpha"] == "by-shots") != chosen
+        assert (row["val_accuracy"] is not None) == chosen
+
+
+def test_what_joins_is_trained_on_and_known(cache: Path, tmp_path: Path):
+    """The adapter has seen the validation images, and the tasks name them."""
+    config = FitConfig(cache, tmp_path, method="gda", baselines=(), shots=2, select="loo")
+    fit(replace(config, validation="join"))
+    (task,) = json.loads((tmp_path / "tasks.json").read_text())
+    assert [name.partition("/")[0] for name in task["support"]] == ["train"] * 8 + ["val"] * 8
+    with FeatureCache(cache) as opened:
+        rows = [opened.ids("val").index(name) for name in task["support"][8:]]
+        hashes = image_hashes(opened.features("val", rows, 1)[0], None)
+    assert load_adapter(tmp_path).has_seen(hashes).all()

@@ -19,6 +19,7 @@ from clip_adapter.pipelines.fitting.tasks import (
     kept_task,
     needed_rows,
     only_classes,
+    rounds,
 )
 from tests.pipelines.tiny_cache import TinyData, tiny_data, write_cache
 
@@ -27,7 +28,7 @@ TRAIN, VAL = (DATA.splits[name][1].astype(np.int32) for name in ("train", "val")
 PROBE = METHODS["linear-probe"]
 
 
-def draw(data: TinyData, shots: int | str, seed: int, rule: str, *, repeat=False) -> TaskRows:  # type: ignore[no-untyped-def]
+def draw(data: TinyData, shots: int | str, seed: int, rule: str, **how: bool) -> TaskRows:
     labels = {name: labels.astype(np.int32) for name, (_, labels) in data.splits.items()}
     (rows,) = draw_tasks(
         labels["train"],
@@ -36,7 +37,7 @@ def draw(data: TinyData, shots: int | str, seed: int, rule: str, *, repeat=False
         (shots,),  # type: ignore[arg-type]
         (seed,),
         rule,  # type: ignore[arg-type]
-        repeat=repeat,
+        **{"repeat": False, **how},
     )
     return rows
 
@@ -116,6 +117,49 @@ def test_one_image_of_a_class_cannot_be_cross_validated():
     single = tiny_data(train=(8, 1, 8, 8))
     drawn = draw(single, 4, 1, "cv")
     assert cross_validation(drawn, single.splits["train"][1].astype(np.int32)) == []
+
+
+def test_a_round_leaves_out_one_image_of_every_class_that_has_two():
+    data = tiny_data(train=(4, 1, 3, 2))
+    labels = data.splits["train"][1].astype(np.int32)
+    drawn = draw(data, 4, 1, "loo")
+    counts = [Counter(labels[fold.validation].tolist()) for fold in rounds(drawn, labels)]
+    assert counts == [{0: 1, 2: 1, 3: 1}, {0: 1, 2: 1, 3: 1}, {0: 1, 2: 1}, {0: 1}]
+    for fold in rounds(drawn, labels):
+        assert fold.judged_on == "train"
+        both = [*fold.support.tolist(), *fold.validation.tolist()]
+        assert sorted(both) == sorted(drawn.support.tolist())
+        assert set(labels[fold.support].tolist()) == {0, 1, 2, 3}
+    # In drawing order; an image that was drawn again leaves with itself.
+    again = draw(data, 4, 1, "loo", repeat=True)
+    first = rounds(again, labels)[0]
+    assert not set(first.support.tolist()) & set(first.validation.tolist())
+    assert rounds(draw(data, 1, 1, "loo"), labels) == []
+
+
+def test_validation_images_join_the_support_set(cache: Path):
+    """Those that few-shot validation would draw, behind the training images."""
+    beside, joined = draw(DATA, 3, 2, "few-shot-val"), draw(DATA, 3, 2, "loo", join=True)
+    expected = [*beside.support, *(len(TRAIN) + beside.validation)]
+    assert (joined.support.tolist(), len(joined.validation)) == (expected, 0)
+    train, val = DATA.splits["train"], DATA.splits["val"]
+    with FeatureCache(cache) as opened:
+        data = open_data(opened, [joined], augment=False)
+        task = data.task(PROBE, joined)
+        features = [train[0][:, beside.support], val[0][:, beside.validation]]
+        np.testing.assert_array_equal(task.features, np.concatenate(features, axis=1))
+        labels = [TRAIN[beside.support], VAL[beside.validation]]
+        np.testing.assert_array_equal(task.labels, np.concatenate(labels))
+        fold = rounds(joined, data.support_labels)[4]  # which holds images of both splits
+        part = data.task(PROBE, joined, fold)
+        every = np.concatenate([train[0], val[0]], axis=1)
+        np.testing.assert_array_equal(part.validation_features, every[0, fold.validation])
+    everything = draw(DATA, "all", 1, "none", join=True)
+    assert len(everything.support) == len(TRAIN) + len(VAL)
+    with pytest.raises(UserError, match="and --select few-shot-val judges by them"):
+        draw(DATA, 3, 1, "few-shot-val", join=True)
+    with pytest.raises(UserError, match="and the cache has no validation split"):
+        draw(TinyData({"train": train}, DATA.text), 3, 1, "loo", join=True)
 
 
 @pytest.fixture(scope="module")
