@@ -56,33 +56,6 @@ def judged(method: Method, settings: Sequence[Setting], folds: Sequence[Task]) -
     return _judged(method, settings, by_folds)
 
 
-def rounds_of(
-    labels: npt.NDArray[np.integer], images: npt.NDArray[np.integer] | None = None
-) -> Rounds | None:
-    """Round r has the r-th image of every class that has at least two; None where none has.
-
-    images: which image a row of the support set is, where some were drawn repeatedly: all rows of
-    one are in one round.
-    """
-    of_image = np.full(len(labels), -1, np.int32)
-    for label in np.unique(labels):
-        own = np.flatnonzero(labels == label)
-        position: dict[int, int] = {}
-        for row in own:
-            image = int(row if images is None else images[row])
-            of_image[row] = position.setdefault(image, len(position))
-        if len(position) < 2:
-            of_image[own] = -1
-    rounds = [np.flatnonzero(of_image == number) for number in range(of_image.max(initial=-1) + 1)]
-    if not rounds:
-        return None
-    place = np.zeros(len(labels), np.int32)
-    members = np.full((len(rounds), max(map(len, rounds))), -1, np.int32)
-    for row, own in zip(members, rounds, strict=True):
-        row[: len(own)], place[own] = own, np.arange(len(own))
-    return Rounds(of_image, place, members)
-
-
 def left_out_scores(
     method: Method,
     settings: Sequence[Setting],
@@ -108,8 +81,9 @@ def left_out_scores(
 
     def by_rounds(static: Setting, axes: Axes) -> tuple[npt.NDArray[np.float64], Images]:
         scored = _grid(method, static, axes, task, placed, counts)
-        scores = pooled(list(np.moveaxis(scored.score, -2, 0)), folds)
-        return scores, Images(scored.right[..., present], scored.losses[..., present])
+        of_each, *of_images = map(np.asarray, scored)
+        scores = pooled(list(np.moveaxis(of_each, -2, 0)), folds)
+        return scores, Images(*(rows[..., present] for rows in of_images))
 
     return _judged(method, settings, by_rounds)
 
@@ -280,7 +254,7 @@ def _grid_program(
         def point(*numbers: Any) -> Scored:
             setting = {**dict(static), **dict(zip(names, numbers, strict=True))}
             if rounds is not None:
-                assert method.left_out is not None
+                assert method.left_out is not None and counts is not None
                 logits = method.left_out(jnp, task, setting, rounds)
                 own = jnp.where(rounds.members < 0, 0, counts[rounds.members])
                 labels = task.labels[rounds.members]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from clip_adapter.adapters.engine import closed_form, scoring
+from clip_adapter.adapters.engine.evaluation import rounds_of
 from clip_adapter.adapters.engine.runner import Engine
 from clip_adapter.adapters.engine.scoring import make_classify
 from clip_adapter.adapters.engine.search import fit, search
@@ -386,21 +387,21 @@ LEFT_OUT = [name for name, method in METHODS.items() if method.left_out]
 
 def test_rounds_leave_out_what_can_be_left_out():
     labels = np.array([0, 0, 1, 2, 2, 2, 0, 0])
-    found = closed_form.rounds_of(labels, np.array([7, 9, 3, 4, 5, 6, 7, 8]))
+    found = rounds_of(labels, np.array([7, 9, 3, 4, 5, 6, 7, 8]))
     assert found.of_image.tolist() == [0, 1, -1, 0, 1, 2, 0, 2]
     members = [row[row >= 0].tolist() for row in found.members]
     assert members == [[0, 3, 6], [1, 4], [5, 7]]
     for image, (number, place) in enumerate(zip(found.of_image, found.place, strict=True)):
         assert number == -1 or found.members[number, place] == image
-    assert closed_form.rounds_of(np.arange(3)) is None
-    assert closed_form.rounds_of(np.zeros(2, int), np.zeros(2, int)) is None
+    assert rounds_of(np.arange(3)) is None
+    assert rounds_of(np.zeros(2, int), np.zeros(2, int)) is None
 
 
 @pytest.mark.parametrize("kind", ROUNDS)
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_left_out_logits_are_those_of_fits_without_the_round(name: str, kind: str):
     task = exact(ROUNDS[kind])
-    rounds = closed_form.rounds_of(task.labels)
+    rounds = rounds_of(task.labels)
     for setting in POINTS[name]:
         found = METHODS[name].left_out(np, task, setting, rounds)
         assert found.dtype == np.float64
@@ -419,7 +420,7 @@ def test_left_out_logits_are_those_of_fits_without_the_round(name: str, kind: st
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_left_out_scores_are_those_of_folds(name: str, kind: str, balanced: bool):
     method, task = METHODS[name], ROUNDS[kind]
-    rounds = closed_form.rounds_of(np.asarray(task.labels))
+    rounds = rounds_of(np.asarray(task.labels))
     of_rounds = [np.flatnonzero(rounds.of_image == r) for r in range(len(rounds.members))]
     folds = [
         with_rows(task, np.flatnonzero(rounds.of_image != r), own)

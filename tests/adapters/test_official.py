@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from clip_adapter.adapters.engine import closed_form
+from clip_adapter.adapters.engine.evaluation import rounds_of
 from clip_adapter.adapters.engine.runner import Engine
 from clip_adapter.adapters.engine.scoring import make_classify
 from clip_adapter.adapters.engine.search import fit, search
@@ -168,7 +169,7 @@ def test_images_left_out_are_classified_as_by_fits_without_them(
         found = []
         for seed in SEEDS:
             task = splits.task(int(shots), seed)
-            rounds = closed_form.rounds_of(np.asarray(task.labels))
+            rounds = rounds_of(np.asarray(task.labels))
             ((accuracy, *_),) = closed_form.left_out_scores(method, [setting], task, rounds)
             found.append(accuracy)
         np.testing.assert_allclose(found, wanted["accuracies"], atol=0.5 / len(task.labels))
