@@ -59,6 +59,18 @@ class Task(NamedTuple):
     validation_weights: Float[Array, " M"] | None = None
 
 
+class Rounds(NamedTuple):
+    """A support set in rounds: the first image of each class, the second, and so on.
+
+    of_image: the round of each image; -1 of those that are never left out. place: where it stands
+    in that round. members: each round's images, filled up with -1.
+    """
+
+    of_image: Int[Array, " S"]
+    place: Int[Array, " S"]
+    members: Int[Array, "R B"]
+
+
 class Batch(NamedTuple):
     """Images of one training step.
 
@@ -116,6 +128,10 @@ class Method:
         these classes.
     adapt(xp, arrays, setting, features, head) → (N, D): the image features that `logits` compares
         with the classes, un-normalised; None for methods that move none.
+    left_out(xp, task, setting, rounds) → (S, C): of a closed form, the logits of each support image
+        (its first view) by what the same setting gives without that image's round, exactly; of
+        images that are never left out, anything. What a word in the setting stands for is taken
+        from the whole support set. None where that takes a fit for each round.
     describe(xp, arrays, setting, features, head) → numbers by name whose mean and spread say what
         was learned, such as a predicted ratio for each image.
     note(task) → a sentence that whoever fits has to know, such as that something is approximated
@@ -152,6 +168,7 @@ class Method:
     propose: Callable[..., Generator[Setting, Score, None]] | None = None
     for_classes: Callable[..., Arrays | None] | None = None
     adapt: Callable[..., Array] | None = None
+    left_out: Callable[..., Array] | None = None
     describe: Callable[..., Mapping[str, Array]] | None = None
     note: Callable[[Task], str] | None = None
     needs: tuple[str, ...] = ()

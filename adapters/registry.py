@@ -24,6 +24,7 @@ from clip_adapter.adapters.methods.linear_probe import LINEAR_PROBE
 from clip_adapter.adapters.methods.lp_plus_plus import LP_PLUS_PLUS
 from clip_adapter.adapters.methods.pro_lip import PRO_LIP
 from clip_adapter.adapters.methods.proker import PROKER
+from clip_adapter.adapters.methods.ridge import RIDGE
 from clip_adapter.adapters.methods.rla import RLA
 from clip_adapter.adapters.methods.task_res import TASK_RES
 from clip_adapter.adapters.methods.tip_adapter import TIP_ADAPTER, TIP_ADAPTER_F
@@ -50,6 +51,7 @@ METHODS: dict[str, Method] = {
         PRO_LIP,
         GDA,
         PROKER,
+        RIDGE,
     )
 }
 
@@ -81,7 +83,7 @@ OF_TRAINING = ("epochs", "batch_size", "epoch", "evaluate_every", "drop_last")
 CALLABLE = ("logits", "fit")
 CALLABLE_OR_NONE = (
     *("loss", "optimizer", "finish", "solver", "propose", "for_classes", "adapt"),
-    *("describe", "note", "prepare"),
+    *("left_out", "describe", "note", "prepare"),
 )
 
 

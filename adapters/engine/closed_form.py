@@ -11,19 +11,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var, jaxpr_as_fun
 
 from clip_adapter.adapters.engine.evaluation import Images, Judged
 from clip_adapter.adapters.engine.process import one_blas_thread
-from clip_adapter.adapters.engine.scoring import VALIDATION_ROWS, Scored, pooled, validation_score
+from clip_adapter.adapters.engine.scoring import (
+    VALIDATION_ROWS,
+    Scored,
+    pooled,
+    score,
+    validation_score,
+)
 from clip_adapter.adapters.hyper import Value
-from clip_adapter.adapters.method import Arrays, Method, Setting, Task, same_program
+from clip_adapter.adapters.method import Arrays, Method, Rounds, Setting, Task, same_program
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Axes = Mapping[str, Sequence[float]]
+"""The values of each number, the costliest first."""
 # What the points that are computed side by side may take in memory.
 SIDE_BY_SIDE_BYTES = 1 << 28
 # Up to so many validation rows are scored at once, so that what no number of the grid touches, such
@@ -36,6 +48,51 @@ def judged(method: Method, settings: Sequence[Setting], folds: Sequence[Task]) -
 
     settings: those that share a program are a product, in its order.
     """
+
+    def by_folds(static: Setting, axes: Axes) -> tuple[npt.NDArray[np.float64], Images]:
+        scored = [grid_scores(method, static, axes, fold) for fold in folds]
+        return pooled([fold.score for fold in scored], folds), Images.joined(scored)
+
+    return _judged(method, settings, by_folds)
+
+
+def left_out_scores(
+    method: Method,
+    settings: Sequence[Setting],
+    task: Task,
+    rounds: Rounds,
+    weights: Float[np.ndarray, " S"] | None = None,
+) -> list[Judged]:
+    """What `judged` finds on the folds that `rounds` are, without a fit for each.
+
+    weights: how much each support image counts, as the folds' validation weights; None for all
+    alike.
+    """
+    labels, present = np.asarray(task.labels), rounds.members >= 0
+    folds = [
+        task._replace(
+            validation_labels=labels[own],
+            validation_weights=None if weights is None else np.asarray(weights)[own],
+        )
+        for own in (row[row >= 0] for row in rounds.members)
+    ]
+    counts = np.ones(len(labels), np.float32) if weights is None else weights
+    placed = jax.tree.map(jnp.asarray, rounds)
+
+    def by_rounds(static: Setting, axes: Axes) -> tuple[npt.NDArray[np.float64], Images]:
+        scored = _grid(method, static, axes, task, placed, counts)
+        of_each, *of_images = map(np.asarray, scored)
+        scores = pooled(list(np.moveaxis(of_each, -2, 0)), folds)
+        return scores, Images(*(rows[..., present] for rows in of_images))
+
+    return _judged(method, settings, by_rounds)
+
+
+def _judged(
+    method: Method,
+    settings: Sequence[Setting],
+    scores_of: Callable[[Setting, Axes], tuple[npt.NDArray[np.float64], Images]],
+) -> list[Judged]:
     found: dict[int, Judged] = {}
     for static, members in same_program(method, settings):
         numbers = method.split(settings[members[0]])[1]
@@ -45,28 +102,35 @@ def judged(method: Method, settings: Sequence[Setting], folds: Sequence[Task]) -
             name: list(dict.fromkeys(float(settings[index][name]) for index in members))
             for name in names
         }
-        scored = [grid_scores(method, static, axes, fold) for fold in folds]
-        scores = pooled([fold.score.reshape(-1, 2) for fold in scored], folds).tolist()
-        of_each = (rows.reshape(len(members), -1) for rows in Images.joined(scored))
-        rows = zip(members, scores, map(Images, *of_each), strict=True)
+        scores, images = scores_of(static, axes)
+        of_each = (rows.reshape(len(members), -1) for rows in images)
+        rows = zip(members, scores.reshape(-1, 2).tolist(), map(Images, *of_each), strict=True)
         found |= {index: (accuracy, nll, images) for index, (accuracy, nll), images in rows}
     return [found[index] for index in range(len(settings))]
 
 
-def grid_scores(
-    method: Method, static: Setting, axes: Mapping[str, Sequence[float]], task: Task
-) -> Scored:
+def grid_scores(method: Method, static: Setting, axes: Axes, task: Task) -> Scored:
     """How each point does on the task's validation data: `score` (len(first axis), …, 2), `right`
     (len(first axis), …, M).
-
-    axes: the values of each number, the costliest first.
     """
+    return _grid(method, static, axes, task)
+
+
+def _grid(
+    method: Method,
+    static: Setting,
+    axes: Axes,
+    task: Task,
+    rounds: Rounds | None = None,
+    counts: Float[np.ndarray, " S"] | None = None,
+) -> Scored:
+    """How each point does on the validation data, or on each of the rounds."""
     # A tuple: a dictionary leaves `jit` with its keys sorted.
     values = tuple(jnp.asarray(axis, jnp.float32) for axis in axes.values())
-    sizes = _side_by_side(method, static, axes, task)
+    sizes = _side_by_side(method, static, axes, task, rounds)
     program = _grid_program(method, tuple(static.items()), tuple(axes), sizes)
     with _arithmetic():
-        return jax.device_get(program(values, task))
+        return jax.device_get(program(values, task, rounds, counts))
 
 
 def fit(method: Method, setting: Setting, task: Task) -> Arrays:
@@ -89,12 +153,12 @@ def _arithmetic() -> Iterator[None]:
 
 
 def _side_by_side(
-    method: Method, static: Setting, axes: Mapping[str, Sequence[float]], task: Task
+    method: Method, static: Setting, axes: Axes, task: Task, rounds: Rounds | None
 ) -> tuple[int, ...]:
     """How many values of each axis lie side by side."""
     # A single axis has nothing to be nested in.
     beside = list(axes)[1:] or list(axes)
-    fit = SIDE_BY_SIDE_BYTES // _point_bytes(method, static, list(axes), beside, task)
+    fit = SIDE_BY_SIDE_BYTES // _point_bytes(method, static, list(axes), beside, task, rounds)
     sizes = []
     for name in reversed([*axes]):
         sizes.append(max(1, min(len(axes[name]), fit)) if name in beside else 1)
@@ -103,19 +167,32 @@ def _side_by_side(
 
 
 def _point_bytes(
-    method: Method, static: Setting, names: Sequence[str], beside: Sequence[str], task: Task
+    method: Method,
+    static: Setting,
+    names: Sequence[str],
+    beside: Sequence[str],
+    task: Task,
+    rounds: Rounds | None,
 ) -> int:
     """Memory of one of the points that lie side by side: what of the arrays depends on their
-    numbers, with a copy, and the logits five times (for the temperature, too)."""
+    numbers, with a copy, and the logits five times (for the temperature, too). Of left-out logits
+    all that is computed on the way counts as it does where the largest of it is there twice."""
 
     def arrays(inner: Setting, outer: Setting, task: Task) -> list[Any]:
-        return jax.tree.leaves(method.fit(jnp, task, {**static, **outer, **inner}))
+        setting = {**static, **outer, **inner}
+        if rounds is not None:
+            assert method.left_out is not None
+            return [method.left_out(jnp, task, setting, rounds)]
+        return jax.tree.leaves(method.fit(jnp, task, setting))
 
     number = jax.ShapeDtypeStruct((), jnp.float32)
     inner = dict.fromkeys(beside, number)
     outer = {name: number for name in names if name not in inner}
     closed, shapes = jax.make_jaxpr(arrays, return_shape=True)(inner, outer, task)
     dependent = _dependent(closed.jaxpr, closed.jaxpr.invars[: len(inner)])
+    if rounds is not None:
+        sizes = [v.aval.size for e in closed.jaxpr.eqns for v in e.outvars if v in dependent]
+        return 4 * (5 * len(task.labels) * len(task.head.weights) + 2 * max(sizes, default=0))
     outputs = zip(closed.jaxpr.outvars, shapes, strict=True)
     fitted = sum(shape.size for v, shape in outputs if isinstance(v, Var) and v in dependent)
     count = len(task.validation_labels)
@@ -170,10 +247,18 @@ def _grid_program(
     static: tuple[tuple[str, Value], ...],
     names: tuple[str, ...],
     sizes: tuple[int, ...],
-) -> Callable[[tuple[jax.Array, ...], Task], Scored]:
-    def program(values: tuple[jax.Array, ...], task: Task) -> Scored:
+) -> Callable[..., Scored]:
+    def program(
+        values: tuple[jax.Array, ...], task: Task, rounds: Rounds | None, counts: jax.Array | None
+    ) -> Scored:
         def point(*numbers: Any) -> Scored:
             setting = {**dict(static), **dict(zip(names, numbers, strict=True))}
+            if rounds is not None:
+                assert method.left_out is not None and counts is not None
+                logits = method.left_out(jnp, task, setting, rounds)
+                own = jnp.where(rounds.members < 0, 0, counts[rounds.members])
+                labels = task.labels[rounds.members]
+                return jax.vmap(score)(logits[rounds.members], labels, own)
             arrays = method.fit(jnp, task, setting)
             return validation_score(
                 lambda features: method.logits(jnp, arrays, setting, features, task.head),

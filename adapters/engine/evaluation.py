@@ -1,4 +1,5 @@
-"""How a setting did on validation data, what of two is better, and where that is kept."""
+"""How a setting did on validation data, or on rounds of the support set that stand for it; what of
+two is better, and where that is kept."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.adapters.method import Arrays, Setting
+from clip_adapter.adapters.method import Arrays, Rounds, Setting
 
 Leaves = list[npt.NDArray[Any]]
 """A training.RunState on the host, as its leaves in tree order."""
@@ -50,6 +51,34 @@ class Images(NamedTuple):
         """Of several folds that have both, one after the other along their last axis."""
         of_each = ([np.asarray(getattr(fold, name)) for fold in folds] for name in cls._fields)
         return cls(*(np.concatenate(rows, axis=-1) for rows in of_each))
+
+
+def rounds_of(
+    labels: npt.NDArray[np.integer], images: npt.NDArray[np.integer] | None = None
+) -> Rounds | None:
+    """Round r has the r-th image of every class that has at least two; None where none has.
+
+    images: which image a row of the support set is, where some were drawn repeatedly: all rows of
+    one are in one round.
+    """
+    of_image = np.full(len(labels), -1, np.int32)
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        position: dict[int, int] = {}
+        for row in own:
+            image = int(row if images is None else images[row])
+            of_image[row] = position.setdefault(image, len(position))
+        if len(position) < 2:
+            of_image[own] = -1
+    rounds = [np.flatnonzero(of_image == number) for number in range(of_image.max(initial=-1) + 1)]
+    if not rounds:
+        return None
+    place = np.zeros(len(labels), np.int32)
+    members = np.full((len(rounds), max(map(len, rounds))), -1, np.int32)
+    for number, own in enumerate(rounds):
+        members[number, : len(own)] = own
+        place[own] = np.arange(len(own))
+    return Rounds(of_image, place, members)
 
 
 Judged = tuple[float, float, Images]

@@ -89,7 +89,8 @@ def best_sharpness(
     logits, labels = logits[::every], labels[::every]
     mean = partial(jnp.average, weights=None if weights is None else weights[::every])
     z = logits - jnp.max(logits, axis=1, keepdims=True)
-    spread = jnp.sqrt(jnp.mean((z - jnp.mean(z, axis=1, keepdims=True)) ** 2))
+    squares = (z - jnp.mean(z, axis=1, keepdims=True)) ** 2
+    spread = jnp.sqrt(jnp.mean(squares) if weights is None else mean(jnp.mean(squares, axis=1)))
     spread = jnp.where(spread == 0, 1, spread)
     z = z / spread
     own = mean(jnp.take_along_axis(z, labels[:, None], axis=1)[:, 0])

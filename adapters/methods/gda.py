@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from clip_adapter.adapters.formulas import cosine_logits, sum_by_class, unit
 from clip_adapter.adapters.hyper import Hyper
-from clip_adapter.adapters.method import Array, Method, Task
+from clip_adapter.adapters.method import Array, Method, Setting, Task
+from clip_adapter.adapters.methods.kernels import each_round, support_rows
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
 
 NEIGHBOURS = 64
 """Support images that stand for a class of which there are none."""
@@ -31,33 +32,62 @@ NO_SPREAD = 1e-12
 
 def fit(xp, task, setting):
     """kernel K (D, C), bias b (C,) and weight α ()."""
-    import jax
+    rows, labels = support_rows(xp, task)
+    kernel, bias = gaussians(xp, rows, labels, task.head.weights, xp.ones_like(rows[:, :1]))
+    weight = xp.asarray(weight_of(task, setting), dtype=rows.dtype)
+    return {"kernel": kernel, "bias": bias, "weight": weight}
 
-    views, support, dim = task.features.shape
-    rows = unit(xp, task.features.reshape(views * support, dim))
-    labels, classes = xp.concatenate([task.labels] * views), len(task.head.weights)
-    counts = sum_by_class(xp, xp.ones_like(rows[:, :1]), labels, classes)
-    means = sum_by_class(xp, rows, labels, classes) / xp.where(counts > 0, counts, 1)
-    centred = rows - means[labels]
+
+def gaussians(
+    xp: Any,
+    rows: Float[Array, "N D"],
+    labels: Int[Array, " N"],
+    weights: Float[Array, "C D"],
+    kept: Float[Array, "N 1"],
+) -> tuple[Float[Array, "D C"], Float[Array, " C"]]:
+    """K and b of the rows where `kept` is 1 and not 0."""
+    classes = len(weights)
+    counts = sum_by_class(xp, kept, labels, classes)
+    means = sum_by_class(xp, kept * rows, labels, classes) / xp.where(counts > 0, counts, 1)
+    centred = kept * (rows - means[labels])
 
     def with_neighbours() -> Array:
-        near = xp.asarray(nearest(xp, rows, task.head.weights), dtype=rows.dtype)
+        near = xp.asarray(nearest(xp, rows, weights, kept), dtype=rows.dtype)
         return xp.where(counts > 0, means, near @ rows / xp.sum(near, axis=1, keepdims=True))
 
     # To rank all images for each class takes longer than all the rest.
-    means = jax.lax.cond(xp.all(counts > 0), lambda: means, with_neighbours)
-    spread = xp.sum(centred * centred)
-    trace = spread / max(len(rows) - 1, 1)
-    flat = spread <= NO_SPREAD * len(rows)
+    if xp.__name__ == "numpy":
+        means = means if (counts > 0).all() else with_neighbours()
+    else:
+        import jax
+
+        means = jax.lax.cond(xp.all(counts > 0), lambda: means, with_neighbours)
+    spread, count = xp.sum(centred * centred), xp.sum(kept)
+    trace = spread / xp.where(count > 1, count - 1, 1)
+    flat = spread <= NO_SPREAD * count
     solved = ridge_solve(xp, centred, xp.where(flat, 1, trace), means.T)
-    kernel = xp.where(flat, 0, dim * solved)
+    kernel = xp.where(flat, 0, rows.shape[1] * solved)
     prior = xp.log(xp.ones_like(means[:, 0]) / len(means))
-    weight = by_shots(task) if setting["alpha"] == BY_SHOTS else setting["alpha"]
-    return {
-        "kernel": kernel,
-        "bias": prior - xp.sum(means.T * kernel, axis=0) / 2,
-        "weight": xp.asarray(weight, dtype=rows.dtype),
-    }
+    return kernel, prior - xp.sum(means.T * kernel, axis=0) / 2
+
+
+def left_out(xp, task, setting, rounds):
+    """By a fit for each round: the covariance's shrinkage depends on all images that are left."""
+    rows, labels = support_rows(xp, task)
+    of_row = xp.concatenate([rounds.of_image] * len(task.features))[:, None]
+
+    def of_round(number: Any) -> Array:
+        kept = xp.asarray(of_row != number, dtype=rows.dtype)
+        kernel, bias = gaussians(xp, rows, labels, task.head.weights, kept)
+        return rows[rounds.members[number]] @ kernel + bias
+
+    gaussian = each_round(xp, of_round, rounds)[rounds.of_image, rounds.place]
+    weight = weight_of(task, setting)
+    return cosine_logits(xp, task.features[0], task.head) + weight * gaussian
+
+
+def weight_of(task: Task, setting: Setting) -> Any:
+    return by_shots(task) if setting["alpha"] == BY_SHOTS else setting["alpha"]
 
 
 def by_shots(task: Task) -> float:
@@ -69,12 +99,14 @@ def by_shots(task: Task) -> float:
     return (task.features.shape[1] / len(task.head.weights)) ** (5 / 3) / 1000
 
 
-def nearest(xp: Any, rows: Float[Array, "N D"], weights: Float[Array, "C D"]) -> Bool[Array, "C N"]:
-    """For each class, the rows that are most similar to its weights: 64, and those equal to the
-    last of them."""
-    similarity = weights @ rows.T
+def nearest(
+    xp: Any, rows: Float[Array, "N D"], weights: Float[Array, "C D"], kept: Float[Array, "N 1"]
+) -> Bool[Array, "C N"]:
+    """For each class, the kept rows that are most similar to its weights: 64, and those equal to
+    the last of them."""
+    similarity = xp.where(kept.T > 0, weights @ rows.T, -xp.inf)
     last = xp.sort(similarity, axis=1)[:, -min(NEIGHBOURS, len(rows))]
-    return similarity >= last[:, None]
+    return (similarity >= last[:, None]) & (kept.T > 0)
 
 
 def ridge_solve(
@@ -133,6 +165,7 @@ GDA = Method(
     logits=logits,
     shapes={"kernel": "D C", "bias": "C", "weight": ""},
     fit=fit,
+    left_out=left_out,
     for_classes=for_classes,
     uses_views=True,
 )

@@ -17,9 +17,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from clip_adapter.adapters.formulas import one_hot, unit
+from clip_adapter.adapters.formulas import unit
 from clip_adapter.adapters.hyper import Hyper
 from clip_adapter.adapters.method import Array, Method, Task
+from clip_adapter.adapters.methods.kernels import decomposed, geometric, left_out_fit, residuals
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -45,22 +46,13 @@ def fit(xp, task, setting):
     The features of the exact kernel are the support rows', without phases. Only the duals depend on
     λ: in a search, k(x, S) · vectors (S, S) is computed once for all of them.
     """
-    views, support, dim = task.features.shape
     beta, ridge = (transferred(task, name, setting[name]) for name in ("beta", "ridge"))
-    rows = unit(xp, task.features.reshape(views * support, dim))
-    own = xp.concatenate([one_hot(xp, task.labels, len(task.head.weights), rows)] * views)
-    residual = own - rows @ unit(xp, task.head.weights).T
-    if len(rows) > MOST_ROWS:
-        points, phases = random_frequencies(xp, task.seed, dim)
-        points = points * xp.sqrt(xp.asarray(beta, dtype=rows.dtype))
-        mapped = kernel_features(xp, points, phases, beta, rows)
-        gram, right = mapped.T @ mapped, mapped.T @ residual
-    else:
-        points, phases = rows, xp.zeros_like(rows[0, :0])
-        gram, right = kernel_features(xp, points, phases, beta, rows), residual
-    values, vectors = xp.linalg.eigh(gram)
-    # Those that are zero but for rounding may be negative.
-    shrunk = 1 / (xp.where(values > 0, values, 0) / ridge + 1)
+    rows, _, residual = residuals(xp, task)
+    points, phases, mapped = kernel_of(xp, task, beta, rows)
+    is_exact = not phases.shape[0]
+    values, vectors = decomposed(xp, mapped if is_exact else mapped.T @ mapped)
+    right = residual if is_exact else mapped.T @ residual
+    shrunk = 1 / (values / ridge + 1)
     return {
         "points": points,
         "phases": phases,
@@ -68,6 +60,28 @@ def fit(xp, task, setting):
         "duals": shrunk[:, None] * (vectors.T @ right),
         "beta": xp.asarray(beta, dtype=rows.dtype),
     }
+
+
+def kernel_of(
+    xp: Any, task: Task, beta: Float[Array, ""], rows: Float[Array, "N D"]
+) -> tuple[Array, Array, Array]:
+    """points and phases, and the rows' features by them: (N, N) where the kernel is exact."""
+    points, phases = rows, xp.zeros_like(rows[0, :0])
+    if len(rows) > MOST_ROWS:
+        points, phases = random_frequencies(xp, task.seed, rows.shape[1])
+        points = points * xp.sqrt(xp.asarray(beta, dtype=rows.dtype))
+    return points, phases, kernel_features(xp, points, phases, beta, rows)
+
+
+def left_out(xp, task, setting, rounds):
+    beta, ridge = (transferred(task, name, setting[name]) for name in ("beta", "ridge"))
+    rows, known, residual = residuals(xp, task)
+    _, phases, mapped = kernel_of(xp, task, beta, rows)
+    approximate = mapped if phases.shape[0] else None
+    gram = mapped if approximate is None else mapped.T @ mapped
+    values, vectors = decomposed(xp, gram)
+    fitted = left_out_fit(xp, values, vectors, ridge, residual, rounds, approximate)
+    return known[: len(fitted)] + ridge * fitted
 
 
 def finish(arrays, setting, task):
@@ -147,11 +161,6 @@ def note(task):
     return " ".join(found)
 
 
-def geometric(low: float, high: float, count: int) -> tuple[float, ...]:
-    """`count` values from low to high in equal ratios."""
-    return tuple(low * (high / low) ** (step / (count - 1)) for step in range(count))
-
-
 WORDS = ("transferred",)
 PROKER = Method(
     name="proker",
@@ -178,6 +187,7 @@ PROKER = Method(
     shapes={"points": "S D", "phases": "F", "duals": "S C", "beta": ""},
     fit=fit,
     finish=finish,
+    left_out=left_out,
     note=note,
     uses_views=True,
 )

@@ -23,10 +23,21 @@ def fit(xp, task, setting):
 
 def logits(xp, arrays, setting, features, head):
     """scale · unit(f) · unit(W)ᵀ + bias + α · the cache's sums, class by class."""
+    return _with_cache(xp, arrays, setting, features, head, 1)
+
+
+def _with_cache(xp, arrays, setting, features, head, counts):
+    """counts: () or (S, N), how much each key counts for each image."""
     affinity = arrays["keys"] @ unit(xp, features).T
-    near = xp.exp(-setting["beta"] * (1 - affinity))
+    near = counts * xp.exp(-setting["beta"] * (1 - affinity))
     cache = sum_by_class(xp, near, arrays["labels"], len(head.weights))
     return cosine_logits(xp, features, head) + setting["alpha"] * cache.T
+
+
+def left_out(xp, task, setting, rounds):
+    other = rounds.of_image[:, None] != rounds.of_image
+    arrays = fit(xp, task, setting)
+    return _with_cache(xp, arrays, setting, task.features[0], task.head, other)
 
 
 def even(scale: float, count: int) -> tuple[float, ...]:
@@ -48,6 +59,7 @@ TIP_ADAPTER = Method(
     logits=logits,
     shapes={"keys": "S D", "labels": "S"},
     fit=fit,
+    left_out=left_out,
     uses_views=True,
 )
 
@@ -66,6 +78,7 @@ TIP_ADAPTER_F = replace(
         ),
         **trained_with(epochs=20, warmup="none", adam_epsilon=1e-4),
     },
+    left_out=None,
     trained=("keys",),
     after_training=("beta", "alpha"),
 )

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_adapter.adapters.engine import closed_form
+from clip_adapter.adapters.engine import closed_form, scoring
+from clip_adapter.adapters.engine.evaluation import rounds_of
 from clip_adapter.adapters.engine.runner import Engine
 from clip_adapter.adapters.engine.scoring import make_classify
 from clip_adapter.adapters.engine.search import fit, search
@@ -98,11 +99,22 @@ def kernel_ridge(task: Task, setting: Setting) -> Logits:
     return logits
 
 
+def ridge(task: Task, setting: Setting) -> Logits:
+    """The normal equations, D × D."""
+    images, labels = flattened(task)
+    start = setting["prior"] * unit(task.head.weights)
+    system = images.T @ images + setting["ridge"] * np.eye(images.shape[1])
+    right = images.T @ np.eye(CLASSES)[labels] + setting["ridge"] * start.T
+    weights = np.linalg.solve(system, right)
+    return lambda images: unit(images) @ weights
+
+
 REFERENCES: dict[str, Callable[[Task, Setting], Logits]] = {
     "zero-shot": lambda task, setting: partial(zero_shot, task),
     "tip-adapter": tip_adapter,
     "gda": gda,
     "proker": kernel_ridge,
+    "ridge": ridge,
 }
 
 
@@ -126,6 +138,7 @@ POINTS: dict[str, list[dict[str, Any]]] = {
     "zero-shot": [{}],
     "tip-adapter": [{"beta": 5.5, "alpha": 1.5}],
     "gda": [{"alpha": 0.3}],
+    "ridge": [{"ridge": r, "prior": c} for r, c in ((1.0, 3.0), (0.1, 0.0), (100.0, 100.0))],
     "proker": [{"beta": b, "ridge": r} for b, r in ((1.5, 0.05), (0.1, 1e-3), (20.0, 10.0))],
 }
 # Without spread, or with a class of no images, GDA is something else; see below.
@@ -149,6 +162,7 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "zero-shot": {},
     "tip-adapter": {"beta": (0.1, 1.3, 5.5, 40.0), "alpha": (0.0, 3.0, 20.0)},
     "gda": {"alpha": (1e-4, 1e-2, 0.1, 1.0, 100.0)},
+    "ridge": {"ridge": (0.01, 1.0, 100.0), "prior": (0.0, 1.0, 10.0)},
     "proker": {"beta": (0.1, 1.5, 20.0), "ridge": (1e-3, 0.05, 1.0, 10.0)},
 }
 
@@ -339,3 +353,92 @@ def test_a_large_support_set_is_approximated_and_it_says_so(
     system = mapped(support) @ mapped(support).T / 0.5 + np.eye(56)
     corrected = mapped(unit(images)) @ mapped(support).T @ np.linalg.solve(system, left_over)
     np.testing.assert_allclose(found, without + corrected, atol=1e-4)
+
+
+# Rounds left out
+
+
+def with_rows(task: Task, support: np.ndarray, judged: np.ndarray) -> Task:
+    """Some of the support images, judged on others of them."""
+    return task._replace(
+        features=task.features[:, support],
+        labels=task.labels[support],
+        validation_features=task.features[0, judged],
+        validation_labels=task.labels[judged],
+    )
+
+
+def cut(task: Task, counts: tuple[int, ...]) -> Task:
+    """So many images of each class, in another order than class by class."""
+    own = [np.flatnonzero(task.labels == c)[:count] for c, count in enumerate(counts)]
+    rows = np.random.default_rng(1).permutation(np.concatenate(own))
+    return with_rows(task, rows, rows)
+
+
+ROUNDS = {
+    "one view": separable_task(noise=3.0),
+    "views": separable_task(views=3, noise=3.0),
+    "more images than dimensions": separable_task(shots=9, noise=3.0),
+    "unequal classes": cut(separable_task(shots=9, views=2, noise=3.0), (9, 4, 2, 3)),
+    "a class with one image": cut(separable_task(noise=3.0), (5, 1, 3, 5)),
+}
+LEFT_OUT = [name for name, method in METHODS.items() if method.left_out]
+
+
+def test_rounds_leave_out_what_can_be_left_out():
+    labels = np.array([0, 0, 1, 2, 2, 2, 0, 0])
+    found = rounds_of(labels, np.array([7, 9, 3, 4, 5, 6, 7, 8]))
+    assert found.of_image.tolist() == [0, 1, -1, 0, 1, 2, 0, 2]
+    members = [row[row >= 0].tolist() for row in found.members]
+    assert members == [[0, 3, 6], [1, 4], [5, 7]]
+    for image, (number, place) in enumerate(zip(found.of_image, found.place, strict=True)):
+        assert number == -1 or found.members[number, place] == image
+    assert rounds_of(np.arange(3)) is None
+    assert rounds_of(np.zeros(2, int), np.zeros(2, int)) is None
+
+
+@pytest.mark.parametrize("kind", ROUNDS)
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_left_out_logits_are_those_of_fits_without_the_round(name: str, kind: str):
+    task = exact(ROUNDS[kind])
+    rounds = rounds_of(task.labels)
+    for setting in POINTS[name]:
+        found = METHODS[name].left_out(np, task, setting, rounds)
+        assert found.dtype == np.float64
+        for number, members in enumerate(rounds.members):
+            members = members[members >= 0]
+            without = with_rows(task, np.flatnonzero(rounds.of_image != number), members)
+            expected = REFERENCES[name](without, setting)(task.features[0, members])
+            np.testing.assert_allclose(
+                found[members], expected, rtol=0, atol=1e-9 * max(1, np.abs(expected).max())
+            )
+
+
+@pytest.mark.parametrize(
+    ("kind", "balanced"), [("unequal classes", True), ("a class with one image", False)]
+)
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_left_out_scores_are_those_of_folds(name: str, kind: str, balanced: bool):
+    method, task = METHODS[name], ROUNDS[kind]
+    rounds = rounds_of(np.asarray(task.labels))
+    of_rounds = [np.flatnonzero(rounds.of_image == r) for r in range(len(rounds.members))]
+    folds = [
+        with_rows(task, np.flatnonzero(rounds.of_image != r), own)
+        for r, own in enumerate(of_rounds)
+    ]
+    weights = None
+    if balanced:
+        folds = scoring.balanced(folds)
+        weights = np.zeros(len(task.labels), np.float32)
+        for fold, own in zip(folds, of_rounds, strict=True):
+            weights[own] = fold.validation_weights
+    settings = method.settings(GRIDS[name])
+    wanted = closed_form.judged(method, settings, folds)
+    found = closed_form.left_out_scores(method, settings, task, rounds, weights)
+    for (accuracy, nll, images), one in zip(found, wanted, strict=True):
+        assert accuracy == pytest.approx(one[0], abs=1e-6)
+        assert nll == pytest.approx(one[1], rel=2e-3, abs=1e-4)
+        np.testing.assert_array_equal(images.right, one[2].right)
+        np.testing.assert_allclose(images.losses, one[2].losses, rtol=1e-2, atol=1e-3)
+    if len(settings) > 1:
+        assert len({accuracy for accuracy, *_ in found}) > 1, "all points are alike"

@@ -132,6 +132,7 @@ FIRST_ROWS = {
     "coop": f"initialisation context_length class_specific position {OPTIMISED}",
     "gda": "alpha",
     "proker": "beta ridge",
+    "ridge": "ridge prior",
 }
 """What the first files of each method state."""
 

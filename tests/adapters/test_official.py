@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clip_adapter.adapters.engine import closed_form
+from clip_adapter.adapters.engine.evaluation import rounds_of
 from clip_adapter.adapters.engine.runner import Engine
 from clip_adapter.adapters.engine.scoring import make_classify
 from clip_adapter.adapters.engine.search import fit, search
@@ -141,3 +143,33 @@ def test_they_choose_and_classify_as_the_official_code_does(
         assert chosen.accuracy == pytest.approx(best, abs=1.5 / len(task.validation_labels))
         accuracy = splits.accuracy(method, chosen.setting, task, engine)
         assert accuracy == pytest.approx(wanted["accuracy"], abs=1.5 / len(splits.test.labels))
+
+
+LEFT_OUT = OFFICIAL["rounds left out"]
+
+
+@pytest.mark.parametrize("shots", OFFICIAL["ridge"])
+def test_ridge_is_the_formula_in_float64(shots: str, splits: Splits, engine: Engine):
+    """An image on the edge is allowed: less than 0.2 points."""
+    for wanted in OFFICIAL["ridge"][shots]:
+        point = {name: wanted[name] for name in ("ridge", "prior")}
+        found = accuracies(splits, "ridge", int(shots), engine, **point)
+        np.testing.assert_allclose(found, wanted["accuracies"], atol=1.5 / len(splits.test.labels))
+
+
+@pytest.mark.parametrize(
+    ("name", "shots"), [(name, shots) for name in LEFT_OUT for shots in LEFT_OUT[name]]
+)
+def test_images_left_out_are_classified_as_by_fits_without_them(
+    name: str, shots: str, splits: Splits
+):
+    method = METHODS[name]
+    for wanted in LEFT_OUT[name][shots]:
+        setting = {name: wanted[name] for name in wanted if name != "accuracies"}
+        found = []
+        for seed in SEEDS:
+            task = splits.task(int(shots), seed)
+            rounds = rounds_of(np.asarray(task.labels))
+            ((accuracy, *_),) = closed_form.left_out_scores(method, [setting], task, rounds)
+            found.append(accuracy)
+        np.testing.assert_allclose(found, wanted["accuracies"], atol=0.5 / len(task.labels))

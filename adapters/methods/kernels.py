@@ -1,0 +1,89 @@
+"""What closed forms on a support set share: its rows, ridge regression through one
+eigendecomposition for every λ, and what either says of images that it was not fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from clip_adapter.adapters.formulas import one_hot, unit
+from clip_adapter.adapters.method import Array, Rounds, Task
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+def support_rows(xp: Any, task: Task) -> tuple[Float[Array, "N D"], Int[Array, " N"]]:
+    """Unit support features, all views beside each other (the first views first), and labels."""
+    views, support, dim = task.features.shape
+    rows = unit(xp, task.features.reshape(views * support, dim))
+    return rows, xp.concatenate([task.labels] * views)
+
+
+def residuals(
+    xp: Any, task: Task, prior: Float[Array, ""] | float = 1
+) -> tuple[Float[Array, "N D"], Float[Array, "N C"], Float[Array, "N C"]]:
+    """(support rows X, what the prior says of them, Y less that): c X Tᵀ for unit weights T and
+    one-hot labels Y."""
+    rows, labels = support_rows(xp, task)
+    known = prior * (rows @ unit(xp, task.head.weights).T)
+    return rows, known, one_hot(xp, labels, len(task.head.weights), rows) - known
+
+
+def decomposed(
+    xp: Any, gram: Float[Array, "F F"]
+) -> tuple[Float[Array, " F"], Float[Array, "F F"]]:
+    """Eigenvalues and eigenvectors of a matrix that has no negative ones."""
+    values, vectors = xp.linalg.eigh(gram)
+    # Those that are zero but for rounding may be negative.
+    return xp.where(values > 0, values, 0), vectors
+
+
+def left_out_fit(
+    xp: Any,
+    values: Float[Array, " F"],
+    vectors: Float[Array, "F F"],
+    strength: Float[Array, ""],
+    residual: Float[Array, "N C"],
+    rounds: Rounds,
+    mapped: Float[Array, "N F"] | None = None,
+) -> Float[Array, "S C"]:
+    """What ridge regression of the residuals R says of each image where its round was not fitted,
+    of view 0.
+
+    values, vectors: of the kernel matrix of the rows; or of ΦᵀΦ, with Φ = `mapped`. With the hat
+    matrix H of all rows, a round B is left with e_B = ((I − H)_BB)⁻¹ ((I − H) R)_B by a fit without
+    it, which so gives R − e.
+    """
+    # I − H = rest·I + basis diag(weights) basisᵀ
+    if mapped is None:
+        rest, basis, weights = 0, vectors, strength / (values + strength)
+    else:
+        rest, basis, weights = 1, mapped @ vectors, -1 / (values + strength)
+    images, members = len(rounds.of_image), rounds.members
+    views = range(len(residual) // images)
+    rows = xp.concatenate([members + view * images for view in views], axis=1)
+    counts = xp.concatenate([members >= 0 for _ in views], axis=1)
+    left = rest * residual + basis @ (weights[:, None] * (basis.T @ residual))
+    own = basis[rows]
+    identity = xp.eye(rows.shape[1], dtype=residual.dtype)
+    blocks = rest * identity + (own * weights) @ xp.swapaxes(own, 1, 2)
+    # Rows that only fill a round up stand for themselves.
+    blocks = xp.where(counts[:, :, None] & counts[:, None], blocks, identity)
+    errors = xp.linalg.solve(blocks, xp.where(counts[:, :, None], left[rows], 0))
+    return residual[:images] - errors[rounds.of_image, rounds.place]
+
+
+def each_round(xp: Any, function: Callable[[Any], Array], rounds: Rounds) -> Float[Array, "R ..."]:
+    """`function` of the number of each round, one after the other."""
+    count = len(rounds.members)
+    if xp.__name__ == "numpy":
+        return xp.stack([function(number) for number in range(count)])
+    import jax
+
+    return jax.lax.map(function, xp.arange(count))
+
+
+def geometric(low: float, high: float, count: int) -> tuple[float, ...]:
+    """`count` values from low to high in equal ratios."""
+    return tuple(low * (high / low) ** (step / (count - 1)) for step in range(count))
