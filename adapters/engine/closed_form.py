@@ -57,26 +57,17 @@ def judged(method: Method, settings: Sequence[Setting], folds: Sequence[Task]) -
 
 
 def left_out_scores(
-    method: Method,
-    settings: Sequence[Setting],
-    task: Task,
-    rounds: Rounds,
-    weights: Float[np.ndarray, " S"] | None = None,
+    method: Method, settings: Sequence[Setting], task: Task, rounds: Rounds, folds: Sequence[Task]
 ) -> list[Judged]:
     """What `judged` finds on the folds that `rounds` are, without a fit for each.
 
-    weights: how much each support image counts, as the folds' validation weights; None for all
-    alike.
+    folds: their validation labels and weights.
     """
-    labels, present = np.asarray(task.labels), rounds.members >= 0
-    folds = [
-        task._replace(
-            validation_labels=labels[own],
-            validation_weights=None if weights is None else np.asarray(weights)[own],
-        )
-        for own in (row[row >= 0] for row in rounds.members)
-    ]
-    counts = np.ones(len(labels), np.float32) if weights is None else weights
+    present = rounds.members >= 0
+    counts = np.ones(len(task.labels), np.float32)
+    for own, fold in zip(rounds.members, folds, strict=True):
+        if fold.validation_weights is not None:
+            counts[own[own >= 0]] = np.asarray(fold.validation_weights)
     placed = jax.tree.map(jnp.asarray, rounds)
 
     def by_rounds(static: Setting, axes: Axes) -> tuple[npt.NDArray[np.float64], Images]:

@@ -27,7 +27,7 @@ from clip_adapter.adapters.engine.successive_halving import (
 )
 from clip_adapter.adapters.engine.training import Run
 from clip_adapter.adapters.hyper import Value
-from clip_adapter.adapters.method import Arrays, Method, Setting, Solve, Task, same_program
+from clip_adapter.adapters.method import Arrays, Method, Rounds, Setting, Solve, Task, same_program
 from clip_adapter.adapters.optimisation import evaluated_epochs
 
 Values = Mapping[str, Sequence[Value]]
@@ -41,10 +41,13 @@ def search(
     journal: Journal,
     *,
     halving: bool = False,
+    rounds: tuple[Task, Rounds] | None = None,
 ) -> Iterator[Evaluation]:
     """Each setting that `values` make, judged on every fold; under halving also on the way.
 
     folds: support sets with validation sets. Those that ran to the end may be chosen.
+    rounds: of a method with `left_out`, whose folds leave out these rounds of this task: of them
+        the validation labels and weights alone are looked at.
     """
     if method.solver:
         yield from _solved(method, values, folds, engine, journal)
@@ -53,7 +56,7 @@ def search(
         rungs = rungs_of(runs[0][0], halving=halving)
         yield from successive_halving(runs, rungs, folds, journal, partial(_train, method, engine))
     else:
-        yield from _closed(method, values, folds, engine)
+        yield from _closed(method, values, folds, engine, rounds)
 
 
 def rungs_of(setting: Setting, *, halving: bool) -> list[int]:
@@ -213,14 +216,21 @@ def _trained_arrays(run: Run, chunk: Chunk, row: int) -> Arrays:
 
 
 def _closed(
-    method: Method, values: Values, folds: Sequence[Task], engine: Engine
+    method: Method,
+    values: Values,
+    folds: Sequence[Task],
+    engine: Engine,
+    rounds: tuple[Task, Rounds] | None,
 ) -> Iterator[Evaluation]:
     """Nothing is looked up: a whole grid takes no longer than reading what it found before."""
     settings = method.settings(values)
     for _, members in same_program(method, settings):
         started = time.perf_counter()
         alike = [settings[index] for index in members]
-        judged = closed_form.judged(method, alike, folds)
+        if rounds is None:
+            judged = closed_form.judged(method, alike, folds)
+        else:
+            judged = closed_form.left_out_scores(method, alike, *rounds, folds)
         seconds = (time.perf_counter() - started) / len(members)
         engine.progress(len(members))
         for setting, (accuracy, nll, images) in zip(alike, judged, strict=True):

@@ -17,7 +17,7 @@ from clip_adapter.adapters.engine.evaluation import Evaluation, Journal
 from clip_adapter.adapters.engine.runner import Engine
 from clip_adapter.adapters.engine.search import fit, search
 from clip_adapter.adapters.hyper import Value
-from clip_adapter.adapters.method import Arrays, Method, Setting, Task
+from clip_adapter.adapters.method import Arrays, Method, Rounds, Setting, Task
 
 # Two settings are told apart where chance alone would separate them so rarely.
 SIGNIFICANCE = 0.05
@@ -66,8 +66,8 @@ class Search:
     """What there is to choose from, and by what.
 
     values: to try of each hyper-parameter. folds: support sets with validation sets; [] where
-    nothing can choose. distinct: a validation row for each image: one that was drawn repeatedly is
-    judged alike each time, and counts once in comparisons.
+    nothing can choose. rounds: as `search` takes them. distinct: a validation row for each image:
+    one that was drawn repeatedly is judged alike each time, and counts once in comparisons.
     """
 
     method: Method
@@ -76,6 +76,7 @@ class Search:
     folds: Sequence[Task]
     distinct: npt.NDArray[np.int64]
     halving: bool = False
+    rounds: tuple[Task, Rounds] | None = None
 
     def excess(self, one: Evaluation, other: Evaluation) -> float:
         """How much less likely the validation images are by `one` than by `other`, in standard
@@ -117,7 +118,13 @@ def choose(asked: Search, task: Task, engine: Engine, record: Record) -> Chosen 
     found: list[Evaluation] = []
     contenders: list[Evaluation] = []
     for evaluation in search(
-        method, asked.values, asked.folds, engine, record, halving=asked.halving
+        method,
+        asked.values,
+        asked.folds,
+        engine,
+        record,
+        halving=asked.halving,
+        rounds=asked.rounds,
     ):
         record.add(evaluation)
         contenders = _contenders(asked, [*contenders, evaluation])

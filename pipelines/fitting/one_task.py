@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.adapters.engine.evaluation import Evaluation
+from clip_adapter.adapters.engine.evaluation import Evaluation, rounds_of
 from clip_adapter.adapters.engine.runner import Engine
 from clip_adapter.adapters.engine.scoring import balanced, make_classify
 from clip_adapter.adapters.engine.search import judge, work
@@ -92,7 +92,14 @@ class TaskRunner:
         method = planned.method
         task = self.data.task(method, rows)
         divided = self._folds(method, rows)
-        parts = self._parts(method, rows, divided)
+        rounds = None
+        if self.plan.select == "loo" and method.left_out:
+            rounds = rounds_of(np.asarray(task.labels), rows.support)
+        if rounds is None:
+            parts = self._parts(method, rows, divided)
+        else:  # nothing is fitted on them: their labels are enough
+            labels = (task.labels[own[own >= 0]] for own in rounds.members)
+            parts = self._weighed([task._replace(validation_labels=own) for own in labels])
         judged = [fold.validation for fold in divided]
         asked = Search(
             method,
@@ -101,6 +108,7 @@ class TaskRunner:
             parts,
             np.unique(np.concatenate(judged or [rows.validation]), return_index=True)[1],
             halving=self.plan.search == "halving",
+            rounds=rounds and (task, rounds),
         )
         if method.note and (sentence := method.note(task)):
             self.tell(sentence)
@@ -123,7 +131,9 @@ class TaskRunner:
         return divide(rows, self.data.support_labels)
 
     def _parts(self, method: Method, rows: TaskRows, divided: Sequence[Fold]) -> list[Task]:
-        parts = [self.data.task(method, rows, fold) for fold in divided]
+        return self._weighed([self.data.task(method, rows, fold) for fold in divided])
+
+    def _weighed(self, parts: list[Task]) -> list[Task]:
         return balanced(parts) if parts and self.plan.score == "balanced-accuracy" else parts
 
     def _reference(self, rows: TaskRows, divided: Sequence[Fold]) -> Evaluation:

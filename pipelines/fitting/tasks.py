@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from clip_adapter.adapters.engine.evaluation import rounds_of
 from clip_adapter.cache.few_shot import VALIDATION_SHOTS, draw_few_shot
 from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.config import Selection, Shots, shots_words
@@ -171,15 +172,11 @@ def rounds(rows: TaskRows, labels: npt.NDArray[np.int32]) -> list[Fold]:
 
     Returns [] where no class has two distinct images.
     """
-    support = rows.support
-    own = labels[support]
-    images = {label: len(np.unique(support[own == label])) for label in np.unique(own)}
-    round_of = _dealt(support, own, max(images.values()))
-    round_of[[images[label] < 2 for label in own]] = -1
-    return [
-        Fold(support[round_of != number], support[round_of == number], "train")
-        for number in range(round_of.max() + 1)
-    ]
+    found = rounds_of(labels[rows.support], rows.support)
+    if found is None:
+        return []
+    left_out = (found.of_image == number for number in range(len(found.members)))
+    return [Fold(rows.support[~own], rows.support[own], "train") for own in left_out]
 
 
 def _dealt(support: Rows, labels: npt.NDArray[np.int32], count: int) -> Rows:

@@ -426,15 +426,11 @@ def test_left_out_scores_are_those_of_folds(name: str, kind: str, balanced: bool
         with_rows(task, np.flatnonzero(rounds.of_image != r), own)
         for r, own in enumerate(of_rounds)
     ]
-    weights = None
     if balanced:
         folds = scoring.balanced(folds)
-        weights = np.zeros(len(task.labels), np.float32)
-        for fold, own in zip(folds, of_rounds, strict=True):
-            weights[own] = fold.validation_weights
     settings = method.settings(GRIDS[name])
     wanted = closed_form.judged(method, settings, folds)
-    found = closed_form.left_out_scores(method, settings, task, rounds, weights)
+    found = closed_form.left_out_scores(method, settings, task, rounds, folds)
     for (accuracy, nll, images), one in zip(found, wanted, strict=True):
         assert accuracy == pytest.approx(one[0], abs=1e-6)
         assert nll == pytest.approx(one[1], rel=2e-3, abs=1e-4)
