@@ -95,7 +95,7 @@ def _nothing(xp: Any, task: Task, setting: Setting) -> Arrays:
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """One way to fit a classifier. A new one is a record, which a line in methods.py or
+    """One way to fit a classifier. A new one is a record, which a line in registry.py or
     `MODULE:NAME` makes known.
 
     name: as on the command line. source: where it is published. hyper: its hyper-parameters.

@@ -24,7 +24,6 @@ from threadpoolctl import threadpool_limits
 from torch_closed_forms import Grid, Rows, gda_with, proker_with, tip_hoisted, tip_in_loops
 from torch_methods import TRAINED, Support
 
-from clip_adapter.adapters.engine import closed_form
 from clip_adapter.adapters.engine.evaluation import Evaluation, rounds_of
 from clip_adapter.adapters.engine.runner import Engine
 from clip_adapter.adapters.engine.search import search
@@ -107,11 +106,14 @@ def compare(method: Method, data: SyntheticTask, rounds: int) -> None:
         found = search(method, values, [task], engine, NoJournal())
         return max(evaluation.accuracy for evaluation in found)
 
-    settings, rounds_left_out = method.settings(values), rounds_of(data.labels)
+    rounds = rounds_of(data.labels)
+    assert rounds is not None
+    within = (own[own >= 0] for own in rounds.members)
+    folds = [task._replace(validation_labels=task.labels[own]) for own in within]
 
     def left_out() -> float:
-        scores = closed_form.left_out_scores(method, settings, task, rounds_left_out)
-        return max(accuracy for accuracy, *_ in scores)
+        found = search(method, values, folds, engine, NoJournal(), rounds=(task, rounds))
+        return max(evaluation.accuracy for evaluation in found)
 
     cores = len(os.sched_getaffinity(0))
     sides: Sides = {("ours", 0): (ours, 1), ("ours, rounds left out", 0): (left_out, 1)}

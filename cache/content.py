@@ -45,7 +45,7 @@ def check_features(features: np.ndarray, names: Sequence[str]) -> None:
     """(B, …, D): each a finite direction of a usual size. Raises UserError with the name of the
     first other."""
     if features.dtype not in (np.float32, np.float16):
-        raise ValueError(f"features are {features.dtype}, not float32 or float16")
+        raise UserError(f"The features are {features.dtype}, not float32 or float16.")
     largest = np.abs(features).max(axis=2).astype(np.float64)  # NaN where one is NaN
     usual = (largest >= schema.SMALLEST_FEATURE) & (largest <= schema.LARGEST_FEATURE)
     usable = usual.all(axis=1)

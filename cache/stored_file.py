@@ -99,7 +99,10 @@ class StoredFile:
                 f"{self.path} is one part of a cache; join the parts with `clip-adapter merge`."
             )
         if name == schema.PART_FORMAT:
-            raise UserError(f"{self.path} is no part of a cache; `extract --shard` makes one.")
+            raise UserError(
+                f"{self.path} is no part of a cache; name a file that `extract --shard` made, or "
+                "choose another name for one."
+            )
         raise self._foreign()
 
     def _foreign(self) -> UserError:

@@ -21,9 +21,11 @@ from clip_adapter.cache import hdf5, schema
 from clip_adapter.cache.content import Content, check_features, check_strings, indistinct
 from clip_adapter.cache.metadata import Metadata, Part, encode, parse, parse_object
 from clip_adapter.cache.rows import Chosen, Picked
-from clip_adapter.cache.schema import ELEMENTS, Element, Kind, of_images, split_of
+from clip_adapter.cache.schema import ELEMENTS, HASHES, Element, Kind, of_images, split_of
 from clip_adapter.cache.staging import StagingFolder
 from clip_adapter.errors import Contradiction, UserError
+from clip_adapter.files import is_there
+from clip_adapter.words import quoted
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STRINGS_AT_ONCE = 1 << 12
@@ -42,18 +44,20 @@ def write_cache(
     arguments: Mapping[str, Any] | None = None,
     part: Part | None = None,
     templates: Iterable[str] = (),
+    force: bool = False,
 ) -> None:
     """Write a feature cache, which is there when it is whole and else not.
 
-    out: where; or the folder taken beside it, which is removed then.
+    out: where, in a folder that is there; or the folder taken beside it, which is removed then.
+    force: overwrite an existing file.
     content: the datasets of FORMAT.md by their paths, such as `images/train/features` (V, N, D)
         and `text/class_names`; images and text un-normalised, float32 or float16. Hashes of rows
         are computed.
     backbone, dataset, preprocess, arguments, logit_scale, logit_bias: the metadata of FORMAT.md.
     part, templates: make a part of a cache, for `merge_parts`, which may hold no image of a split.
 
-    Raises UserError for what FORMAT.md does not allow, and where the file cannot be written.
-    ValueError for shapes that contradict each other.
+    Raises UserError for what FORMAT.md does not allow, for a file that exists, and where none can
+    be written.
 
     Examples:
         >>> import numpy as np
@@ -94,16 +98,22 @@ def write_cache(
     with ExitStack() as stack:
         place = out
         if not isinstance(place, StagingFolder):
-            place = stack.enter_context(StagingFolder(Path(place)))
-        if unknown := sorted(content.keys() - ELEMENTS.keys()):
-            raise ValueError(f"{unknown[0]} is no dataset of the format")
+            path = Path(place)
+            if is_there(path) and not force:
+                raise UserError(f"{path} exists; choose another name, or force to overwrite it.")
+            if not path.absolute().parent.is_dir():
+                raise UserError(f"{path} cannot be written: there is no such folder.")
+            place = stack.enter_context(StagingFolder(path))
+        given = (name for name in content if name not in ELEMENTS or name.endswith(HASHES))
+        if (unknown := next(given, None)) is not None:
+            raise UserError(f"{quoted(unknown)} is no dataset that FORMAT.md has, or is computed.")
         content = {name: _values(name, values) for name, values in content.items()}
         content = {name: values for name, values in content.items() if _is_written(name, values)}
         _check(place.path, content, part is not None, backbone.get("embed_dim"))
         try:
             metadata = parse(parse_object(json.dumps(document, allow_nan=False)))
-        except Contradiction as error:
-            raise UserError(f"Cannot write {place.path}: {error}.") from error
+        except (Contradiction, TypeError, ValueError) as error:
+            raise UserError(f"Cannot write {place.path}: its metadata: {error}.") from error
         assembled = place.folder / "assembled.h5"
         with place.writing():
             stack.callback(assembled.unlink, missing_ok=True)
@@ -120,8 +130,23 @@ def _values(name: str, values: Any) -> Any:
     """Values in memory as an array of what the file has, strings as objects."""
     if isinstance(values, Picked | Chosen):
         return values
-    types = {Kind.STRING: np.object_, Kind.INT32: np.int32, Kind.UINT64: np.uint64}
-    return np.asarray(values, types.get(ELEMENTS[name].kind))
+    kind = ELEMENTS[name].kind
+    if kind is Kind.STRING:
+        strings = np.asarray(values, np.object_)
+        if not all(isinstance(value, str) for value in strings.ravel()):
+            raise UserError(f"{name} holds something else than strings.")
+        return strings
+    array = np.asarray(values)
+    wanted = {Kind.INT32: np.int32, Kind.UINT64: np.uint64, Kind.FLOAT32: np.float32}.get(kind)
+    if wanted is None:
+        return array
+    whole = array.dtype.kind in "iu" or not array.size
+    if kind is not Kind.FLOAT32 and not whole:
+        raise UserError(f"{name} holds something else than whole numbers.")
+    stored = array.astype(wanted)
+    if whole and array.size and not np.array_equal(stored.astype(array.dtype), array):
+        raise UserError(f"{name} holds numbers beyond {np.dtype(wanted)}.")
+    return stored
 
 
 def _is_written(name: str, values: Any) -> bool:
@@ -133,23 +158,25 @@ def _is_written(name: str, values: Any) -> bool:
 def _check(path: Path, content: Content, part: bool, dim: Any) -> None:
     """Raises UserError or ValueError for what the file may not hold."""
     shapes = {name: values.shape for name, values in content.items()}
-    splits = [split for split in schema.SPLITS if of_images(split, "labels") in content]
+    splits = [split for split in schema.SPLITS if split in {split_of(name) for name in content}]
     for split in splits:
-        if not part and not shapes[of_images(split, "labels")][0]:
+        if not part and not shapes.get(of_images(split, "labels"), (1,))[0]:
             raise UserError(f"The {split} split has no image that could be read.")
     try:
         lengths = schema.measure(shapes, splits, part=part)
     except Contradiction as error:
-        raise ValueError(str(error)) from error
+        raise UserError(f"Cannot write {path}: {error}.") from error
     if lengths.get("D", dim) != dim:
-        raise ValueError(f"features of {lengths['D']} numbers and embed_dim of {dim}")
+        raise UserError(
+            f"Cannot write {path}: features of {lengths['D']} numbers and embed_dim of {dim!r:.40}."
+        )
     names = content.get("text/class_names", [])
     if len(names) and (reason := indistinct(names)):
         raise UserError(f"Cannot write {path}: {reason}; name the classes.")
     for name, values in content.items():
         outside = name.endswith("labels") and len(names) and not _within(values[:], len(names))
         if outside:
-            raise ValueError(f"{name} are outside the {len(names)} classes")
+            raise UserError(f"Cannot write {path}: {name} are outside the {len(names)} classes.")
         if ELEMENTS[name].kind is Kind.STRING:
             check_strings(_strings(values))
         elif ELEMENTS[name].kind is Kind.FEATURES and isinstance(values, np.ndarray):

@@ -17,6 +17,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -29,7 +30,7 @@ T = TypeVar("T")
 LARGEST_INTEGER = 2**1000  # that is taken for a number; from 2**1024 on it would be none
 WORDS: Mapping[Any, str] = {
     **{str: "a string", bool: "true or false", int: "an integer", float: "a number"},
-    **{NoneType: "null", list: "a list", tuple: "a list"},
+    **{NoneType: "null", list: "a list", tuple: "a list", Path: "a path"},
 }
 
 
@@ -178,3 +179,27 @@ def _words(kind: Any) -> str:
 
 def _refuse(value: Any, place: str, wanted: Any) -> NoReturn:
     raise Contradiction(f"{place or 'it'} is {quoted(value)}, not {_words(wanted)}")
+
+
+def check_fields(record: Any) -> None:
+    """Raises UserError where a field of a dataclass holds something else than it declares, as a
+    caller's code may put there."""
+    for name, kind in typing.get_type_hints(type(record), include_extras=True).items():
+        if not _holds(kind, value := getattr(record, name)):
+            raise UserError(f"{name} is {quoted(value)}, not {_words(kind)}.")
+
+
+def _holds(kind: Any, value: Any) -> bool:
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin is Annotated:
+        return _holds(inner[0], value)
+    if origin in (Union, UnionType):
+        return any(_holds(one, value) for one in inner)
+    if origin is Literal:
+        return any(value == word and type(value) is type(word) for word in inner)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_holds(inner[0], one) for one in value)
+    if origin in (int, float):
+        numbers = Integral if origin is int else Real
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    return origin is Any or isinstance(value, origin)

@@ -12,6 +12,7 @@ from clip_adapter.errors import UserError, require_within
 from clip_adapter.extract.shards import find_launch
 from clip_adapter.extract.text.prompts import read_descriptions, resolve_templates
 from clip_adapter.listener import Listener
+from clip_adapter.records import check_fields
 
 if TYPE_CHECKING:
     from clip_adapter.extract.datasets.source import SourceOptions
@@ -114,6 +115,7 @@ class ExtractConfig:
         for name in ("templates", "columns"):
             if isinstance(value := getattr(self, name), str):
                 object.__setattr__(self, name, (value,))
+        check_fields(self)
 
     def check(self) -> None:
         """Raises UserError for numbers out of range and arguments that exclude each other."""

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypedDict
 
+import numpy as np
 import pytest
 
-from clip_adapter.errors import Contradiction
+from clip_adapter.errors import Contradiction, UserError
+from clip_adapter.extract.config import ExtractConfig
+from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.records import Rule, between, from_document, from_json
 
 Even = Annotated[int, Rule("that is even", lambda value: value % 2 == 0)]
@@ -120,3 +123,24 @@ def test_a_document_is_read_as_json(text: str, sentence: str) -> None:
 def test_an_integer_that_is_no_number_is_refused() -> None:
     with pytest.raises(Contradiction, match="not a number"):
         from_document(float, 10**400)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"on_error": "x"}, "on_error is 'x', not 'fail' or 'skip'"),
+        ({"with_projection": "no"}, "with_projection is 'no', not true or false"),
+        ({"batch_size": 2.5}, "batch_size is 2.5, not an integer"),
+        ({"workers": True}, "workers is True, not an integer"),
+        ({"templates": 3}, "templates is 3, not a list"),
+        ({"out": 3}, "out is 3, not a path"),
+    ],
+)
+def test_a_config_takes_what_its_fields_declare(values: dict[str, Any], words: str):
+    with pytest.raises(UserError, match=words):
+        ExtractConfig(**values)
+    assert ExtractConfig(val=0, batch_size=np.int64(8)).batch_size == 8
+    with pytest.raises(UserError, match="repeat is 'no', not true or false"):
+        FitConfig(repeat="no")
+    with pytest.raises(UserError, match="method is"):
+        FitConfig(method=None)

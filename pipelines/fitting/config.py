@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Method
 from clip_adapter.errors import UserError
+from clip_adapter.records import check_fields
 from clip_adapter.words import dashed
 
 Shots = int | Literal["all"]
@@ -118,6 +119,7 @@ class FitConfig:
             raise UserError(f"hyper is {self.hyper!r}, not a mapping from names to values.")
         hyper = {name: several(values) for name, values in self.hyper.items()}
         object.__setattr__(self, "hyper", hyper)
+        check_fields(self)
 
     @property
     def beside_resume(self) -> list[str]:

@@ -44,8 +44,8 @@ ONE_TEXT = 1 - 5e-5
 # to float16 leaves 0.001 of two that are opposites.
 SHORTEST_MEAN = 0.002
 
-# What methods may need beyond features, and the flag of `extract` that provides it.
 TOWER_SHA256 = "text_tower_sha256"
+# What methods may need beyond features, and the flag of `extract` that provides it.
 PROVIDED_BY = {"tower": "--with-text-tower", "projection": "--with-projection"}
 
 

@@ -43,8 +43,8 @@ OUTCOME_COLUMNS = (
     *("status", "seconds", "images"),
 )
 PLAN, SELECTED, FITS = "run.json", "selected.jsonl", "results.csv"
-# Files of a run's first moments, before its plan is there: they hold nothing.
 OWN_FOLDERS = ("adapters", "predictions", "halving", GRIDS)
+# Files of a run's first moments, before its plan is there: they hold nothing.
 BEFORE_THE_PLAN = {f"{PLAN}.new"}
 
 

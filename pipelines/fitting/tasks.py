@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -254,7 +255,11 @@ def only_classes(
 
 def kept_task(tasks: Sequence[TaskRows]) -> TaskRows:
     """The task whose adapter stands at the top of the run folder: most shots, first seed."""
-    return max(tasks, key=lambda rows: len(rows.support))
+
+    def number(rows: TaskRows) -> float:
+        return math.inf if rows.shots == "all" else rows.shots
+
+    return max(tasks, key=number)
 
 
 def needed_rows(tasks: Sequence[TaskRows]) -> tuple[Rows, Rows]:

@@ -104,37 +104,42 @@ ONES = np.ones((1, 3, 4), np.float32)
 BROKEN = {size: ONES * np.array([[[1], [size], [1]]], np.float32) for size in
           (0, 1e-20, 9e-7, 2e6, 1e18, np.nan, np.inf)}  # fmt: skip
 # What a cache may not hold, and what the sentence or the error says.
-REFUSALS: list[tuple[dict, type[Exception], str]] = [
+REFUSALS: list[tuple[dict, str]] = [
     *(
         (
             {path: ["a", bad, "c"][: 2 if path == "text/templates" else 3]},
-            UserError,
             "cannot be stored",
         )
         for bad in ("a\0", "\0", "a\0b", "caf\udce9.jpg")
         for path in ("text/class_names", "text/templates", "images/val/ids")
     ),
-    ({"images/val/skipped": ["\0"]}, UserError, "cannot be stored"),
+    ({"images/val/skipped": ["\0"]}, "cannot be stored"),
     *(
-        ({"images/val/features": BROKEN[size]}, UserError, words)
+        ({"images/val/features": BROKEN[size]}, words)
         for size, words in (
             (0, "features of 'val/1' are zero"),
             *((size, "'val/1' are far smaller or larger") for size in (1e-20, 9e-7, 2e6, 1e18)),
             *((size, "'val/1' are not finite") for size in (np.nan, np.inf)),
         )
     ),
-    ({"images/val/features": ONES.astype(float)}, ValueError, "features are float64"),
-    ({"images/val/features": ONES[:, :2]}, ValueError, "images/val/labels has the shape"),
-    ({"images/val/features": np.tile(ONES, (2, 1, 1))}, ValueError, "has several views"),
-    ({"images/val/features": np.ones((1, 3, 5), "f4")}, ValueError, "images/val/features has the"),
-    ({"images/val/labels": [0]}, ValueError, "images/val/labels has the shape"),
-    ({"images/val/labels": [0, 1, 3]}, ValueError, "images/val/labels are outside the 3 classes"),
-    ({"images/val/labels": [0, 1, -1]}, ValueError, "images/val/labels are outside the 3 classes"),
-    ({"text/templates": ["one"]}, ValueError, "text/templates has the shape"),
-    (images("val", ONES[:, :0], skipped=["x"]), UserError, "val split has no image that could be"),
-    ({"text/class_names": [""] * 3}, UserError, "its 3 class names are all ''; name the classes"),
-    ({"text/class_names": ["a"] * 3}, UserError, "its 3 class names are all 'a'; name the classes"),
-    ({"images/val/pre_projection": ONES}, ValueError, "lacks images/train/pre_projection"),
+    ({"images/val/features": ONES.astype(float)}, "features are float64"),
+    ({"images/val/features": ONES[:, :2]}, "images/val/labels has the shape"),
+    ({"images/val/features": np.tile(ONES, (2, 1, 1))}, "has several views"),
+    ({"images/val/features": np.ones((1, 3, 5), "f4")}, "images/val/features has the"),
+    ({"images/val/labels": [0]}, "images/val/labels has the shape"),
+    ({"images/val/labels": [0, 1, 3]}, "images/val/labels are outside the 3 classes"),
+    ({"images/val/labels": [0, 1, -1]}, "images/val/labels are outside the 3 classes"),
+    ({"text/templates": ["one"]}, "text/templates has the shape"),
+    (images("val", ONES[:, :0], skipped=["x"]), "val split has no image that could be"),
+    ({"text/class_names": [""] * 3}, "its 3 class names are all ''; name the classes"),
+    ({"text/class_names": ["a"] * 3}, "its 3 class names are all 'a'; name the classes"),
+    ({"images/val/pre_projection": ONES}, "lacks images/train/pre_projection"),
+    ({"images/val/labels": [0.0, 1.5, 0.0]}, "images/val/labels holds something else than whole"),
+    ({"images/val/labels": [2**32, 1, 0]}, "images/val/labels holds numbers beyond int32"),
+    ({"images/val/labels": [True, False, True]}, "images/val/labels holds something else than"),
+    ({"images/val/ids": [1, 2, 3]}, "images/val/ids holds something else than strings"),
+    ({"images/test/labels": np.zeros(0, int)}, "test split has no image that could be read"),
+    ({"images/val/features_hashes": [1, 2, 3]}, "is no dataset that FORMAT.md has, or is computed"),
 ]
 
 
@@ -142,28 +147,45 @@ REFUSALS: list[tuple[dict, type[Exception], str]] = [
 def test_what_no_cache_may_hold_is_refused(tmp_path: Path, number: int) -> None:
     path = make_cache(tmp_path / "features.h5")
     earlier = path.read_bytes()
-    others, error, words = REFUSALS[number]
-    with pytest.raises(error, match=words):
-        write_cache(path, content() | images("val", ONES) | others, **STATED)
+    others, words = REFUSALS[number]
+    with pytest.raises(UserError, match=words):
+        write_cache(path, content() | images("val", ONES) | others, **STATED, force=True)
     assert path.read_bytes() == earlier
     assert [entry.name for entry in tmp_path.iterdir()] == ["features.h5"]
 
 
 @pytest.mark.parametrize(
-    ("others", "error", "words"),
+    ("others", "words"),
     [
-        ({"backbone": BACKBONE | {"embed_dim": 5}}, ValueError, "features of 4 numbers and embed"),
-        ({"dataset": {"name": object()}}, TypeError, "JSON"),
-        ({"dataset": {"name": "x"}}, UserError, "Cannot write .*: dataset lacks source, splits"),
-        ({"logit_scale": -1}, UserError, "logit_scale is -1.0, not a number from"),
+        ({"backbone": BACKBONE | {"embed_dim": 5}}, "features of 4 numbers and embed"),
+        ({"dataset": {"name": object()}}, "its metadata: Object of type object is not JSON"),
+        ({"dataset": {"name": "x"}}, "Cannot write .*: dataset lacks source, splits"),
+        ({"logit_scale": -1}, "logit_scale is -1.0, not a number from"),
+        ({"logit_scale": float("nan")}, "Cannot write .*: its metadata: .* not JSON compliant"),
     ],
 )
 def test_metadata_that_no_cache_may_have_is_refused(
-    tmp_path: Path, others: dict, error: type[Exception], words: str
+    tmp_path: Path, others: dict, words: str
 ) -> None:
-    with pytest.raises(error, match=words):
+    with pytest.raises(UserError, match=words):
         write_cache(tmp_path / "features.h5", content(), **STATED | others)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_split_is_whole_or_not_there(tmp_path: Path) -> None:
+    lone = content() | {"images/val/ids": ["alone"]}
+    with pytest.raises(UserError, match="it lacks images/val/features, images/val/labels"):
+        write_cache(tmp_path / "features.h5", lone, **STATED)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_overwritten_only_by_force(tmp_path: Path) -> None:
+    (tmp_path / "mine.h5").write_text("a thesis")
+    with pytest.raises(UserError, match=r"mine\.h5 exists; choose another name, or force"):
+        write_cache(tmp_path / "mine.h5", content(), **STATED)
+    assert (tmp_path / "mine.h5").read_text() == "a thesis"
+    with pytest.raises(UserError, match="there is no such folder"):
+        write_cache(tmp_path / "nowhere" / "features.h5", content(), **STATED)
 
 
 def test_nothing_stands_under_the_final_name_before_the_end(
