@@ -164,7 +164,7 @@ def parse(arguments: Sequence[str] | None = None) -> StudyConfig:
     if hasattr(given, "help"):
         print(OPTIONS.strip())
         raise SystemExit(0)
-    config = options.parse(others)
+    config = options.parse(others, "clip-adapter study")
     if config.stated - {"method"} and not given.caches:
         raise UserError("--caches needs at least one cache.")
     for name in ("cache", "resume", "verbose"):

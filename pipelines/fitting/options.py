@@ -26,16 +26,17 @@ Flags = dict[str, tuple[str, list[Method]]]
 VALUES_SHOWN = 8
 
 
-def parse(arguments: Sequence[str] | None = None) -> FitConfig:
+def parse(arguments: Sequence[str] | None = None, program: str = "fit") -> FitConfig:
     """The configuration that a command line asks for.
 
+    program: whose --help a sentence names.
     Raises UserError, in a sentence, where it does not parse, and SystemExit after --help.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     methods = _named(words)
     flags = flags_of(methods)
     _check_flags(words, methods, flags)
-    parser = parser_for(FitConfig, "fit")
+    parser = parser_for(FitConfig, program)
     _add(parser, flags)
     given = parser.parse(words)
     hyper = {
