@@ -2,12 +2,7 @@
 
 from pathlib import Path
 
-import jax
 import pytest
-
-# A process that has run some hundred programs has crashed, now and then, as XLA read or wrote one
-# more of them on the disk; commands in processes of their own keep theirs as users' do.
-jax.config.update("jax_enable_compilation_cache", False)
 
 
 @pytest.hookimpl(trylast=True)
