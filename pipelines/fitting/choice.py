@@ -135,7 +135,8 @@ def choose(asked: Search, task: Task, engine: Engine, record: Record) -> Chosen 
     best = _contenders(asked, found)[0]
     if best.failed or best.epochs_run < longest:
         return None
-    if len(found) > 1 and _all_alike(found):
+    is_closed = not (method.is_trained or method.solver)
+    if is_closed and len(found) > 1 and _all_alike(found):
         return take_defaults(asked, task, engine)
     fitted = next((c.arrays for c in contenders if c.setting == best.setting), None)
     arrays = fitted() if fitted else fit(method, best.setting, best.epoch, task, engine)

@@ -119,7 +119,7 @@ class FitConfig:
             raise UserError(f"hyper is {self.hyper!r}, not a mapping from names to values.")
         hyper = {name: several(values) for name, values in self.hyper.items()}
         object.__setattr__(self, "hyper", hyper)
-        check_fields(self)
+        check_fields(self, but=(*CHOICES, "shots", "seeds"))
 
     @property
     def beside_resume(self) -> list[str]:

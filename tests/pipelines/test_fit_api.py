@@ -130,7 +130,7 @@ def test_rows_are_typed_and_predictions_can_be_read(cache: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"select": "luck"}, "--select must be one of few-shot-val, full-val, cv, none"),
+        ({"select": "luck"}, "--select must be one of few-shot-val, full-val, cv, loo, none"),
         ({"search": "random"}, "--search must be one of"),
         ({"shots": 2.5}, "--shots 2.5 is no number of images"),
         ({"shots": "some"}, "--shots 'some' is no number of images"),
