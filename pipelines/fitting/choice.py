@@ -137,7 +137,8 @@ def choose(asked: Search, task: Task, engine: Engine, record: Record) -> Chosen 
         return None
     is_closed = not (method.is_trained or method.solver)
     if is_closed and len(found) > 1 and _all_alike(found):
-        return take_defaults(asked, task, engine)
+        default = take_defaults(asked, task, engine)
+        return default and replace(default, evaluation=best, compared=len(found))
     fitted = next((c.arrays for c in contenders if c.setting == best.setting), None)
     arrays = fitted() if fitted else fit(method, best.setting, best.epoch, task, engine)
     if not is_finite(arrays):

@@ -99,7 +99,7 @@ def test_where_every_setting_says_the_same_the_default_is_taken(cache: Path, tmp
         fit(FitConfig(cache, out, method="gda", baselines=(), shots=shots, select="loo"))
         row = json.loads((out / "selected.jsonl").read_text())
         assert (row["setting"]["alpha"] == "by-shots") != chosen
-        assert (row["val_accuracy"] is not None) == chosen
+        assert row["val_accuracy"] is not None
 
 
 def test_what_joins_is_trained_on_and_known(cache: Path, tmp_path: Path):
