@@ -137,7 +137,9 @@ class Accuracies:
         at = shots_words(last)
         legend = [f"* the best at {at}"] if any(" *" in row[0] for row in rows) else []
         if unshown:
-            legend.append(f"† validation does not show it to outdo zero-shot at {at}")
+            several = any(len(line.entry.results(last)) > 1 for line in self.lines)
+            where = "† at one seed or more" if several else "†"
+            legend.append(f"{where} validation does not show it to outdo zero-shot at {at}")
         table = Table(["method", *map(shots_words, self.shots)], rows, self.title)
         marks = wrap("; ".join(legend), width)
         return table.text(width) + "".join(f"{line}\n" for line in marks)
