@@ -1,14 +1,29 @@
 """What several rooms' tests share."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# A process may hold 65,530 memory maps on Linux, and each compiled program takes several; past
+# that, LLVM crashes as it loads the next one.
+MOST_MAPS = 20_000
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The README's commands, which take longest and are one test, are begun first."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
+@pytest.fixture(autouse=True)
+def _programs_fit_into_a_process() -> Iterator[None]:
+    """Compiled programs are let go where a worker's tests together would hold too many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(scope="session")
