@@ -57,6 +57,7 @@ def make_plan(config: FitConfig, cache_sha256: str, available: Iterable[str] = (
         "methods": tuple(planned),
         "compared": tuple(compared),
         "select": config.select or "few-shot-val",
+        "tasks": "",
         "ablate": ablate,
     }
     plan = Plan(**alike | resolved)

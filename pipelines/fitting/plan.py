@@ -63,6 +63,7 @@ class PlannedMethod:
 class Plan:
     """All that decides a run's numbers; the fields that FitConfig has too mean the same here.
 
+    tasks: the SHA-256 of those that were stated, "" where they are drawn.
     compared: the methods that `--ablate method` shows, some of which may be among the others.
     """
 
@@ -84,6 +85,7 @@ class Plan:
     refit: bool
     placement: Placement
     validation: str = "keep"
+    tasks: str = ""
 
     @property
     def fitted(self) -> list[PlannedMethod]:
