@@ -133,8 +133,8 @@ def _tasks(plan: Plan, cache: FeatureCache) -> tuple[Data, Data | None, list[Tas
     """Data of the classes that are fitted, of the others under base-to-new, and the draws."""
     if "train" not in cache.splits:
         raise UserError(
-            f"{cache.path} has no train split, only {', '.join(cache.splits)}; score an adapter "
-            "that was fitted elsewhere on it with `clip-adapter evaluate`."
+            f"{cache.path} has no train split, only {', '.join(cache.all_splits)}; score an "
+            "adapter that was fitted elsewhere on it with `clip-adapter evaluate`."
         )
     train = cache.labels("train")
     val = cache.labels("val") if "val" in cache.splits else None
