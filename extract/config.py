@@ -162,8 +162,8 @@ class ExtractConfig:
             )
         if unlabelled and (self.like is None) == (self.classes is None):
             raise UserError(
-                f"{self.dataset} says nothing of classes; take those of a feature cache with "
-                "--like FILE, or name them, one per line, in --classes FILE."
+                f"{self.dataset} has to be told the classes once, by a feature cache with "
+                "--like FILE or by a list of their names with --classes FILE."
             )
         if unlabelled and self.views:
             raise UserError("--views are of training images, which images: has none of.")
