@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from clip_adapter.adapters.formulas import cosine_logits, sum_by_class, unit
 from clip_adapter.adapters.hyper import Hyper
 from clip_adapter.adapters.method import Array, Method, Setting, Task
-from clip_adapter.adapters.methods.kernels import each_round, support_rows
+from clip_adapter.adapters.methods.kernels import each_round, one_by_one, support_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -114,10 +114,11 @@ def ridge_solve(
 ) -> Float[Array, "D C"]:
     """(XᵀX + s I)⁻¹ B, through N × N where that is less than D × D (Woodbury's identity)."""
     count, dim = rows.shape
+    solve = one_by_one(xp, "solve")
     if dim <= count:
-        return xp.linalg.solve(rows.T @ rows + strength * xp.eye(dim, dtype=rows.dtype), right)
+        return solve(rows.T @ rows + strength * xp.eye(dim, dtype=rows.dtype), right)
     gram = rows @ rows.T + strength * xp.eye(count, dtype=rows.dtype)
-    return (right - rows.T @ xp.linalg.solve(gram, rows @ right)) / strength
+    return (right - rows.T @ solve(gram, rows @ right)) / strength
 
 
 def logits(xp, arrays, setting, features, head):

@@ -34,7 +34,7 @@ def decomposed(
     xp: Any, gram: Float[Array, "F F"]
 ) -> tuple[Float[Array, " F"], Float[Array, "F F"]]:
     """Eigenvalues and eigenvectors of a matrix that has no negative ones."""
-    values, vectors = xp.linalg.eigh(gram)
+    values, vectors = one_by_one(xp, "eigh")(gram)
     # Those that are zero but for rounding may be negative.
     return xp.where(values > 0, values, 0), vectors
 
@@ -70,8 +70,26 @@ def left_out_fit(
     blocks = rest * identity + (own * weights) @ xp.swapaxes(own, 1, 2)
     # Rows that only fill a round up stand for themselves.
     blocks = xp.where(counts[:, :, None] & counts[:, None], blocks, identity)
-    errors = xp.linalg.solve(blocks, xp.where(counts[:, :, None], left[rows], 0))
+    wanted = xp.where(counts[:, :, None], left[rows], 0)
+    solve = one_by_one(xp, "solve")
+    errors = each_round(xp, lambda number: solve(blocks[number], wanted[number]), rounds)
     return residual[:images] - errors[rounds.of_image, rounds.place]
+
+
+def one_by_one(xp: Any, name: str) -> Callable[..., Any]:
+    """A function of `xp.linalg`, for one matrix, that takes them one after the other where JAX maps
+    it over several.
+
+    Of several at once each is a piece of work for XLA's threads, as many as there are cores, and
+    the thread that asked waits until all are done: where as many ask as there are threads, none is
+    left to do any, and the program waits for ever (seen on 2 cores with jaxlib 0.10.2).
+    """
+    function = getattr(xp.linalg, name)
+    if xp.__name__ == "numpy":
+        return function
+    from jax.custom_batching import sequential_vmap
+
+    return sequential_vmap(lambda *arrays: function(*arrays))  # without what it takes by default
 
 
 def each_round(xp: Any, function: Callable[[Any], Array], rounds: Rounds) -> Float[Array, "R ..."]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def evaluate(config: EvaluateConfig, listener: Listener | None = None) -> Scores
     for path in (config.confusion, config.predictions):
         _check_place(path, ".csv")
     _check_place(config.features, ".npz")
-    tables = [path.resolve() for path in (config.confusion, config.predictions) if path]
+    tables = [os.path.realpath(path) for path in (config.confusion, config.predictions) if path]
     if len(set(tables)) < len(tables):
         raise UserError(
             f"--confusion and --predictions both name {config.confusion}; give each its own."

@@ -1,5 +1,6 @@
 """`clip-adapter merge`: join the parts that `extract --shard` wrote into one cache."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,8 @@ def merge(config: MergeConfig) -> Path:
         raise UserError("Name the parts to join: clip-adapter merge OUT PART…")
     if is_there(config.out) and not config.force:
         raise UserError(f"{config.out} exists; choose another name, or --force to overwrite it.")
-    if config.out.resolve() in [part.resolve() for part in config.parts]:
+    # Not Path.resolve, which ends at a link that leads to itself.
+    if os.path.realpath(config.out) in map(os.path.realpath, config.parts):
         raise UserError(f"{config.out} is one of the parts; name the cache otherwise.")
     from clip_adapter.extract.outcome import join_parts
 

@@ -1,6 +1,6 @@
 """Closed forms against their formulas in float64 NumPy: one key, or one linear system, a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -438,3 +438,36 @@ def test_left_out_scores_are_those_of_folds(name: str, kind: str, balanced: bool
         np.testing.assert_allclose(images.losses, one[2].losses, rtol=1e-2, atol=1e-3)
     if len(settings) > 1:
         assert len({accuracy for accuracy, *_ in found}) > 1, "all points are alike"
+
+
+def factorised(jaxpr: jax.extend.core.Jaxpr) -> Iterator[tuple[str, int]]:
+    """Each factorisation of a program, with the dimensions of what it takes."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("lu", "eigh", "cholesky", "geqrf", "svd"):
+            yield equation.primitive.name, equation.invars[0].aval.ndim
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns")):
+            if isinstance(inner := getattr(inner, "jaxpr", inner), jax.extend.core.Jaxpr):
+                yield from factorised(inner)
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_matrices_are_factorised_one_by_one(name: str):
+    """Of several at once JAX waits for ever where as many programs' parts ask as there are cores:
+    `fit --select loo` did on two."""
+    method, task = METHODS[name], jax.tree.map(jnp.asarray, ROUNDS["views"])
+    rounds = jax.tree.map(jnp.asarray, rounds_of(np.asarray(task.labels)))
+    static, numbers = method.split(POINTS[name][0])
+    several = {key: jnp.full(3, value) for key, value in numbers.items()}
+
+    def fitted(numbers: Setting) -> Any:
+        return method.fit(jnp, task, {**static, **numbers})
+
+    def left_out(numbers: Setting) -> Any:
+        return method.left_out(jnp, task, {**static, **numbers}, rounds)
+
+    programs = (
+        [jax.make_jaxpr(jax.vmap(each))(several) for each in (fitted, left_out)] if several else []
+    )
+    found = [one for program in programs for one in factorised(program.jaxpr)]
+    assert all(dimensions == 2 for _, dimensions in found), found
+    assert found or name in ("zero-shot", "tip-adapter"), "no factorisation was found"
