@@ -30,6 +30,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from clip_adapter.adapters.formulas import log_softmax, unit
+from clip_adapter.adapters.method import Array
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -49,9 +50,9 @@ BLOCK_NUMBERS = 1 << 24
 class Refinement(NamedTuple):
     """What makes a classifier a refined one. temperature: T, by which its logits are divided."""
 
-    means: Float[np.ndarray, "C D"]
-    variances: Float[np.ndarray, "C D"]
-    temperature: Any
+    means: Float[Array, "C D"]
+    variances: Float[Array, "C D"]
+    temperature: Float[Array, ""]
 
 
 def log_density(xp: Any, rows: Rows, means: Any, variances: Any) -> Any:

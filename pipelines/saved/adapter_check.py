@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.adapters.method import Head, Method, Setting
+from clip_adapter.adapters.stata import FLOOR, Refinement
 from clip_adapter.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,6 +67,30 @@ def check_usable(
     scale = 1e-3 * float(np.abs(alone).max())
     if not (finite and np.allclose(logits[1], alone[0], rtol=1e-3, atol=scale)):
         raise ValueError("the logits of an image are not finite, or depend on the other images")
+
+
+def checked_refinement(
+    method: Method, arrays: Mapping[str, npt.NDArray[Any]], weights: npt.NDArray[np.float32]
+) -> Refinement | None:
+    """What these arrays of a file say; None where there are none.
+
+    Raises ValueError, in a sentence, for others than a refinement has.
+    """
+    if not arrays:
+        return None
+    shapes = {"means": weights.shape, "variances": weights.shape, "temperature": ()}
+    if arrays.keys() != shapes.keys() or "projection" in method.needs:
+        raise ValueError(f"a refinement of {method.name} by {', '.join(arrays)} cannot be used")
+    for name, array in arrays.items():
+        if array.shape != shapes[name] or array.dtype != np.float32 or not np.isfinite(array).all():
+            raise ValueError(
+                f"the refinement's {name} are not finite float32 numbers of its classes"
+            )
+    refinement = Refinement(**arrays)
+    unit_rows = np.linalg.norm(refinement.means, axis=1) < 1 + 1e-3
+    if not unit_rows.all() or min(refinement.variances.min(), refinement.temperature) < FLOOR / 2:
+        raise ValueError("the refinement has means or variances that no unit features have")
+    return refinement
 
 
 def feature_width(method: Method, arrays: Mapping[str, npt.NDArray[Any]], head: Head) -> int:
