@@ -73,13 +73,17 @@ def refined_logits(xp: Any, refinement: Refinement, logits: Any, features: Any) 
 
 
 def refine(
-    features: Rows, logits: Shares, texts: Float[np.ndarray, "C D"], temperature: float = 1.0
+    features: Rows,
+    logits: Shares,
+    texts: Float[np.ndarray, "C D"],
+    temperature: float = 1.0,
+    near: csr_array | None = None,
 ) -> tuple[Shares, Refinement]:
     """z (M, C), rows of shares, for M images together, and what refines the classifier for others.
 
-    features: un-normalised, two or more. logits: by the classifier. texts: unit rows. Computes in
-    the floating-point type of the features. Time M² D + 11 M C D; memory is a few times what
-    features and logits take.
+    features: un-normalised, two or more. logits: by the classifier. texts: unit rows. near: their
+    `neighbours`, where those are known. Computes in the floating-point type of the features. Time
+    M² D + 11 M C D; memory is a few times what features and logits take.
 
     Examples:
         >>> import numpy as np
@@ -93,7 +97,7 @@ def refine(
     rows = unit(np, features)
     texts = unit(np, texts).astype(rows.dtype)
     known = log_softmax(np, logits.astype(rows.dtype) / rows.dtype.type(temperature))
-    pulled = _pull(rows)
+    near = neighbours(features) if near is None else near
     shares = np.exp(known)
     spread = _scatter(rows, shares, texts).sum(axis=0) / len(rows)
     means = texts
@@ -103,10 +107,29 @@ def refine(
         for block in _blocks(len(rows), max(rows.shape[1], len(texts))):
             fixed[block] += log_density(np, rows[block], means, variances) / SOFTENED
         for _ in range(INNER):
-            shares = np.exp(log_softmax(np, fixed + pulled @ shares))
+            shares = np.exp(log_softmax(np, fixed + near @ shares))
         if outer + 1 < OUTER:
             means, variances = _moments(rows, shares, texts, spread)
     return shares, Refinement(means, variances, rows.dtype.type(temperature))
+
+
+def neighbours(features: Rows) -> csr_array:
+    """(N + Nᵀ) / 6, (M, M)."""
+    rows = unit(np, features)
+    count = min(NEIGHBOURS, len(rows) - 1)
+    nearest = np.empty((len(rows), count), np.int64)
+    cosines = np.empty((len(rows), count), rows.dtype)
+    for block in _blocks(len(rows), len(rows)):
+        products = rows[block] @ rows.T
+        each = np.arange(len(products))
+        products[each, each + block.start] = -np.inf
+        for place in range(count):  # three times the largest: faster than to partition rows
+            nearest[block, place] = products.argmax(axis=1)
+            cosines[block, place] = products[each, nearest[block, place]]
+            products[each, nearest[block, place]] = -np.inf
+    starts = np.arange(0, nearest.size + 1, count)
+    near = csr_array((cosines.ravel(), nearest.ravel(), starts), shape=(len(rows), len(rows)))
+    return csr_array((near + near.T) * rows.dtype.type(0.5 / count))
 
 
 def classes_found(shares: Shares) -> Int[np.ndarray, " K"]:
@@ -134,24 +157,6 @@ def _scatter(rows: Rows, shares: Shares, means: Any) -> Any:
         here, own = rows[block] - middle, shares[block].T
         sums += own @ here**2 - 2 * means * (own @ here)
     return sums
-
-
-def _pull(rows: Rows) -> csr_array:
-    """(N + Nᵀ) / 6."""
-    count = min(NEIGHBOURS, len(rows) - 1)
-    nearest = np.empty((len(rows), count), np.int64)
-    cosines = np.empty((len(rows), count), rows.dtype)
-    for block in _blocks(len(rows), len(rows)):
-        products = rows[block] @ rows.T
-        each = np.arange(len(products))
-        products[each, each + block.start] = -np.inf
-        for place in range(count):  # three times the largest: faster than to partition rows
-            nearest[block, place] = products.argmax(axis=1)
-            cosines[block, place] = products[each, nearest[block, place]]
-            products[each, nearest[block, place]] = -np.inf
-    starts = np.arange(0, nearest.size + 1, count)
-    near = csr_array((cosines.ravel(), nearest.ravel(), starts), shape=(len(rows), len(rows)))
-    return csr_array((near + near.T) * rows.dtype.type(0.5 / count))
 
 
 def _blocks(count: int, width: int) -> Iterator[slice]:

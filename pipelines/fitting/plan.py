@@ -64,6 +64,8 @@ class Plan:
     """All that decides a run's numbers; the fields that FitConfig has too mean the same here.
 
     compared: the methods that `--ablate method` shows, some of which may be among the others.
+    unlabelled: which images without labels refine what is chosen, "" for none; unlabelled_cache:
+    where they lie. Plans without such images do not state the two.
     """
 
     clip_adapter: str
@@ -84,6 +86,8 @@ class Plan:
     refit: bool
     placement: Placement
     validation: str = "keep"
+    unlabelled: str = ""
+    unlabelled_cache: str = ""
 
     @property
     def fitted(self) -> list[PlannedMethod]:
@@ -122,6 +126,8 @@ class Plan:
     def document(self) -> Json:
         """As JSON, with a SHA-256 over the rest."""
         document = json.loads(json.dumps(asdict(self)))
+        if not self.unlabelled:
+            del document["unlabelled"], document["unlabelled_cache"]
         return document | {OWN_SHA256: _sha256(document)}
 
     @classmethod
@@ -158,8 +164,8 @@ class Plan:
     def differing(self, other: Plan) -> list[str]:
         """In what the two differ; the content of the cache counts, not where it lies."""
         one, two = self.document(), other.document()
-        unlike = [name for name in one if one[name] != two[name]]
-        names = [name for name in unlike if name not in ("cache", OWN_SHA256)]
+        unlike = [name for name in one | two if one.get(name) != two.get(name)]
+        names = [n for n in unlike if n not in ("cache", "unlabelled_cache", OWN_SHA256)]
         if "methods" in names:
             mine = {planned.name: planned.values for planned in self.methods}
             others = {planned.name: planned.values for planned in other.methods}

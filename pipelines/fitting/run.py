@@ -41,6 +41,7 @@ from clip_adapter.pipelines.fitting.tasks import (
     draw_tasks,
     only_classes,
 )
+from clip_adapter.pipelines.fitting.unlabelled import Unlabelled, read_unlabelled
 from clip_adapter.pipelines.saved.adapter_file import know_method
 from clip_adapter.words import same_text
 
@@ -78,7 +79,8 @@ def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -
     if config.resume and (others := config.beside_resume):
         raise UserError(
             f"--resume takes no --{others[0]}: a run goes on as it was begun. Beside it stand "
-            "--cache, where the cache lies elsewhere now, and --method MODULE:NAME of your own."
+            "--cache and --unlabelled, where those lie elsewhere now, and --method MODULE:NAME of "
+            "your own."
         )
     begun = config.out if may_go_on and config.out and (config.out / PLAN).exists() else None
     begun = config.resume or begun
@@ -93,7 +95,9 @@ def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -
                 f"{cache.path} is not the cache that {begun} was started on; start a new run, or "
                 "name with --cache where it lies now."
             )
-        plan = stored if stored and config.resume else _new_plan(config, cache, listener)
+        unlabelled = _unlabelled(config, stored, cache)
+        plan = stored if stored and config.resume else None
+        plan = plan or _new_plan(config, cache, unlabelled, listener)
         if stored and (differing := stored.differing(plan)):
             raise UserError(
                 f"{begun} was started with other arguments ({', '.join(differing)}); give those "
@@ -106,13 +110,33 @@ def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -
         check_feasible(plan, data, data.tasks[0])
         place = begun or config.out or new_folder()
         with closing(RunFolder(place, plan, resume=begun is not None)) as folder:
-            return _execute(plan, data, new, tasks, folder, listener)
+            return _execute(plan, data, new, tasks, unlabelled, folder, listener)
 
 
-def _new_plan(config: FitConfig, cache: FeatureCache, listener: Listener) -> Plan:
+def _unlabelled(config: FitConfig, stored: Plan | None, cache: FeatureCache) -> Unlabelled | None:
+    """The images without labels that refine what is chosen.
+
+    Raises UserError where they are not those that a run was started with.
+    """
+    path = config.unlabelled or (stored and config.resume and stored.unlabelled_cache)
+    if not path:
+        return None
+    unlabelled = read_unlabelled(Path(path), cache)
+    if stored and config.resume and stored.unlabelled != unlabelled.identity:
+        raise UserError(
+            f"--unlabelled: the images without labels of {path} are not those that {config.resume} "
+            "was started with."
+        )
+    return unlabelled
+
+
+def _new_plan(
+    config: FitConfig, cache: FeatureCache, unlabelled: Unlabelled | None, listener: Listener
+) -> Plan:
     if config.select is None:
         config = replace(config, select=_usual_rule(cache, listener))
-    plan = make_plan(config, cache.content_sha256, available(cache))
+    which = unlabelled.identity if unlabelled else ""
+    plan = make_plan(config, cache.content_sha256, available(cache), which)
     for sentence in without_effect(config, plan):
         listener.note(sentence)
     return plan
@@ -155,6 +179,7 @@ def _execute(
     data: Data,
     new: Data | None,
     tasks: Sequence[TaskRows],
+    unlabelled: Unlabelled | None,
     folder: RunFolder,
     listener: Listener,
 ) -> FitResult:
@@ -169,7 +194,9 @@ def _execute(
             said.add(sentence)
             listener.note(sentence)
 
-    runner = TaskRunner(plan, data, new, provenance, engine, tell)
+    if unlabelled:
+        unlabelled = unlabelled.without(data.hashes(data.taking_part()))
+    runner = TaskRunner(plan, data, new, provenance, engine, tell, unlabelled)
     problem = ""
     try:
         _run_tasks(runner, folder, listener)
