@@ -72,15 +72,16 @@ class Tally:
 
 
 def tally(content: Content) -> dict[str, Tally]:
-    """By split."""
+    """By split; where none has a label none is lost."""
     tallies = {}
-    for split in schema.SPLITS:
-        labels = content.get(of_images(split, "labels"))
-        if labels is not None:
+    for split in schema.ALL_SPLITS:
+        ids = content.get(of_images(split, "ids"))
+        if ids is not None:
+            labels = content.get(of_images(split, "labels"), np.zeros(0, np.int32))
             skipped = content.get(of_images(split, "skipped"), np.zeros(0, object))
             missing = content.get(of_images(split, "skipped_labels"), np.zeros(0, np.int32))
             lost = np.setdiff1d(missing, labels[:]).tolist()
-            tallies[split] = Tally(len(labels[:]), skipped[:].tolist(), lost)
+            tallies[split] = Tally(ids.shape[0], skipped[:].tolist(), lost)
     return tallies
 
 
@@ -91,10 +92,11 @@ def in_several_splits(content: Content) -> dict[str, Any] | None:
     Eight bytes per image are in memory.
     """
     none = np.zeros(0, np.uint64)
-    digests = {split: content.get(of_images(split, "digests"), none)[:] for split in schema.SPLITS}
+    splits = schema.ALL_SPLITS
+    digests = {split: content.get(of_images(split, "digests"), none)[:] for split in splits}
     shared = none
     examples: list[list[str]] = []
-    for one, other in combinations(schema.SPLITS, 2):
+    for one, other in combinations(splits, 2):
         common = np.intersect1d(digests[one], digests[other])
         shared = np.union1d(shared, common)
         chosen = common[: EXAMPLES - len(examples)]

@@ -51,7 +51,7 @@ class Part:
 
     def __post_init__(self) -> None:
         ordered = all(start <= stop <= total for start, stop, total in self.rows.values())
-        if self.index > self.of or not ordered or not self.rows.keys() <= set(schema.SPLITS):
+        if self.index > self.of or not ordered or not self.rows.keys() <= set(schema.ALL_SPLITS):
             raise Contradiction("part is not a part of a cache")
 
 

@@ -43,7 +43,7 @@ class PartFile(StoredFile):
 
     def _check_count(self) -> None:
         """Every image that the part was to encode is there or listed as skipped."""
-        for split in self.splits:
+        for split in self.all_splits:
             if split not in self.part.rows:
                 raise self._broken(f"it has {split} images and states none")
         for split, (start, stop, _) in self.part.rows.items():
@@ -104,8 +104,8 @@ def _joined(parts: Sequence[PartFile]) -> Content:
         if path.endswith("labels"):
             for part in having:
                 part.labels_of(path, classes)
-    for split in schema.SPLITS:
-        content |= _joined_rows([part for part in parts if split in part.splits], split)
+    for split in schema.ALL_SPLITS:
+        content |= _joined_rows([part for part in parts if split in part.all_splits], split)
     return content
 
 
@@ -148,7 +148,7 @@ def _check_together(parts: Sequence[PartFile]) -> None:
             f"{f' and {more} more' if more > 0 else ''} as well."
         )
     _check_text(parts)
-    for split in schema.SPLITS:
+    for split in schema.ALL_SPLITS:
         _check_split(parts, split)
 
 
@@ -174,7 +174,7 @@ def _check_split(parts: Sequence[PartFile], split: str) -> None:
             f"The parts do not meet in the {split} split; extract all of them with the same "
             "--batch-size."
         )
-    here = [part for part in parts if split in part.splits]
+    here = [part for part in parts if split in part.all_splits]
     kinds = [_kinds(part, split) for part in here]
     for part, kind in zip(here, kinds, strict=True):
         if kind != kinds[0]:

@@ -16,7 +16,7 @@ from clip_adapter.cache.stored_file import StoredFile
 from clip_adapter.errors import UserError
 
 BLOCK_ROWS = 4096
-Optional = Literal["prompts", "tokens", "pre_projection", "projection"]
+Optional = Literal["prompts", "tokens", "pre_projection", "projection", "unlabelled"]
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,9 @@ class FeatureCache(StoredFile):
         paths = {
             "prompts": "text/prompts",
             "tokens": "text/tokens",
-            "pre_projection": f"images/{self.splits[0]}/pre_projection",
+            "pre_projection": f"images/{self.all_splits[0]}/pre_projection",
             "projection": "projection/weights",
+            "unlabelled": "images/unlabelled/features",
         }
         return self.has_dataset(paths[name])
 
@@ -140,6 +141,8 @@ class FeatureCache(StoredFile):
 
     def labels(self, split: str) -> npt.NDArray[np.int32]:
         """(N,) int32, checked to lie within the classes."""
+        if split == schema.UNLABELLED:
+            raise UserError(f"{self.path} has no labels of its unlabelled images; nobody has.")
         self._need_split(split)
         return self.labels_of(f"images/{split}/labels", self.lengths["C"])
 
@@ -247,8 +250,8 @@ class FeatureCache(StoredFile):
         return wanted
 
     def _need_split(self, split: str) -> None:
-        if split not in self.splits:
+        if split not in self.all_splits:
             raise UserError(
-                f"{self.path} has no {split} split, only {', '.join(self.splits)}; "
+                f"{self.path} has no {split} split, only {', '.join(self.all_splits)}; "
                 "extract a data set with one."
             )

@@ -5,7 +5,7 @@ reader checks it, `merge` joins it, and a row of it is picked from where it was 
 """
 
 from collections.abc import Collection, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from math import prod
 
@@ -15,6 +15,8 @@ FORMAT = "clip-feature-cache"
 PART_FORMAT = "clip-feature-cache-part"
 FORMAT_VERSION = 2
 SPLITS = ("train", "val", "test")
+UNLABELLED = "unlabelled"  # beside them, images without labels
+ALL_SPLITS = (*SPLITS, UNLABELLED)
 METADATA = "metadata"
 METADATA_SHA256 = "metadata_sha256"
 
@@ -90,6 +92,10 @@ _OF_IMAGES = (
     Element("contents", Kind.UINT64, "N"),
     Element("skipped_stamps", Kind.UINT64, "S"),
 )
+# What is added to a cache, or taken from it, does not change what others were fitted on.
+_OF_UNLABELLED = tuple(
+    replace(one, content=0) for one in _OF_IMAGES if not one.name.endswith("labels")
+)
 _OF_ALL = (
     Element("text/features", Kind.FEATURES, "CPD", required=True, content=1),
     Element("text/tokens", Kind.INT32, "CPL", content=2),
@@ -102,6 +108,7 @@ _OF_ALL = (
 # By path, in the order in which a writer stores them.
 ELEMENTS: Mapping[str, Element] = {
     **{of_images(split, one.name): one for split in SPLITS for one in _OF_IMAGES},
+    **{of_images(UNLABELLED, one.name): one for one in _OF_UNLABELLED},
     **{one.name: one for one in _OF_ALL},
 }
 # In the order in which the content hash reads them.
@@ -123,8 +130,9 @@ def measure(
 ) -> dict[str, int]:
     """The lengths that the letters stand for, by letter; those of a split as `N train`.
 
-    shapes: of each dataset that is there, by its path. part: of a part of a cache, which may lack
-    things. Raises Contradiction for what FORMAT.md does not allow.
+    shapes: of each dataset that is there, by its path. splits: of ALL_SPLITS those that are there.
+    part: of a part of a cache, which may lack things.
+    Raises Contradiction for what FORMAT.md does not allow.
     """
     lengths: dict[str, int] = {}
     for path, shape in shapes.items():
@@ -138,7 +146,7 @@ def measure(
                     f"{path} has the shape {shape}, which disagrees with the others "
                     f"({letter} is {lengths[letter]})"
                 )
-        if split in ("val", "test") and lengths.get(f"V {split}", 1) != 1:
+        if split not in ("", "train") and lengths.get(f"V {split}", 1) != 1:
             raise Contradiction(f"{path} has several views, which only train may have")
     if missing := _missing(shapes.keys(), splits, part):
         raise Contradiction(f"it lacks {', '.join(missing)}")

@@ -114,16 +114,17 @@ class StoredFile:
         """Finds and measures the datasets, by their paths, without reading a value."""
         checked = hdf5.CheckedDatasets(self._file)
         images = checked.has_group("images")
-        self.splits = tuple(
-            split for split in schema.SPLITS if images and checked.has_group(f"images/{split}")
+        self.all_splits = tuple(
+            split for split in schema.ALL_SPLITS if images and checked.has_group(f"images/{split}")
         )
+        self.splits = tuple(split for split in self.all_splits if split != schema.UNLABELLED)
         datasets = {
             path: checked.find(path, element.kind, len(element.axes))
             for path, element in ELEMENTS.items()
         }
         self._datasets = {path: one for path, one in datasets.items() if one is not None}
         shapes = {path: dataset.shape for path, dataset in self._datasets.items()}
-        self.lengths = schema.measure(shapes, self.splits, part=part)
+        self.lengths = schema.measure(shapes, self.all_splits, part=part)
 
     def _stored_metadata(self, stated: dict[str, Any]) -> dict[str, Any]:
         dataset = hdf5.CheckedDatasets(self._file).find(schema.METADATA, Kind.BYTES, 1)
@@ -168,7 +169,7 @@ class StoredFile:
     @property
     def skipped(self) -> int:
         """Images of the data set that could not be read and are not here."""
-        return sum(self.lengths.get(f"S {split}", 0) for split in self.splits)
+        return sum(self.lengths.get(f"S {split}", 0) for split in self.all_splits)
 
     def has_dataset(self, path: str) -> bool:
         return path in self._datasets

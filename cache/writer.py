@@ -158,9 +158,10 @@ def _is_written(name: str, values: Any) -> bool:
 def _check(path: Path, content: Content, part: bool, dim: Any) -> None:
     """Raises UserError or ValueError for what the file may not hold."""
     shapes = {name: values.shape for name, values in content.items()}
-    splits = [split for split in schema.SPLITS if split in {split_of(name) for name in content}]
+    splits = [split for split in schema.ALL_SPLITS if split in {split_of(name) for name in content}]
     for split in splits:
-        if not part and not shapes.get(of_images(split, "labels"), (1,))[0]:
+        counted = of_images(split, "ids" if split == schema.UNLABELLED else "labels")
+        if not part and not shapes.get(counted, (1,))[0]:
             raise UserError(f"The {split} split has no image that could be read.")
     try:
         lengths = schema.measure(shapes, splits, part=part)

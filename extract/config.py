@@ -2,15 +2,22 @@
 
 import hashlib
 import json
+import os
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clip_adapter.cores import available_cores
 from clip_adapter.errors import UserError, require_within
+from clip_adapter.extract.like import backbone_of, class_names_of, has_projection, text_sha256
 from clip_adapter.extract.shards import find_launch
-from clip_adapter.extract.text.prompts import read_descriptions, resolve_templates
+from clip_adapter.extract.text.prompts import (
+    read_class_names,
+    read_descriptions,
+    resolve_templates,
+)
 from clip_adapter.listener import Listener
 from clip_adapter.records import check_fields
 
@@ -30,7 +37,8 @@ class ExtractConfig:
 
     Attributes:
         dataset: Data set: digits (embedded), a name of the literature such as oxford_pets,
-            tfds:BUILDER[/CONFIG], coop:FOLDER, folder:FOLDER, csv:FILE, or hf:ORG/NAME.
+            tfds:BUILDER[/CONFIG], coop:FOLDER, folder:FOLDER, csv:FILE, hf:ORG/NAME, or
+            images:FOLDER of images without labels.
         backbone: CLIP model: glyph-clip (embedded, a demonstration), an open_clip name such
             as RN50, local-dir:FOLDER or hf-hub:ORG/NAME.
         pretrained: Weights: a tag of open_clip's, or a local file or folder. By default
@@ -40,6 +48,8 @@ class ExtractConfig:
             line, or `ensemble` for ImageNet's seven; by default the data set's own.
         descriptions: JSON file {class: [sentences]} of prompts for each class, in place of
             the data set's own templates and beside those given with --templates.
+        like: Feature cache whose classes, prompts and backbone images: takes.
+        classes: Text file with one class name per line, for images: without such a cache.
         views: Augmented views (random crop and flip) to store of each training image, for
             fit --augment.
         augment_seed: Seed of these views.
@@ -85,6 +95,8 @@ class ExtractConfig:
     out: Path = Path("features.h5")
     templates: tuple[str, ...] = ()
     descriptions: Path | None = None
+    like: Path | None = None
+    classes: Path | None = None
     views: int = 0
     augment_seed: int = 0
     data_dir: Path | None = None
@@ -108,7 +120,15 @@ class ExtractConfig:
 
     def __post_init__(self) -> None:
         """Take what a person types: strings for paths, one template, columns in one word."""
-        for name in ("out", "descriptions", "data_dir", "data_root", "image_root"):
+        for name in (
+            "out",
+            "descriptions",
+            "like",
+            "classes",
+            "data_dir",
+            "data_root",
+            "image_root",
+        ):
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, Path(value).expanduser())
@@ -129,6 +149,42 @@ class ExtractConfig:
                 "--update brings one whole cache up to date, in one process; leave out --force and "
                 "--shard, and torchrun."
             )
+
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        """Raises UserError where nothing says which classes there are, or two things do."""
+        unlabelled = self.dataset.startswith("images:")
+        if not unlabelled and (self.like or self.classes):
+            raise UserError(
+                "--like and --classes are for --dataset images:FOLDER, others have classes of "
+                "their own; leave them out."
+            )
+        if unlabelled and (self.like is None) == (self.classes is None):
+            raise UserError(
+                f"{self.dataset} has to be told the classes once, by a feature cache with "
+                "--like FILE or by a list of their names with --classes FILE."
+            )
+        if unlabelled and self.views:
+            raise UserError("--views are of training images, which images: has none of.")
+        if self.like and (self.templates or self.descriptions or self.with_text_tower):
+            raise UserError(
+                "--like takes the prompts of its cache as they are; leave out --templates, "
+                "--descriptions and --with-text-tower."
+            )
+        if self.like and os.path.realpath(self.like) == os.path.realpath(self.out):
+            raise UserError(f"--like and --out are both {self.out}; choose another --out.")
+
+    def resolved(self) -> "ExtractConfig":
+        """The same with the backbone of the cache that `like` names, where none is given, and with
+        the projection where that has it. Raises UserError where it is of no use for that."""
+        if self.like is None:
+            return self
+        projection = self.with_projection or has_projection(self.like)
+        name, pretrained = self.backbone, self.pretrained
+        if name == ExtractConfig.backbone:
+            name, pretrained = backbone_of(self.like, pretrained)
+        return replace(self, backbone=name, pretrained=pretrained, with_projection=projection)
 
     def named_columns(self) -> dict[str, str]:
         """What `columns` says. Raises UserError where it says nothing, or something twice."""
@@ -152,18 +208,29 @@ class ExtractConfig:
             data_root=self.data_root,
             image_root=self.image_root,
             columns=self.named_columns(),
+            class_names=self._class_names(),
             val=self.val,
             test=self.test,
             seed=self.split_seed,
             listener=listener or Listener(),
         )
 
+    def _class_names(self) -> Sequence[str]:
+        if self.classes is not None:
+            return read_class_names(self.classes)
+        return () if self.like is None else class_names_of(self.like)
+
     def identity(self) -> dict[str, Any]:
         """The arguments that decide what the cache holds, as JSON.
 
         Raises UserError for files of prompts that cannot be used.
         """
+        # Said only where it is: other caches are what they were.
+        classes = {} if self.classes is None else {"classes": _sha256(self._class_names())}
+        like = {} if self.like is None else {"like": text_sha256(self.like)}
         return {
+            **classes,
+            **like,
             "dataset": self.dataset,
             "backbone": self.backbone,
             "pretrained": self.pretrained,

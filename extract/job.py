@@ -41,7 +41,7 @@ from clip_adapter.extract.outcome import (
 from clip_adapter.extract.shards import Shard
 from clip_adapter.extract.stage import IMAGES, SKIPPED, TEXT, StagedText, stage_images, text_plan
 from clip_adapter.extract.text.encode_text import TextPlan, classes_with_one_text
-from clip_adapter.extract.update import UPDATABLE, refuse_other_features
+from clip_adapter.extract.update import UPDATABLE, refuse_other_features, text_of
 from clip_adapter.listener import Listener
 from clip_adapter.words import counted, quoted, same_text
 
@@ -63,7 +63,9 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
     backbone = load_backbone(config.backbone, config.pretrained, precision)
     if backbone.assumption:
         listener.warn(backbone.assumption)
-    described = dict(backbone.identity)
+    described, preprocess = dict(backbone.identity), backbone.preprocess_config
+    weights = backbone.identity["weights_sha256"]
+    taken = text_of(config.like, weights, preprocess) if config.like else None
     tower = _tower(config, backbone, precision, dataset) if config.with_text_tower else None
     if tower is not None:
         described["text_tower_sha256"] = hashlib.sha256(tower).hexdigest()
@@ -72,8 +74,8 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
     identity = {
         **config.identity(),
         "precision": precision,
-        "weights_sha256": backbone.identity["weights_sha256"],
-        "preprocess": backbone.preprocess_config,
+        "weights_sha256": weights,
+        "preprocess": preprocess,
     }
     place.begin(identity, restart=config.force, may_differ=UPDATABLE if config.update else ())
     with warnings.catch_warnings(), ExitStack() as stack:
@@ -89,18 +91,16 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
         earlier = None
         if config.update and config.out.exists():
             earlier = stack.enter_context(FeatureCache(config.out))
-            weights, preprocess = identity["weights_sha256"], backbone.preprocess_config
             refuse_other_features(earlier, weights, preprocess, precision)
         job = _Job(config, shard, dataset, encoder, place, listener)
         job.look_around(earlier)
         content: dict[str, Any] = {}
         if shard.index == 1:  # which has what belongs to no image
-            content |= job.text(text, earlier)
-            if groups := classes_with_one_text(encoder, text):
+            content |= taken or job.text(text, earlier)
+            if not taken and (groups := classes_with_one_text(encoder, text)):
                 listener.warn(same_text(groups))
             if encoder.projection is not None:
-                weights, bias = encoder.projection.arrays()
-                content["projection/weights"] = weights
+                content["projection/weights"], bias = encoder.projection.arrays()
                 content |= {} if bias is None else {"projection/bias": bias}
         for name in dataset.splits:
             job.encode_split(name)
@@ -124,13 +124,13 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
                 place,
                 content,
                 backbone=described,
-                preprocess=backbone.preprocess_config,
+                preprocess=preprocess,
                 dataset=record,
                 logit_scale=backbone.logit_scale,
                 logit_bias=backbone.logit_bias,
                 arguments={**identity, "rows_sha256": rows_sha256(dataset.splits)},
                 part=job.part,
-                templates=text.stored_templates,
+                templates=taken["text/templates"] if taken else text.stored_templates,
             )
     return job.summary(tallies)
 
@@ -204,7 +204,7 @@ class _Job:
                 f"goes on from image {done:,} of {total:,}, where an earlier run stopped"
             )
         if earlier is not None:
-            for split in earlier.splits:
+            for split in earlier.all_splits:
                 known.look_in(StoredRows(earlier, split), earlier.ids(split))
             known.settle(workers)
             self._kept = known.count - done

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from clip_adapter.cache.content import Content
 from clip_adapter.cache.rows import Chosen, Places, Rows, Source, picked
-from clip_adapter.cache.schema import of_images
+from clip_adapter.cache.schema import ELEMENTS, of_images
 from clip_adapter.extract.datasets.source import Split
 
 NANOSECONDS = 10**9
@@ -165,7 +165,8 @@ class Known:
         content: dict[str, Any] = {}
         for split, known in self.splits.items():
             values = known.content(self.sources) if known.bounds else {}
-            content |= {of_images(split, name): value for name, value in values.items()}
+            of_split = {of_images(split, name): value for name, value in values.items()}
+            content |= {path: value for path, value in of_split.items() if path in ELEMENTS}
         return content
 
     def add(self, source: Source) -> int:

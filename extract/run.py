@@ -35,6 +35,7 @@ def extract(config: ExtractConfig, listener: Listener | None = None) -> Path:
         PosixPath('features.h5')
     """
     config.check()
+    config = config.resolved()
     listener = listener or Listener()
     launch = find_launch()
     if launch is not None:

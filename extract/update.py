@@ -2,15 +2,19 @@
 
 import json
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
+from clip_adapter.cache.content import Content
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.rows import StoredRows
+from clip_adapter.cache.schema import UNLABELLED
 from clip_adapter.errors import UserError
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.datasets.registry import open_dataset, provenance_of
-from clip_adapter.extract.datasets.source import ImageDataset
+from clip_adapter.extract.datasets.source import NO_LABEL, ImageDataset
 from clip_adapter.extract.known import Known, KnownRows, rows_sha256, stamps
+from clip_adapter.extract.like import OF_CLASSES
 from clip_adapter.listener import Listener
 from clip_adapter.words import counted, some
 
@@ -20,6 +24,8 @@ from clip_adapter.words import counted, some
 UPDATABLE = (
     "templates",
     "descriptions",
+    "like",
+    "classes",
     "views",
     "columns",
     "val",
@@ -72,13 +78,13 @@ def _changes(cache: FeatureCache, dataset: ImageDataset, workers: int) -> str | 
     return ", ".join(parts) or None
 
 
-ClassNames = dict[tuple[str, str], str]
+ClassNames = dict[tuple[str, str], str | None]
 
 
 def _current(dataset: ImageDataset) -> ClassNames:
-    """(split, id) → class name."""
+    """(split, id) → class name, None for images without a label."""
     return {
-        (split, name): dataset.class_names[label]
+        (split, name): None if label == NO_LABEL else dataset.class_names[label]
         for split, rows in dataset.splits.items()
         for name, label in zip(rows.ids, rows.labels.tolist(), strict=True)
     }
@@ -87,9 +93,12 @@ def _current(dataset: ImageDataset) -> ClassNames:
 def _cached(cache: FeatureCache) -> ClassNames:
     """The same of a cache, with the images that were skipped."""
     class_names: ClassNames = {}
-    for split in cache.splits:
-        labels = cache.labels(split).tolist() + cache.skipped_labels(split)
+    for split in cache.all_splits:
         names = cache.ids(split) + cache.skipped_ids(split)
+        if split == UNLABELLED:
+            class_names |= {(split, name): None for name in names}
+            continue
+        labels = cache.labels(split).tolist() + cache.skipped_labels(split)
         class_names |= {
             (split, name): cache.class_names[label]
             for name, label in zip(names, labels, strict=True)
@@ -107,7 +116,7 @@ def _changed(
             for name, split in dataset.splits.items()
         }
     )
-    for name in cache.splits:
+    for name in cache.all_splits:
         if cache.hashes(name, "stamps") is None or cache.hashes(name, "contents") is None:
             return 0  # nothing says so
         known.look_in(StoredRows(cache, name), cache.ids(name))
@@ -145,9 +154,16 @@ def refuse_other_rows(config: ExtractConfig, rows: Any, listener: Listener) -> N
 
 
 def refuse_other_features(
-    cache: FeatureCache, weights: str, preprocess: Mapping[str, Any], precision: str
+    cache: FeatureCache,
+    weights: str,
+    preprocess: Mapping[str, Any],
+    precision: object,
+    consequence: str = "so --update can keep nothing of it; --force starts again",
 ) -> None:
-    """Raises UserError where the features of a cache are not such as are computed now."""
+    """Raises UserError where the features of a cache are not such as are computed now.
+
+    consequence: of that, as a clause.
+    """
     differing = [
         what
         for what, then, now in (
@@ -159,9 +175,20 @@ def refuse_other_features(
     ]
     if differing:
         raise UserError(
-            f"{cache.path} was made with other {' and '.join(differing)}, so --update can keep "
-            "nothing of it; --force starts again."
+            f"{cache.path} was made with other {' and '.join(differing)}, {consequence}."
         )
+
+
+def text_of(path: Path, weights: str, preprocess: Mapping[str, Any]) -> Content:
+    """What a cache has of its classes, for images that are encoded as its own are.
+
+    Raises UserError where they would have other features: of other weights or preprocessing.
+    """
+    with FeatureCache(path) as cache:
+        precision = cache.arguments.get("precision")  # rounds, and changes nothing else
+        remedy = "so its prompts do not fit; name the right ones with --backbone and --pretrained"
+        refuse_other_features(cache, weights, preprocess, precision, remedy)
+        return {name: cache.values_of(name) for name in OF_CLASSES if cache.has_dataset(name)}
 
 
 def refuse_changed(config: ExtractConfig, listener: Listener) -> None:

@@ -6,12 +6,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from clip_adapter.cache.schema import UNLABELLED
 from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.image_files import Listing, natural_order, split_of_files
 from clip_adapter.extract.datasets.source import (
     DEFAULT_TEMPLATES,
+    NO_LABEL,
     ImageDataset,
     SourceOptions,
+    Split,
     split_of,
     splits_among,
 )
@@ -27,7 +30,8 @@ def open_folder(folder: str, options: SourceOptions) -> ImageDataset:
     """The images below `folder`; ids are their paths relative to it, with forward slashes.
 
     It holds train, val and test folders (or what means these, see `split_of`) with one folder per
-    class each, or one folder per class itself. The folders' names, composed (NFC), are the class
+    class each, and may hold images without labels in a folder `unlabelled` beside these; or it
+    holds one folder per class itself. The folders' names, composed (NFC), are the class
     names, in natural order (class2 before class10). Splits that are missing are made as
     `complete_splits` says. Remarks count the images that lie elsewhere.
 
@@ -37,6 +41,29 @@ def open_folder(folder: str, options: SourceOptions) -> ImageDataset:
     data, _ = _found(user_path(folder), options.listener)
     splits = complete_splits(data.splits, data.class_names, options, published=False)
     return replace(data, splits=splits)
+
+
+def open_images(folder: str, options: SourceOptions) -> ImageDataset:
+    """The images in `folder` and its sub-folders, none of which has a label: one split, UNLABELLED,
+    of a data set of the classes that `options` name. ids are as `open_folder` makes them.
+
+    Raises UserError for a folder that cannot be read or holds no images.
+    """
+    root = user_path(folder)
+    _need_folder(root)
+    listing = Listing(root, options.listener)
+    paths = listing.below(root)
+    remarks = listing.remarks()
+    if not paths:
+        raise UserError(f"{root} holds no images; give the folder that does. {' '.join(remarks)}")
+    splits = complete_splits({UNLABELLED: _unlabelled(root, paths)}, (), options)
+    own = root.resolve().name
+    about = {"name": own, "source": "images", "version": None}
+    return ImageDataset(own, options.class_names, DEFAULT_TEMPLATES, splits, about, remarks)
+
+
+def _unlabelled(root: Path, paths: Iterable[str]) -> Split:
+    return split_of_files(root, [(path, NO_LABEL) for path in paths], "images without labels")
 
 
 def labelled_images(root: Path, split: str, listener: Listener | None = None) -> ImageDataset:
@@ -54,12 +81,13 @@ def labelled_images(root: Path, split: str, listener: Listener | None = None) ->
 
 def _found(root: Path, listener: Listener | None) -> tuple[ImageDataset, bool]:
     """The images as they lie there, and whether they lie there in splits."""
-    if not is_folder(root):
-        raise UserError(f"There is no folder {root}; give the folder that holds your images.")
+    _need_folder(root)
     listing = Listing(root, listener)
     folders = _split_folders(root, listing)
     places = {name: f"{inner}/" for name, inner in folders.items()} or {"train": ""}
     remarks = _elsewhere(root, listing, list(folders.values()))
+    beside = folders and UNLABELLED in listing.level(root).folders  # else it is a class
+    unlabelled = listing.below(root / UNLABELLED) if beside else []
     images_of = {name: _class_images(root, place, listing) for name, place in places.items()}
     names = sorted({c for images in images_of.values() for c in images}, key=natural_order)
     class_names = [c for c in names if any(images.get(c) for images in images_of.values())]
@@ -78,10 +106,17 @@ def _found(root: Path, listener: Listener | None) -> tuple[ImageDataset, bool]:
         )
         for name, images in images_of.items()
     }
+    if unlabelled:
+        splits[UNLABELLED] = _unlabelled(root, [f"{UNLABELLED}/{path}" for path in unlabelled])
     own = root.resolve().name
     about = {"name": own, "source": "folder", "version": None}
     data = ImageDataset(own, class_names, DEFAULT_TEMPLATES, splits, about, remarks)
     return data, bool(folders)
+
+
+def _need_folder(root: Path) -> None:
+    if not is_folder(root):
+        raise UserError(f"There is no folder {root}; give the folder that holds your images.")
 
 
 def _split_folders(root: Path, listing: Listing) -> dict[str, str]:
@@ -123,7 +158,8 @@ def _elsewhere(root: Path, listing: Listing, split_folders: list[str]) -> list[s
             f"left out {counted(len(loose), 'image')} beside the class folders, the first of them "
             f"{loose[0]}; put each into the folder of its class."
         )
-    others = [name for name in folders if name not in split_folders] if split_folders else []
+    known = [*split_folders, UNLABELLED]
+    others = [name for name in folders if name not in known] if split_folders else []
     for name in others:
         if images := listing.below(root / name):
             remarks.append(

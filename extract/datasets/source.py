@@ -27,6 +27,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(("val", "valid", "validation", "dev", "development"), "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+NO_LABEL = -1  # of the images of the split UNLABELLED
 # What may stand beside one of these: `test_set`, `train2017`, `images-val`.
 FILLERS = {"data", "dataset", "image", "images", "img", "set", "split"}
 
@@ -52,7 +53,7 @@ def splits_among(names: Iterable[str]) -> dict[str, str]:
 class Split:
     """One split in its source's order.
 
-    ids: N strings that find the images again. labels: (N,) int32.
+    ids: N strings that find the images again. labels: (N,) int32, NO_LABEL where nobody knows.
     read: index → image as stored, opened when asked for; raises OSError or ValueError, then or when
         its pixels are loaded, for an image that cannot be decoded. Safe in several threads and
         cheap to pickle.
@@ -72,7 +73,7 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """A labelled data set.
+    """A labelled data set, which may have a split UNLABELLED beside the others, or no other.
 
     provenance: JSON, which goes into the cache as it is. remarks: sentences for whoever uses it.
     """
@@ -96,6 +97,7 @@ class SourceOptions:
         None for 0.2 and 0.3 (see `splitting.complete_splits`).
     seed: of that division.
     columns: what a table calls these of its columns (see COLUMNS), where not so.
+    class_names: of a source that knows none.
     listener: hears how far the search for files is.
     """
 
@@ -106,6 +108,7 @@ class SourceOptions:
     test: float | None = None
     seed: int = 0
     columns: Mapping[str, str] = field(default_factory=dict)
+    class_names: Sequence[str] = ()
     listener: Listener = field(default_factory=Listener, compare=False)
 
 

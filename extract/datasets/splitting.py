@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from clip_adapter.cache.schema import ALL_SPLITS
 from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.source import SourceOptions, Split, splits_among
 from clip_adapter.words import counted, quoted
@@ -27,7 +28,7 @@ def complete_splits(
     *,
     published: bool = True,
 ) -> dict[str, Split]:
-    """The splits in the order train, val, test, with what is missing made out of train.
+    """The splits in the order of ALL_SPLITS, with what is missing made out of train.
 
     A published data set with a val split but no test split is tested on the former, as the
     literature does with ImageNet and Food-101; what people call val themselves stays val. What is
@@ -48,7 +49,7 @@ def complete_splits(
     if "train" in whole and fractions:
         train = whole.pop("train")
         whole.update(_divide(train, fractions, class_names, options.seed))
-    return {name: whole[name] for name in ("train", "val", "test") if name in whole}
+    return {name: whole[name] for name in ALL_SPLITS if name in whole}
 
 
 def labelled_splits(
@@ -93,7 +94,8 @@ def refuse_fractions(options: SourceOptions, published: Mapping[str, Split]) -> 
         if name in published:
             raise UserError(f"This data set has a {name} split of its own; leave out --{name}.")
         if "train" not in published:
-            raise UserError(f"This data set is for testing only; leave out --{name}.")
+            what = "for testing only" if "test" in published else "of images without labels"
+            raise UserError(f"This data set is {what}; leave out --{name}.")
 
 
 def _fractions(options: SourceOptions, missing: Sequence[str]) -> dict[str, float]:

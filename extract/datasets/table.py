@@ -9,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
 
+from clip_adapter.cache.schema import UNLABELLED
 from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.image_files import (
     natural_order,
@@ -18,6 +19,7 @@ from clip_adapter.extract.datasets.image_files import (
 from clip_adapter.extract.datasets.source import (
     COLUMNS,
     DEFAULT_TEMPLATES,
+    NO_LABEL,
     ImageDataset,
     SourceOptions,
     split_of,
@@ -25,7 +27,7 @@ from clip_adapter.extract.datasets.source import (
 )
 from clip_adapter.extract.datasets.splitting import complete_splits
 from clip_adapter.files import read_users_text, user_path
-from clip_adapter.words import counted, some
+from clip_adapter.words import counted, shortened, some
 
 REQUIRED = ("path", "label")
 DELIMITERS = ",;\t|"
@@ -39,7 +41,8 @@ def open_csv(path: str, options: SourceOptions) -> ImageDataset:
     Labels are class names, composed (NFC), taken in natural order. Relative paths start from
     `options.image_root`, or from the table's own folder. split is train, val or test, or what means
     these (see `split_of`); rows keep their order within it. Without that column, splits are made as
-    `complete_splits` says. ids are the paths as written.
+    `complete_splits` says. Rows whose label is empty make the split UNLABELLED, whatever
+    their split, which a remark says. ids are the paths as written.
 
     Raises UserError for a table that cannot be read, missing columns, rows with too few or too many
     fields, repeated paths and unknown splits (with the line), and for images that do not exist.
@@ -55,12 +58,14 @@ def open_csv(path: str, options: SourceOptions) -> ImageDataset:
         raise UserError(f"{table} has no rows; list your images below the row of column names.")
     paths = [path for _, path, _ in listed]
     require_files(root, paths, "correct the paths, or say with --image-root where they start")
-    class_names = sorted({label for _, _, label in listed}, key=natural_order)
+    class_names = sorted({label for _, _, label in listed if label}, key=natural_order)
     number = {name: label for label, name in enumerate(class_names)}
-    means = splits_among({written for written, _, _ in listed})
+    means = splits_among({written for written, _, label in listed if label})
     rows: dict[str, list[tuple[str, int]]] = {}
     for written, path, label in listed:
-        rows.setdefault(means[written], []).append((path, number[label]))
+        split = means[written] if label else UNLABELLED
+        rows.setdefault(split, []).append((path, number.get(label, NO_LABEL)))
+    remarks = [*unread, *_without_label(table, rows)]
     origin = f"rows of {table.name}"
     splits = {name: split_of_files(root, own, origin) for name, own in rows.items()}
     return ImageDataset(
@@ -69,8 +74,24 @@ def open_csv(path: str, options: SourceOptions) -> ImageDataset:
         DEFAULT_TEMPLATES,
         complete_splits(splits, class_names, options, published=False),
         {"name": table.stem, "source": "csv", "version": None},
-        unread,
+        remarks,
     )
+
+
+def _without_label(table: Path, rows: Mapping[str, list[tuple[str, int]]]) -> list[str]:
+    """A remark on the rows without a label, if there are any. Raises UserError where none has
+    one."""
+    if not (unlabelled := rows.get(UNLABELLED)):
+        return []
+    if len(rows) == 1:
+        raise UserError(
+            f"{table} has no label in any row; fill in some, or give the images' folder with "
+            "--dataset images:FOLDER and --like."
+        )
+    return [
+        f"{table} has {counted(len(unlabelled), 'row')} without a label, the first of them "
+        f"{shortened(unlabelled[0][0])}: taken as unlabelled images, whatever their split."
+    ]
 
 
 def _rows(
@@ -144,7 +165,7 @@ def _checked_row(
         )
     cells = {name: row[n].strip() if n < len(row) else "" for name, n in places.items()}
     path, label = cells["path"], unicodedata.normalize("NFC", cells["label"])
-    if not path or not label:
+    if not path or len(row) <= places["label"]:
         raise UserError(f"{place}: {'path' if not path else 'label'} is empty; fill it in.")
     if path in lines:
         raise UserError(
@@ -152,7 +173,7 @@ def _checked_row(
         )
     lines[path] = line
     written = cells.get("split", "train")
-    if split_of(written) is None:
+    if split_of(written) is None and (label or written):
         raise UserError(
             f"{place}: unknown split {reprlib.repr(written)}; write train, val or test."
         )

@@ -12,7 +12,7 @@ from unicodedata import normalize
 from clip_adapter.errors import UserError
 from clip_adapter.files import read_users_text, user_path
 from clip_adapter.records import Rule, from_file
-from clip_adapter.words import some
+from clip_adapter.words import quoted, some
 
 PROMPT_MAX = 5000  # characters; text towers read 77 tokens
 ENSEMBLE = "ensemble"
@@ -54,7 +54,9 @@ def resolve_templates(values: Sequence[str]) -> tuple[str, ...]:
         elif "{}" in value:
             templates.append(value)
         elif value and os.path.exists(os.path.expanduser(value)):  # noqa: PTH110, PTH111 - raise nothing
-            templates += _lines(user_path(value))  # what is no file has a sentence of its own
+            templates += _lines(
+                user_path(value), "templates"
+            )  # what is no file has a sentence of its own
         else:
             raise UserError(
                 f"The template {reprlib.repr(value)} needs exactly one {{}} where the class name "
@@ -73,15 +75,27 @@ def resolve_templates(values: Sequence[str]) -> tuple[str, ...]:
     return tuple(templates)
 
 
-def _lines(path: Path) -> list[str]:
+def read_class_names(path: Path) -> list[str]:
+    """Class names from a text file with one per line (empty lines do not count), composed (NFC).
+
+    Raises UserError for a file that cannot be read or is empty, and for a name that comes twice.
+    """
+    names = [normalize("NFC", line) for line in _lines(user_path(str(path)), "class names")]
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{path} has the class name {quoted(name)} twice; name each class once.")
+    return names
+
+
+def _lines(path: Path, what: str) -> list[str]:
     lines = [line.strip() for line in read_users_text(path).splitlines()]
     kept = [line for line in lines if line]
     if not kept:
-        raise UserError(f"{path} has no templates; write one per line.")
+        raise UserError(f"{path} has no {what}; write one per line.")
     for line in kept:
         if CODE.fullmatch(line):
             raise UserError(
-                f"{path} holds code or JSON ({reprlib.repr(line)}), not templates; write one per "
+                f"{path} holds code or JSON ({reprlib.repr(line)}), not {what}; write one per "
                 "line, without quotes, commas and brackets."
             )
     return kept

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 
 from clip_adapter.cache.reader import FeatureCache
-from clip_adapter.cache.schema import HASHES
+from clip_adapter.cache.schema import HASHES, UNLABELLED
 from clip_adapter.cache.stored_file import other_content
 from clip_adapter.errors import UserError
 from clip_adapter.files import is_there
@@ -75,7 +75,7 @@ def _cache_facts(cache: FeatureCache) -> Facts:
         ("made by", f"{stated.writer}, {stated.created_at}"),
         ("content", f"SHA-256 {cache.content_sha256}, {_verified(cache)}"),
     ]
-    facts += [(f"images/{split}", _split_words(cache, split)) for split in cache.splits]
+    facts += [(f"images/{split}", _split_words(cache, split)) for split in cache.all_splits]
     facts += [
         ("text", f"{len(cache.class_names)} classes × {len(cache.templates)} templates, {dtype}"),
         *_origin_facts(cache.class_names, cache.templates, cache.backbone, cache.preprocess),
@@ -87,7 +87,7 @@ def _cache_facts(cache: FeatureCache) -> Facts:
 
 def _verified(cache: FeatureCache) -> str:
     """What `verify` could hold the features against."""
-    by_row = all(cache.has_dataset(f"images/{s}/features{HASHES}") for s in cache.splits)
+    by_row = all(cache.has_dataset(f"images/{s}/features{HASHES}") for s in cache.all_splits)
     stated = cache.metadata.content_sha256 is not None
     kinds = [kind for kind, there in (("as a whole", stated), ("row by row", by_row)) if there]
     return f"verified {' and '.join(kinds)}" if kinds else "computed: the file states none"
@@ -95,6 +95,8 @@ def _verified(cache: FeatureCache) -> str:
 
 def _split_words(cache: FeatureCache, split: str) -> str:
     views, rows, dim = cache.shape(split)
+    if split == UNLABELLED:
+        return f"{rows} images, width {dim}"
     counts = np.bincount(cache.labels(split), minlength=len(cache.class_names))
     each = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()}–{counts.max()}"
     one = ", all of one class" if len(counts) > 1 == np.count_nonzero(counts) else ""

@@ -156,9 +156,10 @@ def _usual_rule(cache: FeatureCache, listener: Listener) -> Selection:
 def _tasks(plan: Plan, cache: FeatureCache) -> tuple[Data, Data | None, list[TaskRows]]:
     """Data of the classes that are fitted, of the others under base-to-new, and the draws."""
     if "train" not in cache.splits:
+        elsewhere = "score an adapter that was fitted elsewhere on it with `clip-adapter evaluate`"
         raise UserError(
-            f"{cache.path} has no train split, only {', '.join(cache.splits)}; score an adapter "
-            "that was fitted elsewhere on it with `clip-adapter evaluate`."
+            f"{cache.path} has no train split, only {', '.join(cache.all_splits)}; "
+            f"{elsewhere if cache.splits else 'give a cache of labelled images'}."
         )
     train = cache.labels("train")
     val = cache.labels("val") if "val" in cache.splits else None

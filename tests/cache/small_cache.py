@@ -68,6 +68,13 @@ def small_content() -> dict[str, Any]:
     return content
 
 
+def unlabelled(rows: int) -> dict[str, Any]:
+    """Images without labels."""
+    content = images("unlabelled", features(rows, 1, rows, DIM))
+    del content["images/unlabelled/labels"]
+    return content
+
+
 def make_parts(folder: Path) -> list[Path]:
     """Two of them, in each of which one image could not be read."""
     paths = [folder / "1.h5", folder / "2.h5"]

@@ -117,6 +117,18 @@ def test_labels_in_two_spellings_of_their_accents_are_one_class(tmp_path: Path) 
     assert data.class_names == ["b", "caf\u00e9"]
 
 
+def test_rows_without_a_label_are_a_split_of_their_own_and_counted(tmp_path: Path) -> None:
+    rows = ROWS.replace("a.jpg,ant,Val", "a.jpg,,Val").replace("d.jpg,zebra,test", "d.jpg, ,")
+    data = opened(f"csv:{table(tmp_path, rows + './c.jpg,ant,test')}", val=0.0)
+    assert data.class_names == ["ant", "zebra"]
+    assert sizes(data) == {"train": 2, "test": 1, "unlabelled": 2}
+    unlabelled = data.splits["unlabelled"]
+    assert list(unlabelled.ids) == ["a.jpg", "d.jpg"]
+    assert [grey(unlabelled.read(row)) for row in (0, 1)] == [0, 3]
+    (remark,) = data.remarks
+    assert "labels.csv has 2 rows without a label, the first of them a.jpg: taken as" in remark
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -127,6 +139,8 @@ def test_labels_in_two_spellings_of_their_accents_are_one_class(tmp_path: Path) 
         ("", r"is empty; name the columns path and label"),
         ("path,label\n", r"labels.csv has no rows"),
         ("path,label\na.jpg,x\nd.jpg\n", r"line 3: label is empty"),
+        ("path,label\na.jpg,\nd.jpg,\n", r"has no label in any row; .*--dataset images:FOLDER"),
+        ("path,label,split\na.jpg,x,train\nd.jpg,,fun\n", r"line 3: unknown split 'fun'"),
         ("path,label\n,x\n", r"line 2: path is empty"),
         ("path,label\na.jpg,x\nd.jpg,y\na.jpg,y\n", r"line 4: 'a.jpg' stands in line 2 already"),
         ("path,label,split\na.jpg,x,fun\n", r"line 2: unknown split 'fun'; write train, val or"),

@@ -228,6 +228,43 @@ def test_without_test_folder_the_val_folder_stays_val(tmp_path: Path) -> None:
     assert "folder train" in data.splits["test"].origin
 
 
+def test_images_beside_the_splits_have_no_label(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        flat(tmp_path / split, a=3, b=2)
+    flat(tmp_path, **{"unlabelled": 2, "unlabelled/deep": 1})
+    data = open_folder(tmp_path, val=0.0)
+    assert sizes(data) == {"train": 5, "test": 5, "unlabelled": 3} and not data.remarks
+    assert list(data.splits) == ["train", "test", "unlabelled"]
+    assert data.class_names == ["a", "b"]
+    wanted = ["unlabelled/0.jpg", "unlabelled/1.jpg", "unlabelled/deep/0.jpg"]
+    assert list(data.splits["unlabelled"].ids) == wanted
+    assert [grey(data.splits["unlabelled"].read(row)) for row in range(3)] == [0, 1, 0]
+
+
+def test_a_class_may_be_called_unlabelled(tmp_path: Path) -> None:
+    data = open_folder(flat(tmp_path, parcel=10, unlabelled=10))
+    assert data.class_names == ["parcel", "unlabelled"]
+    assert sizes(data) == {"train": 10, "val": 4, "test": 6}
+    for split in ("train", "test"):
+        flat(tmp_path / "cut" / split, parcel=2, unlabelled=2)
+    assert sizes(open_folder(tmp_path / "cut", val=0.0)) == {"train": 4, "test": 4}
+
+
+def test_a_folder_of_images_without_labels(tmp_path: Path) -> None:
+    flat(tmp_path / "new", **{"": 2, "deep/er": 1})
+    (tmp_path / "new" / "x.svg").touch()
+    options = {"class_names": ["a", "b", "c"]}
+    data = opened(f"images:{tmp_path}/new", **options)
+    assert (data.name, data.class_names) == ("new", ["a", "b", "c"])
+    assert list(data.splits["unlabelled"].ids) == ["0.jpg", "1.jpg", "deep/er/0.jpg"]
+    assert len(data.remarks) == len(data.splits) == 1 and "1 .svg" in data.remarks[0]
+    refused(r"There is no folder", f"images:{tmp_path}/none", **options)
+    refused(r"of images without labels; leave out --val", f"images:{tmp_path}/new", val=0.1)
+    (tmp_path / "empty").mkdir()
+    refused(r"empty holds no images", f"images:{tmp_path}/empty", **options)
+    refused(r"new has 1 class \('a'\); at least two", f"images:{tmp_path}/new", class_names=["a"])
+
+
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     data = open_folder(flat(tmp_path, bus=6, train=6, test=6))
     assert data.class_names == ["bus", "test", "train"]

@@ -105,9 +105,18 @@ def hugging_face(folder: Path, _: pytest.MonkeyPatch) -> Source:
     return Source(f"hf:{folder}/dogs", f"hf:{folder}/none", "train/7", cut=True)
 
 
+def photographs(folder: Path, _: pytest.MonkeyPatch) -> Source:
+    for number in range(PER_CLASS):
+        write_image(folder / "new" / f"{number}.jpg", number)
+    (folder / "new" / "3.jpg").write_bytes(DAMAGED)
+    options = SourceOptions(class_names=["ant", "zebra"])
+    spec = f"images:{folder}/new"
+    return Source(spec, f"images:{folder}/none", "3.jpg", cut=False, options=options)
+
+
 MAKERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Source]] = {
     **{"digits": digits, "folder": folder, "csv": table, "coop": coop},
-    **{"literature": literature, "tfds": eurosat, "hf": hugging_face},
+    **{"images": photographs, "literature": literature, "tfds": eurosat, "hf": hugging_face},
 }
 
 
@@ -139,21 +148,23 @@ def test_every_source_of_the_registry_is_in_this_suite() -> None:
 
 
 def test_splits_ids_and_labels(data: ImageDataset) -> None:
-    assert list(data.splits) == [name for name in ("train", "val", "test") if name in data.splits]
-    assert {"train", "test"} <= data.splits.keys()
+    order = ("train", "val", "test", "unlabelled")
+    assert list(data.splits) == [name for name in order if name in data.splits]
+    assert {"train", "test"} <= data.splits.keys() or list(data.splits) == ["unlabelled"]
     assert len(set(data.class_names)) == len(data.class_names) >= 2
     assert all(isinstance(name, str) and name for name in data.class_names)
     assert all(template.count("{}") == 1 for template in data.templates)
-    for split in data.splits.values():
+    for name, split in data.splits.items():
         assert split.labels.dtype == np.int32
         assert len(split.ids) == len(split.labels) == len(set(split.ids)) > 0
-        assert 0 <= split.labels.min() <= split.labels.max() < len(data.class_names)
+        lowest, highest = (-1, 0) if name == "unlabelled" else (0, len(data.class_names))
+        assert lowest <= split.labels.min() <= split.labels.max() < highest
         assert all(isinstance(name, str) and name for name in split.ids)
         assert split.origin
     ids = [name for split in data.splits.values() for name in split.ids]
     assert len(set(ids)) == len(ids)
-    labels = data.splits["train"].labels
-    assert np.unique(labels).tolist() == list(range(len(data.class_names)))
+    for split in (data.splits[name] for name in data.splits if name == "train"):
+        assert np.unique(split.labels).tolist() == list(range(len(data.class_names)))
 
 
 def test_provenance_is_json_with_what_the_format_asks_for(data: ImageDataset) -> None:
@@ -178,7 +189,7 @@ def test_opened_again_it_is_the_same(source: Source, data: ImageDataset) -> None
 
 
 def test_images_are_read_in_threads_and_by_copies_of_the_split(data: ImageDataset) -> None:
-    split = data.splits["test"]
+    split = list(data.splits.values())[-1]
     rows = range(min(12, len(split.ids)))
     wanted = [pixels(split, row) for row in rows]
     copy = pickle.loads(pickle.dumps(split))

@@ -19,7 +19,8 @@ from tests.cache.rewriting import put, rewrite, store_metadata
 Mutation = Callable[[random.Random, Path], str]
 DATASETS = (
     *(f"images/{s}/{n}" for s in ("train", "test") for n in ("features", "labels", "ids")),
-    *("images/train/skipped", "text/features", "text/class_names", "text/templates"),
+    *("images/unlabelled/features", "images/unlabelled/ids", "images/train/skipped"),
+    *("text/features", "text/class_names", "text/templates"),
 )
 ODD_TEXTS = ("", "\0", "\x1b[2J\n", "=1+1", "x" * 100_000, "ü‮🙂", "../..", "-1", "{}", "\ud800")
 ODD_NUMBERS = (0, -1, 1, 2, 2**31, 2**63, 10**30, -(10**12), 1e-320, 1e39, 0.5, 10**10)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from clip_adapter.cache.reader import FeatureCache
-from tests.cache.small_cache import make_cache
+from clip_adapter.cache.writer import write_cache
+from tests.cache.small_cache import STATED, small_content, unlabelled
 from tests.fuzz.attempt import Attempt
 from tests.fuzz.cache_mutations import mutate_cache
 from tests.fuzz.command import run_command
@@ -23,7 +24,7 @@ COMMANDS = (
 
 
 def prepare(folder: Path) -> None:
-    make_cache(folder / NAME)
+    write_cache(folder / NAME, small_content() | unlabelled(7), **STATED)
 
 
 def attempt(rng: random.Random, prepared: Path, folder: Path) -> Attempt:
@@ -43,7 +44,12 @@ def content(path: Path) -> list[Any]:
     """All that a cache says."""
     with FeatureCache(path) as cache:
         images = [cache.images(split) for split in cache.splits]
-        arrays = [array for i in images for array in (i.features.tobytes(), i.labels.tobytes())]
+        arrays: list[Any] = [
+            array for i in images for array in (i.features.tobytes(), i.labels.tobytes())
+        ]
+        if cache.has("unlabelled"):
+            rows = range(cache.shape("unlabelled")[1])
+            arrays += [cache.features("unlabelled", rows).tobytes(), cache.ids("unlabelled")]
         return [*arrays, *(i.ids for i in images), cache.text_features().tobytes(),
                 cache.class_names, cache.templates, cache.metadata, cache.splits,
                 cache.skipped, cache.content_sha256]  # fmt: skip
