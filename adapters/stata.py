@@ -42,6 +42,7 @@ NEIGHBOURS = 3
 OUTER, INNER = 11, 5
 ALPHA = 1.0
 SOFTENED = 50.0  # what ℓ is divided by
+FEWEST = 2  # images: one has no neighbour
 FLOOR = 1e-12  # of variances, and of what is divided by
 # Rows are compared with all others, and with classes, so that a block takes about so many numbers.
 BLOCK_NUMBERS = 1 << 24
@@ -70,6 +71,13 @@ def refined_logits(xp: Any, refinement: Refinement, logits: Any, features: Any) 
     means, variances, temperature = refinement
     density = log_density(xp, unit(xp, features), means, variances)
     return log_softmax(xp, logits / temperature) + density / SOFTENED
+
+
+def temperature_of(logits: Shares, known: Shares) -> float:
+    """By which logits are divided to be as far apart as those `known` to be of a calibrated scale:
+    where no labels say what is the likeliest. Both are (M, C)."""
+    spreads = [np.std(own - own.mean(axis=1, keepdims=True)) for own in (logits, known)]
+    return float(spreads[0] / spreads[1]) if min(spreads) > 0 else 1.0
 
 
 def refine(

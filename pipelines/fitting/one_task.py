@@ -90,17 +90,19 @@ class TaskRunner:
         return result
 
     def _refined(self, method: Method, rows: TaskRows, chosen: Chosen) -> Refined:
-        """What images without labels make of what was chosen, judged by the validation images, or
-        where there are none by cross-validation on the support set."""
+        """What images without labels make of what was chosen, judged by the validation images;
+        where there are none by cross-validation on the support set or, where nothing was fitted on
+        that, by it."""
         assert self.unlabelled is not None
         folds = [Fold(rows.support, rows.validation)]
         if not len(rows.validation):
-            folds = cross_validation(rows, self.data.support_labels)
+            folds = [Fold(rows.support, rows.support, "train")]
+            if chosen.arrays or chosen.setting:
+                folds = cross_validation(rows, self.data.support_labels)
         judges = []
         for fold, task in zip(folds, self._parts(method, rows, folds), strict=True):
-            whole = fold.support is rows.support
             arrays = chosen.arrays
-            if not whole:
+            if fold.support is not rows.support:
                 arrays = fit(method, chosen.setting, chosen.epoch, task, self.engine)
             judges.append((arrays, task))
         fitted = (method, chosen.setting, chosen.arrays)

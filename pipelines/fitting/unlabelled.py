@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.adapters.engine.scoring import best_sharpness, make_classify, score
 from clip_adapter.adapters.method import Arrays, Head, Method, Setting, Task
 from clip_adapter.adapters.stata import (
+    FEWEST,
     Refinement,
     classes_found,
     neighbours,
@@ -26,8 +29,6 @@ from clip_adapter.cache.reader import BLOCK_ROWS, FeatureCache
 from clip_adapter.errors import UserError
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, image_hashes
 from clip_adapter.words import counted, some
-
-FEWEST = 2
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,11 @@ class Unlabelled:
 
         Raises UserError where too few are left.
         """
-        left = ~np.isin(self.hashes, hashes).any(axis=1)
-        if left.sum() < FEWEST:
+        left = np.flatnonzero(~np.isin(self.hashes, hashes).any(axis=1))
+        if len(left) < FEWEST:
             raise UserError(
-                f"--unlabelled: of {counted(len(left), 'image')} {left.sum()} are none of those "
-                f"that fit, choose or test; give at least {FEWEST} others."
+                f"--unlabelled: of {counted(len(self.hashes), 'image')} {len(left)} take no part "
+                f"in fitting, choosing and testing; give at least {FEWEST} that do not."
             )
         return Unlabelled(self.features[left], self.hashes[left])
 
@@ -79,7 +80,7 @@ class Refined:
         return replace(
             adapter,
             info=replace(adapter.info, fitted={**adapter.info.fitted, **stated}),
-            seen=np.union1d(adapter.seen, self.hashes),
+            seen=np.union1d(np.asarray(adapter.seen, np.uint64), self.hashes),
             refinement=self.refinement,
         )
 
@@ -142,15 +143,15 @@ def refine_chosen(
         )
         return classes_found(shares), refinement
 
-    tasks = [task for _, task in judges]
+    def joined(name: str) -> Any:
+        parts = [getattr(task, name) for _, task in judges]
+        return None if parts[0] is None else jnp.concatenate(parts)
+
+    labels, weights = map(joined, ("validation_labels", "validation_weights"))
     before = [
         make_classify(method, setting, own, head)(task.validation_features) for own, task in judges
     ]
-    labels = np.concatenate([task.validation_labels for task in tasks])
-    weights = None
-    if tasks[0].validation_weights is not None:
-        weights = np.concatenate([task.validation_weights for task in tasks])
-    temperature = 1 / float(best_sharpness(np.concatenate(before), labels, weights))
+    temperature = 1 / float(best_sharpness(jnp.concatenate(before), labels, weights))
     after, found = [], None
     for logits, (own, task) in zip(before, judges, strict=True):
         classes, refinement = by(own, temperature)
@@ -159,7 +160,7 @@ def refine_chosen(
         after.append(refined_logits(np, refinement, logits, rows))
     classes, refinement = found or by(arrays, temperature)
     accuracies = [
-        float(score(np.concatenate(own), labels, weights).score[0]) for own in (before, after)
+        float(score(jnp.concatenate(own), labels, weights).score[0]) for own in (before, after)
     ]
     kept = accuracies[1] >= accuracies[0]
     missing = np.setdiff1d(np.arange(len(class_names)), classes)
