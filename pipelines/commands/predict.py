@@ -48,9 +48,9 @@ class PredictConfig:
             model and tag of open_clip's; what an adapter names otherwise is not loaded unasked.
         pretrained: Where the backbone's weights lie now, if they were given as a local file or
             folder.
-        transductive: Classify the images together, by what they have in common too (StatA): often
-            better where they show most of the adapter's classes, and much worse where they show
-            few. What is said of an image then depends on the others.
+        transductive: Classify the images together, by what they have in common too (StatA). What
+            is said of an image then depends on the others: an accuracy of it stands beside none of
+            images that were classified one by one.
         top: How many classes to name for each image.
         format: How to print; json is one array with an object per image. In csv, a cell that a
             spreadsheet would take for a formula begins with an apostrophe.
@@ -129,8 +129,8 @@ class PredictedImages:
         count = len(classes_found(shares))
         tell(
             f"{counted(len(encoded), 'image')} were classified together (transductive) and show "
-            f"{count} of {counted(len(self.class_names), 'class', 'classes')}; where that is few, "
-            "leave --transductive out"
+            f"{count} of {counted(len(self.class_names), 'class', 'classes')}: what is said of one "
+            "depends on the others"
         )
         ends = np.cumsum([len(block.rows) for block in blocks])[:-1]
         floor = np.finfo(np.float32).tiny

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from clip_adapter.adapters.engine.evaluation import Score
 from clip_adapter.adapters.engine.scoring import best_sharpness, make_classify, score
 from clip_adapter.adapters.method import Arrays, Head, Method, Setting, Task
 from clip_adapter.adapters.stata import (
@@ -119,7 +120,8 @@ def refine_chosen(
     head: Head,
     class_names: Sequence[str],
 ) -> Refined:
-    """Refine what was fitted, and keep that where it is no less accurate on labelled images.
+    """Refine what was fitted, and keep that where labelled images do not say that it is worse: by
+    accuracy, then by likelihood.
 
     arrays: what was fitted. judges: the same setting fitted without some labelled images, and a
     task that has those as its validation data; [] where there are none.
@@ -159,16 +161,20 @@ def refine_chosen(
         rows = np.asarray(task.validation_features)
         after.append(refined_logits(np, refinement, logits, rows))
     classes, refinement = found or by(arrays, temperature)
-    accuracies = [
-        float(score(jnp.concatenate(own), labels, weights).score[0]) for own in (before, after)
-    ]
-    kept = accuracies[1] >= accuracies[0]
+    plain, ours = (
+        Score(float(accuracy), -float(nll))
+        for accuracy, nll in (
+            score(jnp.concatenate(own), labels, weights).score for own in (before, after)
+        )
+    )
+    kept = ours >= plain
     missing = np.setdiff1d(np.arange(len(class_names)), classes)
     which = f"{len(classes)} of {counted(len(class_names), 'class', 'classes')}"
     which += f" (without {some([class_names[label] for label in missing])})" * bool(len(missing))
-    change = " → ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
+    change = f"{100 * plain.accuracy:.2f} → {100 * ours.accuracy:.2f} %"
+    change += ", by likelihood," * (plain.accuracy == ours.accuracy)
     sentence = (
         f"{'' if kept else 'not '}refined by {images}, which show {which}: "
-        f"{change} % on {counted(len(labels), 'labelled image')} that took no part"
+        f"{change} on {counted(len(labels), 'labelled image')} that took no part"
     )
     return Refined(sentence, refinement if kept else None, unlabelled.hashes, classes)
