@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from clip_adapter.errors import UserError
 if TYPE_CHECKING:
     from clip_adapter.pipelines.saved.adapter_file import AdapterInfo
 
+INFO_FILE = "adapter.json"
+WEIGHTS = "weights"  # the classifier weights before adaptation, unit rows
+SHORTEST_WEIGHTS = 0.5
 ROWS = 3
 
 
@@ -126,6 +130,36 @@ def _sizes(method: Method, arrays: Mapping[str, npt.NDArray[Any]], head: Head) -
             wanted = ", ".join(f"{letter} = {sizes.get(letter, '?')}" for letter in letters)
             raise ValueError(f"{name} has the shape {array.shape} and not ({wanted})")
     return sizes
+
+
+def checked_arrays(
+    path: Path,
+    info: AdapterInfo,
+    method: Method,
+    weights: npt.NDArray[Any] | None,
+    arrays: Mapping[str, npt.NDArray[Any]],
+    refining: Mapping[str, npt.NDArray[Any]],
+) -> tuple[npt.NDArray[np.float32], Refinement | None]:
+    """The classifier weights, and what refines them.
+
+    path: of the file, for sentences. refining: the arrays of a refinement, {} for none.
+    Raises UserError where they or the arrays are not those that the document implies.
+    """
+    if weights is None or weights.ndim != 2 or len(weights) != len(info.class_names):
+        raise UserError(f"{path} does not hold the classifier weights of its classes.")
+    if weights.dtype != np.float32 or not weights.size or not np.isfinite(weights).all():
+        raise UserError(f"{path}: {WEIGHTS} holds something else than finite float32 numbers.")
+    if not (np.linalg.norm(weights, axis=1) > SHORTEST_WEIGHTS).all():
+        raise UserError(f"{path}: {WEIGHTS} holds a class without a direction.")
+    head = Head(weights, np.float32(info.logit_scale), np.float32(info.logit_bias))
+    try:
+        check_usable(method, info.setting, arrays, head)
+        refinement = checked_refinement(method, refining, weights)
+    except ValueError as error:
+        raise UserError(
+            f"{path} does not fit {INFO_FILE}: {error}; fit the adapter again."
+        ) from error
+    return weights, refinement
 
 
 def check_same_backbone(

@@ -23,17 +23,13 @@ from clip_adapter.adapters.registry import find_method
 from clip_adapter.adapters.stata import Refinement, refined_logits
 from clip_adapter.cache.schema import LARGEST_BIAS, LARGEST_SCALE, SMALLEST_SCALE
 from clip_adapter.errors import Contradiction, UserError
-from clip_adapter.pipelines.saved.adapter_check import check_usable, checked_refinement
+from clip_adapter.pipelines.saved.adapter_check import INFO_FILE, WEIGHTS, checked_arrays
 from clip_adapter.records import Rule, between, from_document
 
 FORMAT = "clip-adapter"
 FORMAT_VERSION = 2
-INFO_FILE = "adapter.json"
 ARRAYS_FILE = "adapter.safetensors"
-# The classifier weights before adaptation, and what is before the names of what was fitted, which
-# may be called `weights` as well.
-WEIGHTS = "weights"
-SHORTEST_WEIGHTS = 0.5  # they are unit rows
+# Before the names of what was fitted, which may be called as what else is there.
 FITTED = "fitted/"
 # Before the names of what images without labels made of it, where some have refined it.
 REFINED = "refinement/"
@@ -197,7 +193,7 @@ def load_adapter(run: str | Path, method: str | None = None) -> SavedAdapter:
     if "labels" in _method(info.method).shapes:
         arrays = _with_labels(arrays, len(info.class_names))
     named = {name.removeprefix(REFINED): own for name, own in refining.items()}
-    weights, refinement = _checked(path, info, weights, arrays, named)
+    weights, refinement = checked_arrays(path, info, _method(info.method), weights, arrays, named)
     return SavedAdapter(info, arrays, weights, seen, refinement)
 
 
@@ -284,31 +280,3 @@ def _read_tensors(path: Path, stated_sha256: object) -> dict[str, npt.NDArray[An
         return load_file(path)
     except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a safetensors file of numbers that NumPy has.") from error
-
-
-def _checked(
-    path: Path,
-    info: AdapterInfo,
-    weights: npt.NDArray[Any] | None,
-    arrays: Mapping[str, npt.NDArray[Any]],
-    refining: Mapping[str, npt.NDArray[Any]],
-) -> tuple[npt.NDArray[np.float32], Refinement | None]:
-    """The classifier weights, and what refines them.
-
-    Raises UserError where they or the arrays are not those that the document implies.
-    """
-    if weights is None or weights.ndim != 2 or len(weights) != len(info.class_names):
-        raise UserError(f"{path} does not hold the classifier weights of its classes.")
-    if weights.dtype != np.float32 or not weights.size or not np.isfinite(weights).all():
-        raise UserError(f"{path}: {WEIGHTS} holds something else than finite float32 numbers.")
-    if not (np.linalg.norm(weights, axis=1) > SHORTEST_WEIGHTS).all():
-        raise UserError(f"{path}: {WEIGHTS} holds a class without a direction.")
-    head = Head(weights, np.float32(info.logit_scale), np.float32(info.logit_bias))
-    try:
-        check_usable(_method(info.method), info.setting, arrays, head)
-        refinement = checked_refinement(_method(info.method), refining, weights)
-    except ValueError as error:
-        raise UserError(
-            f"{path} does not fit {INFO_FILE}: {error}; fit the adapter again."
-        ) from error
-    return weights, refinement
