@@ -190,8 +190,9 @@ class FeatureCache(StoredFile):
     ) -> npt.NDArray[np.float32]:
         """(V, R, D) float32, un-normalised: the features of R rows in the order given.
 
-        rows: (R,) integers; a row may come several times. views: how many, view 0 being the first;
-            None for all.
+        rows: (R,) integers; a row may come several times. views: at most so many, view 0 being the
+            first; None for all.
+        Raises IndexError for rows that are no integers or are not there.
         Beside the result about 1 MiB is in memory, or a chunk where the file has larger ones.
         """
         return self._rows_of_views(split, "features", rows, views)
@@ -243,7 +244,10 @@ class FeatureCache(StoredFile):
         return picked
 
     def _rows(self, split: str, rows: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        wanted = np.asarray(rows, np.int64)
+        given = np.asarray(rows)
+        if given.size and given.dtype.kind not in "iu":
+            raise IndexError(f"rows are {given.dtype}, not integers")
+        wanted = given.astype(np.int64)
         count = self.lengths[f"N {split}"]
         if wanted.ndim != 1 or (len(wanted) and not 0 <= wanted.min() <= wanted.max() < count):
             raise IndexError(f"rows outside the {count} of {split}")

@@ -3,28 +3,37 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.errors import UserError
 from clip_adapter.words import quoted
+
+if TYPE_CHECKING:
+    from clip_adapter.cache.reader import FeatureCache
 
 OF_CLASSES = ("text/features", "text/class_names", "text/templates", "text/prompts")
 
 
+def _opened(path: Path) -> "FeatureCache":
+    from clip_adapter.cache.reader import FeatureCache  # imports h5py, which --help can do without
+
+    return FeatureCache(path)
+
+
 def class_names_of(path: Path) -> list[str]:
-    with FeatureCache(path) as cache:
+    with _opened(path) as cache:
         return cache.class_names
 
 
 def text_sha256(path: Path) -> str:
     """Of its classes, their prompts and the features of these."""
-    with FeatureCache(path) as cache:
+    with _opened(path) as cache:
         stated = [[name, cache.metadata.datasets_sha256.get(name)] for name in OF_CLASSES]
     return hashlib.sha256(json.dumps(stated).encode()).hexdigest()
 
 
 def has_projection(path: Path) -> bool:
-    with FeatureCache(path) as cache:
+    with _opened(path) as cache:
         return cache.has("projection")
 
 
@@ -34,7 +43,7 @@ def backbone_of(path: Path, pretrained: str | None) -> tuple[str, str | None]:
     pretrained: where the weights lie, if somebody said so.
     Raises UserError for weights that nobody names but the cache, and that open_clip does not know.
     """
-    with FeatureCache(path) as cache:
+    with _opened(path) as cache:
         name, weights = cache.backbone["name"], cache.backbone["pretrained"]
     if pretrained is not None:
         return name, pretrained

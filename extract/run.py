@@ -38,8 +38,12 @@ def extract(config: ExtractConfig, listener: Listener | None = None) -> Path:
     config = config.resolved()
     listener = listener or Listener()
     launch = find_launch()
+    if launch is not None and launch.rank > 0:
+        listener = Listener()
+    if config.like is not None:
+        listener.note(f"takes classes, prompts and {config.backbone} of {config.like}")
     if launch is not None:
-        return _extract_together(config, launch, listener if launch.rank == 0 else Listener())
+        return _extract_together(config, launch, listener)
     shard = parse_shard(config.shard)
     if _already_there(config, shard, listener):
         listener.result(_nothing_to_do(config.out))

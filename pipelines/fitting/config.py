@@ -45,6 +45,8 @@ class FitConfig:
             after the option leaves them out.
         shots: Labelled images per class; `all` takes the whole train split.
         seeds: Seeds of the few-shot draws and of training.
+        tasks: JSON file, or JSON lines, of the images of each task by their ids, instead of drawing
+            them; it says the shots and seeds. A run's tasks.json is one.
         select: Validation data that choose the setting: min(shots, 4) images per class as in CoOp,
             the whole split, cross-validation on the support set, or none, which takes defaults.
             `loo` leaves out one support image of every class at a time (trained methods: `cv`).
@@ -90,6 +92,7 @@ class FitConfig:
     baselines: tuple[str, ...] = ("zero-shot", "linear-probe")
     shots: tuple[int | Literal["all"], ...] = (16,)
     seeds: tuple[int, ...] = (1,)
+    tasks: Path | None = field(default=None, metadata=OF_CHOSEN)
     select: Selection | None = field(default=None, metadata=OF_CHOSEN)
     validation: Literal["keep", "join"] = field(default="keep", metadata=OF_CHOSEN)
     score: Literal["accuracy", "balanced-accuracy"] = field(default="accuracy", metadata=OF_CHOSEN)
@@ -114,7 +117,7 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         """Take what a person types: one value for several, strings for paths."""
-        for name in ("cache", "out", "unlabelled", "resume"):
+        for name in ("cache", "out", "tasks", "unlabelled", "resume"):
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, Path(value).expanduser())

@@ -96,7 +96,7 @@ def what_is_kept(result: FitResult) -> list[str]:
         lines += [
             f"the baseline {best.method} did better on validation ({theirs} against {ours}); the "
             "command that keeps it:",
-            f"  {command_that_keeps(plan, *best.key)}",
+            f"  {command_that_keeps(plan, result.run, *best.key)}",
         ]
     return lines
 
@@ -110,7 +110,7 @@ def _unchosen(plan: Plan, run: Path, sound: Sequence[TaskResult]) -> list[str]:
         f"{', '.join(row.method for row in sound)}; each lies in {run / 'adapters'}",
         f"the command that keeps {first.method}, or another by its name (validation chooses "
         "between several where --select is not none):",
-        f"  {command_that_keeps(plan, *first.key)}",
+        f"  {command_that_keeps(plan, run, *first.key)}",
     ]
 
 

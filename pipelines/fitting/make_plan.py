@@ -59,6 +59,7 @@ def make_plan(
         "methods": tuple(planned),
         "compared": tuple(compared),
         "select": config.select or "few-shot-val",
+        "tasks": "",
         "ablate": ablate,
         "unlabelled": unlabelled,
         "unlabelled_cache": str(config.unlabelled or ""),

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from clip_adapter.adapters.hyper import Hyper, Value
@@ -183,15 +184,19 @@ def _destination(flag: str) -> str:
     return f"hyper {flag}"
 
 
-def command_line(plan: Plan) -> str:
+def command_line(plan: Plan, run: Path) -> str:
     """`fit …`, which makes this plan again from the same cache; options at their defaults are left
-    out, and so is where the cache lies."""
+    out, and so is where the cache lies.
+
+    run: the folder where it was carried out, in which stated tasks lie."""
     words = ["fit", "--method", *(planned.name for planned in plan.fitted)]
     baselines = tuple(planned.name for planned in plan.methods if planned.baseline)
     usual = tuple(n for n in FitConfig.baselines if n not in {p.name for p in plan.fitted})
     if baselines != usual:
         words += ["--baselines", *baselines]
-    for name in ("shots", "seeds"):
+    if plan.tasks:
+        words += ["--tasks", str(run / "tasks.json")]
+    for name in () if plan.tasks else ("shots", "seeds"):
         words += [f"--{name}", *map(str, getattr(plan, name))]
     for name in CHOICES:
         if getattr(plan, name) != getattr(FitConfig, name):
@@ -206,16 +211,16 @@ def command_line(plan: Plan) -> str:
     return shlex.join(words)
 
 
-def command_that_keeps(plan: Plan, method: str, shots: Shots, seed: int) -> str:
-    """`fit …`, which fits one of the plan's methods as the plan does, on one of its tasks, and so
-    keeps its adapter."""
+def command_that_keeps(plan: Plan, run: Path, method: str, shots: Shots, seed: int) -> str:
+    """`fit …`, which fits one of the plan's methods as the plan does, on one of its tasks (on all
+    where they were stated), and so keeps its adapter."""
     methods = tuple(
         replace(planned, baseline=planned.method.name != method, ablation={})
         for planned in plan.methods
         if planned.baseline or planned.method.name == method
     )
     alone = replace(plan, methods=methods, compared=(), ablate=(), shots=(shots,), seeds=(seed,))
-    return shlex.join([*shlex.split(command_line(alone)), "--cache", plan.cache])
+    return shlex.join([*shlex.split(command_line(alone, run)), "--cache", plan.cache])
 
 
 def _hyper(plan: Plan) -> dict[str, tuple[Value, ...]]:

@@ -63,6 +63,7 @@ class PlannedMethod:
 class Plan:
     """All that decides a run's numbers; the fields that FitConfig has too mean the same here.
 
+    tasks: the SHA-256 of those that were stated, "" where they are drawn.
     compared: the methods that `--ablate method` shows, some of which may be among the others.
     unlabelled: which images without labels refine what is chosen, "" for none; unlabelled_cache:
     where they lie. Plans without such images do not state the two.
@@ -86,6 +87,7 @@ class Plan:
     refit: bool
     placement: Placement
     validation: str = "keep"
+    tasks: str = ""
     unlabelled: str = ""
     unlabelled_cache: str = ""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +35,19 @@ from clip_adapter.pipelines.fitting.run_folder import (
     new_folder,
     read_plan,
 )
+from clip_adapter.pipelines.fitting.task_file import StatedTask, read_tasks, rows_of, sha256_of
 from clip_adapter.pipelines.fitting.tasks import (
     TaskRows,
     base_classes,
     draw_tasks,
     only_classes,
 )
-from clip_adapter.pipelines.fitting.unlabelled import Unlabelled, read_unlabelled
+from clip_adapter.pipelines.fitting.unlabelled import Unlabelled, unlabelled_of
 from clip_adapter.pipelines.saved.adapter_file import know_method
 from clip_adapter.words import same_text
 
 PLOT = "validation.png"
+TASKS = "tasks.json"
 
 
 @dataclass(frozen=True)
@@ -95,48 +97,56 @@ def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -
                 f"{cache.path} is not the cache that {begun} was started on; start a new run, or "
                 "name with --cache where it lies now."
             )
-        unlabelled = _unlabelled(config, stored, cache)
+        stated = _stated(config, begun if stored and stored.tasks else None)
+        unlabelled = unlabelled_of(config, stored, cache)
         plan = stored if stored and config.resume else None
-        plan = plan or _new_plan(config, cache, unlabelled, listener)
+        plan = plan or _new_plan(config, cache, stated, unlabelled, listener)
         if stored and (differing := stored.differing(plan)):
             raise UserError(
                 f"{begun} was started with other arguments ({', '.join(differing)}); give those "
                 "again, or another --out."
             )
         plan = stored or plan
-        data, new, tasks = _tasks(plan, cache)
+        data, new, tasks = _tasks(plan, cache, stated)
         if groups := data.classes_with_one_text():
             listener.note(same_text(groups))
         check_feasible(plan, data, data.tasks[0])
         place = begun or config.out or new_folder()
         with closing(RunFolder(place, plan, resume=begun is not None)) as folder:
+            documents = [asdict(task) for task in stated]
+            documents = documents or [_task_document(data, rows) for rows in tasks]
+            folder.write_json(TASKS, documents)
             return _execute(plan, data, new, tasks, unlabelled, folder, listener)
 
 
-def _unlabelled(config: FitConfig, stored: Plan | None, cache: FeatureCache) -> Unlabelled | None:
-    """The images without labels that refine what is chosen.
-
-    Raises UserError where they are not those that a run was started with.
-    """
-    path = config.unlabelled or (stored and config.resume and stored.unlabelled_cache)
-    if not path:
-        return None
-    unlabelled = read_unlabelled(Path(path), cache)
-    if stored and config.resume and stored.unlabelled != unlabelled.identity:
-        raise UserError(
-            f"--unlabelled: the images without labels of {path} are not those that {config.resume} "
-            "was started with."
-        )
-    return unlabelled
+def _stated(config: FitConfig, begun: Path | None) -> list[StatedTask]:
+    """The tasks of --tasks, or of a run that was begun with it and goes on."""
+    if config.tasks is None:
+        return read_tasks(begun / TASKS) if begun else []
+    plain = FitConfig()
+    for name in ("shots", "seeds", "repeat"):
+        if name in config.stated or getattr(config, name) != getattr(plain, name):
+            raise UserError(f"--tasks says which images are taken, so --{name} is of no use.")
+    return read_tasks(config.tasks)
 
 
 def _new_plan(
-    config: FitConfig, cache: FeatureCache, unlabelled: Unlabelled | None, listener: Listener
+    config: FitConfig,
+    cache: FeatureCache,
+    stated: Sequence[StatedTask],
+    unlabelled: Unlabelled | None,
+    listener: Listener,
 ) -> Plan:
     if config.select is None:
         config = replace(config, select=_usual_rule(cache, listener))
+    if stated:
+        shots, seeds = ((getattr(t, name) for t in stated) for name in ("shots", "seed"))
+        config = replace(
+            config, shots=tuple(dict.fromkeys(shots)), seeds=tuple(dict.fromkeys(seeds))
+        )
     which = unlabelled.identity if unlabelled else ""
     plan = make_plan(config, cache.content_sha256, available(cache), which)
+    plan = replace(plan, tasks=sha256_of(stated) if stated else "")
     for sentence in without_effect(config, plan):
         listener.note(sentence)
     return plan
@@ -153,7 +163,9 @@ def _usual_rule(cache: FeatureCache, listener: Listener) -> Selection:
     return "cv"
 
 
-def _tasks(plan: Plan, cache: FeatureCache) -> tuple[Data, Data | None, list[TaskRows]]:
+def _tasks(
+    plan: Plan, cache: FeatureCache, stated: Sequence[StatedTask]
+) -> tuple[Data, Data | None, list[TaskRows]]:
     """Data of the classes that are fitted, of the others under base-to-new, and the draws."""
     if "train" not in cache.splits:
         elsewhere = "score an adapter that was fitted elsewhere on it with `clip-adapter evaluate`"
@@ -164,8 +176,13 @@ def _tasks(plan: Plan, cache: FeatureCache) -> tuple[Data, Data | None, list[Tas
     train = cache.labels("train")
     val = cache.labels("val") if "val" in cache.splits else None
     classes = len(cache.class_names)
-    how = {"repeat": plan.repeat, "join": plan.validation == "join"}
-    drawn = draw_tasks(train, val, classes, plan.shots, plan.seeds, plan.select, **how)
+    if plan.tasks:
+        if sha256_of(stated) != plan.tasks:
+            raise UserError(f"The {TASKS} of the run is not what it was begun with; begin it anew.")
+        drawn = rows_of(stated, cache, plan)
+    else:
+        how = {"repeat": plan.repeat, "join": plan.validation == "join"}
+        drawn = draw_tasks(train, val, classes, plan.shots, plan.seeds, plan.select, **how)
     if plan.train_classes == "all":
         return open_data(cache, drawn, augment=plan.augment), None, drawn
     base = base_classes(classes)
@@ -186,7 +203,6 @@ def _execute(
 ) -> FitResult:
     provenance = Provenance.of(data.cache)
     folder.write_json(PROVENANCE, provenance.document())
-    folder.write_json("tasks.json", [_task_document(data, rows) for rows in tasks])
     engine = Engine(plan.placement, cores=available_cores())
     said: set[str] = set()
 

@@ -82,22 +82,10 @@ def draw_tasks(
 
     train, val: labels of the splits. join: the validation images that few-shot-val would draw are
     part of the support set.
-    Raises UserError for more shots than the largest class has, for a rule that needs a validation
-    split where the cache has none, and for images that are to join and judge, or are not there.
+    Raises UserError as `check_rule` does, and for more shots than the largest class has.
     """
+    check_rule(select, val is not None, join=join)
     rule = RULES[select]
-    if join and (rule.validation != "none" or val is None):
-        why = (
-            "the cache has no validation split"
-            if val is None
-            else f"--select {select} judges by them"
-        )
-        raise UserError(f"--validation join adds validation images to the support set, and {why}.")
-    if rule.validation != "none" and val is None:
-        raise UserError(
-            f"--select {select} needs a validation split and the cache has none; "
-            "use --select cv, which divides the support set, or none."
-        )
     every = np.arange(classes)
     val_labels = np.zeros(0, np.int32) if val is None else val
     judging = val_labels if rule.validation != "none" else val_labels[:0]
@@ -123,6 +111,22 @@ def draw_tasks(
         )
 
     return [drawn(number, seed) for number in shots for seed in seeds]
+
+
+def check_rule(select: Selection, has_val: bool, *, join: bool) -> None:
+    """Raises UserError for a rule that needs a validation split where the cache has none, and for
+    validation images that are to join the support set and judge, or are not there."""
+    judges = RULES[select].validation != "none"
+    if join and (judges or not has_val):
+        why = (
+            f"--select {select} judges by them" if has_val else "the cache has no validation split"
+        )
+        raise UserError(f"--validation join adds validation images to the support set, and {why}.")
+    if judges and not has_val:
+        raise UserError(
+            f"--select {select} needs a validation split and the cache has none; "
+            "use --select cv, which divides the support set, or none."
+        )
 
 
 def judged_by(select: Selection, score: str, results: Sequence[TaskResult]) -> str:

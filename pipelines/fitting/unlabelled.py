@@ -28,6 +28,8 @@ from clip_adapter.adapters.stata import (
 )
 from clip_adapter.cache.reader import BLOCK_ROWS, FeatureCache
 from clip_adapter.errors import UserError
+from clip_adapter.pipelines.fitting.config import FitConfig
+from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, image_hashes
 from clip_adapter.words import counted, some
 
@@ -84,6 +86,23 @@ class Refined:
             seen=np.union1d(np.asarray(adapter.seen, np.uint64), self.hashes),
             refinement=self.refinement,
         )
+
+
+def unlabelled_of(config: FitConfig, stored: Plan | None, cache: FeatureCache) -> Unlabelled | None:
+    """The images without labels that refine what is chosen.
+
+    Raises UserError where they are not those that a run was started with.
+    """
+    path = config.unlabelled or (stored and config.resume and stored.unlabelled_cache)
+    if not path:
+        return None
+    unlabelled = read_unlabelled(Path(path), cache)
+    if stored and config.resume and stored.unlabelled != unlabelled.identity:
+        raise UserError(
+            f"--unlabelled: the images without labels of {path} are not those that {config.resume} "
+            "was started with."
+        )
+    return unlabelled
 
 
 def read_unlabelled(path: Path, cache: FeatureCache) -> Unlabelled:

@@ -209,7 +209,7 @@ def provenance_facts(runs: Sequence[Run], table: Accuracies) -> Facts:
         ("test images", f"{about.test_images:,}"),
         ("cache, SHA-256", about.cache_sha256),
         ("protocol", "; ".join(dict.fromkeys([*map(_protocol, runs), *table.about[2:]]))),
-        *(("command", command_line(run.plan)) for run in runs),
+        *(("command", command_line(run.plan, run.path)) for run in runs),
     ]
     versions = dict.fromkeys(
         ", ".join(f"{name} {number}" for name, number in run.versions.items()) for run in runs

@@ -35,6 +35,8 @@ def rehash(file: h5py.File, path: str) -> None:
     hashes, found = file.get(f"{path}_hashes"), file.get(path)
     if not isinstance(hashes, h5py.Dataset) or not isinstance(found, h5py.Dataset):
         return
+    if found.is_virtual:  # reading one that refers to itself ends the process
+        return
     if hashes.shape == found.shape[:-1] and found.size < 1e6:
         for place in np.ndindex(hashes.shape):
             digest = hashlib.sha256(found[place].tobytes()).digest()

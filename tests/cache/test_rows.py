@@ -100,6 +100,11 @@ def test_rows_that_are_not_there(cache: Path, rows: list) -> None:
             opened.ids("train", rows)
 
 
+def test_rows_that_are_no_integers(cache: Path) -> None:
+    with FeatureCache(cache) as opened, pytest.raises(IndexError, match="rows are float64"):
+        opened.features("train", [0.5])
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0])
 def test_values_are_checked_where_they_are_read(cache: Path, tmp_path: Path, bad: float) -> None:
     path = tmp_path / "features.h5"

@@ -14,7 +14,10 @@ from typing import Any
 
 from PIL import Image
 
+from clip_adapter.cache.writer import write_cache
+from tests.cache.small_cache import STATED, small_content
 from tests.fuzz import image_mutations
+from tests.fuzz.cache_mutations import mutate_cache
 from tests.fuzz.damage import damage
 
 ODD_TEXTS = (
@@ -84,6 +87,8 @@ def table(rng: random.Random, folder: Path) -> list[str]:
         row = {"path": name, "label": label, "Label": label, "split": "train", "": "x", "x": label}
         if rng.random() < 0.1:
             row[rng.choice(columns)] = _text(rng)
+        if number % 5 == 4:
+            row |= dict.fromkeys(("label", "Label", "x"), rng.choice((label, "", " ")))
         writer.writerow([row[column] for column in columns][: rng.choice((9, 9, 9, 9, 1))])
     encoding = rng.choice(("utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16", "latin-1"))
     _place(rng, folder / "t.csv", buffer.getvalue().encode(encoding, "replace"))
@@ -166,6 +171,23 @@ def templates(rng: random.Random, folder: Path) -> list[str]:
     return ["--dataset", "digits", "--templates", f"{folder}/t.txt"]
 
 
+def unlabelled(rng: random.Random, folder: Path) -> list[str]:
+    """Images without labels, with a cache or a list that says which classes there are."""
+    _images(rng, folder / "new", [f"{'deep/' * (n % 2)}{n}.png" for n in range(9)])
+    if rng.random() < 0.3:
+        image_mutations.make(rng, folder / "new")
+    names = [_text(rng) if rng.random() < 0.1 else f"c{number}" for number in range(5)]
+    _place(rng, folder / "names.txt", "\n".join(names).encode("utf-8", "surrogatepass"))
+    write_cache(folder / "like.h5", small_content(), **STATED)
+    if rng.random() < 0.8:
+        mutate_cache(rng, folder / "like.h5")
+    told = [["--like", f"{folder}/like.h5"], ["--classes", f"{folder}/names.txt"]]
+    told += [["--like", rng.choice(ODD_TEXTS[7:])], told[0] + told[1], []]
+    arguments = rng.choice((told[0], told[1], told[1], rng.choice(told)))
+    skipping = rng.choice(([], ["--on-error", "skip"]))
+    return ["--dataset", f"images:{folder}/new", *arguments, *skipping]
+
+
 MUTATIONS: tuple[Callable[[random.Random, Path], list[str]], ...] = (
-    table, split_file, classes, descriptions, templates,
+    table, split_file, classes, descriptions, templates, unlabelled,
 )  # fmt: skip

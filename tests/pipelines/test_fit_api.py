@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clip_adapter.cache.writer import write_cache as write_content
 from clip_adapter.errors import UserError
+from clip_adapter.pipelines.commands.evaluate import EvaluateConfig, evaluate
 from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.predictions import read_predictions
 from clip_adapter.pipelines.fitting.results import Spread
+from clip_adapter.pipelines.saved.adapter_file import load_adapter
+from tests.cache.small_cache import STATED, small_content, text, unlabelled
 from tests.pipelines.tiny_cache import tiny_data, write_cache
 
 DATA = tiny_data()
@@ -125,6 +129,28 @@ def test_rows_are_typed_and_predictions_can_be_read(cache: Path, tmp_path: Path)
     assert result.kept and result.kept.key == ("clip-adapter", 4, 1)
     assert result.plan.shots == (2, 4) and result.problem == ""
     assert list(result.provenance.class_names) == [f"class {number}" for number in range(4)]
+
+
+def test_images_without_labels_change_nothing(tmp_path: Path):
+    """And alone they are nothing to fit or to score."""
+    runs = []
+    for name, more in (("plain", {}), ("beside", unlabelled(5))):
+        write_content(tmp_path / f"{name}.h5", small_content() | more, **STATED)
+        options = {"method": ("tip-adapter",), "baselines": (), "shots": (4,), "select": "none"}
+        runs.append(tmp_path / f"run of {name}")
+        fit(FitConfig(cache=tmp_path / f"{name}.h5", out=runs[-1], **options))
+    for file in ("adapter.safetensors", "tasks.json", "selected.jsonl"):
+        assert (runs[0] / file).read_bytes() == (runs[1] / file).read_bytes()
+    assert load_adapter(runs[0]).info.cache_sha256 == load_adapter(runs[1]).info.cache_sha256
+    caches = (tmp_path / "plain.h5", tmp_path / "beside.h5")
+    one, two = (evaluate(EvaluateConfig(cache, runs[0])).accuracy for cache in caches)
+    assert one == two
+    alone = tmp_path / "alone.h5"
+    write_content(alone, text() | unlabelled(5), **STATED)
+    with pytest.raises(UserError, match="no train split, only unlabelled; give a cache of lab"):
+        fit(FitConfig(cache=alone, out=tmp_path / "none"))
+    with pytest.raises(UserError, match="no test split, only unlabelled"):
+        evaluate(EvaluateConfig(alone, runs[0]))
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_a_run_goes_on_with_the_same_images_alone(cache: Path, tmp_path: Path):
             run_fit(replace(resumed, unlabelled=other), Listener())
     finally:
         moved.rename(cache)
-    line = command_line(found.plan)
+    line = command_line(found.plan, found.run)
     assert f"--unlabelled {cache}" in line
     assert parse(line.split()[1:]).unlabelled == cache
 

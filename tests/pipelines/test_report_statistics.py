@@ -227,7 +227,7 @@ def test_the_command_makes_the_plan_again(line: str):
         return make_plan(parse(words), "0" * 64, ("text",))
 
     stated = plan(shlex.split(line))
-    program, *words = shlex.split(command_line(stated))
+    program, *words = shlex.split(command_line(stated, Path()))
     assert program == "fit"
     assert plan(words) == stated
 
