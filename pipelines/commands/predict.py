@@ -1,16 +1,19 @@
 """`predict`: classify image files with a fitted adapter."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISDIR
 from typing import Literal, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 from scipy.special import softmax
 
+from clip_adapter.adapters.formulas import cosine_logits
+from clip_adapter.adapters.stata import FEWEST, classes_found, refine, temperature_of
 from clip_adapter.cores import available_cores, limit_openmp
 from clip_adapter.errors import UserError, require_within
 from clip_adapter.extract.config import check_work
@@ -26,6 +29,7 @@ from clip_adapter.pipelines.scoring.prediction_formats import FORMATS, Predictio
 from clip_adapter.words import counted, printable
 
 MOST_CLASSES = 100_000
+Logits = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,9 @@ class PredictConfig:
             model and tag of open_clip's; what an adapter names otherwise is not loaded unasked.
         pretrained: Where the backbone's weights lie now, if they were given as a local file or
             folder.
+        transductive: Classify the images together, by what they have in common too (StatA). What
+            is said of an image then depends on the others: an accuracy of it stands beside none of
+            images that were classified one by one.
         top: How many classes to name for each image.
         format: How to print; json is one array with an object per image. In csv, a cell that a
             spreadsheet would take for a formula begins with an apostrophe.
@@ -57,6 +64,7 @@ class PredictConfig:
     method: str | None = None
     backbone: str | None = None
     pretrained: str | None = None
+    transductive: bool = False
     top: int = 3
     format: Literal["table", "csv", "json"] = "table"
     batch_size: int = 64
@@ -68,22 +76,31 @@ class PredictedImages:
     """Iterable over one Prediction per path, in their order.
 
     They are computed batch by batch, anew for each iteration: memory does not grow with their
-    number.
+    number. tell: for transductive ones, all of which are encoded before the first is there; it is
+    told how many classes they show.
     """
 
-    def __init__(self, adapter: SavedAdapter, paths: Sequence[Path], blocks: Blocks, top: int):
+    def __init__(
+        self,
+        adapter: SavedAdapter,
+        paths: Sequence[Path],
+        blocks: Blocks,
+        top: int,
+        tell: Callable[[str], None] | None = None,
+    ):
         self.paths = paths
         self.class_names = adapter.info.class_names
         self._adapter = adapter
         self._blocks = blocks
         self._top = min(top, len(self.class_names))
+        self._tell = tell
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __iter__(self) -> Iterator[Prediction]:
-        for block in self._blocks():
-            tops = dict(zip(block.rows.tolist(), self._tops(block), strict=True))
+        for block, logits in self._together(self._tell) if self._tell else self._one_by_one():
+            tops = dict(zip(block.rows.tolist(), self._tops(logits), strict=True))
             for row in sorted([*tops, *block.unreadable]):
                 path = self.paths[row]
                 if row in tops:
@@ -92,8 +109,35 @@ class PredictedImages:
                     reason = block.unreadable[row].removeprefix(f"{path} cannot be decoded: ")
                     yield Prediction(path, unreadable=reason)
 
-    def _tops(self, block: Block) -> list[tuple[tuple[str, float], ...]]:
-        shares = softmax(self._adapter.logits(block.features).astype(np.float64), axis=1)
+    def _one_by_one(self) -> Iterator[tuple[Block, Logits]]:
+        return ((block, self._adapter.logits(block.features)) for block in self._blocks())
+
+    def _together(self, tell: Callable[[str], None]) -> Iterator[tuple[Block, Logits]]:
+        """Raises UserError where there are too few images."""
+        # What was refined before is refined anew, by these images alone.
+        plain, refinement = replace(self._adapter, refinement=None), self._adapter.refinement
+        blocks = list(self._blocks())
+        encoded = np.concatenate([block.encoded for block in blocks])
+        if len(encoded) < FEWEST:
+            raise UserError(f"--transductive takes {FEWEST} images or more that can be read.")
+        logits = np.concatenate([plain.logits(block.features) for block in blocks])
+        if refinement:
+            temperature = float(refinement.temperature)
+        else:
+            temperature = temperature_of(logits, cosine_logits(np, encoded, plain.head))
+        shares, _ = refine(encoded, logits, plain.weights, temperature)
+        count = len(classes_found(shares))
+        tell(
+            f"{counted(len(encoded), 'image')} were classified together (transductive) and show "
+            f"{count} of {counted(len(self.class_names), 'class', 'classes')}: what is said of one "
+            "depends on the others"
+        )
+        ends = np.cumsum([len(block.rows) for block in blocks])[:-1]
+        floor = np.finfo(np.float32).tiny
+        return zip(blocks, np.split(np.log(np.maximum(shares, floor)), ends), strict=True)
+
+    def _tops(self, logits: Logits) -> list[tuple[tuple[str, float], ...]]:
+        shares = softmax(logits.astype(np.float64), axis=1)
         classes = np.argsort(-shares, axis=1, kind="stable")[:, : self._top]
         return [
             tuple((self.class_names[c], float(own[c])) for c in best)
@@ -114,7 +158,8 @@ def predict(config: PredictConfig, listener: Listener | None = None) -> Predicte
     refused: dict[Path, str] = {}
     paths = image_files(config.paths, listener or Listener(), refused)
     blocks = encoded_files(paths, refused, adapter, config)
-    return PredictedImages(adapter, paths, blocks, config.top)
+    tell = (listener or Listener()).note if config.transductive else None
+    return PredictedImages(adapter, paths, blocks, config.top, tell)
 
 
 def image_files(paths: Sequence[Path], listener: Listener, refused: dict[Path, str]) -> list[Path]:

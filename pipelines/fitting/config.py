@@ -71,8 +71,12 @@ class FitConfig:
             adapter; the accuracies shown are those of before.
         placement: How settings share a device: one after another, as auto does on a CPU, or side by
             side.
+        unlabelled: Cache of images without labels (`extract`'s part of that name; it may be --cache
+            itself), which refine each chosen classifier by StatA where labelled images that took no
+            part say that this is no worse. None of them is one that fits, chooses or tests.
         resume: Run folder of an interrupted `fit` to go on with, as it was begun: beside it stand
-            --cache, where the cache lies elsewhere now, and --method MODULE:NAME of your own.
+            --cache and --unlabelled, where those lie elsewhere now, and --method MODULE:NAME of
+            your own.
         verbose: Print the settings that were chosen and the classes that do worst too; the report
             always has them.
 
@@ -100,6 +104,7 @@ class FitConfig:
     ablate: tuple[str, ...] = ()
     refit: bool = False
     placement: Literal["auto", "sequential", "vectorised"] = "auto"
+    unlabelled: Path | None = field(default=None, metadata=OF_ALL | NOTHING)
     resume: Path | None = field(default=None, metadata=NOTHING)
     verbose: bool = field(default=False, metadata=NOTHING)
     hyper: Mapping[str, Any] = field(default_factory=dict, metadata={"option": False})
@@ -112,7 +117,7 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         """Take what a person types: one value for several, strings for paths."""
-        for name in ("cache", "out", "tasks", "resume"):
+        for name in ("cache", "out", "tasks", "unlabelled", "resume"):
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, Path(value).expanduser())

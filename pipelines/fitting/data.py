@@ -195,6 +195,13 @@ class Data:
         """Every labelled image of the classes, by split."""
         return {split: np.flatnonzero(self._inside(own)) for split, own in self.labels.items()}
 
+    def taking_part(self) -> dict[str, Rows]:
+        """The rows that fit, choose or test on some task, by split."""
+        support, validation = needed_rows(self.tasks)
+        rows = self.by_split(support)
+        rows["val"] = np.concatenate([rows["val"], validation])
+        return rows | {"test": np.arange(len(self.labels.get("test", ())))}
+
     def hashes(self, rows: Mapping[str, Rows]) -> npt.NDArray[np.uint64]:
         """By which the images of these rows of the splits are known again, each once."""
         known_by = [np.zeros(0, np.uint64)]

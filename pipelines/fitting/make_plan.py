@@ -27,11 +27,13 @@ from clip_adapter.words import dashed, shortened
 Values = Mapping[str, Sequence[Value]]
 
 
-def make_plan(config: FitConfig, cache_sha256: str, available: Iterable[str] = ()) -> Plan:
+def make_plan(
+    config: FitConfig, cache_sha256: str, available: Iterable[str] = (), unlabelled: str = ""
+) -> Plan:
     """Resolve what was asked for.
 
     available: what the cache has of the things that methods may need; `--method all` takes the
-        methods that it can serve.
+        methods that it can serve. unlabelled: as in the plan.
     Raises UserError, in a sentence, for what cannot be meant.
     """
     names, there = [*config.method], set(available)
@@ -59,10 +61,25 @@ def make_plan(config: FitConfig, cache_sha256: str, available: Iterable[str] = (
         "select": config.select or "few-shot-val",
         "tasks": "",
         "ablate": ablate,
+        "unlabelled": unlabelled,
+        "unlabelled_cache": str(config.unlabelled or ""),
     }
     plan = Plan(**alike | resolved)
     check_protocol(plan)
+    _check_refined(plan)
     return plan
+
+
+def _check_refined(plan: Plan) -> None:
+    """Images without labels refine what is chosen, of all classes, on a task."""
+    beside = {"--ablate": plan.ablate, "--refit": plan.refit}
+    beside["--train-classes base"] = plan.train_classes == "base"
+    for flag in [flag for flag, is_given in beside.items() if is_given and plan.unlabelled]:
+        raise UserError(
+            f"--unlabelled takes no {flag} beside it: what is refined is the chosen classifier of "
+            "a task, judged by labelled images that took no part, and tells the classes of the "
+            "task alone."
+        )
 
 
 def _servable(

@@ -13,9 +13,10 @@ import numpy.typing as npt
 from clip_adapter.adapters.engine.evaluation import Evaluation, rounds_of
 from clip_adapter.adapters.engine.runner import Engine
 from clip_adapter.adapters.engine.scoring import balanced, make_classify
-from clip_adapter.adapters.engine.search import judge, work
+from clip_adapter.adapters.engine.search import fit, judge, work
 from clip_adapter.adapters.method import Arrays, Method, Setting, Task
 from clip_adapter.adapters.registry import REFERENCE
+from clip_adapter.adapters.stata import Refinement, refined_logits
 from clip_adapter.pipelines.fitting.choice import (
     Chosen,
     Search,
@@ -30,7 +31,8 @@ from clip_adapter.pipelines.fitting.provenance import Provenance
 from clip_adapter.pipelines.fitting.record import TaskRecord
 from clip_adapter.pipelines.fitting.results import Held, Spread, TaskResult, harmonic_mean
 from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder, writing
-from clip_adapter.pipelines.fitting.tasks import RULES, Fold, TaskRows
+from clip_adapter.pipelines.fitting.tasks import RULES, Fold, TaskRows, cross_validation
+from clip_adapter.pipelines.fitting.unlabelled import Refined, Unlabelled, refine_chosen
 from clip_adapter.pipelines.saved.adapter_file import AdapterInfo, SavedAdapter, save_adapter
 from clip_adapter.words import dashed
 
@@ -40,7 +42,8 @@ class TaskRunner:
     """What all tasks of a run share.
 
     data: of the classes that are fitted. new: of the others, under base-to-new, else None.
-    tell: is told sentences that whoever waits has to know.
+    tell: is told sentences that whoever waits has to know. unlabelled: images without labels that
+    refine what is chosen; None for none.
     """
 
     plan: Plan
@@ -49,6 +52,7 @@ class TaskRunner:
     provenance: Provenance
     engine: Engine
     tell: Callable[[str], None]
+    unlabelled: Unlabelled | None = None
     _references: dict[tuple[Shots, int, int], Evaluation] = field(default_factory=dict)
     _seen: dict[tuple[Shots, int], npt.NDArray[np.uint64]] = field(default_factory=dict)
 
@@ -69,16 +73,41 @@ class TaskRunner:
         chosen = self.choose(planned, rows, folder, expect, held)
         if chosen is None:
             return self.diverged(planned, rows, held)
-        predictions = predict_test(method, chosen.setting, chosen.arrays, self.data)
+        counts = not (planned.baseline or held)
+        refined = self._refined(method, rows, chosen) if self.unlabelled and counts else None
+        refinement = refined.refinement if refined else None
+        predictions = predict_test(method, chosen.setting, chosen.arrays, self.data, refinement)
         result = self.result(method, rows, chosen, predictions, held)
         if predictions and not held:
             folder.write(predictions_path(*result.key), predictions.content())
-        if not (planned.baseline or held):
+        if counts:
             fitted, seen = fitted_on(result), self._seen_by(rows)
             saved = self.saved(method, chosen.setting, chosen.arrays, fitted, seen)
+            if refined:
+                result, saved = replace(result, note=refined.sentence), refined.of(saved)
             with writing(folder.path):
                 save_adapter(folder.path / adapter_folder(*result.key), saved)
         return result
+
+    def _refined(self, method: Method, rows: TaskRows, chosen: Chosen) -> Refined:
+        """What images without labels make of what was chosen, judged by the validation images;
+        where there are none by cross-validation on the support set or, where nothing was fitted on
+        that, by it."""
+        assert self.unlabelled is not None
+        folds = [Fold(rows.support, rows.validation)]
+        if not len(rows.validation):
+            folds = [Fold(rows.support, rows.support, "train")]
+            if chosen.arrays or chosen.setting:
+                folds = cross_validation(rows, self.data.support_labels)
+        judges = []
+        for fold, task in zip(folds, self._parts(method, rows, folds), strict=True):
+            arrays = chosen.arrays
+            if fold.support is not rows.support:
+                arrays = fit(method, chosen.setting, chosen.epoch, task, self.engine)
+            judges.append((arrays, task))
+        fitted = (method, chosen.setting, chosen.arrays)
+        names = self.data.cache.class_names
+        return refine_chosen(self.unlabelled, *fitted, judges, self.data.head(method), names)
 
     def choose(
         self,
@@ -248,7 +277,11 @@ class TaskRunner:
 
 
 def predict_test(
-    method: Method, setting: Setting, arrays: Arrays, data: Data
+    method: Method,
+    setting: Setting,
+    arrays: Arrays,
+    data: Data,
+    refinement: Refinement | None = None,
 ) -> Predictions | None:
     """Classify the test images of the data's classes, block by block; None where there are none."""
     if "test" not in data.cache.splits:
@@ -257,6 +290,8 @@ def predict_test(
     blocks = []
     for features, labels in data.test_blocks(method):
         logits = classify(features).astype(np.float64)
+        if refinement:
+            logits = refined_logits(np, refinement, logits, features)
         best = logits.argmax(axis=1)
         top = logits[np.arange(len(best)), best]
         sure = 1 / np.exp(logits - top[:, None]).sum(axis=1)

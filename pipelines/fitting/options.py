@@ -204,6 +204,8 @@ def command_line(plan: Plan, run: Path) -> str:
     words += [f"--{f.name}" for f in fields(plan) if getattr(plan, f.name) is True]
     if plan.ablate:
         words += ["--ablate", *plan.ablate]
+    if plan.unlabelled:
+        words += ["--unlabelled", plan.unlabelled_cache]
     for flag, values in _hyper(plan).items():
         words += [f"--{flag}", *map(_written, values)]
     return shlex.join(words)

@@ -65,6 +65,8 @@ class Plan:
 
     tasks: the SHA-256 of those that were stated, "" where they are drawn.
     compared: the methods that `--ablate method` shows, some of which may be among the others.
+    unlabelled: which images without labels refine what is chosen, "" for none; unlabelled_cache:
+    where they lie. Plans without such images do not state the two.
     """
 
     clip_adapter: str
@@ -86,6 +88,8 @@ class Plan:
     placement: Placement
     validation: str = "keep"
     tasks: str = ""
+    unlabelled: str = ""
+    unlabelled_cache: str = ""
 
     @property
     def fitted(self) -> list[PlannedMethod]:
@@ -124,6 +128,8 @@ class Plan:
     def document(self) -> Json:
         """As JSON, with a SHA-256 over the rest."""
         document = json.loads(json.dumps(asdict(self)))
+        if not self.unlabelled:
+            del document["unlabelled"], document["unlabelled_cache"]
         return document | {OWN_SHA256: _sha256(document)}
 
     @classmethod
@@ -160,8 +166,8 @@ class Plan:
     def differing(self, other: Plan) -> list[str]:
         """In what the two differ; the content of the cache counts, not where it lies."""
         one, two = self.document(), other.document()
-        unlike = [name for name in one if one[name] != two[name]]
-        names = [name for name in unlike if name not in ("cache", OWN_SHA256)]
+        unlike = [name for name in one | two if one.get(name) != two.get(name)]
+        names = [n for n in unlike if n not in ("cache", "unlabelled_cache", OWN_SHA256)]
         if "methods" in names:
             mine = {planned.name: planned.values for planned in self.methods}
             others = {planned.name: planned.values for planned in other.methods}

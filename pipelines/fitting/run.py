@@ -42,6 +42,7 @@ from clip_adapter.pipelines.fitting.tasks import (
     draw_tasks,
     only_classes,
 )
+from clip_adapter.pipelines.fitting.unlabelled import Unlabelled, unlabelled_of
 from clip_adapter.pipelines.saved.adapter_file import know_method
 from clip_adapter.words import same_text
 
@@ -80,7 +81,8 @@ def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -
     if config.resume and (others := config.beside_resume):
         raise UserError(
             f"--resume takes no --{others[0]}: a run goes on as it was begun. Beside it stand "
-            "--cache, where the cache lies elsewhere now, and --method MODULE:NAME of your own."
+            "--cache and --unlabelled, where those lie elsewhere now, and --method MODULE:NAME of "
+            "your own."
         )
     begun = config.out if may_go_on and config.out and (config.out / PLAN).exists() else None
     begun = config.resume or begun
@@ -96,7 +98,9 @@ def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -
                 "name with --cache where it lies now."
             )
         stated = _stated(config, begun if stored and stored.tasks else None)
-        plan = stored if stored and config.resume else _new_plan(config, cache, stated, listener)
+        unlabelled = unlabelled_of(config, stored, cache)
+        plan = stored if stored and config.resume else None
+        plan = plan or _new_plan(config, cache, stated, unlabelled, listener)
         if stored and (differing := stored.differing(plan)):
             raise UserError(
                 f"{begun} was started with other arguments ({', '.join(differing)}); give those "
@@ -112,7 +116,7 @@ def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -
             documents = [asdict(task) for task in stated]
             documents = documents or [_task_document(data, rows) for rows in tasks]
             folder.write_json(TASKS, documents)
-            return _execute(plan, data, new, tasks, folder, listener)
+            return _execute(plan, data, new, tasks, unlabelled, folder, listener)
 
 
 def _stated(config: FitConfig, begun: Path | None) -> list[StatedTask]:
@@ -127,7 +131,11 @@ def _stated(config: FitConfig, begun: Path | None) -> list[StatedTask]:
 
 
 def _new_plan(
-    config: FitConfig, cache: FeatureCache, stated: Sequence[StatedTask], listener: Listener
+    config: FitConfig,
+    cache: FeatureCache,
+    stated: Sequence[StatedTask],
+    unlabelled: Unlabelled | None,
+    listener: Listener,
 ) -> Plan:
     if config.select is None:
         config = replace(config, select=_usual_rule(cache, listener))
@@ -136,7 +144,8 @@ def _new_plan(
         config = replace(
             config, shots=tuple(dict.fromkeys(shots)), seeds=tuple(dict.fromkeys(seeds))
         )
-    plan = make_plan(config, cache.content_sha256, available(cache))
+    which = unlabelled.identity if unlabelled else ""
+    plan = make_plan(config, cache.content_sha256, available(cache), which)
     plan = replace(plan, tasks=sha256_of(stated) if stated else "")
     for sentence in without_effect(config, plan):
         listener.note(sentence)
@@ -188,6 +197,7 @@ def _execute(
     data: Data,
     new: Data | None,
     tasks: Sequence[TaskRows],
+    unlabelled: Unlabelled | None,
     folder: RunFolder,
     listener: Listener,
 ) -> FitResult:
@@ -201,7 +211,9 @@ def _execute(
             said.add(sentence)
             listener.note(sentence)
 
-    runner = TaskRunner(plan, data, new, provenance, engine, tell)
+    if unlabelled:
+        unlabelled = unlabelled.without(data.hashes(data.taking_part()))
+    runner = TaskRunner(plan, data, new, provenance, engine, tell, unlabelled)
     problem = ""
     try:
         _run_tasks(runner, folder, listener)

@@ -165,6 +165,10 @@ def accuracies(runs: Sequence[Run], entries: Sequence[Entry]) -> Accuracies:
         for measure, words in shown[entry.train_classes].items()
     ]
     about = [*runs[0].provenance.lines(), *_seeds(entries), *_judged(entries)]
+    refining = dict.fromkeys(run.plan.unlabelled for run in runs if run.plan.unlabelled)
+    about += [
+        f"refined by images without labels ({some}), none of them tested" for some in refining
+    ]
     title = f"test accuracy (%), {over(entries)}{meanings(shown.get('all', ()))}"
     shots = in_order({row.shots for _, row in rows})
     return Accuracies(str(runs[0].provenance.dataset["name"]), title, about, shots, lines)

@@ -6,17 +6,22 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from clip_adapter.adapters.method import Head, Method, Setting
+from clip_adapter.adapters.stata import FLOOR, Refinement
 from clip_adapter.errors import UserError
 
 if TYPE_CHECKING:
     from clip_adapter.pipelines.saved.adapter_file import AdapterInfo
 
+INFO_FILE = "adapter.json"
+WEIGHTS = "weights"  # the classifier weights before adaptation, unit rows
+SHORTEST_WEIGHTS = 0.5
 ROWS = 3
 
 
@@ -68,6 +73,30 @@ def check_usable(
         raise ValueError("the logits of an image are not finite, or depend on the other images")
 
 
+def checked_refinement(
+    method: Method, arrays: Mapping[str, npt.NDArray[Any]], weights: npt.NDArray[np.float32]
+) -> Refinement | None:
+    """What these arrays of a file say; None where there are none.
+
+    Raises ValueError, in a sentence, for others than a refinement has.
+    """
+    if not arrays:
+        return None
+    shapes = {"means": weights.shape, "variances": weights.shape, "temperature": ()}
+    if arrays.keys() != shapes.keys() or "projection" in method.needs:
+        raise ValueError(f"a refinement of {method.name} by {', '.join(arrays)} cannot be used")
+    for name, array in arrays.items():
+        if array.shape != shapes[name] or array.dtype != np.float32 or not np.isfinite(array).all():
+            raise ValueError(
+                f"the refinement's {name} are not finite float32 numbers of its classes"
+            )
+    refinement = Refinement(**arrays)
+    unit_rows = np.linalg.norm(refinement.means, axis=1) < 1 + 1e-3
+    if not unit_rows.all() or min(refinement.variances.min(), refinement.temperature) < FLOOR / 2:
+        raise ValueError("the refinement has means or variances that no unit features have")
+    return refinement
+
+
 def feature_width(method: Method, arrays: Mapping[str, npt.NDArray[Any]], head: Head) -> int:
     """How wide the features are that the formula takes: of a method that works on what comes before
     the backbone's projection F of its shapes, else D.
@@ -101,6 +130,36 @@ def _sizes(method: Method, arrays: Mapping[str, npt.NDArray[Any]], head: Head) -
             wanted = ", ".join(f"{letter} = {sizes.get(letter, '?')}" for letter in letters)
             raise ValueError(f"{name} has the shape {array.shape} and not ({wanted})")
     return sizes
+
+
+def checked_arrays(
+    path: Path,
+    info: AdapterInfo,
+    method: Method,
+    weights: npt.NDArray[Any] | None,
+    arrays: Mapping[str, npt.NDArray[Any]],
+    refining: Mapping[str, npt.NDArray[Any]],
+) -> tuple[npt.NDArray[np.float32], Refinement | None]:
+    """The classifier weights, and what refines them.
+
+    path: of the file, for sentences. refining: the arrays of a refinement, {} for none.
+    Raises UserError where they or the arrays are not those that the document implies.
+    """
+    if weights is None or weights.ndim != 2 or len(weights) != len(info.class_names):
+        raise UserError(f"{path} does not hold the classifier weights of its classes.")
+    if weights.dtype != np.float32 or not weights.size or not np.isfinite(weights).all():
+        raise UserError(f"{path}: {WEIGHTS} holds something else than finite float32 numbers.")
+    if not (np.linalg.norm(weights, axis=1) > SHORTEST_WEIGHTS).all():
+        raise UserError(f"{path}: {WEIGHTS} holds a class without a direction.")
+    head = Head(weights, np.float32(info.logit_scale), np.float32(info.logit_bias))
+    try:
+        check_usable(method, info.setting, arrays, head)
+        refinement = checked_refinement(method, refining, weights)
+    except ValueError as error:
+        raise UserError(
+            f"{path} does not fit {INFO_FILE}: {error}; fit the adapter again."
+        ) from error
+    return weights, refinement
 
 
 def check_same_backbone(

@@ -20,20 +20,19 @@ from safetensors.numpy import load_file, save
 from clip_adapter import files
 from clip_adapter.adapters.method import Head, Method
 from clip_adapter.adapters.registry import find_method
+from clip_adapter.adapters.stata import Refinement, refined_logits
 from clip_adapter.cache.schema import LARGEST_BIAS, LARGEST_SCALE, SMALLEST_SCALE
 from clip_adapter.errors import Contradiction, UserError
-from clip_adapter.pipelines.saved.adapter_check import check_usable
+from clip_adapter.pipelines.saved.adapter_check import INFO_FILE, WEIGHTS, checked_arrays
 from clip_adapter.records import Rule, between, from_document
 
 FORMAT = "clip-adapter"
 FORMAT_VERSION = 2
-INFO_FILE = "adapter.json"
 ARRAYS_FILE = "adapter.safetensors"
-# The classifier weights before adaptation, and what is before the names of what was fitted, which
-# may be called `weights` as well.
-WEIGHTS = "weights"
-SHORTEST_WEIGHTS = 0.5  # they are unit rows
+# Before the names of what was fitted, which may be called as what else is there.
 FITTED = "fitted/"
+# Before the names of what images without labels made of it, where some have refined it.
+REFINED = "refinement/"
 # Hashes of the images that fitted or chose it; files of before they were kept have none.
 SEEN = "seen"
 DOCUMENT_MAX = 1 << 25  # bytes: the names of 21,000 classes take 1 << 19
@@ -68,13 +67,14 @@ class AdapterInfo:
 @dataclass(frozen=True)
 class SavedAdapter:
     """info; arrays: what was fitted, float32; weights: (C, D) float32, the zero-shot classifier
-    weights. seen: `image_hashes` of what fitted or chose it, in any order; None where the file
-    does not say."""
+    weights. seen: `image_hashes` of what fitted, chose or refined it, in any order; None where the
+    file does not say. refinement: None where no images without labels refined it."""
 
     info: AdapterInfo
     arrays: Mapping[str, npt.NDArray[Any]]
     weights: npt.NDArray[np.float32]
     seen: npt.NDArray[np.uint64] | None = None
+    refinement: Refinement | None = None
 
     @property
     def method(self) -> Method:
@@ -89,6 +89,8 @@ class SavedAdapter:
         """(N, C) of features as the method takes them: (N, D), or (N, F) of what comes before the
         backbone's projection."""
         logits = self.method.logits(np, self.arrays, self.info.setting, features, self.head)
+        if self.refinement:
+            logits = refined_logits(np, self.refinement, logits, features)
         return np.asarray(logits, np.float32)
 
     def has_seen(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
@@ -118,6 +120,8 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {FITTED + name: array for name, array in adapter.arrays.items()}
     tensors[WEIGHTS] = adapter.weights
+    if adapter.refinement:
+        tensors |= {REFINED + name: own for name, own in adapter.refinement._asdict().items()}
     if adapter.seen is not None:
         tensors[SEEN] = adapter.seen
     content = save({name: np.asarray(array, order="C") for name, array in tensors.items()})
@@ -182,12 +186,15 @@ def load_adapter(run: str | Path, method: str | None = None) -> SavedAdapter:
     weights, seen = tensors.pop(WEIGHTS, None), tensors.pop(SEEN, None)
     if seen is not None and (seen.ndim != 1 or seen.dtype != np.uint64):
         raise UserError(f"{path}: {SEEN} holds no hashes of images; fit the adapter again.")
+    refining = {name: tensors.pop(name) for name in [*tensors] if name.startswith(REFINED)}
     arrays = {name.removeprefix(FITTED): tensor for name, tensor in tensors.items()}
     if len(arrays) < len(tensors):
         raise UserError(f"{path} holds two arrays of one name; fit the adapter again.")
     if "labels" in _method(info.method).shapes:
         arrays = _with_labels(arrays, len(info.class_names))
-    return SavedAdapter(info, arrays, _checked_weights(path, info, weights, arrays), seen)
+    named = {name.removeprefix(REFINED): own for name, own in refining.items()}
+    weights, refinement = checked_arrays(path, info, _method(info.method), weights, arrays, named)
+    return SavedAdapter(info, arrays, weights, seen, refinement)
 
 
 def _with_labels(arrays: dict[str, npt.NDArray[Any]], classes: int) -> dict[str, npt.NDArray[Any]]:
@@ -273,29 +280,3 @@ def _read_tensors(path: Path, stated_sha256: object) -> dict[str, npt.NDArray[An
         return load_file(path)
     except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a safetensors file of numbers that NumPy has.") from error
-
-
-def _checked_weights(
-    path: Path,
-    info: AdapterInfo,
-    weights: npt.NDArray[Any] | None,
-    arrays: Mapping[str, npt.NDArray[Any]],
-) -> npt.NDArray[np.float32]:
-    """The classifier weights.
-
-    Raises UserError where they or the arrays are not those that the document implies.
-    """
-    if weights is None or weights.ndim != 2 or len(weights) != len(info.class_names):
-        raise UserError(f"{path} does not hold the classifier weights of its classes.")
-    if weights.dtype != np.float32 or not weights.size or not np.isfinite(weights).all():
-        raise UserError(f"{path}: {WEIGHTS} holds something else than finite float32 numbers.")
-    if not (np.linalg.norm(weights, axis=1) > SHORTEST_WEIGHTS).all():
-        raise UserError(f"{path}: {WEIGHTS} holds a class without a direction.")
-    head = Head(weights, np.float32(info.logit_scale), np.float32(info.logit_bias))
-    try:
-        check_usable(_method(info.method), info.setting, arrays, head)
-    except ValueError as error:
-        raise UserError(
-            f"{path} does not fit {INFO_FILE}: {error}; fit the adapter again."
-        ) from error
-    return weights

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from clip_adapter.adapters.method import Head
+from clip_adapter.adapters.stata import Refinement, refined_logits
 from clip_adapter.errors import UserError
 from clip_adapter.extract.backbones.loading import Backbone, load_backbone
 from clip_adapter.extract.backbones.names import GLYPH_CLIP, is_published
@@ -49,12 +50,21 @@ class FittedHead(nn.Module):
         self.register_buffer("weights", torch.tensor(np.asarray(adapter.weights)))
         for name in self._names:
             self.register_buffer(_buffer(name), torch.tensor(np.asarray(adapter.arrays[name])))
+        refining = adapter.refinement._asdict() if adapter.refinement else {}
+        self._refining = [f"refinement_{name}" for name in refining]
+        for name, array in zip(self._refining, refining.values(), strict=True):
+            self.register_buffer(name, torch.tensor(np.asarray(array)))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         arrays = {name: self.get_buffer(_buffer(name)) for name in self._names}
         head = Head(self.weights, self._logit_scale, self._logit_bias)
         rows = features.to(self.weights.dtype)
-        return self._logits(torch, arrays, self._setting, rows, head)
+        logits = self._logits(torch, arrays, self._setting, rows, head)
+        if not self._refining:
+            return logits
+        return refined_logits(
+            torch, Refinement(*map(self.get_buffer, self._refining)), logits, rows
+        )
 
 
 def _buffer(name: str) -> str:

@@ -65,12 +65,11 @@ def space_of(cache: FeatureCache, entry: Entry, adapter: SavedAdapter, pair: Pai
     if "projection" in method.needs:
         source = cache.pre_projection("test", rows, views=1)[0]
     head = Head(adapter.weights, np.float32(info.logit_scale), np.float32(info.logit_bias))
-    fitted = (np, adapter.arrays, info.setting, source, head)
     if method.adapt:
-        after = method.adapt(*fitted)
+        after = method.adapt(np, adapter.arrays, info.setting, source, head)
         return Space(features, after, labels[rows], "image features")
     before = REFERENCE.logits(np, {}, {}, features, head)
-    return Space(before, method.logits(*fitted), labels[rows], "logits")
+    return Space(before, adapter.logits(source), labels[rows], "logits")
 
 
 def manifold_section(space: Space, pair: Pair, name: str) -> Section:
