@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LARGEST_BATCH = 2**14  # of 224 × 224 pixels: 10 GB before the first layer
 MOST_THREADS = 1024
+LARGEST_SEED = 2**31 - 1
 VIEWS_MAX = 100  # of a batch all views are in memory at once
 
 
@@ -40,6 +41,9 @@ class ExtractConfig:
             line, or `ensemble` for ImageNet's seven; by default the data set's own.
         descriptions: JSON file {class: [sentences]} of prompts for each class, in place of
             the data set's own templates and beside those given with --templates.
+        prompt_control: Seed of random words and letters in place of what descriptions say: 30
+            prompts that are the same for every class, to hold other prompts against. One number is
+            one draw; several, with --update, show how much such prompts vary.
         views: Augmented views (random crop and flip) to store of each training image, for
             fit --augment.
         augment_seed: Seed of these views.
@@ -85,6 +89,7 @@ class ExtractConfig:
     out: Path = Path("features.h5")
     templates: tuple[str, ...] = ()
     descriptions: Path | None = None
+    prompt_control: int | None = None
     views: int = 0
     augment_seed: int = 0
     data_dir: Path | None = None
@@ -122,6 +127,13 @@ class ExtractConfig:
         check_work(self.batch_size, self.workers)
         if self.views < 0 or self.augment_seed < 0:
             raise UserError("--views and --augment-seed must not be negative.")
+        if self.prompt_control is not None:
+            require_within("--prompt-control", self.prompt_control, LARGEST_SEED, 0)
+            if self.templates or self.descriptions:
+                raise UserError(
+                    "--prompt-control makes all prompts itself; leave out --templates and "
+                    "--descriptions, and extract those to a cache of their own."
+                )
         if self.views > VIEWS_MAX:
             raise UserError(f"--views {self.views} is more than {VIEWS_MAX}; store fewer.")
         if self.update and (self.force or self.shard is not None or find_launch() is not None):
@@ -163,7 +175,10 @@ class ExtractConfig:
 
         Raises UserError for files of prompts that cannot be used.
         """
+        control = self.prompt_control
         return {
+            # Only where it is given: caches of before it had none.
+            **({} if control is None else {"prompt_control": control}),
             "dataset": self.dataset,
             "backbone": self.backbone,
             "pretrained": self.pretrained,

@@ -20,6 +20,7 @@ from clip_adapter.words import counted, some
 UPDATABLE = (
     "templates",
     "descriptions",
+    "prompt_control",
     "views",
     "columns",
     "val",
