@@ -296,7 +296,11 @@ def test_proker_takes_the_authors_values_for_the_shots_where_nothing_chooses(
 
 @pytest.mark.parametrize(
     ("method", "given"),
-    [(PROKER, {"beta": 1.5, "ridge": 0.05}), (GDA, {"alpha": by_shots(separable_task())})],
+    [
+        (PROKER, {"beta": 1.5, "ridge": 0.05}),
+        (GDA, {"alpha": by_shots(separable_task())}),
+        (METHODS["timo"], {"beta": 1.0, "gamma": 50.0, "alpha": 30 * 20 / 5**0.5}),
+    ],
 )
 def test_those_values_are_what_is_fitted_with(
     method: Method, given: dict[str, float], engine: Engine
