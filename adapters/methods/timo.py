@@ -125,8 +125,8 @@ def weight_of(task: Task, setting: Setting) -> Any:
 def by_shots(task: Task) -> Any:
     """α where nothing chooses: 30 s / √K for K images a class and the logit scale s.
 
-    At 100, of the official grid, two of three sets of real features lose 8 to 10 points to
-    zero-shot at one shot (docs/methods.md).
+    At 100, of the official grid, three sets of real features lose 5 to 10 points to zero-shot at
+    one shot (docs/methods.md).
     """
     shots = max(1.0, task.features.shape[1] / len(task.head.weights))
     return 30 * task.head.logit_scale / shots**0.5
