@@ -27,6 +27,7 @@ from clip_adapter.adapters.methods.proker import PROKER
 from clip_adapter.adapters.methods.ridge import RIDGE
 from clip_adapter.adapters.methods.rla import RLA
 from clip_adapter.adapters.methods.task_res import TASK_RES
+from clip_adapter.adapters.methods.timo import TIMO, TIMO_S
 from clip_adapter.adapters.methods.tip_adapter import TIP_ADAPTER, TIP_ADAPTER_F
 from clip_adapter.adapters.methods.zero_shot import ZERO_SHOT
 
@@ -52,6 +53,8 @@ METHODS: dict[str, Method] = {
         GDA,
         PROKER,
         RIDGE,
+        TIMO,
+        TIMO_S,
     )
 }
 

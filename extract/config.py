@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 LARGEST_BATCH = 2**14  # of 224 × 224 pixels: 10 GB before the first layer
 MOST_THREADS = 1024
+LARGEST_SEED = 2**31 - 1
 VIEWS_MAX = 100  # of a batch all views are in memory at once
 
 
@@ -50,6 +51,9 @@ class ExtractConfig:
             the data set's own templates and beside those given with --templates.
         like: Feature cache whose classes, prompts and backbone images: takes.
         classes: Text file with one class name per line, for images: without such a cache.
+        prompt_control: Seed of random words and letters in place of what descriptions say: 30
+            prompts that are the same for every class, to hold other prompts against. One number is
+            one draw; several, with --update, show how much such prompts vary.
         views: Augmented views (random crop and flip) to store of each training image, for
             fit --augment.
         augment_seed: Seed of these views.
@@ -97,6 +101,7 @@ class ExtractConfig:
     descriptions: Path | None = None
     like: Path | None = None
     classes: Path | None = None
+    prompt_control: int | None = None
     views: int = 0
     augment_seed: int = 0
     data_dir: Path | None = None
@@ -142,6 +147,13 @@ class ExtractConfig:
         check_work(self.batch_size, self.workers)
         if self.views < 0 or self.augment_seed < 0:
             raise UserError("--views and --augment-seed must not be negative.")
+        if self.prompt_control is not None:
+            require_within("--prompt-control", self.prompt_control, LARGEST_SEED, 0)
+            if self.templates or self.descriptions:
+                raise UserError(
+                    "--prompt-control makes all prompts itself; leave out --templates and "
+                    "--descriptions, and extract those to a cache of their own."
+                )
         if self.views > VIEWS_MAX:
             raise UserError(f"--views {self.views} is more than {VIEWS_MAX}; store fewer.")
         if self.update and (self.force or self.shard is not None or find_launch() is not None):
@@ -228,9 +240,11 @@ class ExtractConfig:
         # Said only where it is: other caches are what they were.
         classes = {} if self.classes is None else {"classes": _sha256(self._class_names())}
         like = {} if self.like is None else {"like": text_sha256(self.like)}
+        control = self.prompt_control
         return {
             **classes,
             **like,
+            **({} if control is None else {"prompt_control": control}),
             "dataset": self.dataset,
             "backbone": self.backbone,
             "pretrained": self.pretrained,

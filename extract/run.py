@@ -147,7 +147,9 @@ def _already_there(config: ExtractConfig, shard: Shard, listener: Listener) -> b
     now = config.identity()
     if config.precision == "auto":  # whatever it was on the machine that made the file
         now["precision"] = earlier["precision"]
-    differing = {key for key in now if earlier.get(key) != now[key]}
+    # An argument that stands there only where it was given may be gone now.
+    names = now.keys() | (earlier.keys() & set(UPDATABLE))
+    differing = {key for key in names if earlier.get(key) != now.get(key)}
     if differing and not (config.update and differing <= set(UPDATABLE)):
         updatable = shard.of == 1 and differing <= set(UPDATABLE)
         keeping = "--update to keep what can be kept of it, " if updatable else ""

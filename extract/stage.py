@@ -18,6 +18,7 @@ from clip_adapter.extract.known import Known, KnownRows
 from clip_adapter.extract.text.encode_text import TextPlan, encode_classes
 from clip_adapter.extract.text.prompts import (
     descriptions_in_order,
+    random_templates,
     read_descriptions,
     resolve_templates,
 )
@@ -66,6 +67,9 @@ def _keep(place: StagingFolder, split: KnownRows, known: Known, batch: EncodedBa
 
 def text_plan(config: ExtractConfig, dataset: ImageDataset) -> TextPlan:
     """The prompts of each class: those asked for, or the data set's own."""
+    if config.prompt_control is not None:
+        drawn = random_templates(config.prompt_control, dataset.class_names)
+        return TextPlan(dataset.class_names, drawn)
     templates = resolve_templates(config.templates)
     if config.descriptions is None:
         return TextPlan(dataset.class_names, templates or dataset.templates)

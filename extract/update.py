@@ -26,6 +26,7 @@ UPDATABLE = (
     "descriptions",
     "like",
     "classes",
+    "prompt_control",
     "views",
     "columns",
     "val",

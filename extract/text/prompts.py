@@ -1,11 +1,13 @@
 """Prompts: templates filled with class names, and sentences of a class's own."""
 
 import os
+import random
 import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Annotated
 from unicodedata import normalize
 
@@ -16,6 +18,7 @@ from clip_adapter.words import quoted, some
 
 PROMPT_MAX = 5000  # characters; text towers read 77 tokens
 ENSEMBLE = "ensemble"
+CONTROLS = 15  # of words, and as many of letters
 # A line of code or JSON: quoted as a whole, a bracket, a list, an assignment, a function.
 CODE = re.compile(
     r"""[\[\](),]+|[\[(]\s*["'].*|\w+ *= *[\[(].*|\w{0,2}(["']).*\1[\s,\])]*(#.*)?|lambda .*"""
@@ -138,6 +141,38 @@ def descriptions_in_order(
     if extra:
         raise UserError(f"There are descriptions of {some(extra)}, which is no class; remove them.")
     return [by_name[plain(name)] for name in class_names]
+
+
+def random_templates(seed: int, class_names: Sequence[str]) -> tuple[str, ...]:
+    """Templates that tell nothing of any class: 15 with random words and 15 with random letters
+    (WaffleCLIP, Roth et al., arXiv 2306.07282).
+
+    Each has as many words as one of the class names, its letters are as many as those of that
+    name's words. Words are those of CLIP's byte-pair vocabulary, which comes with open_clip.
+
+    Examples:
+        >>> from clip_adapter.extract.text.prompts import random_templates
+        >>> len(random_templates(7, ["cat", "sea lion"]))
+        30
+    """
+    import open_clip.tokenizer
+
+    # A whole word is a token that ends there; those of up to three letters are mostly endings.
+    known = open_clip.tokenizer.SimpleTokenizer().encoder
+    ends = [token.removesuffix("</w>") for token in known if token.endswith("</w>")]
+    words = [word for word in ends if len(word) > 3 and word.isascii() and word.isalpha()]
+    rng = random.Random(seed)
+    drawn: dict[str, None] = {}
+    for is_word in (True, False):
+        wanted = len(drawn) + CONTROLS
+        while len(drawn) < wanted:
+            name = rng.choice(class_names).replace("_", " ").split()
+            parts = [
+                rng.choice(words) if is_word else "".join(rng.choices(ascii_lowercase, k=len(part)))
+                for part in name
+            ]
+            drawn[f"a photo of a {{}}, which has {' '.join(parts)}."] = None
+    return tuple(drawn)
 
 
 def _plain(name: str) -> str:

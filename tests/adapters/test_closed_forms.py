@@ -59,9 +59,8 @@ def tip_adapter(task: Task, setting: Setting, keys: np.ndarray | None = None) ->
     return logits
 
 
-def gaussians(task: Task) -> tuple[np.ndarray, np.ndarray]:
+def gaussians(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """GDA's (kernel, bias), of classes that all have images, through the D × D pseudo-inverse."""
-    images, labels = flattened(task)
     count, dim = images.shape
     means = np.stack([images[labels == c].mean(axis=0) for c in range(CLASSES)])
     centred = images - means[labels]
@@ -72,7 +71,7 @@ def gaussians(task: Task) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gda(task: Task, setting: Setting) -> Logits:
-    kernel, bias = gaussians(task)
+    kernel, bias = gaussians(*flattened(task))
     return lambda images: (
         zero_shot(task, images) + setting["alpha"] * (unit(images) @ kernel + bias)
     )
@@ -109,12 +108,31 @@ def ridge(task: Task, setting: Setting) -> Logits:
     return lambda images: unit(images) @ weights
 
 
+def timo(task: Task, setting: Setting) -> Logits:
+    """Class by class: its prompts as its images weigh them, and those that join these."""
+    images, labels = flattened(task)
+    joined, of_joined, weights = [images], [labels], np.zeros((CLASSES, images.shape[1]))
+    for c, own in enumerate(unit(task.head.text)):
+        mean = images[labels == c].mean(axis=0) if c in labels else task.head.weights[c]
+        likeness = own @ unit(mean)
+        shares = np.exp(setting["gamma"] * likeness / np.linalg.norm(likeness))
+        weights[c] = unit(shares @ own)
+        order = [*np.argsort(-likeness), *np.argsort(-likeness)]
+        chosen = order[: max(1, round(setting["beta"] * len(own)))]
+        joined.append(likeness[chosen, None] * own[chosen])
+        of_joined.append(np.full(len(chosen), c))
+    kernel, bias = gaussians(np.concatenate(joined), np.concatenate(of_joined))
+    return lambda images: unit(images) @ (setting["alpha"] * weights.T + kernel) + bias
+
+
 REFERENCES: dict[str, Callable[[Task, Setting], Logits]] = {
     "zero-shot": lambda task, setting: partial(zero_shot, task),
     "tip-adapter": tip_adapter,
     "gda": gda,
     "proker": kernel_ridge,
     "ridge": ridge,
+    "timo": timo,
+    "timo-s": timo,
 }
 
 
@@ -134,11 +152,17 @@ TASKS = {
     "a class without images": separable_task(empty=(2,)),
     "each image three times": repeated(separable_task()),
 }
+TIMO_POINTS = [
+    {"beta": b, "gamma": g, "alpha": a}
+    for b, g, a in ((1.0, 50.0, 100.0), (0.2, 5.0, 1.0), (1.6, 100.0, 1e-4))
+]
 POINTS: dict[str, list[dict[str, Any]]] = {
     "zero-shot": [{}],
     "tip-adapter": [{"beta": 5.5, "alpha": 1.5}],
     "gda": [{"alpha": 0.3}],
     "ridge": [{"ridge": r, "prior": c} for r, c in ((1.0, 3.0), (0.1, 0.0), (100.0, 100.0))],
+    "timo": TIMO_POINTS,
+    "timo-s": TIMO_POINTS,
     "proker": [{"beta": b, "ridge": r} for b, r in ((1.5, 0.05), (0.1, 1e-3), (20.0, 10.0))],
 }
 # Without spread, or with a class of no images, GDA is something else; see below.
@@ -163,6 +187,8 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "tip-adapter": {"beta": (0.1, 1.3, 5.5, 40.0), "alpha": (0.0, 3.0, 20.0)},
     "gda": {"alpha": (1e-4, 1e-2, 0.1, 1.0, 100.0)},
     "ridge": {"ridge": (0.01, 1.0, 100.0), "prior": (0.0, 1.0, 10.0)},
+    "timo": {"beta": (1.0,), "gamma": (50.0,), "alpha": (1e-2, 1.0, 10.0, 100.0)},
+    "timo-s": {"beta": (0.4, 1.0, 2.0), "gamma": (5.0, 80.0), "alpha": (1.0, 10.0, 100.0)},
     "proker": {"beta": (0.1, 1.5, 20.0), "ridge": (1e-3, 0.05, 1.0, 10.0)},
 }
 
@@ -270,7 +296,11 @@ def test_proker_takes_the_authors_values_for_the_shots_where_nothing_chooses(
 
 @pytest.mark.parametrize(
     ("method", "given"),
-    [(PROKER, {"beta": 1.5, "ridge": 0.05}), (GDA, {"alpha": by_shots(separable_task())})],
+    [
+        (PROKER, {"beta": 1.5, "ridge": 0.05}),
+        (GDA, {"alpha": by_shots(separable_task())}),
+        (METHODS["timo"], {"beta": 1.0, "gamma": 50.0, "alpha": 30 * 20 / 5**0.5}),
+    ],
 )
 def test_those_values_are_what_is_fitted_with(
     method: Method, given: dict[str, float], engine: Engine

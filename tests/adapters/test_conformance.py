@@ -133,6 +133,7 @@ FIRST_ROWS = {
     "gda": "alpha",
     "proker": "beta ridge",
     "ridge": "ridge prior",
+    **dict.fromkeys(("timo", "timo-s"), "beta gamma alpha"),
 }
 """What the first files of each method state."""
 

@@ -148,12 +148,14 @@ def test_they_choose_and_classify_as_the_official_code_does(
 LEFT_OUT = OFFICIAL["rounds left out"]
 
 
-@pytest.mark.parametrize("shots", OFFICIAL["ridge"])
-def test_ridge_is_the_formula_in_float64(shots: str, splits: Splits, engine: Engine):
+@pytest.mark.parametrize(
+    ("name", "shots"), [(name, shots) for name in ("ridge", "timo") for shots in OFFICIAL[name]]
+)
+def test_they_are_the_formula_in_float64(name: str, shots: str, splits: Splits, engine: Engine):
     """An image on the edge is allowed: less than 0.2 points."""
-    for wanted in OFFICIAL["ridge"][shots]:
-        point = {name: wanted[name] for name in ("ridge", "prior")}
-        found = accuracies(splits, "ridge", int(shots), engine, **point)
+    for wanted in OFFICIAL[name][shots]:
+        point = {key: wanted[key] for key in wanted if key != "accuracies"}
+        found = accuracies(splits, name, int(shots), engine, **point)
         np.testing.assert_allclose(found, wanted["accuracies"], atol=1.5 / len(splits.test.labels))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from open_clip.tokenizer import SimpleTokenizer
 
 from clip_adapter.adapters.formulas import classifier_weights
 from clip_adapter.cache.reader import FeatureCache
@@ -17,6 +18,7 @@ from clip_adapter.extract.run import extract
 from clip_adapter.extract.text.encode_text import TextPlan
 from clip_adapter.extract.text.prompts import (
     descriptions_in_order,
+    random_templates,
     read_descriptions,
     resolve_templates,
 )
@@ -214,3 +216,25 @@ def test_weights_of_classes_with_different_numbers_of_sentences(
     other = described(tmp_path, {**sentences, "one": ["other"]})
     with pytest.raises(UserError, match=r"other arguments \(descriptions, templates differ\)"):
         extract(config(images, tmp_path, descriptions=other))
+
+
+def test_random_words_are_drawn_by_their_seed_and_tell_no_class_apart() -> None:
+    names = ["cat", "sea_lion"]
+    drawn = random_templates(7, names)
+    assert drawn == random_templates(7, names) != random_templates(8, names)
+    assert len(set(drawn)) == 30 and resolve_templates(drawn) == drawn
+    said = [t.removeprefix("a photo of a {}, which has ").removesuffix(".").split() for t in drawn]
+    assert {len(words) for words in said} == {1, 2}
+    lengths = {tuple(map(len, letters)) for letters in said[15:]}
+    assert lengths == {(3,), (3, 4)}, "letters are as many as those of a class name's words"
+    tokens = SimpleTokenizer().encoder
+    assert all(f"{word}</w>" in tokens for words in said[:15] for word in words)
+
+
+@pytest.mark.parametrize("other", [{"templates": ("a {}",)}, {"descriptions": Path("d.json")}])
+def test_random_words_are_all_there_is(other: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"--prompt-control makes all prompts itself; leave out"):
+        ExtractConfig(prompt_control=7, **other).check()
+    with pytest.raises(UserError, match=r"--prompt-control must be at least 0"):
+        ExtractConfig(prompt_control=-1).check()
+    assert "prompt_control" not in ExtractConfig().identity()

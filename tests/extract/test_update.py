@@ -218,6 +218,9 @@ def test_prompts_alone(cache: Cache, tmp_path: Path) -> None:
     for sentences in (["one"], ["one", "two"], ["two", "one"]):
         descriptions.write_text(json.dumps({name: sentences for name in CLASSES}))
         assert cache.update(descriptions=descriptions) == []
+    assert cache.update(prompt_control=7) == []
+    cache.refused(r"made with other arguments \(prompt_control differ\)")
+    assert cache.update() == []
 
 
 def test_text_is_kept_where_only_images_changed(
