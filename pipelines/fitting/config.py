@@ -92,8 +92,8 @@ class FitConfig:
     baselines: tuple[str, ...] = ("zero-shot", "linear-probe")
     shots: tuple[int | Literal["all"], ...] = (16,)
     seeds: tuple[int, ...] = (1,)
-    tasks: Path | None = field(default=None, metadata=OF_CHOSEN)
     select: Selection | None = field(default=None, metadata=OF_CHOSEN)
+    tasks: Path | None = field(default=None, metadata=OF_CHOSEN)
     validation: Literal["keep", "join"] = field(default="keep", metadata=OF_CHOSEN)
     score: Literal["accuracy", "balanced-accuracy"] = field(default="accuracy", metadata=OF_CHOSEN)
     preset: Literal["default", "paper"] = "default"
