@@ -67,7 +67,7 @@ WORDS = {"all", "method", "none"}
 TAKEN = {
     *("method", "shots", "seed", "seeds", "epochs_run", "best_epoch", "val_accuracy", "val_nll"),
     *("status", "seconds", "images", "cache", "out", "baselines", "select", "score", "preset"),
-    *("repeat", "tasks"),
+    *("repeat", "tasks", "unlabelled"),
     *(
         "augment",
         "validation",

@@ -43,7 +43,8 @@ def test_logits_of_images_are_the_flax_ones(
         expected = flax_logits(adapter, digits.features)
         assert np.abs(logits - expected).max() <= 1e-5 * adapter.info.logit_scale, name
         distinct.add(np.round(logits, 2).tobytes())
-    assert len(distinct) == len(saved_adapters)
+    # TIMO-S is TIMO until something chooses.
+    assert len(distinct) == len(saved_adapters) - 1
 
 
 def test_a_feature_without_direction_gives_the_same_finite_logits(

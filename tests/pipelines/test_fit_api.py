@@ -160,7 +160,7 @@ def test_images_without_labels_change_nothing(tmp_path: Path):
         ({"search": "random"}, "--search must be one of"),
         ({"shots": 2.5}, "--shots 2.5 is no number of images"),
         ({"shots": "some"}, "--shots 'some' is no number of images"),
-        ({"hyper": {"gamma": 1}}, "clip-adapter has no gamma; no method has that"),
+        ({"hyper": {"sigma": 1}}, "clip-adapter has no sigma; no method has that"),
         ({"hyper": {"C": 1.0}}, "clip-adapter has no C; it belongs to linear-probe"),
         ({"hyper": {"zero-shot.alpha": 1.0}}, "clip-adapter has no alpha"),
         ({"hyper": None}, "hyper is None, not a mapping from names to values"),
