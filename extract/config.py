@@ -179,10 +179,11 @@ class ExtractConfig:
             )
         if unlabelled and self.views:
             raise UserError("--views are of training images, which images: has none of.")
-        if self.like and (self.templates or self.descriptions or self.with_text_tower):
+        prompts = self.templates or self.descriptions or self.prompt_control is not None
+        if self.like and (prompts or self.with_text_tower):
             raise UserError(
                 "--like takes the prompts of its cache as they are; leave out --templates, "
-                "--descriptions and --with-text-tower."
+                "--descriptions, --prompt-control and --with-text-tower."
             )
         if self.like and os.path.realpath(self.like) == os.path.realpath(self.out):
             raise UserError(f"--like and --out are both {self.out}; choose another --out.")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from clip_adapter.adapters.formulas import cosine_logits, sum_by_class, unit
 from clip_adapter.adapters.hyper import Hyper
 from clip_adapter.adapters.method import Array, Method, Setting, Task
-from clip_adapter.adapters.methods.kernels import each_round, one_by_one, support_rows
+from clip_adapter.adapters.methods.kernels import by_refits, one_by_one, support_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -74,16 +74,13 @@ def gaussians(
 def left_out(xp, task, setting, rounds):
     """By a fit for each round: the covariance's shrinkage depends on all images that are left."""
     rows, labels = support_rows(xp, task)
-    of_row = xp.concatenate([rounds.of_image] * len(task.features))[:, None]
 
-    def of_round(number: Any) -> Array:
-        kept = xp.asarray(of_row != number, dtype=rows.dtype)
+    def gaussian(kept: Array, images: Array) -> Array:
         kernel, bias = gaussians(xp, rows, labels, task.head.weights, kept)
-        return rows[rounds.members[number]] @ kernel + bias
+        return images @ kernel + bias
 
-    gaussian = each_round(xp, of_round, rounds)[rounds.of_image, rounds.place]
-    weight = weight_of(task, setting)
-    return cosine_logits(xp, task.features[0], task.head) + weight * gaussian
+    weighted = weight_of(task, setting) * by_refits(xp, task, rounds, gaussian)
+    return cosine_logits(xp, task.features[0], task.head) + weighted
 
 
 def weight_of(task: Task, setting: Setting) -> Any:

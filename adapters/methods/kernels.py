@@ -102,6 +102,26 @@ def each_round(xp: Any, function: Callable[[Any], Array], rounds: Rounds) -> Flo
     return jax.lax.map(function, xp.arange(count))
 
 
+def by_refits(
+    xp: Any,
+    task: Task,
+    rounds: Rounds,
+    classify: Callable[[Float[Array, "N 1"], Float[Array, "B D"]], Float[Array, "B C"]],
+) -> Float[Array, "S C"]:
+    """What a fit without each image's round says of it, of view 0.
+
+    classify(kept, rows) → logits of rows by a fit of the support rows where `kept` is 1 and not 0.
+    """
+    rows, _ = support_rows(xp, task)
+    of_row = xp.concatenate([rounds.of_image] * len(task.features))[:, None]
+
+    def of_round(number: Any) -> Array:
+        kept = xp.asarray(of_row != number, dtype=rows.dtype)
+        return classify(kept, rows[rounds.members[number]])
+
+    return each_round(xp, of_round, rounds)[rounds.of_image, rounds.place]
+
+
 def geometric(low: float, high: float, count: int) -> tuple[float, ...]:
     """`count` values from low to high in equal ratios."""
     return tuple(low * (high / low) ** (step / (count - 1)) for step in range(count))

@@ -23,7 +23,7 @@ from clip_adapter.adapters.formulas import norm, sum_by_class, unit
 from clip_adapter.adapters.hyper import Hyper
 from clip_adapter.adapters.method import Array, Head, Method, Setting, Task
 from clip_adapter.adapters.methods import gda
-from clip_adapter.adapters.methods.kernels import each_round, support_rows
+from clip_adapter.adapters.methods.kernels import by_refits, support_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -97,24 +97,17 @@ def joined_gaussians(
 def left_out(xp, task, setting, rounds):
     """By a fit for each round, as GDA: prompts are weighed and joined without its images."""
     rows, labels = support_rows(xp, task)
-    of_row = xp.concatenate([rounds.of_image] * len(task.features))[:, None]
-
-    def kept(number: Any) -> Array:
-        return xp.asarray(of_row != number, dtype=rows.dtype)
 
     # Apart, so that a grid computes the one once for every γ and the other once for every β.
-    def text(number: Any) -> Array:
-        likeness = agreement(xp, rows, labels, task.head, kept(number))
-        weights = guided_weights(xp, likeness, task.head, setting["gamma"])
-        return rows[rounds.members[number]] @ weights.T
+    def text(kept: Array, images: Array) -> Array:
+        likeness = agreement(xp, rows, labels, task.head, kept)
+        return images @ guided_weights(xp, likeness, task.head, setting["gamma"]).T
 
-    def gaussian(number: Any) -> Array:
-        kernel, bias = joined_gaussians(xp, rows, labels, task.head, kept(number), setting["beta"])
-        return rows[rounds.members[number]] @ kernel + bias
+    def gaussian(kept: Array, images: Array) -> Array:
+        kernel, bias = joined_gaussians(xp, rows, labels, task.head, kept, setting["beta"])
+        return images @ kernel + bias
 
-    of_text, of_images = (
-        each_round(xp, part, rounds)[rounds.of_image, rounds.place] for part in (text, gaussian)
-    )
+    of_text, of_images = (by_refits(xp, task, rounds, part) for part in (text, gaussian))
     return weight_of(task, setting) * of_text + of_images
 
 

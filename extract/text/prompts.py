@@ -57,9 +57,8 @@ def resolve_templates(values: Sequence[str]) -> tuple[str, ...]:
         elif "{}" in value:
             templates.append(value)
         elif value and os.path.exists(os.path.expanduser(value)):  # noqa: PTH110, PTH111 - raise nothing
-            templates += _lines(
-                user_path(value), "templates"
-            )  # what is no file has a sentence of its own
+            # What is no file has a sentence of its own.
+            templates += _lines(user_path(value), "templates")
         else:
             raise UserError(
                 f"The template {reprlib.repr(value)} needs exactly one {{}} where the class name "

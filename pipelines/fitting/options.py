@@ -18,7 +18,7 @@ from clip_adapter.errors import UserError
 from clip_adapter.pipelines.console.argument_types import READERS, number_or
 from clip_adapter.pipelines.console.parser import Parser, config_from, parser_for
 from clip_adapter.pipelines.fitting.config import CHOICES, FitConfig, Shots
-from clip_adapter.pipelines.fitting.plan import Plan, named
+from clip_adapter.pipelines.fitting.plan import TASKS, Plan, named
 from clip_adapter.words import dashed
 
 Flags = dict[str, tuple[str, list[Method]]]
@@ -195,7 +195,7 @@ def command_line(plan: Plan, run: Path) -> str:
     if baselines != usual:
         words += ["--baselines", *baselines]
     if plan.tasks:
-        words += ["--tasks", str(run / "tasks.json")]
+        words += ["--tasks", str(run / TASKS)]
     for name in () if plan.tasks else ("shots", "seeds"):
         words += [f"--{name}", *map(str, getattr(plan, name))]
     for name in CHOICES:

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 VERSION = version("clip-adapter")
 LARGEST_SEED = 2**31 - 1  # JAX takes an int32
 OWN_SHA256 = "sha256"
+TASKS = "tasks.json"
+# Stated where they are given: plans without them are what they were.
+WHERE_GIVEN = ("tasks", "unlabelled", "unlabelled_cache")
 METHOD = "method"  # a factor of an ablation that is no hyper-parameter
 Json = dict[str, Any]
 
@@ -66,7 +69,7 @@ class Plan:
     tasks: the SHA-256 of those that were stated, "" where they are drawn.
     compared: the methods that `--ablate method` shows, some of which may be among the others.
     unlabelled: which images without labels refine what is chosen, "" for none; unlabelled_cache:
-    where they lie. Plans without such images do not state the two.
+    where they lie.
     """
 
     clip_adapter: str
@@ -128,8 +131,9 @@ class Plan:
     def document(self) -> Json:
         """As JSON, with a SHA-256 over the rest."""
         document = json.loads(json.dumps(asdict(self)))
-        if not self.unlabelled:
-            del document["unlabelled"], document["unlabelled_cache"]
+        for name in WHERE_GIVEN:
+            if not document[name]:
+                del document[name]
         return document | {OWN_SHA256: _sha256(document)}
 
     @classmethod

@@ -26,7 +26,7 @@ from clip_adapter.pipelines.fitting.data import Data, available, open_data
 from clip_adapter.pipelines.fitting.kept import candidates, keep_one
 from clip_adapter.pipelines.fitting.make_plan import check_feasible, make_plan, without_effect
 from clip_adapter.pipelines.fitting.one_task import TaskRunner
-from clip_adapter.pipelines.fitting.plan import METHOD, Plan
+from clip_adapter.pipelines.fitting.plan import METHOD, TASKS, Plan
 from clip_adapter.pipelines.fitting.provenance import PROVENANCE, Provenance
 from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
 from clip_adapter.pipelines.fitting.run_folder import (
@@ -47,7 +47,6 @@ from clip_adapter.pipelines.saved.adapter_file import know_method
 from clip_adapter.words import same_text
 
 PLOT = "validation.png"
-TASKS = "tasks.json"
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -
                 f"{cache.path} is not the cache that {begun} was started on; start a new run, or "
                 "name with --cache where it lies now."
             )
-        stated = _stated(config, begun if stored and stored.tasks else None)
+        stated = _stated(config, stored)
         unlabelled = unlabelled_of(config, stored, cache)
         plan = stored if stored and config.resume else None
         plan = plan or _new_plan(config, cache, stated, unlabelled, listener)
@@ -119,10 +118,12 @@ def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -
             return _execute(plan, data, new, tasks, unlabelled, folder, listener)
 
 
-def _stated(config: FitConfig, begun: Path | None) -> list[StatedTask]:
-    """The tasks of --tasks, or of a run that was begun with it and goes on."""
+def _stated(config: FitConfig, stored: Plan | None) -> list[StatedTask]:
+    """The tasks of --tasks, or of a run that was begun with it and is resumed."""
+    if config.resume:
+        return read_tasks(config.resume / TASKS) if stored and stored.tasks else []
     if config.tasks is None:
-        return read_tasks(begun / TASKS) if begun else []
+        return []
     plain = FitConfig()
     for name in ("shots", "seeds", "repeat"):
         if name in config.stated or getattr(config, name) != getattr(plain, name):
@@ -140,10 +141,9 @@ def _new_plan(
     if config.select is None:
         config = replace(config, select=_usual_rule(cache, listener))
     if stated:
-        shots, seeds = ((getattr(t, name) for t in stated) for name in ("shots", "seed"))
-        config = replace(
-            config, shots=tuple(dict.fromkeys(shots)), seeds=tuple(dict.fromkeys(seeds))
-        )
+        shots = tuple(dict.fromkeys(task.shots for task in stated))
+        seeds = tuple(dict.fromkeys(task.seed for task in stated))
+        config = replace(config, shots=shots, seeds=seeds)
     which = unlabelled.identity if unlabelled else ""
     plan = make_plan(config, cache.content_sha256, available(cache), which)
     plan = replace(plan, tasks=sha256_of(stated) if stated else "")

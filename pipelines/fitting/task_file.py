@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,7 +31,7 @@ class StatedTask:
     shots: Annotated[int, between(1, MOST_SHOTS)] | Literal["all"]
     seed: Annotated[int, between(0, LARGEST_SEED)]
     support: tuple[str, ...]
-    validation: tuple[str, ...] = field(default=())
+    validation: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{shots_words(self.shots)}, seed {self.seed}"

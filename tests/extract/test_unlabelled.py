@@ -12,9 +12,8 @@ import pytest
 
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.errors import UserError
-from clip_adapter.extract import job, stage
+from clip_adapter.extract import job
 from clip_adapter.extract.config import ExtractConfig
-from clip_adapter.extract.encoding.decode import Plan
 from clip_adapter.extract.run import extract
 from clip_adapter.pipelines.commands.merge import MergeConfig, merge
 from clip_adapter.pipelines.console.terminal import Terminal
@@ -28,20 +27,6 @@ SMALL: dict[str, Any] = {"batch_size": 4, "workers": 2}
 
 def run(dataset: str, out: Path, **options: Any) -> Path:
     return extract(ExtractConfig(dataset=dataset, out=out, **SMALL, **options), Terminal("extract"))
-
-
-@pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ids of the images that are encoded."""
-    ids: list[str] = []
-    encode = stage.encode_images
-
-    def noting(encoder: Any, split: Any, plan: Plan, watch: Any) -> Any:
-        ids.extend(split.ids[row] for row in plan.rows)
-        return encode(encoder, split, plan, watch)
-
-    monkeypatch.setattr(stage, "encode_images", noting)
-    return ids
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +200,7 @@ def test_arguments_that_say_too_little_or_too_much(labelled: Path, new: Path) ->
         (images, {"like": labelled, "views": 2}, "--views are of training images"),
         (images, {"like": labelled, "templates": ("a {}",)}, "--like takes the prompts of its"),
         (images, {"like": labelled, "with_text_tower": True}, "--like takes the prompts of its"),
+        (images, {"like": labelled, "prompt_control": 0}, "--like takes the prompts of its"),
         (images, {"like": labelled, "val": 0.1}, "of images without labels; leave out --val"),
         (images, {"like": labelled, "columns": ("path=a",)}, "--columns is for csv: and hf:"),
         (images, {"like": out}, "--like and --out are both"),

@@ -18,7 +18,6 @@ from clip_adapter.cache.text_tower import tower_path
 from clip_adapter.errors import UserError
 from clip_adapter.extract import job, stage
 from clip_adapter.extract.config import ExtractConfig
-from clip_adapter.extract.encoding.decode import Plan
 from clip_adapter.extract.run import extract
 from clip_adapter.pipelines.console.terminal import Terminal
 from tests.cache.rewriting import datasets
@@ -69,20 +68,6 @@ class Cache:
 
     def save(self, name: str, seed: int) -> None:
         save(self.root / f"{name}.png", seed)
-
-
-@pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ids of the images that are encoded."""
-    ids: list[str] = []
-    encode = stage.encode_images
-
-    def noting(encoder: Any, split: Any, plan: Plan, watch: Any) -> Any:
-        ids.extend(split.ids[row] for row in plan.rows)
-        return encode(encoder, split, plan, watch)
-
-    monkeypatch.setattr(stage, "encode_images", noting)
-    return ids
 
 
 @pytest.fixture

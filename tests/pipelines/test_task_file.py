@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from clip_adapter.errors import UserError
+from clip_adapter.listener import Listener
 from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
-from tests.pipelines.run_files import adapters, files, killed_after, results
+from clip_adapter.pipelines.fitting.run import run_fit
+from tests.pipelines.run_files import adapters, killed_after, results
 from tests.pipelines.tiny_cache import tiny_data, write_cache
 
 pytestmark = pytest.mark.usefixtures("pictures_drawn_once")
@@ -44,7 +46,9 @@ def test_the_tasks_of_a_run_are_the_run_again(
     if lines:
         path = tmp_path / "tasks.jsonl"
         path.write_text("".join(json.dumps(task) + "\n" for task in documents(drawn)))
-    again = fit(config(cache, tmp_path / "again", tasks=path)).run
+    result = fit(config(cache, tmp_path / "again", tasks=path))
+    again = result.run
+    assert (result.plan.shots, result.plan.seeds) == ((1, 4), (1, 2))
     assert results(again) == results(drawn)
     assert adapters(again) == adapters(drawn)
     assert documents(again) == documents(drawn)
@@ -91,6 +95,9 @@ def test_a_run_of_stated_tasks_goes_on(cache: Path, drawn: Path, tmp_path: Path)
     with pytest.raises(UserError, match="is not what it was begun with"):
         fit(FitConfig(resume=tmp_path / "run"))
     own.write_bytes(kept)
+    with pytest.raises(UserError, match=r"started with other arguments \(tasks\)"):
+        drawing = config(cache, tmp_path / "run", shots=(1, 4), seeds=(1, 2))
+        run_fit(drawing, Listener(), may_go_on=True)
     assert results(fit(FitConfig(resume=tmp_path / "run")).run) == results(drawn)
 
 
@@ -136,4 +143,4 @@ def test_what_the_file_says_is_not_said_again(cache: Path, drawn: Path, tmp_path
     stated = {"tasks": drawn / "tasks.json", name: values[name]}
     with pytest.raises(UserError, match=f"so --{name} is of no use"):
         fit(config(cache, tmp_path / "run", **stated))
-    assert files(drawn)
+    assert not (tmp_path / "run").exists()
