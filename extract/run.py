@@ -41,7 +41,9 @@ def extract(config: ExtractConfig, listener: Listener | None = None) -> Path:
     if launch is not None and launch.rank > 0:
         listener = Listener()
     if config.like is not None:
-        listener.note(f"takes classes, prompts and {config.backbone} of {config.like}")
+        listener.note(
+            f"takes classes and prompts of {config.like}, and encodes with {config.backbone}"
+        )
     if launch is not None:
         return _extract_together(config, launch, listener)
     shard = parse_shard(config.shard)

@@ -20,6 +20,7 @@ from clip_adapter.pipelines.reporting.table import terminal_width
 from clip_adapter.words import counted, printable, some
 
 if TYPE_CHECKING:
+    from clip_adapter.pipelines.fitting.plan import Plan
     from clip_adapter.pipelines.fitting.run import FitResult
     from clip_adapter.pipelines.fitting.tasks import TaskRows
 
@@ -42,7 +43,7 @@ def print_run(result: FitResult, *, verbose: bool = False) -> None:
     ]
     if verbose and whole:
         lines += beside_the_mean(counting)
-    lines += [*table.about, *_sizes(result.tasks, about.class_names, repeat=plan.repeat)]
+    lines += [*table.about, *_sizes(result.tasks, about.class_names, plan)]
     print(*map(printable, lines), sep="\n")
     settings = [chosen_settings(entry) for entry in counting if entry.asked] if verbose else []
     for shown in [*settings, *(ablation.table for ablation in ablations(entries))]:
@@ -56,14 +57,18 @@ def print_run(result: FitResult, *, verbose: bool = False) -> None:
         print("--verbose prints the settings that were chosen and the classes that do worst")
 
 
-def _sizes(tasks: Sequence[TaskRows], class_names: Sequence[str], *, repeat: bool) -> list[str]:
+def _sizes(tasks: Sequence[TaskRows], class_names: Sequence[str], plan: Plan) -> list[str]:
     """A sentence per number of shots for classes that had too few images, or none."""
-    how = "drawn with repetition" if repeat else "each is taken once"
+    how = "drawn with repetition" if plan.repeat else "each is taken once"
+    how = "as --tasks names them" if plan.tasks else how
     counts: dict[tuple[str, Shots], int] = {}
-    absent: dict[str, tuple[int, ...]] = {}
+    absent: dict[str, set[int]] = {}
     for rows in tasks:
-        absent["training"] = rows.absent_classes
-        absent["validation"] = rows.absent_validation_classes
+        for split, labels in (
+            ("training", rows.absent_classes),
+            ("validation", rows.absent_validation_classes),
+        ):
+            absent.setdefault(split, set()).update(labels)
         counts["training", rows.shots] = len(rows.small_classes)
         fewest = min(rows.shots, VALIDATION_SHOTS) if isinstance(rows.shots, int) else 0
         counts["validation", fewest] = len(rows.small_validation_classes)
@@ -76,7 +81,7 @@ def _sizes(tasks: Sequence[TaskRows], class_names: Sequence[str], *, repeat: boo
         ),
         *(
             f"{counted(len(labels), 'class', 'classes')} without a {split} image: "
-            f"{some([class_names[label] for label in labels])}"
+            f"{some([class_names[label] for label in sorted(labels)])}"
             for split, labels in absent.items()
             if labels
         ),

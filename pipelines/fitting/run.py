@@ -96,6 +96,7 @@ def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -
                 f"{cache.path} is not the cache that {begun} was started on; start a new run, or "
                 "name with --cache where it lies now."
             )
+        _check_labelled(cache)
         stated = _stated(config, stored)
         unlabelled = unlabelled_of(config, stored, cache)
         plan = stored if stored and config.resume else None
@@ -116,6 +117,16 @@ def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -
             documents = documents or [_task_document(data, rows) for rows in tasks]
             folder.write_json(TASKS, documents)
             return _execute(plan, data, new, tasks, unlabelled, folder, listener)
+
+
+def _check_labelled(cache: FeatureCache) -> None:
+    """Raises UserError where there is nothing to fit on."""
+    if "train" not in cache.splits:
+        elsewhere = "score an adapter that was fitted elsewhere on it with `clip-adapter evaluate`"
+        raise UserError(
+            f"{cache.path} has no train split, only {', '.join(cache.all_splits)}; "
+            f"{elsewhere if cache.splits else 'give a cache of labelled images'}."
+        )
 
 
 def _stated(config: FitConfig, stored: Plan | None) -> list[StatedTask]:
@@ -167,12 +178,6 @@ def _tasks(
     plan: Plan, cache: FeatureCache, stated: Sequence[StatedTask]
 ) -> tuple[Data, Data | None, list[TaskRows]]:
     """Data of the classes that are fitted, of the others under base-to-new, and the draws."""
-    if "train" not in cache.splits:
-        elsewhere = "score an adapter that was fitted elsewhere on it with `clip-adapter evaluate`"
-        raise UserError(
-            f"{cache.path} has no train split, only {', '.join(cache.all_splits)}; "
-            f"{elsewhere if cache.splits else 'give a cache of labelled images'}."
-        )
     train = cache.labels("train")
     val = cache.labels("val") if "val" in cache.splits else None
     classes = len(cache.class_names)

@@ -167,7 +167,9 @@ def accuracies(runs: Sequence[Run], entries: Sequence[Entry]) -> Accuracies:
     about = [*runs[0].provenance.lines(), *_seeds(entries), *_judged(entries)]
     refining = dict.fromkeys(run.plan.unlabelled for run in runs if run.plan.unlabelled)
     about += [
-        f"refined by images without labels ({some}), none of them tested" for some in refining
+        f"images without labels ({some}) refine what is chosen where labelled ones do not say that "
+        "it is worse; none of them is tested"
+        for some in refining
     ]
     title = f"test accuracy (%), {over(entries)}{meanings(shown.get('all', ()))}"
     shots = in_order({row.shots for _, row in rows})

@@ -59,7 +59,7 @@ def test_a_folder_of_photographs_with_the_classes_of_a_cache(
     options = {"like": labelled, "on_error": "skip"}
     out = run(f"images:{new}", tmp_path / "new.h5", **options)
     said, told = capsys.readouterr()
-    assert f"takes classes, prompts and glyph-clip of {labelled}" in told
+    assert f"takes classes and prompts of {labelled}, and encodes with glyph-clip" in told
     assert f"{out}: {COUNT - 1} unlabelled images, 3 classes" in said
     assert "1 image skipped (1 unlabelled), the first: 7.png cannot be decoded" in said
     ids = [*(f"{n}.png" for n in range(COUNT - 1) if n != 7), "of May/99.png"]

@@ -145,7 +145,7 @@ def test_few_of_the_classes_are_named_and_a_loss_is_not_kept(cache: Path, tmp_pa
         test = opened.images("test")
     accuracy = np.mean(adapter.logits(test.features[0]).argmax(axis=1) == test.labels)
     assert f"{100 * accuracy:.2f}" in printed  # of what is saved
-    assert "none of them tested" in printed
+    assert "none of them is tested" in printed
 
 
 def test_what_fits_chooses_or_tests_is_none_of_the_images(cache: Path, tmp_path: Path):

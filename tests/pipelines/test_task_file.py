@@ -11,6 +11,7 @@ from clip_adapter.errors import UserError
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
+from clip_adapter.pipelines.fitting.console_report import print_run
 from clip_adapter.pipelines.fitting.run import run_fit
 from tests.pipelines.run_files import adapters, killed_after, results
 from tests.pipelines.tiny_cache import tiny_data, write_cache
@@ -55,7 +56,7 @@ def test_the_tasks_of_a_run_are_the_run_again(
     assert (again / "summary.csv").read_bytes() == (drawn / "summary.csv").read_bytes()
 
 
-def test_the_images_are_those_that_it_names(cache: Path, tmp_path: Path):
+def test_the_images_are_those_that_it_names(cache: Path, tmp_path: Path, capsys):
     """Training rows first to last and one of val; the latter's features are what val has."""
     support = ["train/8", "train/0", "train/20", "val/3", "train/10"]
     stated = [{"shots": 2, "seed": 7, "support": support, "validation": ["val/0", "val/9"]}]
@@ -69,6 +70,12 @@ def test_the_images_are_those_that_it_names(cache: Path, tmp_path: Path):
     counts = np.bincount(labels[rows.support], minlength=DATA.classes).tolist()
     assert rows.small_classes == tuple(c for c, n in enumerate(counts) if n == 1)
     assert rows.absent_classes == tuple(c for c, n in enumerate(counts) if n == 0)
+    print_run(result, verbose=False)
+    small, absent = len(rows.small_classes), len(rows.absent_classes)
+    said = capsys.readouterr().out
+    assert "fewer than 2 training images: as --tasks names them" in said or not small
+    assert "without a training image" in said or not absent
+    assert small + absent
     joined = config(
         cache,
         tmp_path / "joined",
