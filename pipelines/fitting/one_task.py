@@ -90,6 +90,7 @@ class TaskRunner:
     ) -> Chosen | None:
         """Choose a setting by the run's selection rule; None where every one diverged."""
         method = planned.method
+        values = method.tried_at(len(rows.support) / self.data.count, planned.values)
         task = self.data.task(method, rows)
         divided = self._folds(method, rows)
         rounds = None
@@ -103,7 +104,7 @@ class TaskRunner:
         judged = [fold.validation for fold in divided]
         asked = Search(
             method,
-            planned.values,
+            values,
             self.plan.preset,
             parts,
             np.unique(np.concatenate(judged or [rows.validation]), return_index=True)[1],
@@ -112,7 +113,7 @@ class TaskRunner:
         )
         if method.note and (sentence := method.note(task)):
             self.tell(sentence)
-        expect(work(method, planned.values, len(parts), halving=asked.halving))
+        expect(work(method, values, len(parts), halving=asked.halving))
         if not parts:
             return take_defaults(asked, task, self.engine)
         record = TaskRecord(folder, method, rows, sum(map(len, judged)))

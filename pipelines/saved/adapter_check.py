@@ -70,12 +70,13 @@ def check_usable(
 
 def feature_width(method: Method, arrays: Mapping[str, npt.NDArray[Any]], head: Head) -> int:
     """How wide the features are that the formula takes: of a method that works on what comes before
-    the backbone's projection F of its shapes, else D.
+    the backbone's projection F of its shapes, else D, and E more of a second encoder's.
 
     Raises ValueError, in a sentence, where an array has not the shape that the method states.
     """
     sizes = _sizes(method, arrays, head)
     width = sizes.get("F", 0) if "projection" in method.needs else sizes["D"]
+    width += sizes.get("E", 0) if method.takes_second else 0
     if not width:
         raise ValueError("it takes features of no width")
     return width
