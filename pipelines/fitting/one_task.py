@@ -31,6 +31,7 @@ from clip_adapter.pipelines.fitting.record import TaskRecord
 from clip_adapter.pipelines.fitting.results import Held, Spread, TaskResult, harmonic_mean
 from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder, writing
 from clip_adapter.pipelines.fitting.tasks import RULES, Fold, TaskRows
+from clip_adapter.pipelines.saved.adapter_check import takes_both
 from clip_adapter.pipelines.saved.adapter_file import AdapterInfo, SavedAdapter, save_adapter
 from clip_adapter.words import dashed
 
@@ -244,6 +245,7 @@ class TaskRunner:
             dataset=about.dataset,
             cache_sha256=about.cache_sha256,
             fitted={"train_classes": self.plan.train_classes, **fitted},
+            backbone2=about.backbone2 if takes_both(method, arrays) else None,
         )
         return SavedAdapter(info, arrays, head.weights, seen if arrays or setting else seen[:0])
 

@@ -15,6 +15,7 @@ from clip_adapter.files import is_there
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.saved.adapter_check import (
     check_same_backbone,
+    check_same_second,
     check_same_width,
     feature_width,
 )
@@ -38,7 +39,8 @@ OTHER_WEIGHTS = "give the right ones with --pretrained, or extract and fit again
 @dataclass(frozen=True)
 class Block:
     """Some images. rows: (R,) which. features: (R, F), what the adapter takes. encoded: (R, D), the
-    image features; the same array unless the adapter takes what comes before the projection.
+    image features; the same array unless the adapter takes what comes before the projection, or
+    features of a second encoder behind them.
     digests: (R,), see `image_hashes`. unreadable: rows that are not here, and why."""
 
     rows: Rows
@@ -107,6 +109,11 @@ def cached_images(cache: FeatureCache, split: str, adapter: SavedAdapter) -> Lab
     if before:
         width = cache.pre_projection(split, np.zeros(1, np.int64), views=1).shape[2]
         check_same_width(width, _width(adapter), str(cache.path))
+    both = info.backbone2 is not None
+    check_same_second(cache.backbone2, info, f"extract {cache.path.name} with that too (--also)")
+    if both:
+        widths = cache.shape(split)[2] + cache.lengths.get("E", 0)
+        check_same_width(widths, _width(adapter), str(cache.path))
 
     digests = cache.hashes(split, "digests")
 
@@ -115,6 +122,9 @@ def cached_images(cache: FeatureCache, split: str, adapter: SavedAdapter) -> Lab
             rows = np.arange(start, min(start + BLOCK_ROWS, len(labels)))
             encoded = cache.features(split, rows, views=1)[0]
             features = cache.pre_projection(split, rows, views=1)[0] if before else encoded
+            if both:
+                second = cache.features2(split, rows, views=1)[0]
+                features = np.concatenate([encoded, second], axis=1)
             yield Block(rows, features, encoded, None if digests is None else digests[rows], {})
 
     name = f"{cache.dataset.get('name', cache.path.name)} {split}"
