@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_adapter.errors import UserError
-from clip_adapter.extract.config import ExtractConfig
+from clip_adapter.extract.config import ALSO, ExtractConfig
 from clip_adapter.extract.shards import (
     Launch,
     Shard,
@@ -142,7 +142,7 @@ def _already_there(config: ExtractConfig, shard: Shard, listener: Listener) -> b
     now = config.identity()
     if config.precision == "auto":  # whatever it was on the machine that made the file
         now["precision"] = earlier["precision"]
-    differing = {key for key in now if earlier.get(key) != now[key]}
+    differing = {key for key in {*now, *ALSO} if earlier.get(key) != now.get(key)}
     if differing and not (config.update and differing <= set(UPDATABLE)):
         updatable = shard.of == 1 and differing <= set(UPDATABLE)
         keeping = "--update to keep what can be kept of it, " if updatable else ""
