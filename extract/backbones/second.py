@@ -132,6 +132,12 @@ def _preprocessing(model: nn.Module, *, dino: bool) -> dict[str, Any]:
     }
 
 
+def is_of_timm(name: str) -> bool:
+    """Whether it is a model of timm's."""
+    own = _name_in_timm(name)
+    return own is not None and timm.is_model(own.partition(".")[0])
+
+
 def is_published(name: str, pretrained: str) -> bool:
     """Whether a received file may have it loaded: a model and tag of timm's or of open_clip's."""
     own = _name_in_timm(name)

@@ -44,6 +44,9 @@ class PredictConfig:
             model and tag of open_clip's; what an adapter names otherwise is not loaded unasked.
         pretrained: Where the backbone's weights lie now, if they were given as a local file or
             folder.
+        also: Second encoder of an adapter that takes one, where the adapter does not name one that
+            is published.
+        also_pretrained: Where its weights lie now, if they were given as a local file.
         top: How many classes to name for each image.
         format: How to print; json is one array with an object per image. In csv, a cell that a
             spreadsheet would take for a formula begins with an apostrophe.
@@ -57,6 +60,8 @@ class PredictConfig:
     method: str | None = None
     backbone: str | None = None
     pretrained: str | None = None
+    also: str | None = None
+    also_pretrained: str | None = None
     top: int = 3
     format: Literal["table", "csv", "json"] = "table"
     batch_size: int = 64

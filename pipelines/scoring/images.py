@@ -33,7 +33,6 @@ Features = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 Classes = npt.NDArray[np.int64]
 LEFT_OUT, UNKNOWN = -1, -2
-OTHER_WEIGHTS = "give the right ones with --pretrained, or extract and fit again"
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,10 @@ class Encoding(Protocol):
     def backbone(self) -> str | None: ...
     @property
     def pretrained(self) -> str | None: ...
+    @property
+    def also(self) -> str | None: ...
+    @property
+    def also_pretrained(self) -> str | None: ...
     @property
     def batch_size(self) -> int: ...
     @property
@@ -191,11 +194,15 @@ def _encoded(images: Split, adapter: SavedAdapter, how: Encoding, *, skip: bool)
     from clip_adapter.extract.encoding.decode import Plan
     from clip_adapter.extract.encoding.device import find_device
     from clip_adapter.extract.encoding.encoder import Encoder, Stopwatch, encode_images
-    from clip_adapter.pipelines.saved.pytorch import find_backbone
+    from clip_adapter.pipelines.saved import pytorch
 
     device = find_device(how.device)
-    backbone = find_backbone(adapter.info, how.backbone, how.pretrained)
-    check_same_backbone(backbone.identity, backbone.preprocess_config, adapter.info, OTHER_WEIGHTS)
+    info = adapter.info
+    backbone = pytorch.find_backbone(info, how.backbone, how.pretrained)
+    remedy = pytorch.OTHER_WEIGHTS
+    check_same_backbone(backbone.identity, backbone.preprocess_config, info, remedy)
+    also = pytorch.find_second(info, how.also, how.also_pretrained)
+    check_same_second(pytorch.stated(also), info, pytorch.OTHER_SECOND)
     # A batch is filled up to its size, and a few images need not be.
     size = min(how.batch_size, len(images.labels))
     before = "projection" in adapter.method.needs
@@ -204,6 +211,10 @@ def _encoded(images: Split, adapter: SavedAdapter, how: Encoding, *, skip: bool)
     check_same_width(encoder.dim, adapter.weights.shape[1], name)
     if encoder.projection is not None:
         check_same_width(len(encoder.projection.weights), _width(adapter), name)
+    second = also and Encoder(also, device, size)
+    if also and second:
+        width = encoder.dim + second.dim
+        check_same_width(width, _width(adapter), also.identity["name"])
     plan = Plan(
         np.arange(len(images.labels)),
         batch_size=size,
@@ -213,12 +224,21 @@ def _encoded(images: Split, adapter: SavedAdapter, how: Encoding, *, skip: bool)
     )
 
     def blocks() -> Iterator[Block]:
+        others = second and encode_images(second, images, plan, Stopwatch())
         for batch in encode_images(encoder, images, plan, Stopwatch()):
-            encoded = features = batch.features[:, 0].astype(np.float32)
+            unreadable = {each.row: each.reason for each in batch.skipped}
+            rows, encoded = batch.rows, batch.features[:, 0].astype(np.float32)
+            features, digests = encoded, batch.digests
             if batch.pre_projection is not None:
                 features = batch.pre_projection[:, 0].astype(np.float32)
-            unreadable = {each.row: each.reason for each in batch.skipped}
-            yield Block(batch.rows, features, encoded, batch.digests, unreadable)
+            if others:  # of the same rows, but for what one of the two cannot take
+                other = next(others)
+                unreadable |= {each.row: each.reason for each in other.skipped}
+                rows, own, its = np.intersect1d(batch.rows, other.rows, return_indices=True)
+                encoded, digests = encoded[own], digests[own]
+                behind = other.features[its, 0].astype(np.float32)
+                features = np.concatenate([encoded, behind], axis=1)
+            yield Block(rows, features, encoded, digests, unreadable)
 
     return blocks
 
