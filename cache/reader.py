@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from clip_adapter.cache import schema
 from clip_adapter.cache.content import indistinct
+from clip_adapter.cache.metadata import Backbone2
 from clip_adapter.cache.stored_file import StoredFile
 from clip_adapter.errors import UserError
 
@@ -61,9 +62,9 @@ class FeatureCache(StoredFile):
         return cast(dict[str, Any], self.metadata.backbone)
 
     @property
-    def backbone2(self) -> dict[str, Any] | None:
+    def backbone2(self) -> Backbone2 | None:
         """The second encoder, with its preprocessing; None where the cache has none."""
-        return cast(dict[str, Any] | None, self.metadata.backbone2)
+        return self.metadata.backbone2
 
     @property
     def preprocess(self) -> dict[str, Any]:

@@ -5,10 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import Any
 
-from clip_adapter.cache.content import (
-    Content,
-    Tally,
-)
+from clip_adapter.cache.content import Content, Tally
 from clip_adapter.cache.metadata import Part
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.rows import StoredRows
@@ -19,11 +16,7 @@ from clip_adapter.extract.encoding.decode import Plan
 from clip_adapter.extract.encoding.encoder import FEATURES2, Encoder, Stopwatch
 from clip_adapter.extract.encoding.unreadable import BrokenImage, name_all
 from clip_adapter.extract.known import IMAGES, Known, KnownRows, stamps
-from clip_adapter.extract.outcome import (
-    describe,
-    describe_skipped,
-    refuse_skipped,
-)
+from clip_adapter.extract.outcome import describe, describe_skipped, refuse_skipped
 from clip_adapter.extract.shards import Shard
 from clip_adapter.extract.stage import SKIPPED, TEXT, StagedText, stage_images
 from clip_adapter.extract.text.encode_text import TextPlan

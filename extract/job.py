@@ -7,11 +7,7 @@ from typing import Any
 
 import torch
 
-from clip_adapter.cache.content import (
-    check_strings,
-    in_several_splits,
-    tally,
-)
+from clip_adapter.cache.content import check_strings, in_several_splits, tally
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.staging import StagingFolder
 from clip_adapter.cache.text_tower import encode_text_tower, tower_path, write_text_tower
@@ -26,10 +22,7 @@ from clip_adapter.extract.encode_job import EncodeJob
 from clip_adapter.extract.encoding.device import find_device, find_precision
 from clip_adapter.extract.encoding.encoder import FEATURES2, Encoder
 from clip_adapter.extract.known import rows_sha256
-from clip_adapter.extract.outcome import (
-    warn_of_duplicates,
-    warn_of_lost_classes,
-)
+from clip_adapter.extract.outcome import warn_of_duplicates, warn_of_lost_classes
 from clip_adapter.extract.shards import Shard
 from clip_adapter.extract.stage import text_plan
 from clip_adapter.extract.text.encode_text import classes_with_one_text

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from platform import python_version
 from typing import Any
 
+from clip_adapter.cache.metadata import Backbone2
 from clip_adapter.cache.reader import FeatureCache
 
 PROVENANCE = "provenance.json"
@@ -25,7 +26,7 @@ class Provenance:
     templates: list[str]
     cache_sha256: str
     test_images: int
-    backbone2: dict[str, Any] | None = None
+    backbone2: Backbone2 | None = None
 
     @classmethod
     def of(cls, cache: FeatureCache) -> Provenance:

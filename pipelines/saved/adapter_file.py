@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save
 from clip_adapter import files
 from clip_adapter.adapters.method import Head, Method
 from clip_adapter.adapters.registry import find_method
+from clip_adapter.cache.metadata import Backbone2
 from clip_adapter.cache.schema import LARGEST_BIAS, LARGEST_SCALE, SMALLEST_SCALE
 from clip_adapter.errors import Contradiction, UserError
 from clip_adapter.pipelines.saved.adapter_check import check_usable, takes_both
@@ -64,7 +65,7 @@ class AdapterInfo:
     dataset: dict[str, Any]
     cache_sha256: str
     fitted: dict[str, Any]
-    backbone2: dict[str, Any] | None = None
+    backbone2: Backbone2 | None = None
 
     def document(self) -> dict[str, Any]:
         """As adapter.json states it."""

@@ -139,6 +139,10 @@ def test_an_adapter_of_both_is_refused_without_the_second(place: Path, tmp_path:
     save_adapter(tmp_path, replace(saved, info=replace(saved.info, backbone2=None)))
     with pytest.raises(UserError, match="of another number of encoders"):
         load_adapter(tmp_path)
+    odd: Any = {**saved.info.backbone2, "preprocess": 5}
+    save_adapter(tmp_path, replace(saved, info=replace(saved.info, backbone2=odd)))
+    with pytest.raises(UserError, match=r"backbone2\.preprocess is 5"):
+        load_adapter(tmp_path)
 
 
 def test_options_for_it_are_refused_on_a_cache_without(place: Path, tmp_path: Path) -> None:
