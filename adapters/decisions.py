@@ -4,14 +4,14 @@ gave their logits z did not see.
 
     T = argmin_T mean NLL(z / T) + (ln T − ln T₀)² / n                     p = softmax(z / T)
     set = {c : 1 − p_c ≤ q} ∪ {argmax p}
-    known = min(p₁, p₂),  p_k = (1 + #{held-out images whose value is ≤ its own}) / (n + 1)
+    known = p(Π_k p(v_k)),  p(v) = (1 + #{held-out images whose v is ≤ its own}) / (n + 1)
 
 Temperature scaling (Guo et al., arXiv 1706.04599) has a prior: T₀ is the median of range(z) /
 range(zero-shot logits), the range being the largest less the smallest over the classes, which takes
 no labels (after SaLS, Murugesan et al., arXiv 2405.00468). q is the ⌈(n + 1)·coverage⌉-th smallest
 1 − p_label (LAC: Sadinle et al., arXiv 1609.00451); the most probable class is always there, as an
-empty set would only say that q is small. The values of p₁ and p₂ are the largest probability, and
-the cosine to the nearest class mean.
+empty set would only say that q is small. The values v_k are the largest probability and the cosines
+to the nearest class mean and to the nearest text; the product of their p (Fisher) is one more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import betaincinv
@@ -42,8 +42,8 @@ class Decisions:
 
     temperature: T. folds: into how many the support set was divided to leave images out, 0 where
     it was not. chose: how many of the n images have chosen the setting. scores: (n,) float32,
-    1 − p_label. labels: (n,) int32. known: (n, 2) float32, each image's largest probability and its
-    cosine to the nearest class mean. prototypes: (C, D) float32, the class means, unit rows.
+    1 − p_label. labels: (n,) int32. known: (n, 3) float32, each image's largest probability, and
+    its cosines to the nearest class mean and text. prototypes: (C, D) float32, unit means.
     """
 
     temperature: float
@@ -51,7 +51,7 @@ class Decisions:
     chose: int
     scores: Float[np.ndarray, " n"]
     labels: Int[np.ndarray, " n"]
-    known: Float[np.ndarray, "n 2"]
+    known: Float[np.ndarray, "n 3"]
     prototypes: Float[np.ndarray, "C D"]
 
     @classmethod
@@ -59,7 +59,7 @@ class Decisions:
         cls,
         logits: Float[np.ndarray, "n C"],
         labels: Int[np.ndarray, " n"],
-        cosines: Float[np.ndarray, " n"],
+        cosines: Float[np.ndarray, "n 2"],
         prior: float,
         *,
         folds: int,
@@ -67,11 +67,11 @@ class Decisions:
         prototypes: Float[np.ndarray, "C D"],
     ) -> Decisions:
         """By the logits of n held-out images. cosines: to the nearest mean of a class, of other
-        images than it. prior: T₀."""
+        images than it, and to the nearest text. prior: T₀."""
         temperature = likeliest_temperature(logits, labels, prior)
         shares = probabilities(logits, temperature)
         scores = 1 - np.take_along_axis(shares, labels[:, None].astype(np.int64), axis=1)[:, 0]
-        known = np.stack([shares.max(axis=1, initial=0), cosines], axis=1).astype(np.float32)
+        known = np.column_stack([shares.max(axis=1, initial=0), cosines]).astype(np.float32)
         own = scores.astype(np.float32), labels.astype(np.int32), known
         return cls(temperature, folds, chose, *own, prototypes)
 
@@ -89,23 +89,39 @@ class Decisions:
         np.put_along_axis(answered, shares.argmax(axis=1)[:, None], True, axis=1)
         return answered
 
-    def p_values(
-        self, shares: Float[np.ndarray, "N C"], features: Float[np.ndarray, "N D"]
+    def known_of(
+        self,
+        shares: Float[np.ndarray, "N C"],
+        features: Float[np.ndarray, "N D"],
+        weights: Float[np.ndarray, "C D"],
     ) -> Float[np.ndarray, " N"]:
-        """`known`, between 1 / (n + 1) and 1: small for an image unlike those held out."""
-        nearest = (unit(np, features) @ self.prototypes.T).max(axis=1)
-        values = shares.max(axis=1).astype(np.float32), nearest
-        ranks = [
-            np.searchsorted(np.sort(own), value, side="right")
-            for own, value in zip(self.known.T, values, strict=True)
-        ]
-        return (1 + np.minimum(*ranks)) / (self.images + 1)
+        """`known`, from 1 / (n + 1) to 1: which share of images like those held out are as strange.
 
-    def least_known(self, share: float) -> float:
-        """Below it, `known` says that an image shows none of the classes: so small are `share` of
-        the held-out images' own, each against the others."""
-        ranks = [np.searchsorted(np.sort(own), own, side="right") for own in self.known.T]
-        return float(np.quantile(np.minimum(*ranks) / self.images, share))
+        Below `--reject` an image is taken for one of none of the classes.
+        """
+        cosines = nearest_cosines(features, self.prototypes, weights)
+        values = np.column_stack([shares.max(axis=1), cosines]).astype(np.float32)
+        own = _products(_ranks(self.known, self.known) / self.images)
+        new = _products((1 + _ranks(self.known, values)) / (self.images + 1))
+        return (1 + _ranks(own, new)[:, 0]) / (self.images + 1)
+
+
+def nearest_cosines(
+    features: Float[np.ndarray, "N D"], *directions: Float[np.ndarray, "C D"]
+) -> Float[np.ndarray, "N K"]:
+    """Cosines of un-normalised features to the nearest row of each of K matrices of unit rows."""
+    rows = unit(np, features)
+    return np.column_stack([(rows @ unit(np, own).T).max(axis=1) for own in directions])
+
+
+def _ranks(held_out: Float[np.ndarray, "n K"], values: Float[np.ndarray, "N K"]) -> Any:
+    """(N, K): how many of the held-out values of each column are ≤ it."""
+    pairs = zip(held_out.T, values.T, strict=True)
+    return np.column_stack([np.searchsorted(np.sort(a), b, side="right") for a, b in pairs])
+
+
+def _products(p: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N 1"]:
+    return np.prod(p, axis=1, keepdims=True)
 
 
 def probabilities(

@@ -9,11 +9,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.adapters.decisions import Decisions, class_means, prior_temperature
+from clip_adapter.adapters.decisions import (
+    Decisions,
+    class_means,
+    nearest_cosines,
+    prior_temperature,
+)
 from clip_adapter.adapters.engine.evaluation import rounds_of
 from clip_adapter.adapters.engine.scoring import make_classify
 from clip_adapter.adapters.engine.search import fit
-from clip_adapter.adapters.formulas import cosine_logits, unit
+from clip_adapter.adapters.formulas import cosine_logits
 from clip_adapter.adapters.method import Task
 from clip_adapter.adapters.registry import REFERENCE
 from clip_adapter.adapters.stata import refine
@@ -29,7 +34,8 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """Images and what was said of them by fits without them. cosines: to the nearest class mean."""
+    """Images and what was said of them by fits without them. cosines: to the nearest class mean,
+    and to the nearest text."""
 
     logits: Floats
     labels: npt.NDArray[np.int32]
@@ -59,13 +65,13 @@ def with_decisions(
     labels, encoded = np.asarray(task.labels), np.asarray(plain.features)[0]
     validation = np.zeros(0, np.int64) if refit else _firsts(rows.validation)
     prototypes = class_means(encoded, labels, adapter.weights)
-    seen_last = np.asarray(plain.validation_features)[validation]
+    chosen_on = np.asarray(plain.validation_features)[validation]
     parts = [
         _HeldOut(
             adapter.logits(np.asarray(task.validation_features)[validation]),
             np.asarray(task.validation_labels)[validation],
-            _cosines(seen_last, prototypes),
-            seen_last,
+            nearest_cosines(chosen_on, prototypes, adapter.weights),
+            chosen_on,
         )
     ]
     images = np.arange(len(labels)) if refit else rows.support
@@ -130,7 +136,7 @@ def _left_out(
     return _HeldOut(
         without.logits(features[0, rows]),
         labels[rows],
-        _cosines(encoded[rows], means),
+        nearest_cosines(encoded[rows], means, adapter.weights),
         encoded[rows],
     )
 
@@ -138,7 +144,3 @@ def _left_out(
 def _firsts(images: Rows) -> Rows:
     """Where each image first stands."""
     return np.sort(np.unique(images, return_index=True)[1])
-
-
-def _cosines(features: Floats, means: Floats) -> Floats:
-    return (unit(np, features) @ means.T).max(axis=1)

@@ -8,23 +8,24 @@ import hashlib
 import json
 import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from clip_adapter import files
 from clip_adapter.adapters.decisions import Decisions, probabilities
 from clip_adapter.adapters.method import Head, Method
 from clip_adapter.adapters.registry import find_method
 from clip_adapter.adapters.stata import Refinement, refined_logits
+from clip_adapter.cache.metadata import Backbone2
 from clip_adapter.cache.schema import LARGEST_BIAS, LARGEST_SCALE, SMALLEST_SCALE
 from clip_adapter.errors import Contradiction, UserError
 from clip_adapter.pipelines.saved.adapter_check import INFO_FILE, WEIGHTS, checked_arrays
+from clip_adapter.pipelines.saved.arrays_file import read_tensors, with_labels
 from clip_adapter.pipelines.saved.stored_decisions import (
     DECISIONS,
     PLACE,
@@ -59,6 +60,7 @@ class AdapterInfo:
 
     setting: the hyper-parameters of `method`. backbone, preprocess, dataset: as in the cache.
     cache_sha256: the cache's content hash. fitted: shots, seed, selection rule and what it saw.
+    backbone2: as in the cache, of an adapter that takes features of a second encoder, too.
     """
 
     method: str
@@ -72,6 +74,11 @@ class AdapterInfo:
     dataset: dict[str, Any]
     cache_sha256: str
     fitted: dict[str, Any]
+    backbone2: Backbone2 | None = None
+
+    def document(self) -> dict[str, Any]:
+        """As adapter.json states it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ class SavedAdapter:
 
     def logits(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """(N, C) of features as the method takes them: (N, D), or (N, F) of what comes before the
-        backbone's projection."""
+        backbone's projection, or (N, D + E) with those of the second encoder behind."""
         logits = self.method.logits(np, self.arrays, self.info.setting, features, self.head)
         if self.refinement:
             logits = refined_logits(np, self.refinement, logits, features)
@@ -148,7 +155,7 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
         "format": FORMAT,
         "format_version": DECIDING_VERSION if adapter.decisions else FORMAT_VERSION,
         ARRAYS_SHA256: hashlib.sha256(content).hexdigest(),
-        **asdict(adapter.info),
+        **adapter.info.document(),
     }
     if adapter.decisions:
         document[DECISIONS] = stated(adapter.decisions)
@@ -202,7 +209,7 @@ def load_adapter(run: str | Path, method: str | None = None) -> SavedAdapter:
     document = _read_document(run / INFO_FILE)
     info = _checked_info(run / INFO_FILE, document)
     path = run / ARRAYS_FILE
-    tensors = _read_tensors(path, document[ARRAYS_SHA256])
+    tensors = read_tensors(path, document[ARRAYS_SHA256])
     weights, seen = tensors.pop(WEIGHTS, None), tensors.pop(SEEN, None)
     if seen is not None and (seen.ndim != 1 or seen.dtype != np.uint64):
         raise UserError(f"{path}: {SEEN} holds no hashes of images; fit the adapter again.")
@@ -215,23 +222,11 @@ def load_adapter(run: str | Path, method: str | None = None) -> SavedAdapter:
     if len(arrays) < len(tensors):
         raise UserError(f"{path} holds two arrays of one name; fit the adapter again.")
     if "labels" in _method(info.method).shapes:
-        arrays = _with_labels(arrays, len(info.class_names))
+        arrays = with_labels(arrays, len(info.class_names))
     named = {name.removeprefix(REFINED): own for name, own in refining.items()}
     weights, refinement = checked_arrays(path, info, _method(info.method), weights, arrays, named)
     decisions = checked_decisions(path, document, deciding, weights) if decides else None
     return SavedAdapter(info, arrays, weights, seen, refinement, decisions)
-
-
-def _with_labels(arrays: dict[str, npt.NDArray[Any]], classes: int) -> dict[str, npt.NDArray[Any]]:
-    """The same with `labels` for what stood there before: `values`, their one-hot rows."""
-    values = arrays.get("values")
-    if values is None or values.ndim != 2 or values.shape[1] != classes:
-        return arrays
-    labels = values.argmax(axis=1)
-    if not np.array_equal(values, np.eye(classes, dtype=np.float32)[labels]):
-        return arrays
-    kept = {name: array for name, array in arrays.items() if name != "values"}
-    return {**kept, "labels": labels.astype(np.float32)}
 
 
 def _read_document(path: Path) -> dict[str, Any]:
@@ -256,7 +251,8 @@ def _read_document(path: Path) -> dict[str, Any]:
             f"{FORMAT_VERSION} and {DECIDING_VERSION}; update clip-adapter or fit the adapter "
             "again."
         )
-    names = [*(field.name for field in fields(AdapterInfo)), ARRAYS_SHA256, OWN_SHA256]
+    names = [field.name for field in fields(AdapterInfo) if field.default is MISSING]
+    names += [ARRAYS_SHA256, OWN_SHA256]
     names += [DECISIONS] * (version == DECIDING_VERSION)
     missing = [name for name in names if name not in document]
     if missing:
@@ -267,7 +263,8 @@ def _read_document(path: Path) -> dict[str, Any]:
 
 
 def _checked_info(path: Path, document: Mapping[str, Any]) -> AdapterInfo:
-    stated = {field.name: document[field.name] for field in fields(AdapterInfo)}
+    names = [field.name for field in fields(AdapterInfo)]
+    stated = {name: document[name] for name in names if name in document}
     try:
         info = from_document(AdapterInfo, stated)
     except Contradiction as error:
@@ -287,23 +284,3 @@ def _method(name: str) -> Method:
         return find_method(name)
     except LookupError as error:
         raise ValueError(str(error)) from None
-
-
-def _read_tensors(path: Path, stated_sha256: object) -> dict[str, npt.NDArray[Any]]:
-    files.is_there(path)
-    try:
-        with path.open("rb") as file:  # not into memory: nobody has said yet how large it may be
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror or error}); fit the adapter again."
-        ) from error
-    if found != stated_sha256:
-        raise UserError(
-            f"{path} is not the file that {INFO_FILE} was written for: it is damaged or was "
-            "changed; fit the adapter again."
-        )
-    try:
-        return load_file(path)
-    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a safetensors file of numbers that NumPy has.") from error

@@ -64,7 +64,7 @@ def _check_arrays(
     ranges = {
         "scores": ((images,), np.float32, 0, 1),
         "labels": ((images,), np.int32, 0, len(weights) - 1),
-        "known": ((images, 2), np.float32, -1.001, 1.001),
+        "known": ((images, 3), np.float32, -1.001, 1.001),
         "prototypes": (weights.shape, np.float32, -1.001, 1.001),
     }
     if arrays.keys() != ranges.keys():

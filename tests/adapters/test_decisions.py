@@ -1,5 +1,8 @@
 """Temperature, sets and p-values against SciPy in float64, MAPIE and plain loops."""
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +17,7 @@ from clip_adapter.adapters.decisions import (
     class_means,
     images_for,
     likeliest_temperature,
+    nearest_cosines,
     prior_temperature,
     probabilities,
     rank_of,
@@ -36,7 +40,7 @@ def decisions(count: int, seed: int = 0, prior: float = 1.0) -> Decisions:
     logits, labels = drawn(count, seed)
     prototypes = rng.normal(size=(CLASSES, DIM))
     prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
-    cosines = rng.uniform(0.2, 0.9, count).astype(np.float32)
+    cosines = rng.uniform(0.2, 0.9, (count, 2))
     return Decisions.of(
         *(logits, labels, cosines, prior),
         folds=4,
@@ -126,15 +130,15 @@ def test_sets_are_those_of_mapie_and_the_most_probable_class(count: int, coverag
 def test_sets_hold_the_label_as_often_as_promised_over_random_splits(
     seed: int, images: int, coverage: float, sharpness: float
 ) -> None:
-    """On average over 300 draws of which images are held out; ± 4 standard errors."""
+    """On average over 150 draws of which images are held out; ± 4 standard errors."""
     rng = np.random.default_rng(seed)
     logits, labels = drawn(1000, seed, sharpness)
     found = []
-    for _ in range(300):
+    for _ in range(150):
         order = rng.permutation(len(labels))
         own, new = order[:images], order[images : images + 100]
         fitted = Decisions.of(
-            *(logits[own], labels[own], np.zeros(images, np.float32), sharpness),
+            *(logits[own], labels[own], np.zeros((images, 2)), sharpness),
             folds=0,
             chose=0,
             prototypes=np.eye(CLASSES, DIM, dtype=np.float32),
@@ -163,31 +167,50 @@ def test_one_time_in_ten_the_coverage_is_below_the_stated_one(images: int) -> No
     assert np.mean(found < unlucky_coverage(images, 0.9)) == pytest.approx(0.1, abs=0.01)
 
 
-def test_p_values_count_the_images_that_are_as_strange() -> None:
-    fitted = decisions(40)
+def test_known_counts_the_held_out_images_that_are_as_strange() -> None:
+    """In loops: the rank of the product of three ranks."""
+    fitted, images = decisions(40), 40
     rng = np.random.default_rng(5)
     shares = probabilities(drawn(25, 6)[0], fitted.temperature)
     features = rng.normal(size=(25, DIM)).astype(np.float32)
-    found = fitted.p_values(shares, features)
+    texts = rng.normal(size=(CLASSES, DIM))
+
+    def product(values: Sequence[float], own: int) -> float:
+        among = [sum(other <= v for other in fitted.known[:, k]) for k, v in enumerate(values)]
+        return math.prod((1 - own + rank) / (images + 1 - own) for rank in among)
+
+    products = [product(fitted.known[i], own=1) for i in range(images)]
+    found = fitted.known_of(shares, features, texts)
     for row in range(25):
-        cosine = max(features[row] @ fitted.prototypes.T) / np.linalg.norm(features[row])
-        values = np.float32(max(shares[row])), cosine
-        p = [(1 + sum(own <= v for own in fitted.known[:, k])) / 41 for k, v in enumerate(values)]
-        assert found[row] == pytest.approx(combined(p, 40))
+        length = np.linalg.norm(features[row])
+        to_mean = max(features[row] @ fitted.prototypes.T) / length
+        to_text = max(features[row] @ text / np.linalg.norm(text) for text in texts) / length
+        new = product(np.float32([max(shares[row]), to_mean, to_text]), own=0)
+        assert found[row] == pytest.approx((1 + sum(p <= new for p in products)) / (images + 1))
+    assert 0 < found.min() < found.max() < 1
 
 
-def combined(p: list[float], images: int) -> float:
-    return min(p)
-
-
-def test_the_bound_leaves_out_the_share_of_the_held_out_images() -> None:
-    fitted = decisions(200)
-    known = fitted.known
-    own = [
-        combined([np.mean(known[:, k] <= known[i, k]) for k in range(2)], 200) for i in range(200)
-    ]
-    for share in (0.02, 0.05, 0.2):
-        assert fitted.least_known(share) == pytest.approx(np.quantile(own, share))
+@pytest.mark.parametrize("reject", [0.05, 0.2])
+def test_about_the_share_of_own_images_is_rejected_that_was_asked_for(reject: float) -> None:
+    """On average over draws of which images are held out, from 500 of one kind."""
+    rng = np.random.default_rng(0)
+    logits, labels = drawn(500, 0)
+    features = rng.normal(size=(500, DIM)) + 2 * np.eye(CLASSES, DIM)[labels]
+    means, texts = np.eye(CLASSES, DIM), rng.normal(size=(CLASSES, DIM))
+    cosines = nearest_cosines(features, means, texts)
+    found = []
+    for _ in range(60):
+        order = rng.permutation(500)
+        own, new = order[:100], order[100:]
+        fitted = Decisions.of(
+            *(logits[own], labels[own], cosines[own], 1.0),
+            folds=0,
+            chose=0,
+            prototypes=means,
+        )
+        shares = probabilities(logits[new], fitted.temperature)
+        found.append(np.mean(fitted.known_of(shares, features[new], texts) < reject))
+    assert np.mean(found) == pytest.approx(reject, abs=0.015)
 
 
 def test_a_class_without_images_has_its_text_for_a_mean() -> None:
