@@ -18,6 +18,7 @@ from clip_adapter.cache.content import (
 from clip_adapter.cache.metadata import Part
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.rows import StoredRows
+from clip_adapter.cache.schema import UNLABELLED
 from clip_adapter.cache.staging import Batch, StagingFolder
 from clip_adapter.cache.text_tower import encode_text_tower, tower_path, write_text_tower
 from clip_adapter.cache.writer import write_cache
@@ -37,6 +38,7 @@ from clip_adapter.extract.outcome import (
     refuse_skipped,
     warn_of_duplicates,
     warn_of_lost_classes,
+    warn_of_shared_groups,
 )
 from clip_adapter.extract.shards import Shard
 from clip_adapter.extract.stage import IMAGES, SKIPPED, TEXT, StagedText, stage_images, text_plan
@@ -116,6 +118,8 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
             if several := in_several_splits(content):
                 record["in_several_splits"] = several
             warn_of_duplicates(several, listener)
+            labelled = {n: one.groups for n, one in dataset.splits.items() if n != UNLABELLED}
+            warn_of_shared_groups(labelled, listener)
             warn_of_lost_classes(tallies, dataset.class_names, listener)
         with job.watch("write"):
             if tower is not None and shard.index == 1:

@@ -35,7 +35,7 @@ LARGEST_SEED = 2**31 - 1  # JAX takes an int32
 OWN_SHA256 = "sha256"
 TASKS = "tasks.json"
 # Stated where they are given: plans without them are what they were.
-WHERE_GIVEN = ("tasks", "unlabelled", "unlabelled_cache")
+WHERE_GIVEN = ("tasks", "unlabelled", "unlabelled_cache", "groups")
 METHOD = "method"  # a factor of an ablation that is no hyper-parameter
 Json = dict[str, Any]
 
@@ -70,6 +70,7 @@ class Plan:
     compared: the methods that `--ablate method` shows, some of which may be among the others.
     unlabelled: which images without labels refine what is chosen, "" for none; unlabelled_cache:
     where they lie.
+    groups: which images belong together, "" where each is its own.
     """
 
     clip_adapter: str
@@ -93,6 +94,7 @@ class Plan:
     tasks: str = ""
     unlabelled: str = ""
     unlabelled_cache: str = ""
+    groups: str = ""
 
     @property
     def fitted(self) -> list[PlannedMethod]:

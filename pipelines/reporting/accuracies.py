@@ -197,11 +197,12 @@ def _seeds(entries: Sequence[Entry]) -> list[str]:
 
 def _judged(entries: Sequence[Entry]) -> list[str]:
     """What settings were selected on, once where that is alike for all that have some."""
-    stated = {
-        entry.label: judged_by(entry.first.plan.select, entry.first.plan.score, entry.results())
-        for entry in entries
-        if entry.method.hyper
-    }
+    stated = {}
+    for entry in entries:
+        if entry.method.hyper:
+            plan = entry.first.plan
+            rule = plan.select, plan.score, entry.results()
+            stated[entry.label] = judged_by(*rule, grouped=bool(plan.groups))
     if len(set(stated.values())) == 1:
         only = "test computed for the selected setting only"
         return [f"selected on {next(iter(stated.values()))}; {only}"]

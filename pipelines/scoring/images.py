@@ -56,7 +56,8 @@ Blocks = Callable[[], Iterator[Block]]
 class Labelled:
     """Labelled images.
 
-    name: for a report. labels: (N,), indices of class_names. ids: the names of some rows.
+    name: for a report. labels: (N,), indices of class_names. ids: the names of some rows. groups:
+    (N,) the names of those that belong together, where they are known.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Labelled:
     labels: npt.NDArray[np.int32]
     blocks: Blocks
     ids: Callable[[Rows], Sequence[str]]
+    groups: Sequence[str] | None = None
 
 
 class Encoding(Protocol):
@@ -118,7 +120,8 @@ def cached_images(cache: FeatureCache, split: str, adapter: SavedAdapter) -> Lab
             yield Block(rows, features, encoded, None if digests is None else digests[rows], {})
 
     name = f"{cache.dataset.get('name', cache.path.name)} {split}"
-    return Labelled(name, cache.class_names, labels, blocks, lambda rows: cache.ids(split, rows))
+    ids, groups = (lambda rows: cache.ids(split, rows)), cache.groups(split)
+    return Labelled(name, cache.class_names, labels, blocks, ids, groups)
 
 
 def images_of_folder(
