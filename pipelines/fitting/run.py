@@ -36,6 +36,7 @@ from clip_adapter.pipelines.fitting.run_folder import (
     new_folder,
     read_plan,
 )
+from clip_adapter.pipelines.fitting.taken import Taken, taken_of
 from clip_adapter.pipelines.fitting.task_file import StatedTask, read_tasks, rows_of, sha256_of
 from clip_adapter.pipelines.fitting.tasks import (
     TaskRows,
@@ -105,8 +106,9 @@ def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -
                 f"{cache.path} has other groups than when {begun} was started; start a new run."
             )
         unlabelled = unlabelled_of(config, stored, cache)
+        taken = taken_of(config, stored, cache)
         plan = stored if stored and config.resume else None
-        plan = plan or _new_plan(config, cache, stated, groups, unlabelled, listener)
+        plan = plan or _new_plan(config, cache, stated, groups, unlabelled, taken, listener)
         if stored and (differing := stored.differing(plan)):
             raise UserError(
                 f"{begun} was started with other arguments ({', '.join(differing)}); give those "
@@ -124,7 +126,7 @@ def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -
             documents = [asdict(task) for task in stated]
             documents = documents or [_task_document(data, rows) for rows in tasks]
             folder.write_json(TASKS, documents)
-            return _execute(plan, data, new, tasks, unlabelled, folder, listener)
+            return _execute(plan, data, new, tasks, unlabelled, taken, folder, listener)
 
 
 def _check_labelled(cache: FeatureCache) -> None:
@@ -156,8 +158,11 @@ def _new_plan(
     stated: Sequence[StatedTask],
     groups: Rows | None,
     unlabelled: Unlabelled | None,
+    taken: Taken | None,
     listener: Listener,
 ) -> Plan:
+    if taken:
+        config = taken.config(config)
     if config.select is None:
         config = replace(config, select=_usual_rule(cache, listener))
     if stated:
@@ -167,7 +172,12 @@ def _new_plan(
     which = unlabelled.identity if unlabelled else ""
     plan = make_plan(config, cache.content_sha256, available(cache), which)
     tasks = sha256_of(stated) if stated else ""
-    plan = replace(plan, tasks=tasks, groups=identity_of(groups))
+    plan = replace(
+        plan,
+        tasks=tasks,
+        groups=identity_of(groups),
+        from_sha256=taken.sha256 if taken else "",
+    )
     for sentence in without_effect(config, plan):
         listener.note(sentence)
     return plan
@@ -222,6 +232,7 @@ def _execute(
     new: Data | None,
     tasks: Sequence[TaskRows],
     unlabelled: Unlabelled | None,
+    taken: Taken | None,
     folder: RunFolder,
     listener: Listener,
 ) -> FitResult:
@@ -237,7 +248,7 @@ def _execute(
 
     if unlabelled:
         unlabelled = unlabelled.without(data.hashes(data.taking_part()))
-    runner = TaskRunner(plan, data, new, provenance, engine, tell, unlabelled)
+    runner = TaskRunner(plan, data, new, provenance, engine, tell, unlabelled, taken)
     problem = ""
     try:
         _run_tasks(runner, folder, listener)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.config import Selection, Shots, shots_words
 from clip_adapter.pipelines.fitting.groups import fold_of
 from clip_adapter.pipelines.fitting.results import TaskResult
+
+if TYPE_CHECKING:
+    from clip_adapter.pipelines.fitting.plan import Plan
 
 Rows = npt.NDArray[np.int64]
 
@@ -154,11 +157,12 @@ def check_rule(select: Selection, has_val: bool, *, join: bool, grouped: bool = 
         )
 
 
-def judged_by(
-    select: Selection, score: str, results: Sequence[TaskResult], *, grouped: bool = False
-) -> str:
-    """What chose the settings of these results, in words. grouped: whether images have groups."""
+def judged_by(plan: Plan, results: Sequence[TaskResult], *, asked: bool) -> str:
+    """What chose the settings of these results, in words. asked: not of a baseline."""
+    select, grouped = plan.select, bool(plan.groups)
     rule, shots = RULES[select], dict.fromkeys(row.shots for row in results)
+    if plan.from_run and asked:
+        return f"nothing here: the setting is that of {plan.from_run}"
     words = rule.words
     if rule.validation == "few" and "all" in shots:
         whole = RULES["full-val"].words
@@ -173,7 +177,7 @@ def judged_by(
     if rule.unless and unjudged:
         unless = "a class has images of one group alone" if grouped else rule.unless
         words += f" (at {', '.join(unjudged)} {unless}: nothing, the defaults)"
-    if score == "balanced-accuracy" and select != "none":
+    if plan.score == "balanced-accuracy" and select != "none":
         words += ", where every class counts alike (validation % is balanced accuracy)"
     return words
 

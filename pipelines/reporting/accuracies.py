@@ -197,12 +197,11 @@ def _seeds(entries: Sequence[Entry]) -> list[str]:
 
 def _judged(entries: Sequence[Entry]) -> list[str]:
     """What settings were selected on, once where that is alike for all that have some."""
-    stated = {}
-    for entry in entries:
-        if entry.method.hyper:
-            plan = entry.first.plan
-            rule = plan.select, plan.score, entry.results()
-            stated[entry.label] = judged_by(*rule, grouped=bool(plan.groups))
+    stated = {
+        entry.label: judged_by(entry.first.plan, entry.results(), asked=entry.asked)
+        for entry in entries
+        if entry.method.hyper
+    }
     if len(set(stated.values())) == 1:
         only = "test computed for the selected setting only"
         return [f"selected on {next(iter(stated.values()))}; {only}"]
