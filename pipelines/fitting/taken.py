@@ -47,8 +47,8 @@ class Taken:
         return epoch if type(epoch) is int and epoch > 0 else None
 
     def config(self, config: FitConfig) -> FitConfig:
-        """The same, of one setting of one method; at the adapter's shots and seed where nothing else
-        was asked for.
+        """The same, of one setting of one method; at the adapter's shots and seed unless others
+        were asked for.
 
         Raises UserError for options that contradict it.
         """
@@ -70,7 +70,7 @@ class Taken:
             )
         taken = replace(
             config,
-            method=own or (info.method,),
+            method=tuple(own) or (info.method,),
             hyper={f"{info.method}.{name}": value for name, value in info.setting.items()},
             select="none",
         )
