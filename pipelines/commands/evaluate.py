@@ -27,11 +27,9 @@ from clip_adapter.pipelines.saved.adapter_file import (
     image_hashes,
     load_adapter,
 )
+from clip_adapter.pipelines.scoring.cached import Features, Labelled, cached_images
 from clip_adapter.pipelines.scoring.images import (
     Classes,
-    Features,
-    Labelled,
-    cached_images,
     images_of_folder,
     is_folder,
     match_classes,

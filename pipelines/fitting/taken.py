@@ -25,7 +25,7 @@ from clip_adapter.pipelines.saved.adapter_file import (
     know_method,
     load_adapter,
 )
-from clip_adapter.pipelines.scoring.images import cached_images
+from clip_adapter.pipelines.scoring.cached import cached_images
 from clip_adapter.words import counted, dashed, some
 
 # What a run has decided already; the others, such as --shots and --refit, are still free.
@@ -57,11 +57,10 @@ class Taken:
             f.name for f in fields(config) if getattr(config, f.name) != getattr(plain, f.name)
         }
         given |= config.stated
-        own = [
-            name for name in config.method if ":" in name and find_method(name).name == info.method
-        ]
+        known = (info.method, *(n for n in config.method if ":" in n))
+        own = [n for n in config.method if n in known and find_method(n).name == info.method]
         if own == [*config.method]:
-            given.discard("method")  # named to make it known
+            given.discard("method")  # the same, or named to make it known
         flags = [name for name in ("method", *DECIDED) if name in given] + [*config.hyper]
         if flags:
             raise UserError(
