@@ -80,7 +80,7 @@ def load_backbone(
     """
     request = resolve(name, pretrained)
     try:
-        with _silent_loaders():
+        with silent_libraries():
             config = _checked_config(request)
             tokenizer = _tokenizer(request.model_name, config)
             model = _create(request, pretrained=request.weights, require_pretrained=True)
@@ -114,7 +114,7 @@ def load_backbone(
 
 
 def _create(request: Request, **how: Any) -> Any:
-    with _silent_loaders(), patch.object(factory, "load_state_dict", read_state):
+    with silent_libraries(), patch.object(factory, "load_state_dict", read_state):
         model = open_clip.create_model(
             request.model_name,
             force_quick_gelu=request.quick_gelu,
@@ -146,7 +146,7 @@ def _in_precision(
 
 
 @contextmanager
-def _silent_loaders() -> Iterator[None]:
+def silent_libraries() -> Iterator[None]:
     """Without what open_clip and those it loads with log: they raise what matters, and without a
     network they warn of every attempt."""
     level = logging.root.manager.disable

@@ -3,12 +3,14 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from clip_adapter.cache.reader import BLOCK_ROWS, FeatureCache
 from clip_adapter.cache.schema import UNLABELLED
 from clip_adapter.errors import UserError
+from clip_adapter.files import parse_json
 
 STATED = b"clip_adapter"  # in the table's own metadata
 
@@ -65,3 +67,13 @@ def write_table(cache: FeatureCache, out: Path) -> int:
     finally:
         temporary.unlink(missing_ok=True)
     return total
+
+
+def stated_classes(schema: Any) -> list[str]:
+    """The class names that `write_table` has put into a table's schema; none of other tables."""
+    try:
+        names = parse_json((schema.metadata or {})[STATED])["class_names"]
+    except (KeyError, TypeError, ValueError):
+        return []
+    sound = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if sound else []

@@ -67,45 +67,6 @@ with torch.inference_mode():
 print(classes[int(probabilities[0].argmax())], float(probabilities[0].max()))
 """,
 }
-CARD = """\
-# {name}
-
-Says of an image which of {count} it shows. Written by {writer}.
-
-- Input: `images`, (batch, 3, {height}, {width}) float32, preprocessed as below.
-- Output: `logits`, `probabilities`, both (batch, {classes}) float32, in the order of the classes.
-- Classes: `{class_names}`
-- Backbone: {backbone}; SHA-256 of its weights `{weights}`
-- Adapter: {method}, {setting}; SHA-256 of its `adapter.json` `{adapter}`
-- Fitted on: {fitted}
-- Accuracy: {accuracy}
-- Temperature: {temperature:.6g}; probabilities are the softmax of logits / temperature.
-- Coverage: {coverage}
-- Checked: its logits differ from those of `clip-adapter predict` by at most {difference:.1e}, at
-  batches of 1, 3 and 8.
-
-## Images
-
-These lines are the preprocessing that the encoder was trained with, bit for bit for 8-bit images
-(16-bit greys have to be scaled to 8 bits first):
-
-```python
-{preprocess}```
-
-## Run it
-
-```python
-{run}```
-
-## What it is not good for
-
-- Images of other classes: each gets one of these classes all the same, often with a high
-  probability.
-- Other cameras, places or times than those of the images that it was fitted and tested on: the
-  accuracy above says nothing of them.
-- Promises for each class: accuracy and coverage hold over all classes together, some do worse.
-- Other numbers than float32: copies in fp16 or int8 were not compared with it.
-"""
 
 
 def preprocessing(config: Mapping[str, Any]) -> str:
@@ -130,7 +91,8 @@ def model_card(out: Path, info: AdapterInfo, metadata: Mapping[str, Any], **foun
     height, width = height_and_width(info.preprocess)
     backbone = f"{info.backbone.get('name')} ({info.backbone.get('pretrained')})"
     stated = {"data set": info.dataset.get("name"), **info.fitted}
-    return CARD.format(
+    page = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    return page.format(
         name=out.name,
         count=counted(len(info.class_names), "class", "classes"),
         classes=len(info.class_names),
