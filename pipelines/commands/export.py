@@ -95,6 +95,11 @@ def _classifier(config: ExportConfig, run: Path, card: Path) -> int:
     if ending not in ENDINGS:
         raise UserError(f"A classifier is exported as {' or '.join(ENDINGS)}; let --out end so.")
     adapter = load_adapter(run, config.method)
+    if adapter.info.backbone2 is not None:
+        raise UserError(
+            f"{run} takes two encoders, and an exported file holds one; AdaptedClip runs it in "
+            "PyTorch, or fit on a cache without the second."
+        )
     from clip_adapter.pipelines.deciding.export import export_classifier, require_onnx
     from clip_adapter.pipelines.deciding.model_card import measured, model_card
     from clip_adapter.pipelines.saved.pytorch import AdaptedClip, find_backbone

@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from clip_adapter.errors import UserError, first_line
-from clip_adapter.extract.backbones.loading import silent_libraries
+from clip_adapter.extract.backbones.loading import silent_loaders
 from clip_adapter.extract.encoding.preprocess import Preprocess
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter
 from clip_adapter.pipelines.saved.pytorch import AdaptedClip
@@ -114,7 +114,7 @@ def _onnx(program: ExportedProgram, metadata: Mapping[str, Any], name: str) -> t
             "name that ends with .pt2."
         )
     try:
-        with silent_libraries():
+        with silent_loaders():
             converted = torch.onnx.export(
                 program, dynamo=True, input_names=[INPUT], output_names=OUTPUTS, verbose=False
             )

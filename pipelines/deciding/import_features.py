@@ -113,7 +113,7 @@ def _found(path: Path, named: Mapping[str, Any]) -> Found:
     arrays = {}
     for name, own in named.items():
         if hasattr(own, "detach"):  # a tensor; NumPy has no bfloat16
-            own = (own.detach().float() if own.element_size() == 2 else own.detach()).numpy()
+            own = (own.float() if str(own.dtype) == "torch.bfloat16" else own).detach().numpy()
         arrays[str(name)] = np.asarray(own)
     floats = {n: own for n, own in arrays.items() if own.dtype.kind == "f" and own.ndim > 1}
     lists = {n: own.tolist() for n, own in arrays.items() if own.ndim == 1}

@@ -21,7 +21,9 @@ from clip_adapter.adapters.registry import METHODS
 from clip_adapter.adapters.stata import Refinement
 from clip_adapter.errors import UserError
 from clip_adapter.extract.backbones.loading import Backbone
+from clip_adapter.extract.encoding.images import open_image, read_rgb
 from clip_adapter.extract.encoding.preprocess import Preprocess
+from clip_adapter.pipelines.commands import export as command
 from clip_adapter.pipelines.commands.export import ExportConfig, export
 from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.commands.predict import PredictConfig, predict
@@ -29,7 +31,7 @@ from clip_adapter.pipelines.deciding import export as exporting
 from clip_adapter.pipelines.deciding.export import export_classifier
 from clip_adapter.pipelines.deciding.model_card import preprocessing
 from clip_adapter.pipelines.fitting.config import FitConfig
-from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, save_adapter
+from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter, save_adapter
 from clip_adapter.pipelines.saved.pytorch import AdaptedClip, FittedHead
 
 SIDE, DIM, BEFORE = 4, 128, 96
@@ -238,6 +240,16 @@ def test_onnx_needs_its_extra(place: Path, tmp_path: Path, monkeypatch: pytest.M
         export(ExportConfig((), tmp_path / "c.onnx", place / "run"))
 
 
+def test_an_adapter_of_two_encoders(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = load_adapter(place / "run")
+    both = replace(adapter, info=replace(adapter.info, backbone2={"name": "dino"}))
+    monkeypatch.setattr(command, "load_adapter", lambda *_: both)
+    with pytest.raises(UserError, match="takes two encoders, and an exported file holds one"):
+        export(ExportConfig((), tmp_path / "c.pt2", place / "run"))
+
+
 def test_an_adapter_that_names_no_backbone(
     tmp_path: Path, saved_adapters: Mapping[str, SavedAdapter]
 ) -> None:
@@ -282,8 +294,6 @@ def test_the_lines_of_the_card_are_our_preprocessing(
     for name, draw in PICTURES.items():
         path = tmp_path / "picture.png"
         draw(np.random.default_rng(len(name))).save(path)
-        from clip_adapter.extract.encoding.images import open_image, read_rgb
-
         view = ours.view(read_rgb(lambda: open_image(tmp_path / "picture.png")), name, 0, 0)
         expected = ours.normalised(torch.from_numpy(view.copy())[None])[0].numpy()
         found = scope["preprocess"](path)
