@@ -81,7 +81,7 @@ def sum_by_class(
     """
     own = xp.asarray(labels, dtype=xp.int32)
     if hasattr(rows, "index_add"):  # PyTorch
-        return rows.new_zeros((classes, rows.shape[1])).index_add(0, own, rows)
+        return rows.new_zeros((classes, rows.shape[1])).index_add(0, own.long(), rows)  # for ONNX
     sums = xp.zeros((classes, rows.shape[1]), dtype=rows.dtype)
     if hasattr(sums, "at"):  # JAX
         return sums.at[own].add(rows)
