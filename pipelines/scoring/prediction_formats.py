@@ -16,6 +16,10 @@ import numpy.typing as npt
 from rich.cells import cell_len
 
 from clip_adapter import files
+from clip_adapter.adapters.registry import METHODS
+from clip_adapter.errors import UserError
+from clip_adapter.pipelines.deciding.answers import NONE, Answer, class_words
+from clip_adapter.pipelines.saved.adapter_file import SavedAdapter
 from clip_adapter.words import printable
 
 
@@ -24,12 +28,13 @@ class Prediction:
     """What an image shows.
 
     path: of a file, or the id in a cache. top: (class name, probability), most probable first;
-    empty where the image cannot be read.
-    unreadable: why it cannot be read, or None.
+    empty where the image cannot be read. answer: what is promised beside them; None where nothing
+    is. unreadable: why it cannot be read, or None.
     """
 
     path: Path | str
     top: tuple[tuple[str, float], ...] = ()
+    answer: Answer | None = None
     unreadable: str | None = None
 
 
@@ -43,30 +48,37 @@ class Scope(Protocol):
 
 
 def write_table(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> None:
-    """Aligned columns: the path, then name and probability of each class."""
+    """Aligned columns: the path, then name and probability of each class; or the classes of its
+    set, or that it shows none of them."""
     path_width = max(cell_len(printable(str(path))) for path in scope.names())
     name_width = max(cell_len(printable(name)) for name in scope.class_names)
     for prediction in predictions:
         cells = [_padded(str(prediction.path), path_width)]
-        for name, probability in prediction.top:
-            cells.append(f"{_padded(name, name_width)} {100 * probability:5.1f} %")
+        answer = prediction.answer
+        if answer and answer.is_none:
+            cells += [_padded(NONE, name_width), f"(nearest: {printable(prediction.top[0][0])})"]
+        elif answer and answer.classes:
+            cells.append(_padded(class_words([name for name, _ in answer.classes]), name_width))
+            cells += [f"{100 * probability:5.1f} %" for _, probability in answer.classes]
+        else:
+            for name, probability in prediction.top:
+                cells.append(f"{_padded(name, name_width)} {100 * probability:5.1f} %")
         print("   ".join(cells), file=out)
 
 
 def write_csv(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> None:
-    """A header, then a row per image: image, class_1, probability_1, class_2, …
+    """A header, then a row per image: image, class_1, probability_1, class_2, … Where something is
+    promised, `answer` and, of what was asked for, `classes` and `known` come before class_1.
 
     Names that begin with = + - @ get an apostrophe before them; in JSON names are exact.
     """
     writer = csv.writer(out, lineterminator="\n")
-    ranks = 0
-    for prediction in predictions:
-        if not ranks:
-            ranks = len(prediction.top)
-            columns = ((f"class_{n}", f"probability_{n}") for n in range(1, ranks + 1))
-            writer.writerow(["image", *(name for pair in columns for name in pair)])
-        pairs = ((cell(name), rounded(p)) for name, p in prediction.top)
-        writer.writerow([cell(str(prediction.path)), *(x for pair in pairs for x in pair)])
+    for number, prediction in enumerate(predictions):
+        row = _columns(prediction)
+        if not number:
+            writer.writerow(row)
+        texts = (class_words(own) if isinstance(own, list) else own for own in row.values())
+        writer.writerow([cell(own) if isinstance(own, str) else own for own in texts])
 
 
 def write_json(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> None:
@@ -80,7 +92,7 @@ def write_json(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> 
 
 def _json(prediction: Prediction) -> str:
     top = [{"class": name, "probability": rounded(p)} for name, p in prediction.top]
-    return json.dumps({"image": str(prediction.path), "top": top})
+    return json.dumps({"image": str(prediction.path), **_promised(prediction), "top": top})
 
 
 def write_json_lines(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> None:
@@ -110,7 +122,7 @@ def write_parquet(path: Path, scope: Scope, predictions: Iterable[Prediction]) -
 
 def _columns(prediction: Prediction) -> dict[str, Any]:
     """Column → value."""
-    row: dict[str, Any] = {"image": str(prediction.path)}
+    row: dict[str, Any] = {"image": str(prediction.path), **_promised(prediction)}
     for rank, (name, probability) in enumerate(prediction.top, 1):
         row |= {f"class_{rank}": name, f"probability_{rank}": rounded(probability)}
     return row
@@ -124,6 +136,19 @@ def write_file(path: Path, form: str, scope: Scope, predictions: Iterable[Predic
             return
         with temporary.open("x", encoding="utf-8", newline="") as file:
             FORMATS[form](file, scope, predictions)
+
+
+def _promised(prediction: Prediction) -> dict[str, Any]:
+    """What is answered beside the most probable classes, by column."""
+    answer = prediction.answer
+    if answer is None:
+        return {}
+    said: dict[str, Any] = {"answer": NONE if answer.is_none else prediction.top[0][0]}
+    if answer.classes:
+        said["classes"] = [name for name, _ in answer.classes]
+    if answer.known is not None:
+        said["known"] = rounded(answer.known)
+    return said
 
 
 def cell(text: str) -> str:
@@ -142,6 +167,7 @@ def rounded(probability: float) -> float:
     return float(f"{probability:.6g}")
 
 
+Floats = npt.NDArray[np.float32]
 Writer = Callable[[TextIO, Scope, Iterable[Prediction]], None]
 FORMATS: dict[str, Writer] = {
     "table": write_table,
@@ -198,3 +224,33 @@ def write_features(
         class_names=np.array(class_names, np.str_),
     )
     files.write_bytes(path, content.getvalue())
+
+
+def adapt_of(adapter: SavedAdapter) -> Callable[[Floats], Floats]:
+    """Features as the adapter takes them (N, F) → image features that it compares with the classes,
+    (N, D) float32, un-normalised.
+
+    Raises UserError for a method that moves no image features.
+    """
+    adapt = adapter.method.adapt
+    if adapt is None:
+        names = ", ".join(name for name, method in METHODS.items() if method.adapt)
+        raise UserError(
+            f"{adapter.info.method} moves no image features, so there are none for --features; "
+            f"these do: {names}."
+        )
+    formula, setting, head = adapt, adapter.info.setting, adapter.head
+    return lambda features: np.asarray(
+        formula(np, adapter.arrays, setting, features, head), np.float32
+    )
+
+
+def check_place(path: Path | None, suffix: str) -> None:
+    """Raises UserError for a file of another kind, and where none can be written."""
+    if path is None:
+        return
+    if path.suffix != suffix:
+        kind = suffix[1:].upper()
+        raise UserError(f"{path} is written as {kind}; give it a name that ends in {suffix}.")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"{path} cannot be written: there is no such folder, or it is one itself.")

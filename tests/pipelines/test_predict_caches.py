@@ -66,7 +66,10 @@ def test_rows_of_a_cache_are_classified_by_their_features(place: Path) -> None:
     found = list(predictions)
     assert len(predictions) == len(found) == 5000
     features = np.random.default_rng(5000).normal(size=(1, 5000, DIM)).astype(np.float32)[0]
-    shares = softmax(load_adapter(place / "run").logits(features).astype(float), axis=1)
+    adapter = load_adapter(place / "run")
+    assert adapter.decisions is not None
+    temperature = adapter.decisions.temperature
+    shares = softmax(adapter.logits(features).astype(float) / temperature, axis=1)
     assert [p.path for p in found] == [f"new//{row}.jpg" for row in range(5000)]
     assert list(predictions.names()) == [p.path for p in found]
     for prediction, own in list(zip(found, shares, strict=True))[::97]:
