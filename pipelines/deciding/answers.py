@@ -72,7 +72,7 @@ class Answers:
             unlucky = unlucky_coverage(self.decisions.images, self.coverage)
             said.append(
                 f"coverage {percent(self.coverage)}: by {_by(self.decisions)}; on average so, one "
-                f"time in ten below {_floor(unlucky):.0f} %. Holds for images like those, over all "
+                f"time in ten below {_floor(unlucky)} %. Holds for images like those, over all "
                 "classes together, not for each class"
             )
         if self.reject is not None:
@@ -93,9 +93,9 @@ def answers_of(
     to promise that.
     """
     asked = {"--coverage": coverage, "--reject": reject}
-    for flag, share in asked.items():
+    for (flag, share), usual in zip(asked.items(), (0.95, 0.05), strict=True):
         if share is not None and not 0 < share < 1:
-            raise UserError(f"{flag} is a share between 0 and 1, such as 0.95, not {share:g}.")
+            raise UserError(f"{flag} is a share between 0 and 1, such as {usual}, not {share:g}.")
     if coverage is None and reject is None:
         return None
     decisions = adapter.decisions
@@ -116,18 +116,18 @@ def _check_enough(images: int, share: float, flag: str, given: float) -> None:
     missing = images_for(share) - images
     if missing <= 0:
         return
-    most = math.floor(100 * images / (images + 1))
+    most = _floor(images / (images + 1))
     if not most:
         raise UserError(
             f"No image was held out when the adapter was fitted, so {flag} {given:g} has nothing "
             f"to go by; label {missing} more, with two or more of a class."
         )
-    other = (most if flag == "--coverage" else 100 - most) / 100
-    promise = f"promise at most {most} %" if flag == "--coverage" else f"reject {100 - most} %"
-    least = "" if flag == "--coverage" else " at least"
+    promise, other = f"reject no less than {100 - most} %", 100 - most
+    if flag == "--coverage":
+        promise, other = f"promise at most {most} %", most
     raise UserError(
-        f"{counted(images, 'image')} can {promise}{least}; label {missing} more, or ask for {flag} "
-        f"{other:g}."
+        f"{counted(images, 'image')} can {promise}; label {missing} more, or ask for {flag} "
+        f"{other / 100:g}."
     )
 
 

@@ -10,6 +10,7 @@ from clip_adapter.adapters.engine.evaluation import DIVERGED, Score
 from clip_adapter.adapters.engine.search import fit
 from clip_adapter.errors import UserError
 from clip_adapter.listener import Listener
+from clip_adapter.pipelines.deciding.answers import calibrated_by
 from clip_adapter.pipelines.deciding.held_out import with_decisions
 from clip_adapter.pipelines.fitting.choice import is_finite
 from clip_adapter.pipelines.fitting.config import shots_words
@@ -48,6 +49,8 @@ def keep_one(
         adapter = load_adapter(folder.path / adapter_folder(*best.key))
     with listener.progress("calibrate", MAX_FOLDS) as advance:
         adapter = with_decisions(runner, rows, best, adapter, advance)
+    if sentence := calibrated_by(adapter.decisions):
+        runner.tell(sentence)
     with writing(folder.path):
         save_adapter(folder.path, adapter)
     return best

@@ -58,8 +58,8 @@ def tip_adapter(keys: np.ndarray, labels: np.ndarray, rows: np.ndarray, data: Ti
 
 
 def by_hand(support: Drawn, validation: Drawn, data: TinyData) -> tuple[Any, ...]:
-    """Logits, labels, cosines and features of the validation images, then fold by fold of the support set:
-    the images of a class in the order of drawing go to folds 0, 1, 2, 3, 0, …"""
+    """Logits, labels, cosines and features of the validation images, then fold by fold of the
+    support set: a class's images, in the order of drawing, go to folds 0, 1, 2, 3, 0, …"""
     train, labels = (own.astype(np.float64) for own in data.splits["train"])
     features, own = train[0, support], labels[list(support)].astype(int)
     judged = data.splits["val"][0][0, validation].astype(np.float64)
