@@ -42,7 +42,7 @@ def keep_one(
     sound = candidates(runner.plan, tasks, results)
     if not sound or (len(sound) > 1 and not any(map(is_judged, sound))):
         return None
-    best, rows = max(sound, key=rank), kept_task(tasks)
+    best, rows = max(sound, key=rank), kept_task(runner.data.tasks)
     if runner.plan.refit:
         adapter = _refitted(runner, rows, best, folder)
     else:  # that of an earlier process has to be there, and as it was written
