@@ -36,7 +36,11 @@ from clip_adapter.pipelines.scoring.images import (
     is_folder,
     match_classes,
 )
-from clip_adapter.pipelines.scoring.prediction_formats import predictions_file, write_features
+from clip_adapter.pipelines.scoring.prediction_formats import (
+    check_place,
+    predictions_file,
+    write_features,
+)
 from clip_adapter.pipelines.scoring.scores import Scores
 from clip_adapter.words import counted, printable
 
@@ -98,8 +102,8 @@ def evaluate(config: EvaluateConfig, listener: Listener | None = None) -> Scores
     """
     check_work(config.batch_size, config.workers)
     for path in (config.confusion, config.predictions):
-        _check_place(path, ".csv")
-    _check_place(config.features, ".npz")
+        check_place(path, ".csv")
+    check_place(config.features, ".npz")
     tables = [os.path.realpath(path) for path in (config.confusion, config.predictions) if path]
     if len(set(tables)) < len(tables):
         raise UserError(
@@ -217,16 +221,6 @@ def _adapt(adapter: SavedAdapter) -> Callable[[Features], Features]:
     return lambda features: np.asarray(
         formula(np, adapter.arrays, setting, features, head), np.float32
     )
-
-
-def _check_place(path: Path | None, suffix: str) -> None:
-    if path is None:
-        return
-    if path.suffix != suffix:
-        kind = suffix[1:].upper()
-        raise UserError(f"{path} is written as {kind}; give it a name that ends in {suffix}.")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"{path} cannot be written: there is no such folder, or it is one itself.")
 
 
 def print_scores(config: EvaluateConfig) -> int:

@@ -3,10 +3,10 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from rich.cells import cell_len
 
 from clip_adapter import files
+from clip_adapter.errors import UserError
 from clip_adapter.words import printable
 
 
@@ -148,3 +149,33 @@ def write_features(
         class_names=np.array(class_names, np.str_),
     )
     files.write_bytes(path, content.getvalue())
+
+
+def write_columns(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """A CSV file of columns of one length; nothing for None and NaN, names as `cell` has them."""
+    out = StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(map(_shown, row) for row in zip(*columns.values(), strict=True))
+    files.write_text(path, out.getvalue())
+
+
+def _shown(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, bool):
+            yield "yes" if value else "no"
+        elif isinstance(value, float):
+            yield "" if np.isnan(value) else rounded(value)
+        else:
+            yield cell(value) if isinstance(value, str) else value
+
+
+def check_place(path: Path | None, suffix: str) -> None:
+    """Raises UserError where no file of this kind can be written at `path`."""
+    if path is None:
+        return
+    if path.suffix != suffix:
+        kind = suffix[1:].upper()
+        raise UserError(f"{path} is written as {kind}; give it a name that ends in {suffix}.")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"{path} cannot be written: there is no such folder, or it is one itself.")
