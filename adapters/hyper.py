@@ -30,6 +30,9 @@ class Hyper:
     meaning: what some values amount to, for figures: a method's name where they are that method.
     absent: of a row that came after files of its method were written: the value that reproduces
     what those files hold, which need not be the default; None for a row that every file states.
+    needs: what a cache may have and without which a setting has no such row: `second`, the features
+    of a second encoder. least_shots: with fewer images a class the default is taken and nothing is
+    tried, unless values are given.
 
     Examples:
         >>> from clip_adapter import Hyper
@@ -55,6 +58,8 @@ class Hyper:
     when: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
     meaning: Mapping[float, str] = field(default_factory=dict)
     absent: Value | None = None
+    needs: str = ""
+    least_shots: int = 0
 
     @property
     def is_numeric(self) -> bool:

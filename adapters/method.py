@@ -7,7 +7,7 @@ standard library only: the command line reads the tables, and needs no arrays fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,8 +45,9 @@ class Task(NamedTuple):
 
     features: float32, the support set; V > 1 draws a view per sample and step. labels: int32.
     seed: decides initialisation and batch order, alike for all settings. extra: what the method
-    `needs` beyond that, as nested arrays by name. validation_weights: how much each validation
-    image counts; None for all alike.
+    `needs` beyond that, as nested arrays by name; with features of a second encoder, which stand in
+    E more columns behind the others, their `centre` (E,). validation_weights: how much each
+    validation image counts; None for all alike.
     """
 
     features: Float[Array, "V S D"]
@@ -104,7 +105,7 @@ class Method:
         (numpy, jax.numpy or torch), for the arrays that were fitted.
     shapes: of the arrays that are saved, in letters, such as `"S D"`; C and D are those of the
         classifier weights, "" is a number; of a method that needs the projection, F is the width
-        of the features before it.
+        of the features before it, and of one that takes a second encoder, E is that one's.
     fit(xp, task, setting) → arrays: the closed form; of a trained method, where training starts.
     trained: names in them that the optimiser moves; the others are constants of the task.
     network: `"module:Class"` instead, a Flax module (setting, task, rngs=…) whose parameters are
@@ -182,6 +183,11 @@ class Method:
         """Whether an optimiser moves something, step by step."""
         return bool(self.trained or self.network)
 
+    @property
+    def takes_second(self) -> bool:
+        """Whether it works on features of a second encoder, too, where there are some."""
+        return any(hyper.needs == "second" for hyper in self.hyper.values())
+
     def flag(self, name: str) -> str:
         """What a hyper-parameter is called on the command line, and where results are shown."""
         return self.hyper[name].flag or name if name in self.hyper else name
@@ -200,10 +206,17 @@ class Method:
         return table | dict(self.presets.get(preset, {}))
 
     def values(
-        self, given: Mapping[str, Sequence[Value]], preset: str = "", *, one: bool = False
+        self,
+        given: Mapping[str, Sequence[Value]],
+        preset: str = "",
+        *,
+        one: bool = False,
+        there: Collection[str] = (),
     ) -> dict[str, tuple[Value, ...]]:
         """The values to try of each hyper-parameter: those given, else the preset's, else the
         table's (with `one`, which says that nothing will choose, its default).
+
+        there: what the cache has of what a hyper-parameter may need; others are left out.
 
         Raises ValueError, in a sentence, for names that the method does not have, values out of
         range, and several values where one holds for all settings.
@@ -213,6 +226,10 @@ class Method:
         defaults, of_preset = self.defaults(preset), self.presets.get(preset, {})
         found = {}
         for name, hyper in self.hyper.items():
+            if hyper.needs and hyper.needs not in there:
+                if name in given:
+                    raise ValueError(f"{name} has no effect on features of one encoder")
+                continue
             several = hyper.tried if not one and name not in of_preset else ()
             found[name] = hyper.checked_values(
                 name, given.get(name) or several or (defaults[name],)
@@ -223,6 +240,8 @@ class Method:
         """The product of the values; a hyper-parameter without effect in a setting is not in it."""
         found: list[dict[str, Value]] = [{}]
         for name, hyper in self.hyper.items():
+            if hyper.needs and name not in values:
+                continue
             found = [
                 grown
                 for setting in found
@@ -233,6 +252,17 @@ class Method:
                 )
             ]
         return found
+
+    def tried_at(
+        self, shots: float, values: Mapping[str, Sequence[Value]]
+    ) -> dict[str, Sequence[Value]]:
+        """The values to try with so many images a class."""
+        return {
+            name: (hyper.default,)
+            if shots < (hyper := self.hyper[name]).least_shots and tuple(some) == hyper.tried
+            else some
+            for name, some in values.items()
+        }
 
     def default_setting(
         self, values: Mapping[str, Sequence[Value]], preset: str = ""
@@ -264,6 +294,8 @@ class Method:
         for name, hyper in self.hyper.items():
             if name in setting:
                 checked[name] = hyper.checked(name, setting[name])
+            elif hyper.needs:
+                continue
             elif hyper.applies(checked) and hyper.absent is not None:
                 checked[name] = hyper.absent
             elif hyper.applies(checked) and not partial:
@@ -274,9 +306,11 @@ class Method:
         """The same for a file that states the values that were tried of each hyper-parameter."""
         younger = {n: (h.absent,) for n, h in self.hyper.items() if h.absent is not None}
         complete = younger | {name: tuple(values) for name, values in stated.items()}
-        if missing := [name for name in self.hyper if not complete.get(name)]:
+        stated_by_all = [name for name, hyper in self.hyper.items() if not hyper.needs]
+        if missing := [name for name in stated_by_all if not complete.get(name)]:
             raise ValueError(f"{', '.join(missing)} is missing")
-        return self.values(complete)
+        there = {hyper.needs for name, hyper in self.hyper.items() if name in complete}
+        return self.values(complete, there=there)
 
     def split(self, setting: Setting) -> tuple[dict[str, Value], dict[str, float]]:
         """(what selects the compiled program, what it takes as numbers)."""

@@ -61,6 +61,7 @@ METHODS: dict[str, Method] = {
 
 LONGEST = 80
 NEEDS = {"text", "tower", "projection"}
+MAY_NEED = {"", "second"}  # of a hyper-parameter
 # What says something else than a method on the command line, and the columns and options of a run
 # that are not a hyper-parameter's.
 WORDS = {"all", "method", "none"}
@@ -198,6 +199,8 @@ def _check_hyper(method: Method) -> None:
             raise ValueError(f"the help of {name} is no text")
         if not isinstance(hyper.when, Mapping) or not hyper.when.keys() <= earlier:
             raise ValueError(f"{name} depends on something that does not stand above it")
+        if hyper.needs not in MAY_NEED:
+            raise ValueError(f"{name} needs {hyper.needs!r:.40}; there is {sorted(MAY_NEED)[1:]}")
         if not isinstance(hyper.default, bool | int | float | str):
             raise ValueError(f"{name} is {hyper.default!r:.40}, not a number or a word")
         younger = () if hyper.absent is None else (hyper.absent,)

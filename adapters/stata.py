@@ -65,9 +65,10 @@ def log_density(xp: Any, rows: Rows, means: Any, variances: Any) -> Any:
 
 def refined_logits(xp: Any, refinement: Refinement, logits: Any, features: Any) -> Any:
     """(N, C) of new images, one by one: logits (N, C) of the classifier that was refined, and
-    un-normalised image features (N, D)."""
+    un-normalised image features (N, D); what stands behind, of another encoder, does not count."""
     means, variances, temperature = refinement
-    density = log_density(xp, unit(xp, features), means, variances)
+    rows = unit(xp, features[:, : means.shape[1]])
+    density = log_density(xp, rows, means, variances)
     return log_softmax(xp, logits / temperature) + density / SOFTENED
 
 

@@ -29,6 +29,18 @@ class Backbone(TypedDict):
     quick_gelu: bool
 
 
+class Backbone2(TypedDict):
+    """The second encoder, with its own evaluation preprocessing; whatever else is stated is
+    kept."""
+
+    name: str
+    pretrained: str
+    weights_sha256: Sha256
+    embed_dim: Count
+    image_size: Count | Annotated[list[Count], Rule("of two", lambda size: len(size) == 2)]
+    preprocess: dict[str, Any]
+
+
 class DataSet(TypedDict):
     """The data set; whatever else is stated is kept."""
 
@@ -71,6 +83,7 @@ class Metadata:
     content_sha256: Sha256 | None = None
     part: Part | None = None
     templates: Annotated[list[str], Rule("that is not empty", bool)] | None = None
+    backbone2: Backbone2 | None = None
     format_version: int = schema.FORMAT_VERSION
 
     def document(self) -> dict[str, Any]:

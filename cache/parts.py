@@ -18,7 +18,7 @@ from clip_adapter.errors import UserError
 from clip_adapter.words import printable
 
 # What has to be the same in all parts beside the arguments, and what of the data set's record not.
-SHARED = ("backbone", "preprocess", "templates", "logit_scale", "logit_bias")
+SHARED = ("backbone", "preprocess", "templates", "logit_scale", "logit_bias", "backbone2")
 OF_THE_MACHINE = ("device", "torch_version")
 MISSING_NAMED = 20
 
@@ -89,6 +89,7 @@ def merge_parts(paths: Sequence[Path], out: Path) -> tuple[list[str], dict[str, 
             logit_scale=metadata.logit_scale,
             logit_bias=metadata.logit_bias,
             arguments=metadata.arguments,
+            backbone2=metadata.backbone2,
         )
         return content["text/class_names"].tolist(), tally(content), several
 

@@ -12,11 +12,12 @@ import numpy.typing as npt
 
 from clip_adapter.cache import schema
 from clip_adapter.cache.content import indistinct
+from clip_adapter.cache.metadata import Backbone2
 from clip_adapter.cache.stored_file import StoredFile
 from clip_adapter.errors import UserError
 
 BLOCK_ROWS = 4096
-Optional = Literal["prompts", "tokens", "pre_projection", "projection", "unlabelled"]
+Optional = Literal["prompts", "tokens", "pre_projection", "projection", "features2", "unlabelled"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class FeatureCache(StoredFile):
     @property
     def backbone(self) -> dict[str, Any]:
         return cast(dict[str, Any], self.metadata.backbone)
+
+    @property
+    def backbone2(self) -> Backbone2 | None:
+        """The second encoder, with its preprocessing; None where the cache has none."""
+        return self.metadata.backbone2
 
     @property
     def preprocess(self) -> dict[str, Any]:
@@ -106,6 +112,7 @@ class FeatureCache(StoredFile):
             "tokens": "text/tokens",
             "pre_projection": f"images/{self.all_splits[0]}/pre_projection",
             "projection": "projection/weights",
+            "features2": f"images/{self.all_splits[0]}/features2",
             "unlabelled": "images/unlabelled/features",
         }
         return self.has_dataset(paths[name])
@@ -203,6 +210,13 @@ class FeatureCache(StoredFile):
         """(V, R, F) float32: what the projection is applied to, as `features` gives features."""
         self._need("pre_projection")
         return self._rows_of_views(split, "pre_projection", rows, views)
+
+    def features2(
+        self, split: str, rows: npt.ArrayLike, views: int | None = None
+    ) -> npt.NDArray[np.float32]:
+        """(V, R, E) float32: the second encoder's features, as `features` gives the first's."""
+        self._need("features2")
+        return self._rows_of_views(split, "features2", rows, views)
 
     def blocks(
         self, split: str, size: int = BLOCK_ROWS

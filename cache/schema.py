@@ -57,7 +57,7 @@ class Element:
     required: whether every cache has it.
     by_row: readers may read some rows, each of which has a hash in `NAME_hashes`; else they read
         all, and the metadata states the SHA-256.
-    content: in which half of `content_sha256` it counts, the second where it is there; 0: in none.
+    content: in which third of `content_sha256` it counts, where it is there; 0: in none.
     """
 
     name: str
@@ -83,6 +83,8 @@ _OF_IMAGES = (
     Element("features_hashes", Kind.UINT64, "VN"),
     Element("pre_projection", Kind.FEATURES, "VNF", by_row=True, content=2),
     Element("pre_projection_hashes", Kind.UINT64, "VN"),
+    Element("features2", Kind.FEATURES, "VNE", by_row=True, content=3),
+    Element("features2_hashes", Kind.UINT64, "VN"),
     Element("labels", Kind.INT32, "N", required=True, content=1),
     Element("ids", Kind.STRING, "N", required=True, content=1),
     Element("skipped", Kind.STRING, "S"),
@@ -112,7 +114,9 @@ ELEMENTS: Mapping[str, Element] = {
     **{one.name: one for one in _OF_ALL},
 }
 # In the order in which the content hash reads them.
-HASHED = tuple(path for half in (1, 2) for path, one in ELEMENTS.items() if one.content == half)
+HASHED = tuple(
+    path for third in (1, 2, 3) for path, one in ELEMENTS.items() if one.content == third
+)
 
 
 def split_of(path: str) -> str:
@@ -159,9 +163,10 @@ def _missing(there: Set[str], splits: Collection[str], part: bool) -> list[str]:
     wanted = [
         path for path in required if (split_of(path) in splits or (not split_of(path) and text))
     ]
-    pre_projection = [of_images(split, "pre_projection") for split in splits]
-    if not part and there & set(pre_projection):
-        wanted += [*pre_projection, "projection/weights"]
+    for name, others in (("pre_projection", ["projection/weights"]), ("features2", [])):
+        of_splits = [of_images(split, name) for split in splits]
+        if not part and there & set(of_splits):
+            wanted += [*of_splits, *others]
     if "projection/bias" in there:
         wanted.append("projection/weights")
     missing = [path for path in dict.fromkeys(wanted) if path not in there]

@@ -144,9 +144,11 @@ class StoredFile:
 
     def _check_agreement(self) -> None:
         """What metadata and datasets say of each other."""
-        dim = self.metadata.backbone["embed_dim"]
-        if self.lengths.get("D", dim) != dim:
-            raise Contradiction(f"its features have {self.lengths['D']} numbers, not {dim}")
+        second = self.metadata.backbone2
+        dims = {"D": self.metadata.backbone["embed_dim"], "E": second and second["embed_dim"]}
+        for letter, dim in dims.items():
+            if self.lengths.get(letter, dim) != dim:
+                raise Contradiction(f"its features have {self.lengths[letter]} numbers, not {dim}")
         hashed = {path for path in self._datasets if not ELEMENTS[path].by_row}
         if lacking := sorted(hashed - self.metadata.datasets_sha256.keys()):
             raise Contradiction(f"its metadata has no SHA-256 of {', '.join(lacking)}")

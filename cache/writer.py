@@ -44,6 +44,7 @@ def write_cache(
     arguments: Mapping[str, Any] | None = None,
     part: Part | None = None,
     templates: Iterable[str] = (),
+    backbone2: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> None:
     """Write a feature cache, which is there when it is whole and else not.
@@ -54,6 +55,7 @@ def write_cache(
         and `text/class_names`; images and text un-normalised, float32 or float16. Hashes of rows
         are computed.
     backbone, dataset, preprocess, arguments, logit_scale, logit_bias: the metadata of FORMAT.md.
+    backbone2: the second encoder, where there are `features2`.
     part, templates: make a part of a cache, for `merge_parts`, which may hold no image of a split.
 
     Raises UserError for what FORMAT.md does not allow, for a file that exists, and where none can
@@ -94,6 +96,7 @@ def write_cache(
         "arguments": arguments or {},
         "part": part and asdict(part),
         "templates": [*templates],
+        "backbone2": backbone2,
     }
     with ExitStack() as stack:
         place = out
@@ -109,7 +112,8 @@ def write_cache(
             raise UserError(f"{quoted(unknown)} is no dataset that FORMAT.md has, or is computed.")
         content = {name: _values(name, values) for name, values in content.items()}
         content = {name: values for name, values in content.items() if _is_written(name, values)}
-        _check(place.path, content, part is not None, backbone.get("embed_dim"))
+        dims = {"D": backbone.get("embed_dim"), "E": (backbone2 or {}).get("embed_dim")}
+        _check(place.path, content, part is not None, dims)
         try:
             metadata = parse(parse_object(json.dumps(document, allow_nan=False)))
         except (Contradiction, TypeError, ValueError) as error:
@@ -155,7 +159,7 @@ def _is_written(name: str, values: Any) -> bool:
     return element.required or element.by_row or 0 not in values.shape
 
 
-def _check(path: Path, content: Content, part: bool, dim: Any) -> None:
+def _check(path: Path, content: Content, part: bool, dims: Mapping[str, Any]) -> None:
     """Raises UserError or ValueError for what the file may not hold."""
     shapes = {name: values.shape for name, values in content.items()}
     splits = [split for split in schema.ALL_SPLITS if split in {split_of(name) for name in content}]
@@ -167,10 +171,11 @@ def _check(path: Path, content: Content, part: bool, dim: Any) -> None:
         lengths = schema.measure(shapes, splits, part=part)
     except Contradiction as error:
         raise UserError(f"Cannot write {path}: {error}.") from error
-    if lengths.get("D", dim) != dim:
-        raise UserError(
-            f"Cannot write {path}: features of {lengths['D']} numbers and embed_dim of {dim!r:.40}."
-        )
+    for letter, dim in dims.items():
+        if (length := lengths.get(letter, dim)) != dim:
+            raise UserError(
+                f"Cannot write {path}: features of {length} numbers and embed_dim of {dim!r:.40}."
+            )
     names = content.get("text/class_names", [])
     if len(names) and (reason := indistinct(names)):
         raise UserError(f"Cannot write {path}: {reason}; name the classes.")

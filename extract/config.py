@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 LARGEST_BATCH = 2**14  # of 224 × 224 pixels: 10 GB before the first layer
 MOST_THREADS = 1024
 LARGEST_SEED = 2**31 - 1
+ALSO = ("also", "also_pretrained")  # arguments that are stated where they are given
 VIEWS_MAX = 100  # of a batch all views are in memory at once
 
 
@@ -82,6 +83,9 @@ class ExtractConfig:
             NAME.text_tower.safetensors, and the prompts' tokens in it.
         with_projection: Store what ProLIP needs: the image encoder's last linear map and what it
             is applied to.
+        also: A second frozen model for the same images, of which `fit` takes ridge, proker,
+            tip-adapter and gda: dinov2_vits14, timm:NAME, or a name as --backbone takes it.
+        also_pretrained: Its weights, as --pretrained has them; of a model of timm a local file.
         update: Bring an existing cache up to date with its source and with the prompts: encode what
             is new or has changed, keep the rest.
         force: Overwrite an existing cache or an interrupted run.
@@ -120,6 +124,8 @@ class ExtractConfig:
     shard: str | None = None
     with_text_tower: bool = False
     with_projection: bool = False
+    also: str | None = None
+    also_pretrained: str | None = None
     update: bool = False
     force: bool = False
 
@@ -154,6 +160,8 @@ class ExtractConfig:
                     "--prompt-control makes all prompts itself; leave out --templates and "
                     "--descriptions, and extract those to a cache of their own."
                 )
+        if self.also_pretrained is not None and self.also is None:
+            raise UserError("--also-pretrained has no effect without --also.")
         if self.views > VIEWS_MAX:
             raise UserError(f"--views {self.views} is more than {VIEWS_MAX}; store fewer.")
         if self.update and (self.force or self.shard is not None or find_launch() is not None):
@@ -262,6 +270,7 @@ class ExtractConfig:
             "precision": self.precision,
             "with_text_tower": self.with_text_tower,
             "with_projection": self.with_projection,
+            **{name: own for name in ALSO if (own := getattr(self, name)) is not None},
         }
 
 

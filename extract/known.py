@@ -21,6 +21,7 @@ from clip_adapter.cache.rows import Chosen, Places, Rows, Source, picked
 from clip_adapter.cache.schema import ELEMENTS, of_images
 from clip_adapter.extract.datasets.source import Split
 
+IMAGES = "images"  # a kind of batches
 NANOSECONDS = 10**9
 UNKNOWN = 0  # no fingerprint; it equals none, not even itself
 NOWHERE, SKIPPED = -1, -2  # in place of the number of a source
@@ -135,10 +136,11 @@ class KnownRows:
 
 
 class Known:
-    """What is known of the images of a data set, by split. sources: where it lies, by number."""
+    """What is known of the images of a data set, by split. sources: where it lies, by number.
+    kind: of the batches that hold it."""
 
-    def __init__(self, splits: Mapping[str, KnownRows]) -> None:
-        self.splits = splits
+    def __init__(self, splits: Mapping[str, KnownRows], kind: str = IMAGES) -> None:
+        self.splits, self.kind = splits, kind
         self.sources: list[Source] = []
         self._doubtful: list[tuple[KnownRows, int, tuple[int, int, int]]] = []
 
@@ -159,6 +161,12 @@ class Known:
     @property
     def skipped(self) -> int:
         return sum(len(known.skipped) for known in self.splits.values())
+
+    def without_skipped_of(self, other: "Known") -> None:
+        """Skip what one of the two cannot read in the other as well."""
+        for one, same in zip(self.splits.values(), other.splits.values(), strict=True):
+            one.skip(same.skipped)
+            same.skip(one.skipped)
 
     def content(self) -> Content:
         """What a cache holds of the images, in the order of the data set, if nothing is missing."""

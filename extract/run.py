@@ -150,7 +150,7 @@ def _already_there(config: ExtractConfig, shard: Shard, listener: Listener) -> b
     if config.precision == "auto":  # whatever it was on the machine that made the file
         now["precision"] = earlier["precision"]
     # An argument that stands there only where it was given may be gone now.
-    names = now.keys() | (earlier.keys() & set(UPDATABLE))
+    names = now.keys() | (earlier.keys() & vars(config).keys())
     differing = {key for key in names if earlier.get(key) != now.get(key)}
     if differing and not (config.update and differing <= set(UPDATABLE)):
         updatable = shard.of == 1 and differing <= set(UPDATABLE)

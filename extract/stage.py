@@ -23,7 +23,7 @@ from clip_adapter.extract.text.prompts import (
     resolve_templates,
 )
 
-IMAGES, SKIPPED, TEXT = "images", "skipped", "text"  # kinds of batches
+SKIPPED, TEXT = "skipped", "text"  # kinds of batches, beside known.IMAGES
 BATCHES_BEHIND = 4
 
 
@@ -57,7 +57,7 @@ def _keep(place: StagingFolder, split: KnownRows, known: Known, batch: EncodedBa
     if len(batch.rows):
         arrays = batch.of_each_image() | {"stamps": split.stamps[batch.rows]}
         ids = [split.split.ids[row] for row in batch.rows.tolist()]
-        split.put(batch.rows, known.add(place.add(IMAGES, ids, arrays)))
+        split.put(batch.rows, known.add(place.add(known.kind, ids, arrays)))
     if batch.skipped:
         rows = np.array([image.row for image in batch.skipped])
         ids = [image.name for image in batch.skipped]

@@ -10,7 +10,7 @@ from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.rows import StoredRows
 from clip_adapter.cache.schema import UNLABELLED
 from clip_adapter.errors import UserError
-from clip_adapter.extract.config import ExtractConfig
+from clip_adapter.extract.config import ALSO, ExtractConfig
 from clip_adapter.extract.datasets.registry import open_dataset, provenance_of
 from clip_adapter.extract.datasets.source import NO_LABEL, ImageDataset
 from clip_adapter.extract.known import Known, KnownRows, rows_sha256, stamps
@@ -19,8 +19,8 @@ from clip_adapter.listener import Listener
 from clip_adapter.words import counted, some
 
 # Arguments that --update may change: they decide which rows and prompts there are, how the rows are
-# labelled and what else is told of the text, but not what the features of an image are. (With a
-# projection they may be rounded otherwise than without.)
+# labelled, what else is told of the text and by which second encoder, but not what the features of
+# an image are. (With a projection they may be rounded otherwise than without.)
 UPDATABLE = (
     "templates",
     "descriptions",
@@ -33,6 +33,8 @@ UPDATABLE = (
     "test",
     "split_seed",
     "with_text_tower",
+    *ALSO,
+    "also_weights",
 )
 
 

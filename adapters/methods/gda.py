@@ -7,6 +7,8 @@
 covariance that the classes share, shrunk as by Kubokawa and Srivastava. Where all images equal
 their class's mean (one shot without views) Σ is zero, whose pseudo-inverse is zero, and zero-shot
 CLIP is left. A class without images takes the mean of its nearest neighbours among all images.
+With a second encoder, whose features f₂ are counted from the mean of the training images', the
+weight is of unit(f) K + b + ρ (unit(f₂) K₂ + b₂).
 """
 
 from __future__ import annotations
@@ -16,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 from clip_adapter.adapters.formulas import cosine_logits, sum_by_class, unit
 from clip_adapter.adapters.hyper import Hyper
 from clip_adapter.adapters.method import Array, Method, Setting, Task
-from clip_adapter.adapters.methods.kernels import by_refits, one_by_one, support_rows
+from clip_adapter.adapters.methods.kernels import (
+    SECOND,
+    both_parts,
+    by_refits,
+    finish,
+    one_by_one,
+    second_rows,
+    support_rows,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -31,28 +41,38 @@ NO_SPREAD = 1e-12
 
 
 def fit(xp, task, setting):
-    """kernel K (D, C), bias b (C,) and weight α ()."""
+    """kernel K (D, C), bias b (C,) and weight α (); of a second encoder K₂ (E, C), b₂ (C,) and its
+    centre (E,)."""
     rows, labels = support_rows(xp, task)
-    kernel, bias = gaussians(xp, rows, labels, task.head.weights, xp.ones_like(rows[:, :1]))
+    kept = xp.ones_like(rows[:, :1])
+    kernel, bias = gaussians(xp, rows, labels, task.head.weights, kept)
     weight = xp.asarray(weight_of(task, setting), dtype=rows.dtype)
-    return {"kernel": kernel, "bias": bias, "weight": weight}
+    fitted = {"kernel": kernel, "bias": bias, "weight": weight}
+    if (second := second_rows(xp, task)) is not None:
+        own = gaussians(xp, second, labels, task.head.weights, kept, rows)
+        centre = task.extra["centre"]
+        fitted |= {"second_kernel": own[0], "second_bias": own[1], "centre": centre}
+    return fitted
 
 
 def gaussians(
     xp: Any,
     rows: Float[Array, "N D"],
     labels: Int[Array, " N"],
-    weights: Float[Array, "C D"],
+    weights: Float[Array, "C F"],
     kept: Float[Array, "N 1"],
+    first: Float[Array, "N F"] | None = None,
 ) -> tuple[Float[Array, "D C"], Float[Array, " C"]]:
-    """K and b of the rows where `kept` is 1 and not 0."""
+    """K and b of the rows where `kept` is 1 and not 0. first: these by the encoder that the weights
+    are of, where they are by another one."""
     classes = len(weights)
     counts = sum_by_class(xp, kept, labels, classes)
     means = sum_by_class(xp, kept * rows, labels, classes) / xp.where(counts > 0, counts, 1)
     centred = kept * (rows - means[labels])
 
     def with_neighbours() -> Array:
-        near = xp.asarray(nearest(xp, rows, weights, kept), dtype=rows.dtype)
+        similar = weights @ (rows if first is None else first).T
+        near = xp.asarray(nearest(xp, similar, kept), dtype=rows.dtype)
         return xp.where(counts > 0, means, near @ rows / xp.sum(near, axis=1, keepdims=True))
 
     # To rank all images for each class takes longer than all the rest.
@@ -74,13 +94,19 @@ def gaussians(
 def left_out(xp, task, setting, rounds):
     """By a fit for each round: the covariance's shrinkage depends on all images that are left."""
     rows, labels = support_rows(xp, task)
+    second = second_rows(xp, task)
 
     def gaussian(kept: Array, images: Array) -> Array:
         kernel, bias = gaussians(xp, rows, labels, task.head.weights, kept)
-        return images @ kernel + bias
+        said = rows[images] @ kernel + bias
+        if second is None:
+            return said
+        kernel, bias = gaussians(xp, second, labels, task.head.weights, kept, rows)
+        return said + setting["second"] * (second[images] @ kernel + bias)
 
     weighted = weight_of(task, setting) * by_refits(xp, task, rounds, gaussian)
-    return cosine_logits(xp, task.features[0], task.head) + weighted
+    first = task.features[0][:, : rows.shape[1]]
+    return cosine_logits(xp, first, task.head) + weighted
 
 
 def weight_of(task: Task, setting: Setting) -> Any:
@@ -96,13 +122,11 @@ def by_shots(task: Task) -> float:
     return (task.features.shape[1] / len(task.head.weights)) ** (5 / 3) / 1000
 
 
-def nearest(
-    xp: Any, rows: Float[Array, "N D"], weights: Float[Array, "C D"], kept: Float[Array, "N 1"]
-) -> Bool[Array, "C N"]:
+def nearest(xp: Any, similar: Float[Array, "C N"], kept: Float[Array, "N 1"]) -> Bool[Array, "C N"]:
     """For each class, the kept rows that are most similar to its weights: 64, and those equal to
     the last of them."""
-    similarity = xp.where(kept.T > 0, weights @ rows.T, -xp.inf)
-    last = xp.sort(similarity, axis=1)[:, -min(NEIGHBOURS, len(rows))]
+    similarity = xp.where(kept.T > 0, similar, -xp.inf)
+    last = xp.sort(similarity, axis=1)[:, -min(NEIGHBOURS, len(kept))]
     return (similarity >= last[:, None]) & (kept.T > 0)
 
 
@@ -120,8 +144,13 @@ def ridge_solve(
 
 def logits(xp, arrays, setting, features, head):
     """scale · unit(f) · unit(W)ᵀ + bias + α (unit(f) K + b)."""
-    gaussian = unit(xp, features) @ arrays["kernel"] + arrays["bias"]
-    return cosine_logits(xp, features, head) + arrays["weight"] * gaussian
+    rows, second = both_parts(xp, features, head, arrays)
+    gaussian = rows @ arrays["kernel"] + arrays["bias"]
+    if second is not None:
+        own = second @ arrays["second_kernel"] + arrays["second_bias"]
+        gaussian = gaussian + setting["second"] * own
+    first = features[:, : rows.shape[1]]
+    return cosine_logits(xp, first, head) + arrays["weight"] * gaussian
 
 
 def for_classes(arrays, setting, task, head):
@@ -129,12 +158,12 @@ def for_classes(arrays, setting, task, head):
 
     The mean of a class is that of its 64 nearest support images and 16 copies of its weights w; P
     is the mean over classes of D ((k − 1) Σ_c + tr(Σ_c) I)⁻¹, Σ_c the covariance of these k images
-    about w.
+    about w. Of a second encoder, which has no weights of a class, nothing is known of them.
     """
     import numpy as np
 
-    rows, weights = unit(np, np.asarray(task.features)), unit(np, np.asarray(head.weights))
-    rows = rows.reshape(-1, rows.shape[-1])
+    own = task._replace(features=np.asarray(task.features))
+    rows, weights = support_rows(np, own)[0], unit(np, np.asarray(head.weights))
     most = min(NEIGHBOURS, len(rows))
     near = [rows[np.argsort(-(rows @ w), kind="stable")[:most]] for w in weights]
     means = np.stack([n.sum(axis=0) for n in near]) + TEXT_COPIES * weights
@@ -158,11 +187,20 @@ GDA = Method(
             (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0),
             low=0,
             words=(BY_SHOTS,),
-        )
+        ),
+        "second": SECOND,
     },
     logits=logits,
-    shapes={"kernel": "D C", "bias": "C", "weight": ""},
+    shapes={
+        "kernel": "D C",
+        "bias": "C",
+        "weight": "",
+        "second_kernel": "E C",
+        "second_bias": "C",
+        "centre": "E",
+    },
     fit=fit,
+    finish=finish,
     left_out=left_out,
     for_classes=for_classes,
     uses_views=True,

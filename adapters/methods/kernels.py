@@ -7,17 +7,55 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from clip_adapter.adapters.formulas import one_hot, unit
-from clip_adapter.adapters.method import Array, Rounds, Task
+from clip_adapter.adapters.hyper import Hyper
+from clip_adapter.adapters.method import Array, Arrays, Head, Rounds, Setting, Task
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+SECOND = Hyper(
+    0.0,
+    "Weight of the second encoder's features; 0 does without that encoder.",
+    (0.0, 0.1, 0.3, 1.0, 3.0, 10.0),
+    low=0,
+    needs="second",
+    least_shots=4,
+)
+"""The row of methods that take features of a second encoder. Fewer images than these cannot tell
+what it is worth."""
 
 
 def support_rows(xp: Any, task: Task) -> tuple[Float[Array, "N D"], Int[Array, " N"]]:
     """Unit support features, all views beside each other (the first views first), and labels."""
     views, support, dim = task.features.shape
-    rows = unit(xp, task.features.reshape(views * support, dim))
+    rows, _ = both_parts(xp, task.features.reshape(views * support, dim), task.head, {})
     return rows, xp.concatenate([task.labels] * views)
+
+
+def second_rows(xp: Any, task: Task) -> Float[Array, "N E"] | None:
+    """The same rows by the second encoder, where there is one."""
+    rows = task.features.reshape(-1, task.features.shape[2])
+    return both_parts(xp, rows, task.head, task.extra)[1]
+
+
+def both_parts(
+    xp: Any, features: Float[Array, "*N D+E"], head: Head, fitted: Arrays
+) -> tuple[Float[Array, "*N D"], Float[Array, "*N E"] | None]:
+    """unit(f) and unit(f₂ − m) of rows [f, f₂], m the `centre` of what is fitted; None for the
+    second where nothing has one."""
+    width = head.weights.shape[1]
+    first = unit(xp, features[..., :width])
+    if "centre" not in fitted:
+        return first, None
+    return first, unit(xp, features[..., width:] - fitted["centre"])
+
+
+def finish(arrays: Arrays, setting: Setting, task: Task) -> Arrays:
+    """What was fitted, without what is of a second encoder where that has no weight: such an
+    adapter needs one encoder."""
+    if setting.get("second"):
+        return arrays
+    return {n: a for n, a in arrays.items() if n != "centre" and not n.startswith("second")}
 
 
 def residuals(
@@ -106,18 +144,18 @@ def by_refits(
     xp: Any,
     task: Task,
     rounds: Rounds,
-    classify: Callable[[Float[Array, "N 1"], Float[Array, "B D"]], Float[Array, "B C"]],
+    classify: Callable[[Float[Array, "N 1"], Int[Array, " B"]], Float[Array, "B C"]],
 ) -> Float[Array, "S C"]:
     """What a fit without each image's round says of it, of view 0.
 
-    classify(kept, rows) → logits of rows by a fit of the support rows where `kept` is 1 and not 0.
+    classify(kept, images) → logits of these by a fit of the support rows where `kept` is 1 and not
+    0.
     """
-    rows, _ = support_rows(xp, task)
     of_row = xp.concatenate([rounds.of_image] * len(task.features))[:, None]
 
     def of_round(number: Any) -> Array:
-        kept = xp.asarray(of_row != number, dtype=rows.dtype)
-        return classify(kept, rows[rounds.members[number]])
+        kept = xp.asarray(of_row != number, dtype=task.features.dtype)
+        return classify(kept, rounds.members[number])
 
     return each_round(xp, of_round, rounds)[rounds.of_image, rounds.place]
 

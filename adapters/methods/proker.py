@@ -8,6 +8,9 @@ one-hot. As in the official code, neither the logit scale nor its bias takes par
 the ridge solution (K_SS + λ I)⁻¹ (Y − S Wᵀ): a small λ fits closely and changes little. The
 logits' softmax is nearly even, and says nothing about confidence.
 
+With a second encoder, whose unit features x₂ are counted from the mean of the training images', the
+kernel is k(x, S) + ρ k(x₂, S₂), at the same β.
+
 One eigendecomposition of K_SS serves every λ. Where the support set is too large for that the
 kernel is approximated by orthogonal random Fourier features (Yu et al., arXiv 1610.09072).
 """
@@ -19,8 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 from clip_adapter.adapters.formulas import unit
 from clip_adapter.adapters.hyper import Hyper
-from clip_adapter.adapters.method import Array, Method, Task
-from clip_adapter.adapters.methods.kernels import decomposed, geometric, left_out_fit, residuals
+from clip_adapter.adapters.method import Array, Arrays, Method, Setting, Task
+from clip_adapter.adapters.methods.kernels import (
+    SECOND,
+    both_parts,
+    decomposed,
+    geometric,
+    left_out_fit,
+    residuals,
+    second_rows,
+)
+from clip_adapter.adapters.methods.kernels import finish as without_unused
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -41,43 +53,69 @@ TRANSFERRED = {
 
 
 def fit(xp, task, setting):
-    """points (S, D) and phases (F,) of the kernel's features, and β; A = vectors · duals.
+    """points (S, D) and phases (F,) of the kernel's features, and β; A = vectors · duals. Of a
+    second encoder, second_points (S, E) and its centre (E,).
 
     The features of the exact kernel are the support rows', without phases. Only the duals depend on
     λ: in a search, k(x, S) · vectors (S, S) is computed once for all of them.
     """
     beta, ridge = (transferred(task, name, setting[name]) for name in ("beta", "ridge"))
     rows, _, residual = residuals(xp, task)
-    points, phases, mapped = kernel_of(xp, task, beta, rows)
-    is_exact = not phases.shape[0]
+    kernel, mapped = kernel_of(xp, task, beta, rows, setting)
+    is_exact = not kernel["phases"].shape[0]
     values, vectors = decomposed(xp, mapped if is_exact else mapped.T @ mapped)
     right = residual if is_exact else mapped.T @ residual
     shrunk = 1 / (values / ridge + 1)
     return {
-        "points": points,
-        "phases": phases,
+        **kernel,
         "vectors": vectors,
         "duals": shrunk[:, None] * (vectors.T @ right),
-        "beta": xp.asarray(beta, dtype=rows.dtype),
     }
 
 
 def kernel_of(
-    xp: Any, task: Task, beta: Float[Array, ""], rows: Float[Array, "N D"]
-) -> tuple[Array, Array, Array]:
-    """points and phases, and the rows' features by them: (N, N) where the kernel is exact."""
-    points, phases = rows, xp.zeros_like(rows[0, :0])
+    xp: Any, task: Task, beta: Float[Array, ""], rows: Float[Array, "N D"], setting: Setting
+) -> tuple[dict[str, Array], Array]:
+    """What the kernel is made of, and the rows' features by it: (N, N) where it is exact."""
+    second = second_rows(xp, task)
+    points, phases = [rows, second][: 1 + (second is not None)], xp.zeros_like(rows[0, :0])
+    sharpness = xp.asarray(beta, dtype=rows.dtype)
     if len(rows) > MOST_ROWS:
-        points, phases = random_frequencies(xp, task.seed, rows.shape[1])
-        points = points * xp.sqrt(xp.asarray(beta, dtype=rows.dtype))
-    return points, phases, kernel_features(xp, points, phases, beta, rows)
+        drawn = [
+            random_frequencies(xp, task.seed + own, part.shape[1], RANDOM_FEATURES // len(points))
+            for own, part in enumerate(points)
+        ]
+        points, phases = [own * xp.sqrt(sharpness) for own, _ in drawn], drawn[0][1]
+    kernel = {"points": points[0], "phases": phases, "beta": sharpness}
+    if second is not None:
+        kernel |= {"second_points": points[1], "centre": task.extra["centre"]}
+    return kernel, mapped_rows(xp, kernel, setting, rows, second)
+
+
+def mapped_rows(
+    xp: Any,
+    kernel: Arrays,
+    setting: Setting,
+    rows: Float[Array, "N D"],
+    second: Float[Array, "N E"] | None,
+) -> Float[Array, "N S"]:
+    """The features of rows by both kernels, as of a single one."""
+    phases, beta = kernel["phases"], kernel["beta"]
+    first = kernel_features(xp, kernel["points"], phases, beta, rows)
+    if second is None:
+        return first
+    other = kernel_features(xp, kernel["second_points"], phases, beta, second)
+    weight = xp.asarray(setting["second"], dtype=other.dtype)
+    if phases.shape[0]:
+        return xp.concatenate([first, xp.sqrt(weight) * other], axis=1)
+    return first + weight * other
 
 
 def left_out(xp, task, setting, rounds):
     beta, ridge = (transferred(task, name, setting[name]) for name in ("beta", "ridge"))
     rows, known, residual = residuals(xp, task)
-    _, phases, mapped = kernel_of(xp, task, beta, rows)
-    approximate = mapped if phases.shape[0] else None
+    kernel, mapped = kernel_of(xp, task, beta, rows, setting)
+    approximate = mapped if kernel["phases"].shape[0] else None
     gram = mapped if approximate is None else mapped.T @ mapped
     values, vectors = decomposed(xp, gram)
     fitted = left_out_fit(xp, values, vectors, ridge, residual, rounds, approximate)
@@ -87,7 +125,8 @@ def left_out(xp, task, setting, rounds):
 def finish(arrays, setting, task):
     """The same with A as duals (S, C), without the vectors."""
     duals = arrays["vectors"] @ arrays["duals"]
-    return {name: arrays[name] for name in arrays if name != "vectors"} | {"duals": duals}
+    saved = {name: arrays[name] for name in arrays if name != "vectors"} | {"duals": duals}
+    return without_unused(saved, setting, task)
 
 
 def transferred(task: Task, name: str, value: Any) -> Any:
@@ -99,7 +138,7 @@ def transferred(task: Task, name: str, value: Any) -> Any:
 
 
 def random_frequencies(
-    xp: Any, seed: Int[Array, ""], dim: int
+    xp: Any, seed: Int[Array, ""], dim: int, count: int
 ) -> tuple[Float[Array, "F D"], Float[Array, " F"]]:
     """Frequencies (F, D) for β = 1 and phases (F,): each frequency's cosine and sine.
 
@@ -108,7 +147,7 @@ def random_frequencies(
     import jax
     import jax.numpy as jnp
 
-    pairs = RANDOM_FEATURES // 2
+    pairs = count // 2
     blocks = -(-pairs // dim)
     directions, lengths = jax.random.split(jax.random.key(seed))
     orthogonal, _ = jnp.linalg.qr(jax.random.normal(directions, (blocks, dim, dim)))
@@ -135,8 +174,8 @@ def kernel_features(
 
 def logits(xp, arrays, setting, features, head):
     """unit(f) · unit(W)ᵀ + k(unit(f), S) A."""
-    rows = unit(xp, features)
-    kernel = kernel_features(xp, arrays["points"], arrays["phases"], arrays["beta"], rows)
+    rows, second = both_parts(xp, features, head, arrays)
+    kernel = mapped_rows(xp, arrays, setting, rows, second)
     if "vectors" in arrays:
         kernel = kernel @ arrays["vectors"]
     return rows @ unit(xp, head.weights).T + kernel @ arrays["duals"]
@@ -152,7 +191,8 @@ def note(task):
             "random Fourier features approximate its kernel."
         )
     work = len(task.validation_labels) * min(rows, RANDOM_FEATURES) * len(task.head.weights)
-    points = math.prod(len(hyper.tried) for hyper in PROKER.hyper.values())
+    searched = [hyper for hyper in PROKER.hyper.values() if not hyper.needs or task.extra]
+    points = math.prod(len(hyper.tried) for hyper in searched)
     if (minutes := points * work / RATE / 60) > 1:
         found.append(
             f"ProKeR: searching its whole grid of {points:,} points takes about {minutes:.0f} CPU "
@@ -166,7 +206,7 @@ PROKER = Method(
     name="proker",
     source="arXiv 2501.11175",
     hyper={
-        # The costlier one first: one eigendecomposition for each β.
+        # The costlier ones first: one eigendecomposition for each β and ρ.
         "beta": Hyper(
             "transferred",
             "Sharpness of the kernel; `transferred` takes the authors' for the number of shots.",
@@ -174,6 +214,7 @@ PROKER = Method(
             low=0,
             words=WORDS,
         ),
+        "second": SECOND,
         "ridge": Hyper(
             "transferred",
             "λ, how closely the support set is followed; `transferred` as for beta.",
@@ -184,7 +225,14 @@ PROKER = Method(
         ),
     },
     logits=logits,
-    shapes={"points": "S D", "phases": "F", "duals": "S C", "beta": ""},
+    shapes={
+        "points": "S D",
+        "phases": "F",
+        "duals": "A C",  # of approximations of two kernels twice as many
+        "beta": "",
+        "second_points": "S E",
+        "centre": "E",
+    },
     fit=fit,
     finish=finish,
     left_out=left_out,

@@ -101,11 +101,11 @@ def left_out(xp, task, setting, rounds):
     # Apart, so that a grid computes the one once for every γ and the other once for every β.
     def text(kept: Array, images: Array) -> Array:
         likeness = agreement(xp, rows, labels, task.head, kept)
-        return images @ guided_weights(xp, likeness, task.head, setting["gamma"]).T
+        return rows[images] @ guided_weights(xp, likeness, task.head, setting["gamma"]).T
 
     def gaussian(kept: Array, images: Array) -> Array:
         kernel, bias = joined_gaussians(xp, rows, labels, task.head, kept, setting["beta"])
-        return images @ kernel + bias
+        return rows[images] @ kernel + bias
 
     of_text, of_images = (by_refits(xp, task, rounds, part) for part in (text, gaussian))
     return weight_of(task, setting) * of_text + of_images

@@ -80,7 +80,7 @@ def load_backbone(
     """
     request = resolve(name, pretrained)
     try:
-        with _silent_loaders():
+        with silent_loaders():
             config = _checked_config(request)
             tokenizer = _tokenizer(request.model_name, config)
             model = _create(request, pretrained=request.weights, require_pretrained=True)
@@ -98,7 +98,7 @@ def load_backbone(
         tokenizer=tokenizer,
         identity={
             "name": name,
-            "pretrained": _public_label(pretrained) or request.weights or name,
+            "pretrained": public_label(pretrained) or request.weights or name,
             "weights_sha256": weights_sha256(model.state_dict()),
             "open_clip_version": open_clip.__version__,
             "embed_dim": embed_dim,
@@ -114,7 +114,7 @@ def load_backbone(
 
 
 def _create(request: Request, **how: Any) -> Any:
-    with _silent_loaders(), patch.object(factory, "load_state_dict", read_state):
+    with silent_loaders(), patch.object(factory, "load_state_dict", read_state):
         model = open_clip.create_model(
             request.model_name,
             force_quick_gelu=request.quick_gelu,
@@ -146,7 +146,7 @@ def _in_precision(
 
 
 @contextmanager
-def _silent_loaders() -> Iterator[None]:
+def silent_loaders() -> Iterator[None]:
     """Without what open_clip and those it loads with log: they raise what matters, and without a
     network they warn of every attempt."""
     level = logging.root.manager.disable
@@ -198,7 +198,7 @@ def _tokenizer(model_name: str, config: Mapping[str, Any]) -> Callable[..., torc
     )
 
 
-def _public_label(pretrained: str | None) -> str | None:
+def public_label(pretrained: str | None) -> str | None:
     """A tag as it is, a path by its last part: folders of one machine mean nothing elsewhere."""
     return Path(pretrained).name if pretrained and Path(pretrained).exists() else pretrained
 

@@ -20,6 +20,8 @@ from clip_adapter.extract.encoding.preprocess import Preprocess
 from clip_adapter.extract.encoding.projection import take_projection
 from clip_adapter.extract.encoding.unreadable import Skipped
 
+FEATURES, FEATURES2 = "features", "features2"
+
 
 class Stopwatch:
     """Seconds by name, for what one thread does or waits for."""
@@ -51,7 +53,8 @@ class Stopwatch:
 class EncodedBatch:
     """Features of consecutive planned rows, without those that were skipped.
 
-    features: (B, V, D) float32, or float16 where the model computes in less; un-normalised.
+    features: (B, V, D) float32, or float16 where the model computes in less; un-normalised. name:
+        what the cache calls them.
     pre_projection: (B, V, F), what the encoder's last linear map was applied to, if asked for.
     rows: (B,) their rows in the split. digests, contents: (B,) uint64, see PixelBatch.
     """
@@ -62,10 +65,13 @@ class EncodedBatch:
     digests: npt.NDArray[np.uint64]
     contents: npt.NDArray[np.uint64]
     skipped: tuple[Skipped, ...]
+    name: str = FEATURES
 
     def of_each_image(self) -> dict[str, np.ndarray]:
         """What each of the B images got, by the names of the cache."""
-        arrays = {"features": self.features, "digests": self.digests, "contents": self.contents}
+        arrays = {self.name: self.features, "contents": self.contents}
+        if self.name == FEATURES:
+            arrays["digests"] = self.digests
         if self.pre_projection is not None:
             arrays["pre_projection"] = self.pre_projection
         return arrays
@@ -78,11 +84,14 @@ class Encoder:
         that an image has the same features to the last bit whichever others are encoded with it.
         (Libraries compute a batch of another size in another order.)
     compiled: compile the image tower for that size. `compile_seconds` says how long that took.
+    name: what the cache calls its image features.
     with_projection: `images` gives what comes before the last linear map, too. The map is taken out
         of the backbone's model.
 
     Raises UserError where it cannot be compiled, or there is no such map.
     """
+
+    name = FEATURES
 
     def __init__(
         self,
@@ -92,8 +101,10 @@ class Encoder:
         *,
         compiled: bool = False,
         with_projection: bool = False,
+        name: str = FEATURES,
     ) -> None:
         self.device = device
+        self.name = name
         if device.type == "cuda":
             if device.index is not None:  # else every process has a context on the first GPU too
                 torch.cuda.set_device(device)
@@ -118,10 +129,11 @@ class Encoder:
         """What each image gets, see `EncodedBatch.of_each_image`."""
         dtype = np.dtype(np.float32 if self.stored_dtype == torch.float32 else np.float16)
         rows: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
-            "features": (dtype, (views, self.dim)),
-            "digests": (np.dtype(np.uint64), ()),
+            self.name: (dtype, (views, self.dim)),
             "contents": (np.dtype(np.uint64), ()),
         }
+        if self.name == FEATURES:
+            rows["digests"] = (np.dtype(np.uint64), ())
         if self.projection is not None:
             rows["pre_projection"] = (dtype, (views, len(self.projection.weights)))
         return rows
@@ -217,7 +229,8 @@ def encode_images(
             pooled = None if encoder.projection is None else array[..., encoder.dim :]
             array = array[..., : encoder.dim]
             return EncodedBatch(
-                array, pooled, batch.rows, batch.digests, batch.contents, batch.skipped
+                *(array, pooled, batch.rows, batch.digests, batch.contents, batch.skipped),
+                encoder.name,
             )
 
         failure: UserError | None = None

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from timm.data import create_transform
 from torchvision.transforms import Compose, Normalize
 
 from clip_adapter.extract.encoding.images import BadImage
@@ -53,20 +54,30 @@ def _height_and_width(config: Mapping[str, Any]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def evaluation(config: Mapping[str, Any]) -> Compose:
+    """PIL image → (3, height, width) float32, as the configuration says: timm's preprocessing
+    where it has a `crop_pct`, else open_clip's."""
+    if "crop_pct" not in config:
+        return image_transform_v2(PreprocessCfg(**config), is_train=False)
+    names = ("interpolation", "mean", "std", "crop_pct", "crop_mode")
+    how = {name: config[name] for name in names}
+    return create_transform((3, *_height_and_width(config)), is_training=False, **how)
+
+
 class Preprocess:
-    """What `config` (open_clip's preprocessing configuration) says, in two halves.
+    """What `config` says, see `evaluation`, in two halves.
 
     height, width: of the pixels that the encoder takes.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        whole = image_transform_v2(PreprocessCfg(**config), is_train=False)
-        *geometry, _to_rgb, _to_tensor, normalize = whole.transforms
+        *geometry, _to_tensor, normalize = evaluation(config).transforms
         if not isinstance(normalize, Normalize):
-            raise TypeError(f"open_clip's preprocessing ends with {normalize}, not Normalize")
-        self._geometry = Compose(geometry)
-        self._mean = torch.tensor(normalize.mean)
-        self._std = torch.tensor(normalize.std)
+            raise TypeError(f"the preprocessing ends with {normalize}, not Normalize")
+        # Images are RGB already, so that open_clip's last step to there is left out.
+        self._geometry = Compose(geometry if "crop_pct" in config else geometry[:-1])
+        self._mean = torch.as_tensor(normalize.mean)
+        self._std = torch.as_tensor(normalize.std)
         self._config = config
         self.height, self.width = _height_and_width(config)
 

@@ -71,6 +71,9 @@ class EvaluateConfig:
         method: MODULE:NAME of the adapter's method, where that is one of your own.
         backbone: Backbone for images of a folder, as `predict` takes it.
         pretrained: Where its weights lie, as `predict` takes it.
+        also: Second encoder of an adapter that takes one, where the adapter does not name one that
+            is published.
+        also_pretrained: Where its weights lie now, if they were given as a local file.
         on_error: What to do about an image that cannot be decoded: stop, or leave it out.
         batch_size: Images per forward pass.
         workers: Threads that decode images.
@@ -88,6 +91,8 @@ class EvaluateConfig:
     method: str | None = None
     backbone: str | None = None
     pretrained: str | None = None
+    also: str | None = None
+    also_pretrained: str | None = None
     on_error: Literal["fail", "skip"] = "fail"
     batch_size: int = 64
     workers: int = available_cores()

@@ -79,6 +79,7 @@ def _cache_facts(cache: FeatureCache) -> Facts:
     facts += [
         ("text", f"{len(cache.class_names)} classes × {len(cache.templates)} templates, {dtype}"),
         *_origin_facts(cache.class_names, cache.templates, cache.backbone, cache.preprocess),
+        *_second_facts(cache.backbone2),
         ("data set", _words(cache.dataset)),
         ("logits", _logit_words(cache.logit_scale, cache.logit_bias)),
     ]
@@ -116,6 +117,7 @@ def _adapter_facts(path: Path, adapter: SavedAdapter) -> Facts:
         *_ratio_facts(adapter),
         ("fitted", _words(info.fitted)),
         *_origin_facts(info.class_names, info.templates, info.backbone, info.preprocess),
+        *_second_facts(info.backbone2),
         ("data set", _words(info.dataset)),
         ("cache", f"content SHA-256 {info.cache_sha256}"),
         ("logits", _logit_words(info.logit_scale, info.logit_bias)),
@@ -150,6 +152,10 @@ def _origin_facts(
         ("backbone", _words(backbone)),
         ("preprocess", _words(preprocess)),
     ]
+
+
+def _second_facts(backbone2: Mapping[str, Any] | None) -> Facts:
+    return [] if backbone2 is None else [("second encoder", _words(backbone2))]
 
 
 def _first(values: Sequence[str], count: int) -> str:

@@ -51,6 +51,9 @@ class PredictConfig:
         transductive: Classify the images together, by what they have in common too (StatA). What
             is said of an image then depends on the others: an accuracy of it stands beside none of
             images that were classified one by one.
+        also: Second encoder of an adapter that takes one, where the adapter does not name one that
+            is published.
+        also_pretrained: Where its weights lie now, if they were given as a local file.
         top: How many classes to name for each image.
         format: How to print; json is one array with an object per image. In csv, a cell that a
             spreadsheet would take for a formula begins with an apostrophe.
@@ -65,6 +68,8 @@ class PredictConfig:
     backbone: str | None = None
     pretrained: str | None = None
     transductive: bool = False
+    also: str | None = None
+    also_pretrained: str | None = None
     top: int = 3
     format: Literal["table", "csv", "json"] = "table"
     batch_size: int = 64

@@ -36,7 +36,11 @@ BLOCK_ROWS = 1024
 KEPT_BYTES = 1 << 26
 TOWER_SHA256 = "text_tower_sha256"
 # What methods may need beyond features, and the flag of `extract` that provides it.
-PROVIDED_BY = {"tower": "--with-text-tower", "projection": "--with-projection"}
+PROVIDED_BY = {
+    "tower": "--with-text-tower",
+    "projection": "--with-projection",
+    "second": "--also",
+}
 
 
 def available(cache: FeatureCache) -> set[str]:
@@ -46,12 +50,17 @@ def available(cache: FeatureCache) -> set[str]:
         has.add("tower")
     if cache.has("projection"):
         has.add("projection")
+    if cache.has("features2"):
+        has.add("second")
     return has
 
 
-def source_of(method: Method) -> str:
-    """Which features of an image the method works on: `features` or `pre_projection`."""
-    return "pre_projection" if "projection" in method.needs else "features"
+def source_of(method: Method, cache: FeatureCache) -> str:
+    """Which features of an image the method works on: `features`, `pre_projection`, or
+    `both_features`, those of the second encoder behind the others."""
+    if "projection" in method.needs:
+        return "pre_projection"
+    return "both_features" if method.takes_second and cache.has("features2") else "features"
 
 
 @dataclass
@@ -143,7 +152,7 @@ class Data:
         features, labels = [], []
         views = self.views_of(method)
         for split, rows in self.labelled_rows().items():
-            stored = self._read(split, source_of(method), rows, views)
+            stored = self._read(split, source_of(method, self.cache), rows, views)
             # Only training images have augmented views; of the others each is taken as often.
             repeated = stored if len(stored) == views else np.repeat(stored, views, axis=0)
             features.append(repeated)
@@ -199,11 +208,26 @@ class Data:
                 self._extra[key] = method.prepare(*read_text_tower(path, sha256))
             own = range(self.classes.start, self.classes.stop)
             return {"tower": self._extra[key].of_classes(own)}
+        if source_of(method, self.cache) == "both_features":
+            return {"centre": self._second_centre()}
         return {}
+
+    def _second_centre(self) -> Float[Features, " E"]:
+        """The mean of the training images' features by the second encoder, whatever their labels:
+        without it all have much of their direction in common."""
+        if "centre" not in self._extra:
+            count = len(self.labels["train"])
+            total: Any = 0.0
+            for start in range(0, count, BLOCK_ROWS):
+                rows = np.arange(start, min(start + BLOCK_ROWS, count))
+                block = self.cache.features2("train", rows, views=1)[0]
+                total = total + block.sum(axis=0, dtype=np.float64)
+            self._extra["centre"] = (total / count).astype(np.float32)
+        return self._extra["centre"]
 
     def test_blocks(self, method: Method) -> Iterator[tuple[Features, Labels]]:
         """The test images of the classes: features (R, D) and labels (R,), block by block."""
-        labels, source = self.labels["test"], source_of(method)
+        labels, source = self.labels["test"], source_of(method, self.cache)
         for start in range(0, len(labels), BLOCK_ROWS):
             rows = np.arange(start, min(start + BLOCK_ROWS, len(labels)))
             own = labels[rows]
@@ -236,10 +260,10 @@ class Data:
         self, method: Method, split: str, rows: Rows, views: int
     ) -> Float[jax.Array, "V N D"]:
         """Of rows that some task takes."""
+        source = source_of(method, self.cache)
         if not len(rows):
-            width = self._read("train", source_of(method), np.zeros(1, np.int64), 1).shape[2]
+            width = self._read("train", source, np.zeros(1, np.int64), 1).shape[2]
             return jnp.zeros((views, 0, width), jnp.float32)
-        source = source_of(method)
         train, val = needed_rows(self.tasks)
         union = train if split == "train" else val
         if (split, source) not in self._rows:
@@ -264,7 +288,10 @@ class Data:
             return read
         if source == "pre_projection":
             return self.cache.pre_projection(split, rows, views)
-        return self.cache.features(split, rows, views)
+        own = self.cache.features(split, rows, views)
+        if source == "features":
+            return own
+        return np.concatenate([own, self.cache.features2(split, rows, views)], axis=2)
 
     def _labels(self, split: str, rows: Rows) -> Labels:
         labels = self.support_labels if split == "train" else self.labels.get(split)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -45,8 +45,8 @@ def make_plan(
     others = [named(name) for name in config.baselines if name not in names]
     _check_owners(config, fitted)
     beside = [name for name in config.baselines if name not in names]
-    planned = [_with_values(config, n, m, True) for n, m in zip(beside, others, strict=True)]
-    planned += [_with_values(config, n, m, False) for n, m in zip(names, fitted, strict=True)]
+    planned = [_with_values(config, n, m, there, True) for n, m in zip(beside, others, strict=True)]
+    planned += [_with_values(config, n, m, there) for n, m in zip(names, fitted, strict=True)]
     ablate = tuple(map(_of_flag, config.ablate))
     compared: Sequence[PlannedMethod] = ()
     if METHOD in ablate:
@@ -88,11 +88,20 @@ def _servable(
     """Every method that the cache can serve, and those that were planned as they are."""
     known = {p.name: p for p in planned}
     others = {n: m for n, m in METHODS.items() if n not in known and set(m.needs) <= there}
-    return [*planned, *(_with_values(config, n, m, True) for n, m in others.items())]
+    return [*planned, *(_with_values(config, n, m, there, True) for n, m in others.items())]
 
 
-def _with_values(config: FitConfig, name: str, method: Method, baseline: bool) -> PlannedMethod:
+def _with_values(
+    config: FitConfig, name: str, method: Method, there: Collection[str], baseline: bool = False
+) -> PlannedMethod:
     given = {} if baseline else own_values(config, method)
+    for key in [*given, *(() if baseline else map(_of_flag, config.ablate))]:
+        need = method.hyper[key].needs if key in method.hyper else ""
+        if need and need not in there:
+            raise UserError(
+                f"--{dashed(method.flag(key))} of {name} needs what this cache lacks; extract it "
+                f"with {PROVIDED_BY[need]}."
+            )
     for key, some in given.items():
         if not some:
             raise UserError(f"--{dashed(method.flag(key))} needs at least one value.")
@@ -104,7 +113,7 @@ def _with_values(config: FitConfig, name: str, method: Method, baseline: bool) -
             if alone and len(given.get(factor, ())) > 1:
                 del given[factor]  # nothing is to choose between what is only shown
     try:
-        values = method.values(given, config.preset, one=config.select == "none")
+        values = method.values(given, config.preset, one=config.select == "none", there=there)
     except ValueError as error:
         raise UserError(f"{name}: {error}.") from None
     if config.select == "none" and len(method.settings(values)) > 1:

@@ -33,6 +33,7 @@ from clip_adapter.pipelines.fitting.results import Held, Spread, TaskResult, har
 from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder, writing
 from clip_adapter.pipelines.fitting.tasks import RULES, Fold, TaskRows, cross_validation
 from clip_adapter.pipelines.fitting.unlabelled import Refined, Unlabelled, refine_chosen
+from clip_adapter.pipelines.saved.adapter_check import takes_both
 from clip_adapter.pipelines.saved.adapter_file import AdapterInfo, SavedAdapter, save_adapter
 from clip_adapter.words import dashed
 
@@ -119,6 +120,7 @@ class TaskRunner:
     ) -> Chosen | None:
         """Choose a setting by the run's selection rule; None where every one diverged."""
         method = planned.method
+        values = method.tried_at(len(rows.support) / self.data.count, planned.values)
         task = self.data.task(method, rows)
         divided = self._folds(method, rows)
         rounds = None
@@ -132,7 +134,7 @@ class TaskRunner:
         judged = [fold.validation for fold in divided]
         asked = Search(
             method,
-            planned.values,
+            values,
             self.plan.preset,
             parts,
             np.unique(np.concatenate(judged or [rows.validation]), return_index=True)[1],
@@ -141,7 +143,7 @@ class TaskRunner:
         )
         if method.note and (sentence := method.note(task)):
             self.tell(sentence)
-        expect(work(method, planned.values, len(parts), halving=asked.halving))
+        expect(work(method, values, len(parts), halving=asked.halving))
         if not parts:
             return take_defaults(asked, task, self.engine)
         record = TaskRecord(folder, method, rows, sum(map(len, judged)))
@@ -272,6 +274,7 @@ class TaskRunner:
             dataset=about.dataset,
             cache_sha256=about.cache_sha256,
             fitted={"train_classes": self.plan.train_classes, **fitted},
+            backbone2=about.backbone2 if takes_both(method, arrays) else None,
         )
         return SavedAdapter(info, arrays, head.weights, seen if arrays or setting else seen[:0])
 

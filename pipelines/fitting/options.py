@@ -229,7 +229,8 @@ def _hyper(plan: Plan) -> dict[str, tuple[Value, ...]]:
     values_by_flag: dict[str, tuple[Value, ...]] = {}
     for planned in plan.fitted:
         method = planned.method
-        usual = method.values({}, plan.preset, one=plan.select == "none")
+        there = {method.hyper[name].needs for name in planned.values}
+        usual = method.values({}, plan.preset, one=plan.select == "none", there=there)
         for name, values in planned.values.items():
             values = plan.given(planned, name, values)
             if tuple(values) != usual[name]:

@@ -57,7 +57,7 @@ class RunFolder:
 
     def __init__(self, path: Path, plan: Plan, *, resume: bool) -> None:
         self.path = path
-        names = {name: None for planned in plan.all_methods for name in planned.method.hyper}
+        names = {name: None for planned in plan.all_methods for name in planned.values}
         self.setting_columns = tuple(names)
         self._hyper = {p.method.name: p.method.hyper for p in plan.all_methods}
         self._columns = (*TASK_COLUMNS, *self.setting_columns, *OUTCOME_COLUMNS)

@@ -30,6 +30,7 @@ from clip_adapter.cache.reader import BLOCK_ROWS, FeatureCache
 from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.plan import Plan
+from clip_adapter.pipelines.saved.adapter_check import takes_both
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, image_hashes
 from clip_adapter.words import counted, some
 
@@ -151,6 +152,8 @@ def refine_chosen(
     reason = ""
     if "projection" in method.needs:
         reason = "it takes features of before the backbone's projection"
+    elif takes_both(method, arrays):
+        reason = "it takes features of a second encoder"
     elif not judges:
         reason = "a class has one labelled image, so that none is left to judge by"
     if reason:

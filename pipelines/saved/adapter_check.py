@@ -99,15 +99,21 @@ def checked_refinement(
 
 def feature_width(method: Method, arrays: Mapping[str, npt.NDArray[Any]], head: Head) -> int:
     """How wide the features are that the formula takes: of a method that works on what comes before
-    the backbone's projection F of its shapes, else D.
+    the backbone's projection F of its shapes, else D, and E more of a second encoder's.
 
     Raises ValueError, in a sentence, where an array has not the shape that the method states.
     """
     sizes = _sizes(method, arrays, head)
     width = sizes.get("F", 0) if "projection" in method.needs else sizes["D"]
+    width += sizes.get("E", 0) if method.takes_second else 0
     if not width:
         raise ValueError("it takes features of no width")
     return width
+
+
+def takes_both(method: Method, arrays: Mapping[str, npt.NDArray[Any]]) -> bool:
+    """Whether the formula takes features of a second encoder: something is as wide as they are."""
+    return method.takes_second and any("E" in method.shapes[name].split() for name in arrays)
 
 
 def _sizes(method: Method, arrays: Mapping[str, npt.NDArray[Any]], head: Head) -> dict[str, int]:
@@ -154,6 +160,8 @@ def checked_arrays(
     head = Head(weights, np.float32(info.logit_scale), np.float32(info.logit_bias))
     try:
         check_usable(method, info.setting, arrays, head)
+        if takes_both(method, arrays) != (info.backbone2 is not None):
+            raise ValueError("they are of another number of encoders")
         refinement = checked_refinement(method, refining, weights)
     except ValueError as error:
         raise UserError(
@@ -169,19 +177,40 @@ def check_same_backbone(
 
     identity, preprocess: as a cache states them. remedy: what to do about other weights.
     """
+    _check_same(identity, preprocess, info.backbone, info.preprocess, remedy)
+
+
+def check_same_second(identity: Mapping[str, Any] | None, info: AdapterInfo, remedy: str) -> None:
+    """The same of the second encoder, where the adapter takes one."""
+    if info.backbone2 is None:
+        return
+    if identity is None:
+        name = info.backbone2.get("name")
+        raise UserError(f"The adapter takes features of {name} as well, which lack; {remedy}.")
+    own = info.backbone2.get("preprocess", {})
+    _check_same(identity, identity["preprocess"], info.backbone2, own, remedy)
+
+
+def _check_same(
+    identity: Mapping[str, Any],
+    preprocess: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    preprocessed: Mapping[str, Any],
+    remedy: str,
+) -> None:
     name = identity.get("name")
-    found, wanted = identity.get("weights_sha256"), info.backbone.get("weights_sha256")
-    if found != wanted:
+    found, sha256 = identity.get("weights_sha256"), wanted.get("weights_sha256")
+    if found != sha256:
         raise UserError(
-            f"The adapter was fitted for other weights of {info.backbone.get('name')} (SHA-256 "
-            f"{reprlib.repr(wanted)}) than those of {name} here ({reprlib.repr(found)}); {remedy}."
+            f"The adapter was fitted for other weights of {wanted.get('name')} (SHA-256 "
+            f"{reprlib.repr(sha256)}) than those of {name} here ({reprlib.repr(found)}); {remedy}."
         )
     # What is compared has been through JSON on the adapter's side.
     for key, value in json.loads(json.dumps(dict(preprocess))).items():
-        if info.preprocess.get(key) != value:
+        if preprocessed.get(key) != value:
             raise UserError(
                 f"The adapter was fitted on images preprocessed with {key} "
-                f"{reprlib.repr(info.preprocess.get(key))}, {name} here uses "
+                f"{reprlib.repr(preprocessed.get(key))}, {name} here uses "
                 f"{reprlib.repr(value)}; extract and fit again."
             )
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +21,7 @@ from clip_adapter import files
 from clip_adapter.adapters.method import Head, Method
 from clip_adapter.adapters.registry import find_method
 from clip_adapter.adapters.stata import Refinement, refined_logits
+from clip_adapter.cache.metadata import Backbone2
 from clip_adapter.cache.schema import LARGEST_BIAS, LARGEST_SCALE, SMALLEST_SCALE
 from clip_adapter.errors import Contradiction, UserError
 from clip_adapter.pipelines.saved.adapter_check import INFO_FILE, WEIGHTS, checked_arrays
@@ -49,6 +50,7 @@ class AdapterInfo:
 
     setting: the hyper-parameters of `method`. backbone, preprocess, dataset: as in the cache.
     cache_sha256: the cache's content hash. fitted: shots, seed, selection rule and what it saw.
+    backbone2: as in the cache, of an adapter that takes features of a second encoder, too.
     """
 
     method: str
@@ -62,6 +64,11 @@ class AdapterInfo:
     dataset: dict[str, Any]
     cache_sha256: str
     fitted: dict[str, Any]
+    backbone2: Backbone2 | None = None
+
+    def document(self) -> dict[str, Any]:
+        """As adapter.json states it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class SavedAdapter:
 
     def logits(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """(N, C) of features as the method takes them: (N, D), or (N, F) of what comes before the
-        backbone's projection."""
+        backbone's projection, or (N, D + E) with those of the second encoder behind."""
         logits = self.method.logits(np, self.arrays, self.info.setting, features, self.head)
         if self.refinement:
             logits = refined_logits(np, self.refinement, logits, features)
@@ -130,7 +137,7 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         ARRAYS_SHA256: hashlib.sha256(content).hexdigest(),
-        **asdict(adapter.info),
+        **adapter.info.document(),
     }
     document = json.loads(json.dumps(document))
     document[OWN_SHA256] = document_sha256(document)
@@ -230,7 +237,8 @@ def _read_document(path: Path) -> dict[str, Any]:
             f"{path} has format version {reprlib.repr(version)}, this program reads version "
             f"{FORMAT_VERSION}; update clip-adapter or fit the adapter again."
         )
-    names = [*(field.name for field in fields(AdapterInfo)), ARRAYS_SHA256, OWN_SHA256]
+    names = [field.name for field in fields(AdapterInfo) if field.default is MISSING]
+    names += [ARRAYS_SHA256, OWN_SHA256]
     missing = [name for name in names if name not in document]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}; fit the adapter again.")
@@ -240,7 +248,8 @@ def _read_document(path: Path) -> dict[str, Any]:
 
 
 def _checked_info(path: Path, document: Mapping[str, Any]) -> AdapterInfo:
-    stated = {field.name: document[field.name] for field in fields(AdapterInfo)}
+    names = [field.name for field in fields(AdapterInfo)]
+    stated = {name: document[name] for name in names if name in document}
     try:
         info = from_document(AdapterInfo, stated)
     except Contradiction as error:

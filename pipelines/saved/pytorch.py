@@ -3,7 +3,7 @@
 import reprlib
 from copy import deepcopy
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from clip_adapter.adapters.method import Head
 from clip_adapter.adapters.stata import Refinement, refined_logits
 from clip_adapter.errors import UserError
+from clip_adapter.extract.backbones import second
 from clip_adapter.extract.backbones.loading import Backbone, load_backbone
 from clip_adapter.extract.backbones.names import GLYPH_CLIP, is_published
 from clip_adapter.extract.encoding.images import read_rgb
@@ -20,11 +21,15 @@ from clip_adapter.extract.encoding.preprocess import refuse_strips
 from clip_adapter.extract.encoding.projection import take_projection
 from clip_adapter.pipelines.saved.adapter_check import (
     check_same_backbone,
+    check_same_second,
     check_same_width,
     feature_width,
 )
 from clip_adapter.pipelines.saved.adapter_file import AdapterInfo, SavedAdapter, load_adapter
 from clip_adapter.words import quoted
+
+OTHER_WEIGHTS = "give the right ones with --pretrained, or extract and fit again"
+OTHER_SECOND = "give the right ones with --also and --also-pretrained, or extract and fit again"
 
 
 class FittedHead(nn.Module):
@@ -76,8 +81,10 @@ class AdaptedClip(nn.Module):
     """images (B, 3, H, W) → logits (B, C): an open_clip model with a fitted adapter inside.
 
     Every method that `fit` saves is supported. The logits are those of the training side within
-    1e-5 of the logit scale. The module is in evaluation mode and nothing in it asks for gradients;
-    `.to(device)`, `state_dict` and `torch.export` work as for any other.
+    1e-5 of the logit scale. An adapter of two encoders takes the images as `preprocess2` gives them
+    beside those of `preprocess`: model(images, images2). The module is in evaluation mode and
+    nothing in it asks for gradients; `.to(device)`, `state_dict` and `torch.export` work as for any
+    other.
 
     class_names: C strings, the columns of the logits.
 
@@ -90,21 +97,26 @@ class AdaptedClip(nn.Module):
         torch.Size([1, 10])
     """
 
-    def __init__(self, backbone: Backbone, adapter: SavedAdapter) -> None:
-        """Raises UserError where the adapter was fitted for another backbone or preprocessing."""
+    def __init__(
+        self, backbone: Backbone, adapter: SavedAdapter, backbone2: Backbone | None = None
+    ) -> None:
+        """Raises UserError where the adapter was fitted for other backbones or preprocessing."""
         super().__init__()
         check_same_backbone(
-            backbone.identity,
-            backbone.preprocess_config,
-            adapter.info,
-            "give the right ones with --pretrained, or extract and fit again",
+            backbone.identity, backbone.preprocess_config, adapter.info, OTHER_WEIGHTS
         )
+        check_same_second(stated(backbone2), adapter.info, OTHER_SECOND)
         self.clip = backbone.model
         width = backbone.identity["embed_dim"]
         method = adapter.method
         if "projection" in method.needs:  # the adapter has one in its place
             self.clip = deepcopy(backbone.model)
             width = len(take_projection(self.clip.visual, backbone.identity["name"]).weights)
+        self.second = backbone2.model if backbone2 and adapter.info.backbone2 else None
+        if backbone2 and self.second is not None:
+            width += backbone2.identity["embed_dim"]
+            self._transform2 = backbone2.preprocess
+            self._preprocess2_config = backbone2.preprocess_config
         wanted = feature_width(method, adapter.arrays, adapter.head)
         check_same_width(width, wanted, backbone.identity["name"])
         self.head = FittedHead(adapter)
@@ -121,6 +133,8 @@ class AdaptedClip(nn.Module):
         device: str | torch.device = "cpu",
         backbone: str | None = None,
         pretrained: str | None = None,
+        also: str | None = None,
+        also_pretrained: str | None = None,
     ) -> Self:
         """Load an adapter and the backbone that it was fitted for.
 
@@ -128,6 +142,7 @@ class AdaptedClip(nn.Module):
         backbone: as `load_backbone` takes it; by default what the adapter names.
         pretrained: where the backbone's weights lie, for weights that were given as a local file
             or folder when the features were extracted; by default what the adapter names.
+        also, also_pretrained: the same of the second encoder, where the adapter takes one.
 
         An adapter may come from anywhere: a backbone that it names is loaded only if it is
         glyph-clip or a model and tag of open_clip's.
@@ -136,7 +151,8 @@ class AdaptedClip(nn.Module):
         weights are not the ones of the fit.
         """
         adapter = load_adapter(run)
-        return cls(find_backbone(adapter.info, backbone, pretrained), adapter).to(device)
+        first = find_backbone(adapter.info, backbone, pretrained)
+        return cls(first, adapter, find_second(adapter.info, also, also_pretrained)).to(device)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """What the encoder takes, (3, H, W) float32 on the CPU, of a picture of any mode.
@@ -147,9 +163,53 @@ class AdaptedClip(nn.Module):
         refuse_strips(picture, self._preprocess_config)
         return self._transform(picture)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (B, C) of preprocessed images (B, 3, H, W)."""
-        return self.head(self.clip.encode_image(images))
+    def preprocess2(self, image: Image.Image) -> torch.Tensor:
+        """The same for the second encoder of an adapter that takes one."""
+        picture = read_rgb(image.copy)
+        refuse_strips(picture, self._preprocess2_config)
+        return self._transform2(picture)
+
+    def forward(self, images: torch.Tensor, images2: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (B, C) of preprocessed images (B, 3, H, W), and of the same by `preprocess2` for
+        an adapter of two encoders. Raises TypeError for one set of images too few or too many."""
+        features = self.clip.encode_image(images)
+        if (images2 is None) != (self.second is None):
+            raise TypeError(f"the adapter takes {1 if self.second is None else 2} sets of images")
+        if self.second is not None:
+            features = torch.cat([features, self.second.encode_image(images2)], dim=1)
+        return self.head(features)
+
+
+def stated(backbone: Backbone | None) -> dict[str, Any] | None:
+    """What a cache says of a second encoder."""
+    if backbone is None:
+        return None
+    return {**backbone.identity, "preprocess": backbone.preprocess_config}
+
+
+def find_second(info: AdapterInfo, also: str | None, pretrained: str | None) -> Backbone | None:
+    """The second encoder as the caller names it, or the adapter where that is published; None for
+    an adapter that takes none.
+
+    Raises UserError where it is not, where it cannot be had, and for one that is not taken.
+    """
+    if info.backbone2 is None:
+        if also is not None or pretrained is not None:
+            raise UserError("The adapter takes one encoder; leave --also and its weights out.")
+        return None
+    name, weights = str(info.backbone2.get("name")), str(info.backbone2.get("pretrained"))
+    if also is not None:
+        return second.load_second(also, pretrained)
+    if pretrained is not None and (second.is_of_timm(name) or ":" not in name):
+        return second.load_second(name, pretrained)
+    if pretrained is None and second.is_published(name, weights):
+        own = None if name == GLYPH_CLIP or second.is_of_timm(name) else weights
+        return second.load_second(name, own)
+    raise UserError(
+        f"The adapter takes {quoted(name)} with the weights {quoted(weights)} as well, which is no "
+        "model and tag of timm's or open_clip's; name it with --also, and with --also-pretrained "
+        "where its weights lie."
+    )
 
 
 def find_backbone(info: AdapterInfo, backbone: str | None, pretrained: str | None) -> Backbone:

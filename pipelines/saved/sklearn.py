@@ -124,7 +124,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The parameters by name, the method's hyper-parameters among them."""
         try:
-            table = self._method().defaults()
+            table = {n: value for n, (value,) in self._method().values({}, one=True).items()}
         except ValueError:  # a method that there is not; `fit` says so
             table = self._hyper
         return super().get_params(deep) | {n: self._hyper.get(n, v) for n, v in table.items()}

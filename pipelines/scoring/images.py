@@ -15,6 +15,7 @@ from clip_adapter.files import is_there
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.saved.adapter_check import (
     check_same_backbone,
+    check_same_second,
     check_same_width,
     feature_width,
 )
@@ -32,13 +33,13 @@ Features = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 Classes = npt.NDArray[np.int64]
 LEFT_OUT, UNKNOWN = -1, -2
-OTHER_WEIGHTS = "give the right ones with --pretrained, or extract and fit again"
 
 
 @dataclass(frozen=True)
 class Block:
     """Some images. rows: (R,) which. features: (R, F), what the adapter takes. encoded: (R, D), the
-    image features; the same array unless the adapter takes what comes before the projection.
+    image features; the same array unless the adapter takes what comes before the projection, or
+    features of a second encoder behind them.
     digests: (R,), see `image_hashes`. unreadable: rows that are not here, and why."""
 
     rows: Rows
@@ -74,6 +75,10 @@ class Encoding(Protocol):
     @property
     def pretrained(self) -> str | None: ...
     @property
+    def also(self) -> str | None: ...
+    @property
+    def also_pretrained(self) -> str | None: ...
+    @property
     def batch_size(self) -> int: ...
     @property
     def workers(self) -> int: ...
@@ -107,6 +112,11 @@ def cached_images(cache: FeatureCache, split: str, adapter: SavedAdapter) -> Lab
     if before:
         width = cache.pre_projection(split, np.zeros(1, np.int64), views=1).shape[2]
         check_same_width(width, _width(adapter), str(cache.path))
+    both = info.backbone2 is not None
+    check_same_second(cache.backbone2, info, f"extract {cache.path.name} with that too (--also)")
+    if both:
+        widths = cache.shape(split)[2] + cache.lengths.get("E", 0)
+        check_same_width(widths, _width(adapter), str(cache.path))
 
     digests = cache.hashes(split, "digests")
 
@@ -115,6 +125,9 @@ def cached_images(cache: FeatureCache, split: str, adapter: SavedAdapter) -> Lab
             rows = np.arange(start, min(start + BLOCK_ROWS, len(labels)))
             encoded = cache.features(split, rows, views=1)[0]
             features = cache.pre_projection(split, rows, views=1)[0] if before else encoded
+            if both:
+                second = cache.features2(split, rows, views=1)[0]
+                features = np.concatenate([encoded, second], axis=1)
             yield Block(rows, features, encoded, None if digests is None else digests[rows], {})
 
     name = f"{cache.dataset.get('name', cache.path.name)} {split}"
@@ -181,11 +194,15 @@ def _encoded(images: Split, adapter: SavedAdapter, how: Encoding, *, skip: bool)
     from clip_adapter.extract.encoding.decode import Plan
     from clip_adapter.extract.encoding.device import find_device
     from clip_adapter.extract.encoding.encoder import Encoder, Stopwatch, encode_images
-    from clip_adapter.pipelines.saved.pytorch import find_backbone
+    from clip_adapter.pipelines.saved import pytorch
 
     device = find_device(how.device)
-    backbone = find_backbone(adapter.info, how.backbone, how.pretrained)
-    check_same_backbone(backbone.identity, backbone.preprocess_config, adapter.info, OTHER_WEIGHTS)
+    info = adapter.info
+    backbone = pytorch.find_backbone(info, how.backbone, how.pretrained)
+    remedy = pytorch.OTHER_WEIGHTS
+    check_same_backbone(backbone.identity, backbone.preprocess_config, info, remedy)
+    also = pytorch.find_second(info, how.also, how.also_pretrained)
+    check_same_second(pytorch.stated(also), info, pytorch.OTHER_SECOND)
     # A batch is filled up to its size, and a few images need not be.
     size = min(how.batch_size, len(images.labels))
     before = "projection" in adapter.method.needs
@@ -194,6 +211,10 @@ def _encoded(images: Split, adapter: SavedAdapter, how: Encoding, *, skip: bool)
     check_same_width(encoder.dim, adapter.weights.shape[1], name)
     if encoder.projection is not None:
         check_same_width(len(encoder.projection.weights), _width(adapter), name)
+    second = also and Encoder(also, device, size)
+    if also and second:
+        width = encoder.dim + second.dim
+        check_same_width(width, _width(adapter), also.identity["name"])
     plan = Plan(
         np.arange(len(images.labels)),
         batch_size=size,
@@ -203,12 +224,21 @@ def _encoded(images: Split, adapter: SavedAdapter, how: Encoding, *, skip: bool)
     )
 
     def blocks() -> Iterator[Block]:
+        others = second and encode_images(second, images, plan, Stopwatch())
         for batch in encode_images(encoder, images, plan, Stopwatch()):
-            encoded = features = batch.features[:, 0].astype(np.float32)
+            unreadable = {each.row: each.reason for each in batch.skipped}
+            rows, encoded = batch.rows, batch.features[:, 0].astype(np.float32)
+            features, digests = encoded, batch.digests
             if batch.pre_projection is not None:
                 features = batch.pre_projection[:, 0].astype(np.float32)
-            unreadable = {each.row: each.reason for each in batch.skipped}
-            yield Block(batch.rows, features, encoded, batch.digests, unreadable)
+            if others:  # of the same rows, but for what one of the two cannot take
+                other = next(others)
+                unreadable |= {each.row: each.reason for each in other.skipped}
+                rows, own, its = np.intersect1d(batch.rows, other.rows, return_indices=True)
+                encoded, digests = encoded[own], digests[own]
+                behind = other.features[its, 0].astype(np.float32)
+                features = np.concatenate([encoded, behind], axis=1)
+            yield Block(rows, features, encoded, digests, unreadable)
 
     return blocks
 

@@ -69,6 +69,26 @@ def separable_task(
     )
 
 
+SECOND_DIM = 5
+
+
+def with_second(task: Task) -> Task:
+    """The task as a cache of two encoders gives it: other features of each image behind its own,
+    around other centres and far from 0."""
+    rng = np.random.default_rng(11)
+    centres = 3 + rng.normal(size=(CLASSES, SECOND_DIM))
+
+    def beside(features: Any, labels: Any) -> jax.Array:
+        drawn = centres[np.asarray(labels)] + rng.normal(size=(*features.shape[:-1], SECOND_DIM))
+        return jnp.concatenate([features, jnp.asarray(drawn, jnp.float32)], axis=-1)
+
+    return task._replace(
+        features=beside(task.features, task.labels),
+        validation_features=beside(task.validation_features, task.validation_labels),
+        extra={"centre": jnp.full(SECOND_DIM, 3.25, jnp.float32)},
+    )
+
+
 def exact(task: Task) -> Task:
     """The same in NumPy, its numbers in float64."""
 

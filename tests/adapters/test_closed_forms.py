@@ -25,9 +25,11 @@ from tests.adapters.tasks import (
     Notes,
     exact,
     separable_task,
+    setting_of,
     unit,
     validation_accuracy,
     validation_nll,
+    with_second,
     zero_shot,
 )
 
@@ -35,25 +37,43 @@ TIP_ADAPTER, GDA, PROKER = (METHODS[name] for name in ("tip-adapter", "gda", "pr
 Logits = Callable[[np.ndarray], np.ndarray]
 
 
+def first(images: np.ndarray) -> np.ndarray:
+    """Unit features of the first encoder."""
+    return unit(np.asarray(images)[..., :DIM])
+
+
+def second(task: Task, images: np.ndarray) -> np.ndarray:
+    """Unit features of the second one, from the centre on; (…, 0) where there is none."""
+    return unit(np.asarray(images)[..., DIM:] - task.extra.get("centre", np.zeros(0)))
+
+
 def flattened(task: Task) -> tuple[np.ndarray, np.ndarray]:
     """Unit support rows, all views beside each other, and their labels."""
-    views, _, dim = task.features.shape
-    return unit(task.features).reshape(-1, dim), np.tile(task.labels, views)
+    views = len(task.features)
+    return first(task.features).reshape(-1, DIM), np.tile(task.labels, views)
+
+
+def second_flattened(task: Task) -> np.ndarray:
+    found = second(task, task.features)
+    return found.reshape(found.shape[0] * found.shape[1], found.shape[2])
 
 
 def tip_keys(task: Task) -> np.ndarray:
-    return unit(unit(task.features).mean(axis=0))
+    return unit(first(task.features).mean(axis=0))
 
 
 def tip_adapter(task: Task, setting: Setting, keys: np.ndarray | None = None) -> Logits:
     """keys: others than those it has without training."""
     keys = tip_keys(task) if keys is None else keys
 
+    others, weight = unit(second(task, task.features).mean(axis=0)), setting.get("second", 0)
+
     def logits(images: np.ndarray) -> np.ndarray:
-        found = zero_shot(task, images)
-        for image, row in zip(unit(images), found, strict=True):
-            for key, label in zip(keys, task.labels, strict=True):
+        found = zero_shot(task, images[:, :DIM])
+        for image, own, row in zip(first(images), second(task, images), found, strict=True):
+            for key, other, label in zip(keys, others, task.labels, strict=True):
                 row[label] += setting["alpha"] * np.exp(-setting["beta"] * (1 - image @ key))
+                row[label] += weight * np.exp(-3 * (1 - own @ other))
         return found
 
     return logits
@@ -71,10 +91,19 @@ def gaussians(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def gda(task: Task, setting: Setting) -> Logits:
-    kernel, bias = gaussians(*flattened(task))
-    return lambda images: (
-        zero_shot(task, images) + setting["alpha"] * (unit(images) @ kernel + bias)
-    )
+    images, labels = flattened(task)
+    kernel, bias = gaussians(images, labels)
+    own, own_bias = np.zeros((0, CLASSES)), 0
+    if task.extra:
+        own, own_bias = gaussians(second_flattened(task), labels)
+    weight = setting.get("second", 0)
+
+    def logits(images: np.ndarray) -> np.ndarray:
+        gaussian = first(images) @ kernel + bias
+        gaussian += weight * (second(task, images) @ own + own_bias)
+        return zero_shot(task, images[:, :DIM]) + setting["alpha"] * gaussian
+
+    return logits
 
 
 def residual(task: Task) -> tuple[np.ndarray, np.ndarray]:
@@ -88,24 +117,29 @@ def kernel_ridge(task: Task, setting: Setting) -> Logits:
         return np.exp(-setting["beta"] * (1 - left @ right.T))
 
     support, left_over = residual(task)
-    system = kernel(support, support) / setting["ridge"] + np.eye(len(support))
-    duals = np.linalg.solve(system, left_over)
+    others, weight = second_flattened(task), setting.get("second", 0)
+    both = kernel(support, support) + weight * kernel(others, others)
+    duals = np.linalg.solve(both / setting["ridge"] + np.eye(len(support)), left_over)
 
     def logits(images: np.ndarray) -> np.ndarray:
-        rows = unit(images)
-        return rows @ unit(task.head.weights).T + kernel(rows, support) @ duals
+        rows = first(images)
+        near = kernel(rows, support) + weight * kernel(second(task, images), others)
+        return rows @ unit(task.head.weights).T + near @ duals
 
     return logits
 
 
 def ridge(task: Task, setting: Setting) -> Logits:
-    """The normal equations, D × D."""
+    """The normal equations, (D + E) × (D + E)."""
+    root = setting.get("second", 0) ** 0.5
     images, labels = flattened(task)
+    images = np.hstack([images, root * second_flattened(task)])
     start = setting["prior"] * unit(task.head.weights)
+    start = np.hstack([start, np.zeros((CLASSES, images.shape[1] - DIM))])
     system = images.T @ images + setting["ridge"] * np.eye(images.shape[1])
     right = images.T @ np.eye(CLASSES)[labels] + setting["ridge"] * start.T
     weights = np.linalg.solve(system, right)
-    return lambda images: unit(images) @ weights
+    return lambda images: np.hstack([first(images), root * second(task, images)]) @ weights
 
 
 def timo(task: Task, setting: Setting) -> Logits:
@@ -222,6 +256,80 @@ def test_all_zero_features_are_finite(name: str, engine: Engine):
         assert all(np.isfinite(array).all() for array in arrays.values())
         classify = make_classify(METHODS[name], setting, arrays, task.head)
         assert np.isfinite(classify(np.zeros((2, DIM)))).all()
+
+
+# A second encoder
+
+BOTH = [name for name, method in METHODS.items() if method.takes_second]
+
+
+def test_what_takes_a_second_encoder():
+    assert {*BOTH} == {"tip-adapter", "gda", "proker", "ridge"}
+
+
+@pytest.mark.parametrize("kind", ["one view", "views", "as many images as dimensions"])
+@pytest.mark.parametrize("name", BOTH)
+def test_both_encoders_count_as_the_formula_has_it(name: str, kind: str, engine: Engine):
+    method, task = METHODS[name], with_second(TASKS[kind])
+    images = exact(task).validation_features
+    for weight in (0.3, 10.0):
+        setting = POINTS[name][0] | {"second": weight}
+        arrays = fit(method, setting, None, task, engine)
+        found = make_classify(method, setting, arrays, task.head)(task.validation_features)
+        expected = REFERENCES[name](exact(task), setting)(images)
+        np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+        alone = REFERENCES[name](exact(task), setting | {"second": 0.0})(images)
+        assert np.abs(alone - expected).max() > 0.01 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_each_weight_of_the_second_encoder_is_tried(name: str, engine: Engine):
+    method, task = METHODS[name], with_second(separable_task(noise=3.0, data_seed=3))
+    values = {n: (v,) for n, v in POINTS[name][0].items()} | {"second": (0.0, 0.3, 3.0)}
+    found = list(search(method, values, [task], engine, Notes()))
+    assert [e.setting["second"] for e in found] == [0.0, 0.3, 3.0]
+    for evaluation in found:
+        logits = REFERENCES[name](exact(task), evaluation.setting)(exact(task).validation_features)
+        assert evaluation.accuracy == pytest.approx(validation_accuracy(logits, task))
+        assert evaluation.nll == pytest.approx(validation_nll(logits, task), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_without_weight_nothing_of_the_second_encoder_is_kept(name: str, engine: Engine):
+    plain = separable_task(views=3)
+    setting = POINTS[name][0]
+    one = fit(METHODS[name], setting, None, plain, engine)
+    other = fit(METHODS[name], setting | {"second": 0.0}, None, with_second(plain), engine)
+    assert {*one} == {*other}
+    for array, same in ((one[n], other[n]) for n in one):
+        np.testing.assert_allclose(array, same, atol=1e-5 * np.abs(array).max(initial=1))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_second_encoder_is_tried_from_four_shots_on(name: str):
+    method = METHODS[name]
+    assert "second" not in method.values({}) and "second" not in setting_of(method)
+    with pytest.raises(ValueError, match="second has no effect on features of one encoder"):
+        method.values({"second": (1.0,)})
+    values = method.values({}, there=("second",))
+    assert method.tried_at(4, values) == values and len(values["second"]) == 6
+    assert method.tried_at(3.9, values)["second"] == (0.0,)
+    given = method.values({"second": (1.0, 2.0)}, there=("second",))
+    assert method.tried_at(1, given) == given
+    assert method.values({}, one=True, there=("second",))["second"] == (0.0,)
+    assert method.default_setting(values)["second"] == 0.0
+
+
+def test_new_classes_are_told_by_the_first_encoder_alone():
+    task = exact(with_second(separable_task(shots=30)))
+    head = Head(unit(np.random.default_rng(5).normal(size=(3, DIM))), 20.0, 0.25)
+    setting = {"alpha": 1.0, "second": 1.0}
+    fitted = GDA.fit(np, task, setting)
+    found = GDA.for_classes(fitted, setting, task, head)
+    wanted = GDA.for_classes(fitted, setting, exact(separable_task(shots=30)), head)
+    images = np.asarray(task.validation_features)
+    logits = GDA.logits(np, found, setting, images, head)
+    np.testing.assert_allclose(logits, GDA.logits(np, wanted, setting, images[:, :DIM], head))
 
 
 # GDA
@@ -384,6 +492,14 @@ def test_a_large_support_set_is_approximated_and_it_says_so(
     corrected = mapped(unit(images)) @ mapped(support).T @ np.linalg.solve(system, left_over)
     np.testing.assert_allclose(found, without + corrected, atol=1e-4)
 
+    monkeypatch.setattr(proker, "RANDOM_FEATURES", 4000)
+    both, with_both = with_second(task), setting | {"second": 1.0}
+    arrays = fit(PROKER, with_both, None, both, engine)
+    found = make_classify(PROKER, with_both, arrays, task.head)(both.validation_features)
+    whole = kernel_ridge(exact(both), with_both)(exact(both).validation_features)
+    assert np.abs(found - whole).max() < 0.15 * np.abs(whole - without).max()
+    assert arrays["points"].shape == (2000, DIM) and arrays["duals"].shape == (4000, CLASSES)
+
 
 # Rounds left out
 
@@ -428,11 +544,14 @@ def test_rounds_leave_out_what_can_be_left_out():
 
 
 @pytest.mark.parametrize("kind", ROUNDS)
-@pytest.mark.parametrize("name", LEFT_OUT)
+@pytest.mark.parametrize("name", [*LEFT_OUT, *(f"{name} with both encoders" for name in BOTH)])
 def test_left_out_logits_are_those_of_fits_without_the_round(name: str, kind: str):
-    task = exact(ROUNDS[kind])
+    name, _, both = name.partition(" ")
+    task, more = exact(ROUNDS[kind]), {}
+    if both:
+        task, more = exact(with_second(ROUNDS[kind])), {"second": 0.3}
     rounds = rounds_of(task.labels)
-    for setting in POINTS[name]:
+    for setting in (point | more for point in POINTS[name]):
         found = METHODS[name].left_out(np, task, setting, rounds)
         assert found.dtype == np.float64
         for number, members in enumerate(rounds.members):

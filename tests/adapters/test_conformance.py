@@ -143,7 +143,8 @@ def test_a_row_that_came_after_the_first_files_says_what_they_were(method: Metho
     first = FIRST_ROWS.get(method.name, " ".join(method.hyper)).split()
     assert {*first} <= {*method.hyper}, "files state a hyper-parameter that the method has not"
     for name, hyper in method.hyper.items():
-        assert name in first or hyper.absent is not None, f"{name}: Hyper(…, absent=…)"
+        known = name in first or hyper.absent is not None or hyper.needs
+        assert known, f"{name}: Hyper(…, absent=…)"
 
 
 @every_method
@@ -249,8 +250,10 @@ def test_its_logits_are_cosines_of_the_features_that_it_adapts(method: Method, e
 @every_method
 def test_arrays_have_the_shapes_that_the_record_states(method: Method, engine: Engine):
     arrays = fitted(method, engine)
-    assert {*arrays} <= {*method.shapes}
-    assert {*arrays} == {*method.shapes} or method.network
+    of_second = {n for n in method.shapes if n == "centre" or n.startswith("second")}
+    assert bool(of_second) == method.takes_second
+    assert {*arrays} <= {*method.shapes} - of_second
+    assert {*arrays} == {*method.shapes} - of_second or method.network
     sizes = {"C": CLASSES, "D": DIM}
     for name, array in arrays.items():
         letters = method.shapes[name].split()

@@ -55,6 +55,7 @@ def test_a_hyper_parameter_has_no_name_that_means_something_else() -> None:
         ({"hyper": {"a": replace(HALF, absent=1.5)}}, "a is 1.5, not a number in"),
         ({"hyper": {"a": replace(HALF, default=[1])}}, "a is [1], not a number or a word"),
         ({"hyper": {"a": replace(HALF, when={"b": (1,)})}}, "does not stand above"),
+        ({"hyper": {"a": replace(HALF, needs="third")}}, "a needs 'third'; there is ['second']"),
         ({"presets": {"paper": {"beta": 1.0}}}, "has 'beta', which it has not"),
         ({"presets": {"paper": {"alpha": 99.0}}}, "alpha is 99.0, not"),
         ({"shapes": {"weight": 3}}, "no table of letters"),

@@ -20,6 +20,7 @@ def rewrite(path: Path, change: Change) -> None:
         for split in file["images"] if isinstance(file.get("images"), h5py.Group) else ():
             rehash(file, f"images/{split}/features")
             rehash(file, f"images/{split}/pre_projection")
+            rehash(file, f"images/{split}/features2")
         sums = document.get("datasets_sha256")
         for name in sums if isinstance(sums, dict) else ():
             here = name in file and isinstance(file.get(name, getlink=True), h5py.HardLink)

@@ -225,3 +225,94 @@ def test_an_entry_of_the_table_is_all_that_an_element_needs(
     rewrite(whole, lambda file, document: put(file, name, np.zeros(3, np.uint8)))
     with pytest.raises(UserError, match=f"{name} has a type that the format does not know"):
         FeatureCache(whole)
+
+
+SECOND = {
+    "name": "toy-dino",
+    "pretrained": "made-up",
+    "weights_sha256": "1" * 64,
+    "embed_dim": 3,
+    "image_size": [8, 9],
+    "preprocess": {"size": [8, 9], "crop_pct": 0.9},
+}
+FEATURES2 = {
+    "train": RNG.normal(size=(2, 9, 3)).astype(np.float32),
+    "test": RNG.normal(size=(1, 5, 3)).astype(np.float32),
+}
+
+
+def write_both(path: Path, part: Part | None = None, **changes: Any) -> Path:
+    """A cache, or a part of one, with features of a second encoder."""
+    rows = part.rows if part else {"train": (0, 9, 9), "test": (0, 5, 5)}
+    content = {} if part and part.index > 1 else text()
+    for split, (start, stop, _) in rows.items():
+        ids = [f"{split}/{row}" for row in range(start, stop)]
+        labels = [row % 3 for row in range(start, stop)]
+        values = np.ones((len(FEATURES2[split]), stop - start, DIM), np.float32)
+        own = FEATURES2[split][:, start:stop]
+        content |= images(split, values, labels, ids=ids, features2=own)
+    stated = STATED | {"backbone2": SECOND}
+    write_cache(path, content, **stated | changes, part=part, templates=TEMPLATES)
+    return path
+
+
+def test_features_of_a_second_encoder_are_given_back_and_joined(tmp_path: Path) -> None:
+    whole = write_both(tmp_path / "whole.h5")
+    with FeatureCache(whole) as cache:
+        assert cache.has("features2") and cache.backbone2 == SECOND
+        found = cache.features2("train", [3, 0, 3])
+        np.testing.assert_array_equal(found, FEATURES2["train"][:, [3, 0, 3]])
+        assert cache.features2("test", [1], views=1).shape == (1, 1, 3)
+        digest = hashlib.sha256()
+        paths = [f"images/{s}/{n}" for s in cache.splits for n in ("features", "labels", "ids")]
+        paths += ["text/features", "text/class_names", "text/templates"]
+        with h5py.File(whole) as file:
+            for name in (*paths, *(f"images/{split}/features2" for split in cache.splits)):
+                digest.update(f"{name} {file[name].shape}\n".encode() + file[name][...].tobytes())
+        assert cache.content_sha256 == digest.hexdigest()
+    assert dict(inspect(InspectConfig(whole)))["second encoder"].startswith("embed_dim 3, ")
+    parts = [
+        write_both(tmp_path / "1.h5", Part(1, 2, {"train": (0, 4, 9), "test": (0, 2, 5)})),
+        write_both(tmp_path / "2.h5", Part(2, 2, {"train": (4, 9, 9), "test": (2, 5, 5)})),
+    ]
+    merge_parts(parts, tmp_path / "merged.h5")
+    assert datasets(tmp_path / "merged.h5") == datasets(whole)
+    with FeatureCache(tmp_path / "merged.h5") as cache:
+        assert cache.backbone2 == SECOND
+    other = SECOND | {"weights_sha256": "2" * 64}
+    parts[1].unlink()
+    rows = {"train": (4, 9, 9), "test": (2, 5, 5)}
+    write_both(parts[1], Part(2, 2, rows), backbone2=other)
+    with pytest.raises(UserError, match="do not belong together: backbone2 differ"):
+        merge_parts(parts, tmp_path / "other.h5")
+
+
+def test_what_a_second_encoder_cannot_be(tmp_path: Path) -> None:
+    for changes, words in (
+        ({"backbone2": None}, "features of 3 numbers and embed_dim of None"),
+        ({"backbone2": SECOND | {"embed_dim": 4}}, "features of 3 numbers and embed_dim of 4"),
+        ({"backbone2": {"name": "toy", "embed_dim": 3}}, "its metadata: backbone2 lacks"),
+    ):
+        with pytest.raises(UserError, match=words):
+            write_both(tmp_path / "features.h5", **changes)
+    cache = write_both(tmp_path / "features.h5")
+    with FeatureCache(make_cache(tmp_path / "plain.h5")) as plain:
+        assert plain.backbone2 is None
+        with pytest.raises(UserError, match="has no features2; extract"):
+            plain.features2("train", [0])
+
+    def without(file: h5py.File, document: dict[str, Any]) -> None:
+        del file["images/test/features2"]
+
+    def nameless(file: h5py.File, document: dict[str, Any]) -> None:
+        del document["backbone2"]
+
+    for change, words in (
+        (nameless, "its features have 3 numbers, not None"),
+        (without, "lacks images/test/features2"),
+    ):
+        rewrite(cache, change)
+        with pytest.raises(UserError, match=words):
+            FeatureCache(cache)
+        cache.unlink()
+        write_both(cache)

@@ -16,6 +16,13 @@ from clip_adapter.pipelines.fitting.config import FitConfig
 from tests import processes
 
 DIM = 16
+SECOND = {
+    "name": "tiny-dino",
+    "pretrained": "nothing",
+    "weights_sha256": "1" * 64,
+    "image_size": 8,
+    "preprocess": {"size": 8, "crop_pct": 0.875},
+}
 Split = tuple[np.ndarray, np.ndarray]
 
 
@@ -84,9 +91,11 @@ def write_cache(
     *,
     ids: Sequence[str] = (),
     digests: bool = False,
+    second: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """class_names: by default `class 0` and so on. ids: of the images of every split, by default
-    `<split>/<row>`. digests: with some, which depend on the ids alone."""
+    `<split>/<row>`. digests: with some, which depend on the ids alone. second: features (V, N, E)
+    of a second encoder, by split."""
     content: dict[str, Any] = {
         "text/features": data.text,
         "text/class_names": class_names or [f"class {number}" for number in range(data.classes)],
@@ -97,6 +106,8 @@ def write_cache(
         named = {"features": features, "labels": labels, "ids": own}
         if digests:
             named["digests"] = [crc32(name.encode()) for name in own]
+        if second:
+            named["features2"] = second[split]
         content |= {f"images/{split}/{name}": values for name, values in named.items()}
     write_content(
         path,
@@ -113,6 +124,7 @@ def write_cache(
         logit_scale=20.0,
         logit_bias=0.5,
         arguments={"data": data.name},
+        backbone2=SECOND | {"embed_dim": second["train"].shape[2]} if second else None,
     )
     return path
 
