@@ -24,7 +24,8 @@ from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.running import EXIT_PARTIAL, run_command
 from clip_adapter.pipelines.console.terminal import Advance, Terminal, no_advance, progress
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter
-from clip_adapter.pipelines.scoring.images import Block, Blocks, encoded_files
+from clip_adapter.pipelines.scoring.cached import Block, Blocks
+from clip_adapter.pipelines.scoring.images import encoded_files
 from clip_adapter.pipelines.scoring.prediction_formats import FORMATS, Prediction
 from clip_adapter.words import counted, printable
 

@@ -74,6 +74,9 @@ class FitConfig:
         unlabelled: Cache of images without labels (`extract`'s part of that name; it may be --cache
             itself), which refine each chosen classifier by StatA where labelled images that took no
             part say that this is no worse. None of them is one that fits, chooses or tests.
+        from_run: Run folder, or that of one of its adapters, whose method and setting are taken for
+            this cache, with no search: when a class or images have come since. What changed in
+            accuracy for the classes of before is said. [its shots and seed]
         resume: Run folder of an interrupted `fit` to go on with, as it was begun: beside it stand
             --cache and --unlabelled, where those lie elsewhere now, and --method MODULE:NAME of
             your own.
@@ -105,6 +108,7 @@ class FitConfig:
     refit: bool = False
     placement: Literal["auto", "sequential", "vectorised"] = "auto"
     unlabelled: Path | None = field(default=None, metadata=OF_ALL | NOTHING)
+    from_run: Path | None = field(default=None, metadata={"flag": "from"})
     resume: Path | None = field(default=None, metadata=NOTHING)
     verbose: bool = field(default=False, metadata=NOTHING)
     hyper: Mapping[str, Any] = field(default_factory=dict, metadata={"option": False})
@@ -117,7 +121,7 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         """Take what a person types: one value for several, strings for paths."""
-        for name in ("cache", "out", "tasks", "unlabelled", "resume"):
+        for name in ("cache", "out", "tasks", "unlabelled", "from_run", "resume"):
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, Path(value).expanduser())
@@ -137,7 +141,8 @@ class FitConfig:
         given = {n for n in given if getattr(self, n) != getattr(plain, n)} | (given & self.stated)
         if all(":" in name for name in self.method):
             given.discard("method")  # named to make them known
-        return [dashed(name) for name in (*sorted(given - {"hyper"}), *self.hyper)]
+        flags = {f.name: f.metadata.get("flag", f.name) for f in fields(self)}
+        return [dashed(flags.get(name, name)) for name in (*sorted(given - {"hyper"}), *self.hyper)]
 
 
 def words_of(name: str) -> tuple[str, ...]:

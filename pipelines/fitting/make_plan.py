@@ -63,6 +63,7 @@ def make_plan(
         "ablate": ablate,
         "unlabelled": unlabelled,
         "unlabelled_cache": str(config.unlabelled or ""),
+        "from_run": str(config.from_run or ""),
     }
     plan = Plan(**alike | resolved)
     check_protocol(plan)
@@ -196,7 +197,7 @@ def without_effect(config: FitConfig, plan: Plan) -> list[str]:
     if plan.score != "accuracy" and plan.select == "none":
         sentences.append(f"--score {plan.score} has no effect with --select none.")
     given = [own_values(config, planned.method).get("epoch") for planned in plan.fitted]
-    if plan.select == "none" and ("best",) in given:
+    if plan.select == "none" and ("best",) in given and not plan.from_run:
         sentences.append("--epoch best has no effect with --select none, where nothing is judged.")
     if plan.augment and not any(planned.method.uses_views for planned in plan.methods):
         sentences.append("--augment has no effect: none of these methods uses views.")

@@ -35,7 +35,8 @@ LARGEST_SEED = 2**31 - 1  # JAX takes an int32
 OWN_SHA256 = "sha256"
 TASKS = "tasks.json"
 # Stated where they are given: plans without them are what they were.
-WHERE_GIVEN = ("tasks", "unlabelled", "unlabelled_cache")
+WHERE_GIVEN = ("tasks", "unlabelled", "unlabelled_cache", "groups", "from_run", "from_sha256")
+ELSEWHERE = ("cache", "unlabelled_cache", "from_run", OWN_SHA256)  # may be, and change no number
 METHOD = "method"  # a factor of an ablation that is no hyper-parameter
 Json = dict[str, Any]
 
@@ -70,6 +71,8 @@ class Plan:
     compared: the methods that `--ablate method` shows, some of which may be among the others.
     unlabelled: which images without labels refine what is chosen, "" for none; unlabelled_cache:
     where they lie.
+    groups: which images belong together, "" where each is its own.
+    from_run: where the adapter lies whose setting was taken, "" for none; from_sha256: of that.
     """
 
     clip_adapter: str
@@ -93,6 +96,9 @@ class Plan:
     tasks: str = ""
     unlabelled: str = ""
     unlabelled_cache: str = ""
+    groups: str = ""
+    from_run: str = ""
+    from_sha256: str = ""
 
     @property
     def fitted(self) -> list[PlannedMethod]:
@@ -171,7 +177,7 @@ class Plan:
         """In what the two differ; the content of the cache counts, not where it lies."""
         one, two = self.document(), other.document()
         unlike = [name for name in one | two if one.get(name) != two.get(name)]
-        names = [n for n in unlike if n not in ("cache", "unlabelled_cache", OWN_SHA256)]
+        names = [n for n in unlike if n not in ELSEWHERE]
         if "methods" in names:
             mine = {planned.name: planned.values for planned in self.methods}
             others = {planned.name: planned.values for planned in other.methods}

@@ -1,0 +1,79 @@
+"""Images that belong together (a burst, a video, a patient) and stay on one side: of a draw, of a
+choice, of a fold."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_adapter.cache.content import groups_in_several_splits
+from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.words import counted, quoted
+
+MAX_FOLDS = 4
+Rows = npt.NDArray[np.int64]
+
+
+def numbers_of(cache: FeatureCache) -> Rows | None:
+    """(N,) the group of each training image and, behind them, of each of val, numbered as they
+    first come; an image of a split without groups is one of its own. None where no split has
+    some."""
+    splits = [split for split in ("train", "val") if split in cache.splits]
+    named = {split: cache.groups(split) for split in splits}
+    if not any(named.values()):
+        return None
+    numbers: dict[object, int] = {}
+    every: list[object] = []
+    for split, names in named.items():
+        every += names or [(split, row) for row in range(cache.shape(split)[1])]
+    return np.array([numbers.setdefault(name, len(numbers)) for name in every], np.int64)
+
+
+def identity_of(groups: Rows | None) -> str:
+    """Which images belong together, "" for none; names have no say."""
+    if groups is None:
+        return ""
+    digest = hashlib.sha256(groups.tobytes()).hexdigest()[:16]
+    return f"{counted(int(groups.max()) + 1, 'group')} {digest}"
+
+
+def tested_twins(cache: FeatureCache) -> str:
+    """A sentence on groups whose images are both trained on and tested, "" where there are none."""
+    names = {s: cache.groups(s) for s in cache.splits if s != "val"}
+    if not (shared := groups_in_several_splits(names)):
+        return ""
+    return (
+        f"{counted(len(shared), 'group has', 'groups have')} images in train and in test, such as "
+        f"{quoted(shared[0][0])}: test accuracy is partly of images like those trained on."
+    )
+
+
+def fold_of(units: Rows, labels: npt.NDArray[np.int32], support: Rows) -> Rows | None:
+    """Deals groups to folds, as many as the class of fewest groups has and four at most.
+
+    Groups of most images come first, equal ones in drawing order; each goes where there are fewest
+    images of its classes, so that groups of one image each are dealt in turn. An image that was
+    drawn repeatedly counts once.
+
+    units: (S,) of which group each support image is. support: which image. Returns (S,), None where
+    some class would lie in one fold as a whole.
+    """
+    count = min(len(np.unique(units[labels == label])) for label in np.unique(labels))
+    count = min(count, MAX_FOLDS)
+    if count < 2:
+        return None
+    folds = np.empty(len(units), np.int64)
+    dealt = np.zeros((count, int(labels.max()) + 1), np.int64)
+    _, first = np.unique(support, return_index=True)  # each image once
+    names, start = np.unique(units, return_index=True)
+    members = {unit: np.flatnonzero(units == unit) for unit in names[np.argsort(start)].tolist()}
+    once = {unit: np.intersect1d(own, first) for unit, own in members.items()}
+    for unit in sorted(members, key=lambda one: -len(once[one])):
+        own = np.bincount(labels[once[unit]], minlength=dealt.shape[1])
+        fold = int(dealt[:, own > 0].sum(axis=1).argmin())
+        dealt[fold] += own
+        folds[members[unit]] = fold
+    missing = (dealt == dealt.sum(axis=0)) & (dealt > 0)
+    return None if missing.any() else folds
