@@ -18,15 +18,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
-from clip_adapter.adapters.formulas import (
-    cosine_logits,
-    cross_entropy,
-    log_softmax,
-    sum_by_class,
-    unit,
+from clip_adapter.adapters.decisions import (
+    likeliest_temperature,
+    prior_temperature,
+    probabilities,
 )
+from clip_adapter.adapters.formulas import cosine_logits, sum_by_class, unit
 from clip_adapter.adapters.method import Head, Task
 from clip_adapter.adapters.methods.gda import GDA, NO_SPREAD, by_shots
 from clip_adapter.adapters.neighbours import blocks
@@ -84,30 +82,27 @@ def left_out_logits(
 
 
 def judged(
-    logits: Float[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]
+    features: Float[np.ndarray, "N D"], labels: Int[np.ndarray, " N"], head: Head
 ) -> tuple[Float[np.ndarray, " N"], Int[np.ndarray, " N"], Float[np.ndarray, " N"]]:
-    """By left-out logits: p of each image's label, which other class is the likeliest, and its p.
+    """By all other images: p of each image's label, which other class is the likeliest, and its p.
 
-    Images that the max_{c≠y} p_c − p_y of these ranks first are those to look at.
+    The images whose max_{c≠y} p_c − p_y is largest are those to look at first.
     """
-    every = -(-len(labels) // JUDGES)
-    temperature = _temperature(logits[::every], labels[::every])
+    logits = left_out_logits(features, labels, head)
+    some = slice(None, None, -(-len(labels) // JUDGES))
+    shown = logits[some][:, np.isfinite(logits[0])]
+    prior = prior_temperature(shown, cosine_logits(np, features[some], head))
+    places = np.searchsorted(np.unique(labels), labels[some])
+    temperature = likeliest_temperature(shown, places, prior)
     own, likelier, share = (np.empty(len(labels), kind) for kind in (float, np.int64, float))
-    for block in blocks(len(labels), logits.shape[1]):
-        shares = np.exp(log_softmax(np, logits[block].astype(np.float64) / temperature))
+    for block in blocks(*logits.shape):
+        shares = probabilities(logits[block], temperature)
         column = labels[block][:, None].astype(np.int64)
         own[block] = np.take_along_axis(shares, column, axis=1)[:, 0]
         np.put_along_axis(shares, column, -1, axis=1)
         likelier[block] = shares.argmax(axis=1)
         share[block] = shares.max(axis=1)
     return own, likelier, share
-
-
-def _temperature(logits: Float[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]) -> float:
-    def loss(x: float) -> float:
-        return float(cross_entropy(np, logits.astype(np.float64) / np.exp(x), labels).mean())
-
-    return float(np.exp(minimize_scalar(loss, bounds=(-3, 7), method="bounded").x))
 
 
 def accuracy_of(

@@ -1,11 +1,11 @@
 """Which images are near-equal, and which are the most telling ones to label next.
 
-    near-equal:  d_ij ≤ 0.15 · min(r_i, r_j),  d = 1 − cosine, r_i the distance to the tenth neighbour
-    next:        argmax_i u_i d_i
+    near-equal: d_ij ≤ 0.15 · min(r_i, r_j)          next: argmax_i u_i d_i
 
-u = 1 − (p₁ − p₂), of the two largest probabilities of an image; d_i its distance to the nearest
-image that is labelled or has been chosen before. What 0.15 and the tenth neighbour list, and miss,
-and how many labels the product spares: docs/decisions.md.
+d_ij = 1 − cosine, and r_i is the distance to the tenth neighbour. u = 1 − (p₁ − p₂), of the two
+largest probabilities of an image, and d_i its distance to the nearest image that is labelled or has
+been chosen before. What 0.15 and the tenth neighbour list, and miss, and how many labels the
+product spares: docs/decisions.md.
 """
 
 from __future__ import annotations
@@ -80,6 +80,16 @@ def near_equal(features: Float[np.ndarray, "N D"]) -> Int[np.ndarray, "P 2"]:
     row, place = np.nonzero(distances <= np.maximum(NEAR * smaller, ROUNDING))
     pairs = np.sort(np.stack([row, near[row, place]], axis=1), axis=1)
     return np.unique(pairs, axis=0)
+
+
+def usual_reach(cosines: Float[np.ndarray, "S N"]) -> float:
+    """How far near-equal images are from each other where a sample stands for all: 0.15 · median r.
+
+    cosines: of S rows with all N, themselves among them.
+    """
+    place = min(NEIGHBOURS + 1, cosines.shape[1])
+    radius = 1 - np.partition(cosines, -place, axis=1)[:, -place]
+    return max(NEAR * float(np.median(radius)), ROUNDING)
 
 
 def grouped(pairs: Int[np.ndarray, "P 2"], count: int) -> Int[np.ndarray, " N"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import NoReturn
 
 import numpy as np
@@ -35,8 +34,8 @@ def _labels(found: Audit) -> Iterator[str]:
         return
     yield f"labels: look at the first {number:,}; the other images make another class likelier"
     columns = found.columns()
-    names = "image", "label", "probability", "likelier", "likelier_probability"
-    for image, label, p, other, q in islice(zip(*(columns[n] for n in names)), min(number, SHOWN)):
+    for row in range(min(number, SHOWN)):
+        image, _, label, p, other, q, *_ = (column[row] for column in columns.values())
         shown = f"{_name(image)}  {_name(label)} {100 * p:.1f} %"
         yield f"  {shown}  rather {_name(other)} {100 * q:.1f} %"
     if number > SHOWN:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.adapters.label_check import FEWEST, accuracy_of, judged, left_out_logits
+from clip_adapter.adapters.label_check import FEWEST, accuracy_of, judged
 from clip_adapter.adapters.method import Head
 from clip_adapter.adapters.neighbours import ONE_TEXT, alike
 from clip_adapter.cache.reader import FeatureCache
@@ -152,7 +152,7 @@ def _audit(cache: FeatureCache, count: int | None) -> Audit:
     features = np.concatenate([each.features[0] for each in images])
     labels = np.concatenate([each.labels for each in images])
     head = zero_shot_head(cache)
-    own, likelier, share = judged(left_out_logits(features, labels, head), labels)
+    own, likelier, share = judged(features, labels, head)
     alone = (np.bincount(labels, minlength=len(names)) == 1)[labels]
     suspicion = np.where(alone, -np.inf, share - own)
     order = np.argsort(-suspicion, kind="stable")

@@ -23,9 +23,10 @@ from clip_adapter.adapters.method import Task
 from clip_adapter.adapters.registry import REFERENCE
 from clip_adapter.adapters.stata import refine
 from clip_adapter.pipelines.fitting.choice import is_finite
+from clip_adapter.pipelines.fitting.groups import MAX_FOLDS
 from clip_adapter.pipelines.fitting.one_task import TaskRunner
 from clip_adapter.pipelines.fitting.results import TaskResult
-from clip_adapter.pipelines.fitting.tasks import MAX_FOLDS, TaskRows
+from clip_adapter.pipelines.fitting.tasks import TaskRows
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter
 
 Rows = npt.NDArray[np.int64]

@@ -74,9 +74,8 @@ def find_twins(
 
 def near_equal_across(cache: FeatureCache) -> dict[str, int]:
     """For each split but the first how many of its images have a near-equal one in another."""
-    sizes = [cache.shape(split)[1] for split in cache.splits]
-    features = [cache.features(split, range(n), 1)[0] for split, n in zip(cache.splits, sizes)]
-    of_split = np.repeat(np.arange(len(sizes)), sizes)
+    features = [cache.images(split, views=1).features[0] for split in cache.splits]
+    of_split = np.repeat(np.arange(len(features)), [len(own) for own in features])
     groups = grouped(near_equal(np.concatenate(features)), len(of_split))
     none = np.zeros((0, 2), np.int64)
     across = Twins(none, none, groups, of_split).across
@@ -92,7 +91,7 @@ def warn_of_near_equal(path: Path, listener: Listener) -> None:
     images of one have a near-equal neighbour in another."""
     with FeatureCache(path) as cache:
         stated = cache.dataset["splits"]
-        cut = any(str(stated.get(split, "")).find(OWN_CUT) >= 0 for split in cache.splits)
+        cut = any(OWN_CUT in str(stated.get(split, "")) for split in cache.splits)
         if not cut or sum(cache.shape(split)[1] for split in cache.splits) > MOST:
             return
         found = {split: n for split, n in near_equal_across(cache).items() if n}

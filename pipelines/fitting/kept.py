@@ -13,12 +13,13 @@ from clip_adapter.listener import Listener
 from clip_adapter.pipelines.deciding.held_out import with_decisions
 from clip_adapter.pipelines.fitting.choice import is_finite
 from clip_adapter.pipelines.fitting.config import shots_words
+from clip_adapter.pipelines.fitting.groups import MAX_FOLDS
 from clip_adapter.pipelines.fitting.one_task import TaskRunner, fitted_on
 from clip_adapter.pipelines.fitting.options import command_that_keeps
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.fitting.results import TaskResult
 from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder, writing
-from clip_adapter.pipelines.fitting.tasks import MAX_FOLDS, TaskRows, kept_task
+from clip_adapter.pipelines.fitting.tasks import TaskRows, kept_task
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter, save_adapter
 
 if TYPE_CHECKING:

@@ -156,18 +156,16 @@ def write_columns(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
     out = StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows(map(_shown, row) for row in zip(*columns.values(), strict=True))
+    writer.writerows([*map(_shown, row)] for row in zip(*columns.values(), strict=True))
     files.write_text(path, out.getvalue())
 
 
-def _shown(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, bool):
-            yield "yes" if value else "no"
-        elif isinstance(value, float):
-            yield "" if np.isnan(value) else rounded(value)
-        else:
-            yield cell(value) if isinstance(value, str) else value
+def _shown(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return "" if np.isnan(value) else rounded(value)
+    return cell(value) if isinstance(value, str) else value
 
 
 def check_place(path: Path | None, suffix: str) -> None:
