@@ -1,7 +1,7 @@
 """What all other images say of each image's label: Gaussian discriminant analysis (gda.py) without
-that image, exactly.
+that image.
 
-    z_c = zero-shot logit + α (x·P μ_c − ½ μ_c·P μ_c − log C),   P = D (S + t I)⁻¹
+    z_c = zero-shot logit + α g_c,   g_c = x·P μ_c − ½ μ_c·P μ_c,   P = D (S + t I)⁻¹
 
 S (D, D) is the scatter of the N unit rows about their classes' means μ, t = tr S / (N − 1). Without
 image x of a class of n images, with d = x − μ_y and c = n / (n − 1),
@@ -9,13 +9,16 @@ image x of a class of n images, with d = x − μ_y and c = n / (n − 1),
     μ_y ← μ_y − d / (n − 1),   S ← S − c d dᵀ,   t ← (tr S − c ‖d‖²) / (N − 2)
 
 so that the eigenvectors of S serve every image, and the inverse of each is had from them in D C
-multiplications (Sherman and Morrison). α is the method's default, T the likeliest one over all
-images: each was left out by what speaks of it, so that nothing needs folds.
+multiplications (Sherman and Morrison). By these exact ones α and the temperature T are the
+likeliest, without folds. Labels are then judged with the image left out of its class's mean alone:
+P of all images, with its own among them, says less of one that is unlike all others, and of planted
+wrong labels more are found among the first (docs/decisions.md).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,61 +27,85 @@ from clip_adapter.adapters.decisions import (
     prior_temperature,
     probabilities,
 )
-from clip_adapter.adapters.formulas import cosine_logits, sum_by_class, unit
+from clip_adapter.adapters.formulas import cosine_logits, cross_entropy, sum_by_class, unit
 from clip_adapter.adapters.method import Head, Task
-from clip_adapter.adapters.methods.gda import GDA, NO_SPREAD, by_shots
+from clip_adapter.adapters.methods.gda import GDA, NO_SPREAD
 from clip_adapter.adapters.neighbours import blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 FEWEST = 3  # images: of two nothing is left to know a spread by
-JUDGES = 8192  # images that T is the likeliest of
+JUDGES = 8192  # images that α and T are the likeliest of
 
 
-def left_out_logits(
-    features: Float[np.ndarray, "N D"], labels: Int[np.ndarray, " N"], head: Head
-) -> Float[np.ndarray, "N C"]:
-    """z, float32, of un-normalised features; −∞ for classes without images.
+@dataclass(frozen=True)
+class Gaussians:
+    """Classes as Gaussians of one covariance, from N images; float64.
 
-    Of the only image of a class it says nothing that can be used. Raises ValueError for fewer than
-    three images. Time is 3 N D C + N D² + D³; float64 takes memory for a block of rows at a time.
+    counts: (C,) images. values (D,), vectors (D, D): of S. means: (C, D), μ in the basis of the
+    vectors.
     """
-    if len(labels) < FEWEST:
-        raise ValueError(f"{len(labels)} images are too few to leave one out")
-    classes, (count, dim) = len(head.weights), features.shape
-    counts = np.bincount(labels, minlength=classes)
-    means, scatter = _moments(features, labels, counts)
-    values, vectors = np.linalg.eigh(scatter)
-    values, trace = np.maximum(values, 0), np.trace(scatter)
-    means = means @ vectors
-    squares = means * means
-    weight = by_shots(_task(features, labels, head))
-    logits = np.empty((count, classes), np.float32)
-    for block in blocks(count, dim + classes):
-        own = labels[block]
-        rows = unit(np, features[block].astype(np.float64)) @ vectors
-        left = counts[own] - 1
-        change = np.where(left > 0, counts[own] / np.maximum(left, 1), 0)[:, None]
-        away = rows - means[own]
-        ridge = (trace - change * np.sum(away * away, axis=1, keepdims=True)) / (count - 2)
+
+    counts: Int[np.ndarray, " C"]
+    means: Float[np.ndarray, "C D"]
+    values: Float[np.ndarray, " D"]
+    vectors: Float[np.ndarray, "D D"]
+
+    @classmethod
+    def of(
+        cls, features: Float[np.ndarray, "N D"], labels: Int[np.ndarray, " N"], classes: int
+    ) -> Gaussians:
+        """Of un-normalised features, in N D² + D³ operations. Raises ValueError for fewer than
+        three images."""
+        if len(labels) < FEWEST:
+            raise ValueError(f"{len(labels)} images are too few to leave one out")
+        counts, dim = np.bincount(labels, minlength=classes), features.shape[1]
+        means, scatter = np.zeros((classes, dim)), np.zeros((dim, dim))
+        every = list(blocks(len(features), dim))
+        for block in every:
+            means += sum_by_class(np, _rows(features[block]), labels[block], classes)
+        means /= np.maximum(counts, 1)[:, None]
+        for block in every:
+            away = _rows(features[block]) - means[labels[block]]
+            scatter += away.T @ away
+        values, vectors = np.linalg.eigh(scatter)
+        return cls(counts, means @ vectors, np.maximum(values, 0), vectors)
+
+    def left_out(
+        self,
+        features: Float[np.ndarray, "M D"],
+        labels: Int[np.ndarray, " M"],
+        *,
+        spread_of_all: bool = False,
+    ) -> Float[np.ndarray, "M C"]:
+        """g of M of the N images, each without itself; −∞ for classes without images.
+
+        Of the only image of a class it says nothing that can be used. spread_of_all: S of all
+        images, so that each is left out of its class's mean alone.
+        """
+        rows, total = _rows(features) @ self.vectors, self.counts.sum()
+        left = np.maximum(self.counts[labels] - 1, 1)[:, None]
+        away = rows - self.means[labels]
+        change: Any = np.where(self.counts[labels] > 1, self.counts[labels], 0)[:, None] / left
+        if spread_of_all:
+            change = np.zeros_like(change)
+        kept = total - 1 - (not spread_of_all)
+        ridge = (self.values.sum() - change * _dots(away, away)) / kept
         flat = ridge <= NO_SPREAD
-        inverse = 1 / (values + np.where(flat, 1, ridge))
+        inverse = 1 / (self.values + np.where(flat, 1, ridge))
         turned = inverse * away
-        rise = change / (1 - change * np.sum(away * turned, axis=1, keepdims=True))
-        along, of_means = np.sum(rows * turned, axis=1, keepdims=True), turned @ means.T
-        gaussian = (inverse * rows) @ means.T + rise * along * of_means
-        gaussian -= (inverse @ squares.T + rise * of_means**2) / 2
-        mean = means[own] - away / np.maximum(left, 1)[:, None]
-        of_mean = np.sum(mean * turned, axis=1, keepdims=True)
-        product = np.sum(inverse * mean * (rows - mean / 2), axis=1, keepdims=True)
-        product += rise * of_mean * (along - of_mean / 2)
-        np.put_along_axis(gaussian, own[:, None].astype(np.int64), product, axis=1)
-        zero_shot = cosine_logits(np, features[block], head)
-        gaussian = np.where(flat, 0, dim * gaussian) - np.log(classes)
-        logits[block] = zero_shot + weight * gaussian
-    logits[:, counts == 0] = -np.inf
-    return logits
+        rise = change / (1 - change * _dots(away, turned))
+        along, of_means = _dots(rows, turned), turned @ self.means.T
+        found = (inverse * rows) @ self.means.T + rise * along * of_means
+        found -= (inverse @ (self.means**2).T + rise * of_means**2) / 2
+        mean = self.means[labels] - away / left
+        of_mean = _dots(mean, turned)
+        own = _dots(inverse * mean, rows - mean / 2) + rise * of_mean * (along - of_mean / 2)
+        np.put_along_axis(found, labels[:, None].astype(np.int64), own, axis=1)
+        found = np.where(flat, 0, rows.shape[1] * found)
+        found[:, self.counts == 0] = -np.inf
+        return found
 
 
 def judged(
@@ -88,21 +115,46 @@ def judged(
 
     The images whose max_{c≠y} p_c − p_y is largest are those to look at first.
     """
-    logits = left_out_logits(features, labels, head)
+    classes = len(head.weights)
+    gaussians = Gaussians.of(features, labels, classes)
     some = slice(None, None, -(-len(labels) // JUDGES))
-    shown = logits[some][:, np.isfinite(logits[0])]
-    prior = prior_temperature(shown, cosine_logits(np, features[some], head))
-    places = np.searchsorted(np.unique(labels), labels[some])
-    temperature = likeliest_temperature(shown, places, prior)
+    alpha, temperature = likeliest(gaussians, features[some], labels[some], head)
     own, likelier, share = (np.empty(len(labels), kind) for kind in (float, np.int64, float))
-    for block in blocks(*logits.shape):
-        shares = probabilities(logits[block], temperature)
+    for block in blocks(len(labels), features.shape[1] + classes):
+        found = gaussians.left_out(features[block], labels[block], spread_of_all=True)
+        logits = cosine_logits(np, features[block], head) + alpha * found
+        shares = probabilities(logits, temperature)
         column = labels[block][:, None].astype(np.int64)
         own[block] = np.take_along_axis(shares, column, axis=1)[:, 0]
         np.put_along_axis(shares, column, -1, axis=1)
         likelier[block] = shares.argmax(axis=1)
         share[block] = shares.max(axis=1)
     return own, likelier, share
+
+
+def likeliest(
+    gaussians: Gaussians,
+    features: Float[np.ndarray, "M D"],
+    labels: Int[np.ndarray, " M"],
+    head: Head,
+) -> tuple[float, float]:
+    """α, of those that gda tries, and T, by M of the images, each left out exactly."""
+    shown = gaussians.counts > 0
+    places = (np.cumsum(shown) - 1)[labels]
+    zero_shot = cosine_logits(np, features, head)[:, shown].astype(np.float64)
+    found = np.concatenate(
+        [
+            gaussians.left_out(features[block], labels[block])[:, shown]
+            for block in blocks(len(labels), sum(head.weights.shape))
+        ]
+    )
+    losses = []
+    for alpha in GDA.hyper["alpha"].tried:
+        logits = zero_shot + float(alpha) * found
+        temperature = likeliest_temperature(logits, places, prior_temperature(logits, zero_shot))
+        loss = float(cross_entropy(np, logits / temperature, places).mean())
+        losses.append((loss, float(alpha), temperature))
+    return min(losses)[1:]
 
 
 def accuracy_of(
@@ -116,21 +168,12 @@ def accuracy_of(
     return np.asarray(GDA.logits(np, arrays, setting, test[0], head)).argmax(axis=1) == test[1]
 
 
-def _moments(
-    features: Float[np.ndarray, "N D"], labels: Int[np.ndarray, " N"], counts: Int[np.ndarray, " C"]
-) -> tuple[Float[np.ndarray, "C D"], Float[np.ndarray, "D D"]]:
-    """Class means of the unit rows, and the scatter about them, in float64."""
-    dim = features.shape[1]
-    means, scatter = np.zeros((len(counts), dim)), np.zeros((dim, dim))
-    every = list(blocks(len(features), dim))
-    for block in every:
-        rows = unit(np, features[block].astype(np.float64))
-        means += sum_by_class(np, rows, labels[block], len(counts))
-    means /= np.maximum(counts, 1)[:, None]
-    for block in every:
-        away = unit(np, features[block].astype(np.float64)) - means[labels[block]]
-        scatter += away.T @ away
-    return means, scatter
+def _rows(features: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
+    return unit(np, features.astype(np.float64))
+
+
+def _dots(one: Float[np.ndarray, "N D"], other: Float[np.ndarray, "N D"]) -> Any:
+    return np.sum(one * other, axis=1, keepdims=True)
 
 
 def _task(features: Float[np.ndarray, "N D"], labels: Int[np.ndarray, " N"], head: Head) -> Task:

@@ -45,6 +45,11 @@ class AuditConfig:
         count: How many labels to list; by default those that have less than 5 % by all other
             images.
         out: CSV file for a row per image, what to look at first.
+
+    Examples:
+        >>> from clip_adapter import AuditConfig
+        >>> AuditConfig("features.h5", count=20).out is None
+        True
     """
 
     cache: Positional[Path]
@@ -127,7 +132,7 @@ def audit(config: AuditConfig) -> Audit:
         >>> from clip_adapter import AuditConfig, audit
         >>> found = audit(AuditConfig("features.h5", count=5))
         >>> found.ids[:1], found.class_names[found.likelier[0]]
-        (['test/0001'], 'one')
+        (['digits/0129'], 'one')
     """
     if config.count is not None:
         require_within("--count", config.count, 10**9)

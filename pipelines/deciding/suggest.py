@@ -57,6 +57,11 @@ class SuggestConfig:
         images: Folder that the images' ids start from, where they no longer lie in the one that was
             extracted.
         method: MODULE:NAME of the adapter's method, where that is one of your own.
+
+    Examples:
+        >>> from clip_adapter import SuggestConfig
+        >>> SuggestConfig("new.h5", adapter="runs/first").count
+        50
     """
 
     cache: Positional[Path]

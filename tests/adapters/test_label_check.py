@@ -5,7 +5,7 @@ import pytest
 from scipy.special import softmax
 
 from clip_adapter.adapters.formulas import cosine_logits
-from clip_adapter.adapters.label_check import accuracy_of, judged, left_out_logits
+from clip_adapter.adapters.label_check import Gaussians, accuracy_of, judged, likeliest
 from clip_adapter.adapters.method import Head, Task
 from clip_adapter.adapters.registry import METHODS
 from tests.pipelines.tiny_cache import tiny_data
@@ -22,52 +22,59 @@ def data(per_class: tuple[int, ...], dim: int, noise: float = 1.0) -> tuple[Numb
     return features[0], labels.astype(np.int32), head
 
 
-def without(features: Numbers, labels: Numbers, head: Head, row: int, alpha: float) -> Numbers:
-    """The logits of an image by the formulas of the paper on all others, in float64."""
+def without(
+    features: Numbers, labels: Numbers, classes: int, row: int, *, of_all: bool = False
+) -> Numbers:
+    """The classifier of an image by the formulas of the paper on all others, in float64; of_all:
+    with the covariance of all."""
     rows = features.astype(np.float64)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     kept = np.arange(len(rows)) != row
     own, of = rows[kept], labels[kept]
-    classes, dim = head.weights.shape
     means = np.stack([own[of == c].mean(axis=0) for c in range(classes)])
-    away = own - means[of]
-    covariance = away.T @ away / (len(own) - 1)
-    inverse = dim * np.linalg.inv((len(own) - 1) * covariance + np.trace(covariance) * np.eye(dim))
-    constant = -np.log(classes) - np.sum(means @ inverse * means, axis=1) / 2
-    return (
-        20 * rows[row] @ head.weights.T + 0.5 + alpha * (rows[row] @ inverse @ means.T + constant)
-    )
+    away, count, dim = own - means[of], len(own), rows.shape[1]
+    if of_all:
+        every = np.stack([rows[labels == c].mean(axis=0) for c in range(classes)])
+        away, count = rows - every[labels], len(rows)
+    covariance = away.T @ away / (count - 1)
+    inverse = dim * np.linalg.inv((count - 1) * covariance + np.trace(covariance) * np.eye(dim))
+    return rows[row] @ inverse @ means.T - np.sum(means @ inverse * means, axis=1) / 2
 
 
+@pytest.mark.parametrize("of_all", [False, True])
 @pytest.mark.parametrize("dim", [6, 48])  # fewer and more than images
-def test_each_image_is_left_out_exactly(dim: int):
-    features, labels, head = data((2, 5, 9, 7), dim)
-    found = left_out_logits(features, labels, head)
-    alpha = (len(labels) / 4) ** (5 / 3) / 1000
+def test_each_image_is_left_out_exactly(dim: int, of_all: bool):
+    features, labels, _ = data((2, 5, 9, 7), dim)
+    gaussians = Gaussians.of(features, labels, 4)
+    found = gaussians.left_out(features, labels, spread_of_all=of_all)
     for row in range(len(labels)):
-        wanted = without(features, labels, head, row, alpha)
-        np.testing.assert_allclose(found[row], wanted, rtol=2e-4, atol=2e-3)
+        wanted = without(features, labels, 4, row, of_all=of_all)
+        np.testing.assert_allclose(found[row], wanted, rtol=1e-6, atol=1e-6)
+    some = gaussians.left_out(features[3:9], labels[3:9], spread_of_all=of_all)
+    np.testing.assert_allclose(some, found[3:9], rtol=1e-9)
 
 
 def test_classes_of_one_image_and_of_none():
     features, labels, head = data((1, 6, 6, 6), 8)
     kept = labels != 3
-    found = left_out_logits(features[kept], labels[kept], head)
+    found = Gaussians.of(features[kept], labels[kept], 4).left_out(features[kept], labels[kept])
     assert np.isneginf(found[:, 3]).all() and np.isfinite(found[:, :3]).all()
     own, likelier, share = judged(features[kept], labels[kept], head)
     assert np.isfinite(own).all() and not np.isin(3, likelier)
     assert (likelier != labels[kept]).all() and (own + share <= 1 + 1e-9).all()
     with pytest.raises(ValueError, match="2 images are too few"):
-        left_out_logits(features[:2], labels[:2], head)
+        Gaussians.of(features[:2], labels[:2], 4)
 
 
 def test_where_all_images_equal_their_mean_zero_shot_is_left():
     features, labels, head = data((2, 2, 2, 2), 8)
     means = np.stack([features[labels == c][0] for c in range(4)])[labels]
-    found = left_out_logits(means, labels, head)
-    zero_shot = cosine_logits(np, means, head)
-    differences = found - zero_shot
-    assert np.ptp(differences, axis=1).max() < 1e-4
+    gaussians = Gaussians.of(means, labels, 4)
+    assert not gaussians.left_out(means, labels).any()
+    _, temperature = likeliest(gaussians, means, labels, head)
+    shares = softmax(cosine_logits(np, means, head).astype(np.float64) / temperature, axis=1)
+    own, _, _ = judged(means, labels, head)
+    np.testing.assert_allclose(own, shares[np.arange(8), labels], rtol=1e-5)
 
 
 def test_wrong_labels_are_what_to_look_at_first():
@@ -77,19 +84,26 @@ def test_wrong_labels_are_what_to_look_at_first():
     own, _, share = judged(features, labels, head)
     first = np.argsort(own - share, kind="stable")[: len(wrong)]
     assert len(np.intersect1d(first, wrong)) >= len(wrong) - 1
-    assert (own[wrong] < 0.05).sum() >= len(wrong) - 1
+    assert (own < share)[wrong].sum() >= len(wrong) - 1
     assert (own[np.setdiff1d(np.arange(160), wrong)] < 0.05).sum() <= 2
 
 
-def test_the_temperature_is_the_likeliest_one():
+def test_weight_and_temperature_are_the_likeliest_ones():
+    """Among the weights that the method tries, by images that are left out exactly."""
     features, labels, head = data((30, 30, 30, 30), 16)
-    own, _, _ = judged(features, labels, head)
-    logits = left_out_logits(features, labels, head).astype(np.float64)
-    losses = [
-        -np.log(softmax(logits / t, axis=1)[np.arange(len(labels)), labels]).mean()
-        for t in np.geomspace(0.05, 50, 400)
-    ]
-    assert -np.log(own).mean() == pytest.approx(min(losses), abs=2e-3)
+    gaussians = Gaussians.of(features, labels, 4)
+    found = likeliest(gaussians, features, labels, head)
+    zero_shot = cosine_logits(np, features, head).astype(np.float64)
+    left_out = np.stack([without(features, labels, 4, row) for row in range(120)])
+    losses = {
+        (alpha, t): -np.log(
+            softmax((zero_shot + alpha * left_out) / t, axis=1)[np.arange(120), labels]
+        ).mean()
+        for alpha in METHODS["gda"].hyper["alpha"].tried
+        for t in np.geomspace(0.05, 50, 300)
+    }
+    alpha, temperature = min(losses, key=losses.__getitem__)
+    assert found[0] == alpha and found[1] == pytest.approx(temperature, rel=0.05)
 
 
 def test_the_accuracy_is_that_of_the_method_by_default():
