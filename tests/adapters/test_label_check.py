@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 
 from clip_adapter.adapters.formulas import cosine_logits
 from clip_adapter.adapters.label_check import Gaussians, accuracy_of, judged, likeliest
@@ -96,9 +96,9 @@ def test_weight_and_temperature_are_the_likeliest_ones():
     zero_shot = cosine_logits(np, features, head).astype(np.float64)
     left_out = np.stack([without(features, labels, 4, row) for row in range(120)])
     losses = {
-        (alpha, t): -np.log(
-            softmax((zero_shot + alpha * left_out) / t, axis=1)[np.arange(120), labels]
-        ).mean()
+        (alpha, t): -log_softmax((zero_shot + alpha * left_out) / t, axis=1)[
+            np.arange(120), labels
+        ].mean()
         for alpha in METHODS["gda"].hyper["alpha"].tried
         for t in np.geomspace(0.05, 50, 300)
     }
