@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from clip_adapter.adapters.engine.evaluation import DIVERGED, Score
 from clip_adapter.adapters.engine.search import fit
 from clip_adapter.errors import UserError
+from clip_adapter.listener import Listener
+from clip_adapter.pipelines.deciding.held_out import with_decisions
 from clip_adapter.pipelines.fitting.choice import is_finite
 from clip_adapter.pipelines.fitting.config import shots_words
 from clip_adapter.pipelines.fitting.one_task import TaskRunner, fitted_on
@@ -16,8 +18,8 @@ from clip_adapter.pipelines.fitting.options import command_that_keeps
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.fitting.results import TaskResult
 from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder, writing
-from clip_adapter.pipelines.fitting.tasks import TaskRows, kept_task
-from clip_adapter.pipelines.saved.adapter_file import load_adapter, save_adapter
+from clip_adapter.pipelines.fitting.tasks import MAX_FOLDS, TaskRows, kept_task
+from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter, save_adapter
 
 if TYPE_CHECKING:
     from clip_adapter.pipelines.fitting.run import FitResult
@@ -28,10 +30,11 @@ def keep_one(
     tasks: Sequence[TaskRows],
     folder: RunFolder,
     results: Sequence[TaskResult],
+    listener: Listener,
 ) -> TaskResult | None:
-    """Put one adapter at the top of the folder and return its row: at the most shots and the first
-    seed, of the methods that were asked for the one that validation prefers. None where nothing
-    chose between several, or every setting of all of them diverged.
+    """Put one adapter at the top of the folder, with its decisions, and return its row: at the most
+    shots and the first seed, of the methods that were asked for the one that validation prefers.
+    None where nothing chose between several, or every setting of all of them diverged.
 
     Raises UserError where the chosen setting diverges on all labelled images.
     """
@@ -40,17 +43,20 @@ def keep_one(
         return None
     best, rows = max(sound, key=rank), kept_task(tasks)
     if runner.plan.refit:
-        _refit(runner, rows, best, folder)
-        return best
-    source = folder.path / adapter_folder(*best.key)
-    load_adapter(source)  # of an earlier process: whether it is there, and as it was written
-    for name in ("adapter.safetensors", "adapter.json"):  # without the JSON it is no adapter
-        folder.write(name, (source / name).read_bytes())
+        adapter = _refitted(runner, rows, best, folder)
+    else:  # that of an earlier process has to be there, and as it was written
+        adapter = load_adapter(folder.path / adapter_folder(*best.key))
+    with listener.progress("calibrate", MAX_FOLDS) as advance:
+        adapter = with_decisions(runner, rows, best, adapter, advance)
+    with writing(folder.path):
+        save_adapter(folder.path, adapter)
     return best
 
 
-def _refit(runner: TaskRunner, rows: TaskRows, best: TaskResult, folder: RunFolder) -> None:
-    """Fit the chosen setting once more on every labelled image of the cache."""
+def _refitted(
+    runner: TaskRunner, rows: TaskRows, best: TaskResult, folder: RunFolder
+) -> SavedAdapter:
+    """The chosen setting, fitted once more on every labelled image of the cache."""
     (method,) = (p.method for p in runner.plan.fitted if p.method.name == best.method)
     task = runner.data.everything(method, rows.seed)
     setting = dict(best.setting or {})
@@ -62,9 +68,7 @@ def _refit(runner: TaskRunner, rows: TaskRows, best: TaskResult, folder: RunFold
         )
     images = {"refitted_on": task.features.shape[1]}
     seen = runner.data.hashes(runner.data.labelled_rows())
-    saved = runner.saved(method, setting, arrays, fitted_on(best) | images, seen)
-    with writing(folder.path):
-        save_adapter(folder.path, saved)
+    return runner.saved(method, setting, arrays, fitted_on(best) | images, seen)
 
 
 def candidates(

@@ -234,7 +234,7 @@ def _execute(
     kept = None
     try:
         if not problem:
-            kept = keep_one(runner, tasks, folder, results)
+            kept = keep_one(runner, tasks, folder, results, listener)
             folder.write_summary(summary)
             _write_picture(folder, plan, provenance)
     except UserError as error:

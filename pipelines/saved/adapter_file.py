@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from clip_adapter import files
+from clip_adapter.adapters.decisions import Decisions, probabilities
 from clip_adapter.adapters.method import Head, Method
 from clip_adapter.adapters.registry import find_method
 from clip_adapter.adapters.stata import Refinement, refined_logits
@@ -25,10 +25,20 @@ from clip_adapter.cache.metadata import Backbone2
 from clip_adapter.cache.schema import LARGEST_BIAS, LARGEST_SCALE, SMALLEST_SCALE
 from clip_adapter.errors import Contradiction, UserError
 from clip_adapter.pipelines.saved.adapter_check import INFO_FILE, WEIGHTS, checked_arrays
+from clip_adapter.pipelines.saved.arrays_file import read_tensors, with_labels
+from clip_adapter.pipelines.saved.stored_decisions import (
+    DECISIONS,
+    PLACE,
+    arrays_of,
+    checked_decisions,
+    stated,
+)
 from clip_adapter.records import Rule, between, from_document
 
 FORMAT = "clip-adapter"
 FORMAT_VERSION = 2
+# Of a file with decisions: readers of version 2 would call their arrays foreign.
+DECIDING_VERSION = 3
 ARRAYS_FILE = "adapter.safetensors"
 # Before the names of what was fitted, which may be called as what else is there.
 FITTED = "fitted/"
@@ -75,13 +85,15 @@ class AdapterInfo:
 class SavedAdapter:
     """info; arrays: what was fitted, float32; weights: (C, D) float32, the zero-shot classifier
     weights. seen: `image_hashes` of what fitted, chose or refined it, in any order; None where the
-    file does not say. refinement: None where no images without labels refined it."""
+    file does not say. refinement: None where no images without labels refined it. decisions: None
+    where no images were held out to judge it, and in files of before there were any."""
 
     info: AdapterInfo
     arrays: Mapping[str, npt.NDArray[Any]]
     weights: npt.NDArray[np.float32]
     seen: npt.NDArray[np.uint64] | None = None
     refinement: Refinement | None = None
+    decisions: Decisions | None = None
 
     @property
     def method(self) -> Method:
@@ -99,6 +111,10 @@ class SavedAdapter:
         if self.refinement:
             logits = refined_logits(np, self.refinement, logits, features)
         return np.asarray(logits, np.float32)
+
+    def probabilities(self, logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        """(N, C) of logits (N, C): their softmax at the temperature that is known, else at 1."""
+        return probabilities(logits, self.decisions.temperature if self.decisions else 1.0)
 
     def has_seen(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         """(N,): whether it was fitted or chosen on the images of which these are `image_hashes`."""
@@ -129,16 +145,20 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
     tensors[WEIGHTS] = adapter.weights
     if adapter.refinement:
         tensors |= {REFINED + name: own for name, own in adapter.refinement._asdict().items()}
+    if adapter.decisions:
+        tensors |= arrays_of(adapter.decisions)
     if adapter.seen is not None:
         tensors[SEEN] = adapter.seen
     content = save({name: np.asarray(array, order="C") for name, array in tensors.items()})
     files.write_bytes(folder / ARRAYS_FILE, content)
     document = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": DECIDING_VERSION if adapter.decisions else FORMAT_VERSION,
         ARRAYS_SHA256: hashlib.sha256(content).hexdigest(),
         **adapter.info.document(),
     }
+    if adapter.decisions:
+        document[DECISIONS] = stated(adapter.decisions)
     document = json.loads(json.dumps(document))
     document[OWN_SHA256] = document_sha256(document)
     files.write_text(folder / INFO_FILE, json.dumps(document, indent=1))
@@ -189,31 +209,24 @@ def load_adapter(run: str | Path, method: str | None = None) -> SavedAdapter:
     document = _read_document(run / INFO_FILE)
     info = _checked_info(run / INFO_FILE, document)
     path = run / ARRAYS_FILE
-    tensors = _read_tensors(path, document[ARRAYS_SHA256])
+    tensors = read_tensors(path, document[ARRAYS_SHA256])
     weights, seen = tensors.pop(WEIGHTS, None), tensors.pop(SEEN, None)
     if seen is not None and (seen.ndim != 1 or seen.dtype != np.uint64):
         raise UserError(f"{path}: {SEEN} holds no hashes of images; fit the adapter again.")
     refining = {name: tensors.pop(name) for name in [*tensors] if name.startswith(REFINED)}
+    decides = document["format_version"] == DECIDING_VERSION
+    deciding = {
+        name: tensors.pop(name) for name in [*tensors] if decides and name.startswith(PLACE)
+    }
     arrays = {name.removeprefix(FITTED): tensor for name, tensor in tensors.items()}
     if len(arrays) < len(tensors):
         raise UserError(f"{path} holds two arrays of one name; fit the adapter again.")
     if "labels" in _method(info.method).shapes:
-        arrays = _with_labels(arrays, len(info.class_names))
+        arrays = with_labels(arrays, len(info.class_names))
     named = {name.removeprefix(REFINED): own for name, own in refining.items()}
     weights, refinement = checked_arrays(path, info, _method(info.method), weights, arrays, named)
-    return SavedAdapter(info, arrays, weights, seen, refinement)
-
-
-def _with_labels(arrays: dict[str, npt.NDArray[Any]], classes: int) -> dict[str, npt.NDArray[Any]]:
-    """The same with `labels` for what stood there before: `values`, their one-hot rows."""
-    values = arrays.get("values")
-    if values is None or values.ndim != 2 or values.shape[1] != classes:
-        return arrays
-    labels = values.argmax(axis=1)
-    if not np.array_equal(values, np.eye(classes, dtype=np.float32)[labels]):
-        return arrays
-    kept = {name: array for name, array in arrays.items() if name != "values"}
-    return {**kept, "labels": labels.astype(np.float32)}
+    decisions = checked_decisions(path, document, deciding, weights) if decides else None
+    return SavedAdapter(info, arrays, weights, seen, refinement, decisions)
 
 
 def _read_document(path: Path) -> dict[str, Any]:
@@ -232,13 +245,15 @@ def _read_document(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{path} does not describe an adapter of clip-adapter.")
     version = document.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in (FORMAT_VERSION, DECIDING_VERSION):
         raise UserError(
-            f"{path} has format version {reprlib.repr(version)}, this program reads version "
-            f"{FORMAT_VERSION}; update clip-adapter or fit the adapter again."
+            f"{path} has format version {reprlib.repr(version)}, this program reads versions "
+            f"{FORMAT_VERSION} and {DECIDING_VERSION}; update clip-adapter or fit the adapter "
+            "again."
         )
     names = [field.name for field in fields(AdapterInfo) if field.default is MISSING]
     names += [ARRAYS_SHA256, OWN_SHA256]
+    names += [DECISIONS] * (version == DECIDING_VERSION)
     missing = [name for name in names if name not in document]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}; fit the adapter again.")
@@ -269,23 +284,3 @@ def _method(name: str) -> Method:
         return find_method(name)
     except LookupError as error:
         raise ValueError(str(error)) from None
-
-
-def _read_tensors(path: Path, stated_sha256: object) -> dict[str, npt.NDArray[Any]]:
-    files.is_there(path)
-    try:
-        with path.open("rb") as file:  # not into memory: nobody has said yet how large it may be
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror or error}); fit the adapter again."
-        ) from error
-    if found != stated_sha256:
-        raise UserError(
-            f"{path} is not the file that {INFO_FILE} was written for: it is damaged or was "
-            "changed; fit the adapter again."
-        )
-    try:
-        return load_file(path)
-    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a safetensors file of numbers that NumPy has.") from error

@@ -39,6 +39,20 @@ def killed_after(steps: int, what: str = "add_fit") -> Iterator[None]:
         raise AssertionError("it was not killed")
 
 
+def same_fit(run: Path, other: Path) -> bool:
+    """Whether both hold the same adapter, but for its decisions."""
+
+    def content(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+        document = json.loads((folder / "adapter.json").read_text())
+        for name in ("format_version", "safetensors_sha256", "sha256", "decisions"):
+            document.pop(name, None)
+        arrays = load_file(folder / "adapter.safetensors")
+        own = {n: a.tobytes() for n, a in arrays.items() if not n.startswith("decisions/")}
+        return document, own
+
+    return content(run) == content(other)
+
+
 TESTED = ("test_accuracy", "balanced_accuracy", "new_accuracy", "harmonic_mean")
 
 

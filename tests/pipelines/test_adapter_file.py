@@ -174,7 +174,8 @@ def test_an_edited_json_is_noticed(run: Path) -> None:
     ("change", "sentence"),
     [
         (lambda d: d.update(format="other"), "does not describe an adapter"),
-        (lambda d: d.update(format_version=3), "format version 3, .* reads version 2"),
+        (lambda d: d.update(format_version=4), "format version 4, .* reads versions 2 and 3"),
+        (lambda d: d.update(format_version=3), "lacks decisions"),
         (lambda d: d.update(format_version=True), "format version True"),
         (lambda d: d.update(format_version=None), "format version None"),
         (lambda d: d.pop("class_names"), "lacks class_names"),

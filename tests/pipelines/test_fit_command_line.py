@@ -20,7 +20,7 @@ from clip_adapter.pipelines.fitting.run import FitResult
 from clip_adapter.pipelines.saved.adapter_file import load_adapter
 from tests import processes
 from tests.pipelines import toy_methods
-from tests.pipelines.run_files import grid_rows, results, selected
+from tests.pipelines.run_files import grid_rows, results, same_fit, selected
 from tests.pipelines.tiny_cache import short, tiny_data, write_cache
 
 TOYS = "tests.pipelines.toy_methods"
@@ -153,9 +153,7 @@ def test_several_methods_in_one_run(cache: Path, tmp_path: Path):
     assert result.kept == best and best.method != "worse"
     for name in names:
         assert (result.run / "adapters" / name / "shots-4-seed-1" / "adapter.json").exists()
-    top = (result.run / "adapter.safetensors").read_bytes()
-    kept = result.run / "adapters" / best.method / "shots-4-seed-1" / "adapter.safetensors"
-    assert top == kept.read_bytes()
+    assert same_fit(result.run, result.run / "adapters" / best.method / "shots-4-seed-1")
 
 
 @pytest.mark.usefixtures("toys")
@@ -174,8 +172,7 @@ def test_where_nothing_chose_none_is_kept(cache: Path, tmp_path: Path, capsys, s
     assert f"no adapter is kept at the top, as nothing chose between {', '.join(names)}" in said
     again = fit(parse([*shlex.split(command)[1:], "--out", str(tmp_path / "again")]))
     assert again.kept and again.kept.key == ("worse", shots[-1], 1)
-    first = result.run / f"adapters/worse/shots-{shots[-1]}-seed-1/adapter.safetensors"
-    assert (again.run / "adapter.safetensors").read_bytes() == first.read_bytes()
+    assert same_fit(again.run, result.run / f"adapters/worse/shots-{shots[-1]}-seed-1")
 
 
 @pytest.mark.usefixtures("toys")
