@@ -10,8 +10,8 @@ from typing import Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import softmax
 
+from clip_adapter.adapters.decisions import probabilities
 from clip_adapter.adapters.formulas import cosine_logits
 from clip_adapter.adapters.stata import FEWEST, classes_found, refine, temperature_of
 from clip_adapter.cores import available_cores, limit_openmp
@@ -23,6 +23,7 @@ from clip_adapter.listener import Listener
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.running import EXIT_PARTIAL, run_command
 from clip_adapter.pipelines.console.terminal import Advance, Terminal, no_advance, progress
+from clip_adapter.pipelines.deciding.answers import Answers, answers_of
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter
 from clip_adapter.pipelines.scoring.images import Block, Blocks, encoded_files
 from clip_adapter.pipelines.scoring.prediction_formats import FORMATS, Prediction
@@ -36,7 +37,8 @@ Logits = npt.NDArray[np.float32]
 class PredictConfig:
     """Classify image files with a fitted adapter and the backbone it was fitted for.
 
-    A probability is a share of the softmax over the adapter's classes, for models with a logit bias
+    A probability is a share of the softmax over the adapter's classes, at the temperature that
+    images held out by `fit` have given it, for models with a logit bias
     (SigLIP) too: an adapter is fitted to tell its classes apart, and that is what softmax says;
     the sigmoid of such a model's own head would say whether one caption fits one image.
 
@@ -48,6 +50,10 @@ class PredictConfig:
             model and tag of open_clip's; what an adapter names otherwise is not loaded unasked.
         pretrained: Where the backbone's weights lie now, if they were given as a local file or
             folder.
+        coverage: Answer with so many classes that the right one is among them for this share of
+            images like those that were held out, such as 0.95.
+        reject: Answer "none of these" for images that are stranger than this share of those that
+            were held out, such as 0.05.
         transductive: Classify the images together, by what they have in common too (StatA). What
             is said of an image then depends on the others: an accuracy of it stands beside none of
             images that were classified one by one.
@@ -67,6 +73,8 @@ class PredictConfig:
     method: str | None = None
     backbone: str | None = None
     pretrained: str | None = None
+    coverage: float | None = None
+    reject: float | None = None
     transductive: bool = False
     also: str | None = None
     also_pretrained: str | None = None
@@ -81,7 +89,8 @@ class PredictedImages:
     """Iterable over one Prediction per path, in their order.
 
     They are computed batch by batch, anew for each iteration: memory does not grow with their
-    number. tell: for transductive ones, all of which are encoded before the first is there; it is
+    number. answers: makes what is answered beside the most probable classes; None where nothing is
+    promised. tell: for transductive ones, all of which are encoded before the first is there; it is
     told how many classes they show.
     """
 
@@ -91,6 +100,7 @@ class PredictedImages:
         paths: Sequence[Path],
         blocks: Blocks,
         top: int,
+        answers: Answers | None = None,
         tell: Callable[[str], None] | None = None,
     ):
         self.paths = paths
@@ -98,6 +108,7 @@ class PredictedImages:
         self._adapter = adapter
         self._blocks = blocks
         self._top = min(top, len(self.class_names))
+        self._answers = answers
         self._tell = tell
 
     def __len__(self) -> int:
@@ -105,11 +116,17 @@ class PredictedImages:
 
     def __iter__(self) -> Iterator[Prediction]:
         for block, logits in self._together(self._tell) if self._tell else self._one_by_one():
-            tops = dict(zip(block.rows.tolist(), self._tops(logits), strict=True))
-            for row in sorted([*tops, *block.unreadable]):
+            shares = self._shares(logits)
+            answers = (
+                self._answers.of(shares, block.encoded) if self._answers else [None] * len(shares)
+            )
+            found = dict(
+                zip(block.rows.tolist(), zip(self._tops(shares), answers, strict=True), strict=True)
+            )
+            for row in sorted([*found, *block.unreadable]):
                 path = self.paths[row]
-                if row in tops:
-                    yield Prediction(path, tops[row])
+                if row in found:
+                    yield Prediction(path, *found[row])
                 else:  # decoding names the image as well
                     reason = block.unreadable[row].removeprefix(f"{path} cannot be decoded: ")
                     yield Prediction(path, unreadable=reason)
@@ -141,8 +158,13 @@ class PredictedImages:
         floor = np.finfo(np.float32).tiny
         return zip(blocks, np.split(np.log(np.maximum(shares, floor)), ends), strict=True)
 
-    def _tops(self, logits: Logits) -> list[tuple[tuple[str, float], ...]]:
-        shares = softmax(logits.astype(np.float64), axis=1)
+    def _shares(self, logits: Logits) -> npt.NDArray[np.float64]:
+        """Of images that are classified together they are known already."""
+        if self._tell:
+            return probabilities(logits)
+        return self._adapter.probabilities(logits)
+
+    def _tops(self, shares: npt.NDArray[np.float64]) -> list[tuple[tuple[str, float], ...]]:
         classes = np.argsort(-shares, axis=1, kind="stable")[:, : self._top]
         return [
             tuple((self.class_names[c], float(own[c])) for c in best)
@@ -153,18 +175,28 @@ class PredictedImages:
 def predict(config: PredictConfig, listener: Listener | None = None) -> PredictedImages:
     """Load the adapter and its backbone, find the images, and return what classifies them.
 
-    Raises UserError where none of the paths can be read, when there is no image at all, for numbers
+    Raises UserError for a coverage or a share to reject that the adapter's held-out images are too
+    few for, where none of the paths can be read, when there is no image at all, for numbers
     out of range, and where adapter and backbone cannot be had or do not belong together. An image
     that cannot be read, or a path where nothing is, is no error: its Prediction says so.
     """
     require_within("--top", config.top, MOST_CLASSES)
     check_work(config.batch_size, config.workers)
     adapter = load_adapter(config.adapter, config.method)
+    answers = answers_of(adapter, config.coverage, config.reject)
+    if answers and config.transductive:
+        raise UserError(
+            "--coverage and --reject speak of images that are classified one by one; leave them or "
+            "--transductive out."
+        )
     refused: dict[Path, str] = {}
     paths = image_files(config.paths, listener or Listener(), refused)
     blocks = encoded_files(paths, refused, adapter, config)
-    tell = (listener or Listener()).note if config.transductive else None
-    return PredictedImages(adapter, paths, blocks, config.top, tell)
+    note = (listener or Listener()).note
+    for sentence in answers.sentences() if answers else ():
+        note(sentence)
+    tell = note if config.transductive else None
+    return PredictedImages(adapter, paths, blocks, config.top, answers, tell)
 
 
 def image_files(paths: Sequence[Path], listener: Listener, refused: dict[Path, str]) -> list[Path]:

@@ -63,7 +63,8 @@ def with_decisions(
         for method in (adapter.method, REFERENCE)
     )
     labels, encoded = np.asarray(task.labels), np.asarray(plain.features)[0]
-    validation = np.zeros(0, np.int64) if refit else _firsts(rows.validation)
+    chosen_by = _firsts(rows.validation)
+    validation = chosen_by[:0] if refit else chosen_by
     prototypes = class_means(encoded, labels, adapter.weights)
     chosen_on = np.asarray(plain.validation_features)[validation]
     parts = [
@@ -91,7 +92,7 @@ def with_decisions(
     if not len(own):
         shown = adapter.logits(np.asarray(task.features)[0]), encoded
     prior = prior_temperature(shown[0], cosine_logits(np, shown[1], adapter.head))
-    chose = len(validation) or (0 if best.val_accuracy is None else len(own))
+    chose = len(chosen_by) or (0 if best.val_accuracy is None else len(own))
     found = Decisions.of(
         logits, own, cosines, prior, folds=folds, chose=chose, prototypes=prototypes
     )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from clip_adapter.pipelines.deciding.hidden import Hidden
+from clip_adapter.pipelines.deciding.trust import Trust
 from clip_adapter.pipelines.scoring.prediction_formats import cell
 
 Indices = npt.NDArray[np.int32]
@@ -24,7 +26,8 @@ class Scores:
     what the adapter said, and what it said before it was fitted. candidates: the classes between
     which both chose. skipped: how many images could not be decoded and are not here. seen: how many
     are not here because the adapter was fitted or chosen on them; where none are left, accuracies
-    are NaN.
+    are NaN. trust: what probabilities and sets are worth on these images. hidden: what becomes of
+    each class when the adapter does not know it; None where that was not asked for.
     """
 
     class_names: Sequence[str]
@@ -34,6 +37,8 @@ class Scores:
     candidates: Indices
     skipped: int = 0
     seen: int = 0
+    trust: Trust | None = None
+    hidden: Hidden | None = None
 
     @property
     def accuracy(self) -> float:
