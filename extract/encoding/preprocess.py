@@ -39,7 +39,7 @@ def refuse_strips(image: Image.Image, config: Mapping[str, Any]) -> None:
     """
     if config.get("resize_mode", "shortest") != "shortest":
         return
-    height, width = _height_and_width(config)
+    height, width = height_and_width(config)
     scale = max(width / image.width, height / image.height)
     resized = round(image.width * scale), round(image.height * scale)
     if resized[0] * resized[1] > RESIZED_PIXELS_MAX:
@@ -49,7 +49,7 @@ def refuse_strips(image: Image.Image, config: Mapping[str, Any]) -> None:
         )
 
 
-def _height_and_width(config: Mapping[str, Any]) -> tuple[int, int]:
+def height_and_width(config: Mapping[str, Any]) -> tuple[int, int]:
     size = config["size"]
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
@@ -61,7 +61,7 @@ def evaluation(config: Mapping[str, Any]) -> Compose:
         return image_transform_v2(PreprocessCfg(**config), is_train=False)
     names = ("interpolation", "mean", "std", "crop_pct", "crop_mode")
     how = {name: config[name] for name in names}
-    return create_transform((3, *_height_and_width(config)), is_training=False, **how)
+    return create_transform((3, *height_and_width(config)), is_training=False, **how)
 
 
 class Preprocess:
@@ -79,7 +79,7 @@ class Preprocess:
         self._mean = torch.as_tensor(normalize.mean)
         self._std = torch.as_tensor(normalize.std)
         self._config = config
-        self.height, self.width = _height_and_width(config)
+        self.height, self.width = height_and_width(config)
 
     def view(self, image: Image.Image, name: str, number: int, seed: int) -> npt.NDArray[np.uint8]:
         """View `number` of an RGB image, (height, width, 3).

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -14,20 +14,22 @@ import numpy.typing as npt
 
 from clip_adapter import files
 from clip_adapter.adapters.formulas import cosine_logits
-from clip_adapter.adapters.registry import METHODS
 from clip_adapter.cores import available_cores, limit_openmp
 from clip_adapter.errors import UserError
 from clip_adapter.extract.config import check_work
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.running import EXIT_PARTIAL, run_command
+from clip_adapter.pipelines.deciding.answers import Answers, answers_of
+from clip_adapter.pipelines.deciding.hidden import hide_each_class
+from clip_adapter.pipelines.deciding.trust import Trust, joined, trust_lines, trust_of
 from clip_adapter.pipelines.saved.adapter_file import (
     AdapterInfo,
     SavedAdapter,
     image_hashes,
     load_adapter,
 )
-from clip_adapter.pipelines.scoring.cached import Features, Labelled, cached_images
+from clip_adapter.pipelines.scoring.cached import Labelled, cached_images
 from clip_adapter.pipelines.scoring.images import (
     Classes,
     images_of_folder,
@@ -35,12 +37,15 @@ from clip_adapter.pipelines.scoring.images import (
     match_classes,
 )
 from clip_adapter.pipelines.scoring.prediction_formats import (
+    adapt_of,
     check_place,
     predictions_file,
     write_features,
 )
 from clip_adapter.pipelines.scoring.scores import Scores
 from clip_adapter.words import counted, printable
+
+USUAL_REJECT = 0.05
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,12 @@ class EvaluateConfig:
         split: Split of the cache or the folder.
         classes: JSON file {class of the images: class of the adapter}, for names that differ; null
             leaves the images of a class out.
+        coverage: Answer with sets of classes, as `predict` does, and say how often they hold the
+            right one.
+        reject: Answer "none of these", as `predict` does, and say how often that is wrong.
+        unknown: Hide each class in turn: fit the adapter without it, and say how many of its images
+            are called "none of these" (at --reject 0.05, or as given). Takes the cache that it was
+            fitted on.
         only_present: Choose between the classes that have images.
         confusion: CSV file for the confusion matrix: a row per class, a column per prediction.
         predictions: CSV file for what is predicted for each image, those it was fitted on as well.
@@ -82,6 +93,9 @@ class EvaluateConfig:
     adapter: Path
     split: Literal["train", "val", "test"] = "test"
     classes: Path | None = None
+    coverage: float | None = None
+    reject: float | None = None
+    unknown: bool = False
     only_present: bool = False
     confusion: Path | None = None
     predictions: Path | None = None
@@ -100,7 +114,8 @@ class EvaluateConfig:
 def evaluate(config: EvaluateConfig, listener: Listener | None = None) -> Scores:
     """Run `evaluate`: the scores, and the files that were asked for.
 
-    Raises UserError for data of another backbone or width, for classes that the adapter does not
+    Raises UserError for data of another backbone or width, for what `answers_of` and
+    `hide_each_class` refuse, for classes that the adapter does not
     know, and for files that cannot be read or written.
     """
     check_work(config.batch_size, config.workers)
@@ -113,10 +128,27 @@ def evaluate(config: EvaluateConfig, listener: Listener | None = None) -> Scores
             f"--confusion and --predictions both name {config.confusion}; give each its own."
         )
     adapter = load_adapter(config.adapter, config.method)
+    if config.unknown and config.reject is None:
+        config = replace(config, reject=USUAL_REJECT)
+    answers = answers_of(adapter, config.coverage, config.reject)
+    if answers and config.only_present:
+        raise UserError(
+            "--coverage, --reject and --unknown speak of all the adapter's classes; leave them or "
+            "--only-present out."
+        )
+    if config.unknown and is_folder(config.data):
+        raise UserError("--unknown fits the adapter again; name the cache that it was fitted on.")
     listener = listener or Listener()
     with _images(config, adapter, listener) as images:
         known = match_classes(images, adapter.info, config.classes)
-        return _score(config, adapter, images, known, listener)
+        scores = _score(config, adapter, answers, images, known, listener)
+    if answers and config.unknown:
+        from clip_adapter.cache.reader import FeatureCache
+
+        with FeatureCache(config.data) as cache:
+            hidden = hide_each_class(answers, cache, config.split, listener)
+        scores = replace(scores, hidden=hidden)
+    return scores
 
 
 @contextmanager
@@ -136,6 +168,7 @@ def _images(
 def _score(
     config: EvaluateConfig,
     adapter: SavedAdapter,
+    answers: Answers | None,
     images: Labelled,
     known: Classes,
     listener: Listener,
@@ -145,11 +178,12 @@ def _score(
         candidates = np.unique(targets[targets >= 0])
     else:
         candidates = np.arange(len(adapter.weights))
-    adapt = _adapt(adapter) if config.features else None
+    adapt = adapt_of(adapter) if config.features else None
     ids: list[str] = []
     adapted: list[npt.NDArray[np.float32]] = []
     found: list[tuple[npt.NDArray[Any], ...]] = []
     shown: list[npt.NDArray[np.int64]] = []
+    trusted: list[Trust] = []
     scored = 0
     with ExitStack() as stack:
         advance = stack.enter_context(listener.progress("evaluate", len(targets)))
@@ -164,6 +198,9 @@ def _score(
                 zero_shot = cosine_logits(np, block.encoded[kept], adapter.head)
                 before = zero_shot[:, candidates].argmax(axis=1)
                 best = logits.argmax(axis=1)
+                shares = adapter.probabilities(logits)
+                places = np.searchsorted(candidates, targets[rows])
+                trusted.append(trust_of(shares, places, block.encoded[kept], answers))
                 digests = None if block.digests is None else block.digests[kept]
                 familiar = adapter.has_seen(image_hashes(block.encoded[kept], digests))
                 found.append((targets[rows], candidates[best], candidates[before], familiar))
@@ -172,9 +209,7 @@ def _score(
                     ids += images.ids(rows)
                     adapted.append(adapt(block.features[kept]))
                 if rows_written:
-                    top = logits[np.arange(len(best)), best]
-                    share = 1 / np.exp(logits - top[:, None]).sum(axis=1)
-                    rows_written(images.ids(rows), *found[-1], share)
+                    rows_written(images.ids(rows), *found[-1], trusted[-1].top)
             advance(len(block.rows), "")
         if not found:
             raise UserError(f"No image of {images.name} could be decoded.")
@@ -195,6 +230,7 @@ def _score(
         skipped=len(targets) - scored,
         seen=int(seen.sum()),
         groups=groups,
+        trust=joined(trusted).of(rest),
     )
     if config.features:
         moved = np.concatenate(adapted)
@@ -212,25 +248,6 @@ def _all_seen(name: str, count: int, info: AdapterInfo) -> str:
     )
 
 
-def _adapt(adapter: SavedAdapter) -> Callable[[Features], Features]:
-    """Features as the adapter takes them (N, F) → image features that it compares with the classes,
-    (N, D) float32, un-normalised.
-
-    Raises UserError for a method that moves no image features.
-    """
-    adapt = adapter.method.adapt
-    if adapt is None:
-        names = ", ".join(name for name, method in METHODS.items() if method.adapt)
-        raise UserError(
-            f"{adapter.info.method} moves no image features, so there are none for --features; "
-            f"these do: {names}."
-        )
-    formula, setting, head = adapt, adapter.info.setting, adapter.head
-    return lambda features: np.asarray(
-        formula(np, adapter.arrays, setting, features, head), np.float32
-    )
-
-
 def print_scores(config: EvaluateConfig) -> int:
     """Run `evaluate`, print the scores, and return the exit code."""
     from clip_adapter.pipelines.console.terminal import Terminal
@@ -238,6 +255,11 @@ def print_scores(config: EvaluateConfig) -> int:
     scores = evaluate(config, Terminal("clip-adapter evaluate"))
     if len(scores.labels):
         _print_table(scores)
+        decisions = load_adapter(config.adapter, config.method).decisions
+        for line in trust_lines(scores, decisions, config.coverage):
+            print(line)
+    for line in scores.hidden.lines() if scores.hidden else ():
+        print(line)
     if scores.seen:
         print(
             f"left out {counted(scores.seen, 'image')} on which the adapter was fitted or chosen: "

@@ -19,6 +19,8 @@ COMMANDS = {
     "report": ("report", "print the results of several runs side by side"),
     "study": ("study", "fit on many caches and compare methods over all of them"),
     "reproduce": ("reproduce", "run the paper's study from raw data, beside its numbers"),
+    "export": ("export", "write a classifier or a cache for other programs"),
+    "import": ("import_file", "make a cache of features that were made elsewhere"),
     "inspect": ("inspect_file", "say what is in a cache or an adapter"),
 }
 ROOM = "clip_adapter.pipelines.commands"

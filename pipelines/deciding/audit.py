@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from clip_adapter import files
 from clip_adapter.adapters.label_check import FEWEST, accuracy_of, judged
 from clip_adapter.adapters.method import Head
 from clip_adapter.adapters.neighbours import ONE_TEXT, alike
@@ -19,7 +22,7 @@ from clip_adapter.frames import frame
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.deciding.twins import Mask, Rows, Twins, find_twins
 from clip_adapter.pipelines.saved.adapter_file import image_hashes
-from clip_adapter.pipelines.scoring.prediction_formats import check_place, write_columns
+from clip_adapter.pipelines.scoring.prediction_formats import cell, check_place, rounded
 from clip_adapter.pipelines.scoring.zero_shot import zero_shot_head
 from clip_adapter.words import counted
 
@@ -152,7 +155,7 @@ def audit(config: AuditConfig) -> Audit:
 
             write_page(config.html, found, cache, config.images)
     if config.out:
-        write_columns(config.out, found.columns())
+        _write(config.out, found.columns())
     return found
 
 
@@ -231,3 +234,20 @@ def _accuracies(
 
 def _named(groups: Sequence[Sequence[int]], names: Sequence[str]) -> list[list[str]]:
     return [[names[label] for label in group] for group in groups]
+
+
+def _write(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """As CSV: nothing for None and NaN, names as `cell` has them."""
+    out = StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([*map(_shown, row)] for row in zip(*columns.values(), strict=True))
+    files.write_text(path, out.getvalue())
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return "" if np.isnan(value) else rounded(value)
+    return cell(value) if isinstance(value, str) else value

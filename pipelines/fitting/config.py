@@ -18,7 +18,10 @@ Selection = Literal["few-shot-val", "full-val", "cv", "loo", "none"]
 
 DEFAULT_CACHE = Path("features.h5")
 # Options of a few words; each is a field of Plan too, as are all that decide a run's numbers.
-CHOICES = ("select", "validation", "score", "preset", "train_classes", "search", "placement")
+CHOICES = (
+    *("select", "validation", "score", "class_weight", "preset"),
+    *("train_classes", "search", "placement"),
+)
 
 
 # What a field decides: the numbers of these methods, whose results pool over runs only where it is
@@ -56,6 +59,9 @@ class FitConfig:
             of them.
         score: How validation images count in the choice: all alike, or (balanced-accuracy) every
             class alike, so that one of few images counts as much as one of many.
+        class_weight: How images count in the loss of methods that are trained step by step: all
+            alike, or (balanced) every class alike, by N / (K n) of N images in K classes and n of
+            its own. For unequal classes, as with --shots all.
         preset: How to train; `paper` does as a method's official implementation.
         repeat: Draw a class with too few images with repetition, as Tip-Adapter's and LP++'s code
             does, rather than take each of its images once.
@@ -99,6 +105,7 @@ class FitConfig:
     tasks: Path | None = field(default=None, metadata=OF_CHOSEN)
     validation: Literal["keep", "join"] = field(default="keep", metadata=OF_CHOSEN)
     score: Literal["accuracy", "balanced-accuracy"] = field(default="accuracy", metadata=OF_CHOSEN)
+    class_weight: Literal["none", "balanced"] = field(default="none", metadata=OF_TRAINED)
     preset: Literal["default", "paper"] = "default"
     repeat: bool = field(default=False, metadata=OF_CHOSEN)
     augment: bool = field(default=False, metadata=OF_VIEWS)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from clip_adapter.adapters.formulas import balanced_weights
 from clip_adapter.adapters.method import Head, Method, Task
 from clip_adapter.adapters.neighbours import ONE_TEXT, alike
 from clip_adapter.cache.reader import FeatureCache
@@ -68,7 +69,8 @@ class Data:
     """A cache as fitting sees it.
 
     labels: of each split that the cache has. classes: which of the cache's classes take part; all
-    labels are counted from the first of them.
+    labels are counted from the first of them. class_weight: how images count in the loss of trained
+    methods, as FitConfig has it.
     """
 
     cache: FeatureCache
@@ -76,6 +78,7 @@ class Data:
     tasks: Sequence[TaskRows]
     labels: Mapping[str, Labels]
     classes: slice
+    class_weight: str = "none"
     _rows: dict[tuple[str, str], jax.Array] = field(default_factory=dict)
     _blocks: dict[tuple[str, int], Features] = field(default_factory=dict)
     _extra: dict[str, Any] = field(default_factory=dict)
@@ -105,6 +108,7 @@ class Data:
             self.tasks,
             self.labels,
             classes,
+            self.class_weight,
             self._rows,
             self._blocks,
             self._extra,
@@ -144,6 +148,7 @@ class Data:
             head=self.head(method),
             seed=np.int32(rows.seed),
             extra=self.extra(method),
+            class_weights=self._class_weights(method, self._labels("train", fold.support)),
         )
         return jax.tree.map(jnp.asarray, task)
 
@@ -165,8 +170,19 @@ class Data:
             head=self.head(method),
             seed=np.int32(seed),
             extra=self.extra(method),
+            class_weights=self._class_weights(method, np.concatenate(labels)),
         )
         return jax.tree.map(jnp.asarray, task)
+
+    def _class_weights(self, method: Method, labels: Labels) -> Float[Features, " C"] | None:
+        if self.class_weight == "none" or not method.is_trained:
+            return None
+        return balanced_weights(np, labels, self.count).astype(np.float32)
+
+    def is_even(self, rows: TaskRows) -> bool:
+        """Whether all classes of a task's support set have equally many images."""
+        counts = np.bincount(self._labels("train", rows.support))
+        return len(set(counts[counts > 0].tolist())) == 1
 
     def labelled_rows(self) -> dict[str, Rows]:
         """Every labelled image of the classes, by split."""
@@ -299,7 +315,9 @@ class Data:
         return own - np.int32(self.classes.start)
 
 
-def open_data(cache: FeatureCache, tasks: Sequence[TaskRows], *, augment: bool) -> Data:
+def open_data(
+    cache: FeatureCache, tasks: Sequence[TaskRows], *, augment: bool, class_weight: str = "none"
+) -> Data:
     """The cache for these tasks; of the training images view 0 alone unless `augment`.
 
     Raises UserError where the cache has no augmented views to draw from.
@@ -312,4 +330,4 @@ def open_data(cache: FeatureCache, tasks: Sequence[TaskRows], *, augment: bool) 
         )
     labels = {split: cache.labels(split) for split in cache.splits}
     classes = slice(0, len(cache.class_names))
-    return Data(cache, views if augment else 1, tasks, labels, classes)
+    return Data(cache, views if augment else 1, tasks, labels, classes, class_weight)

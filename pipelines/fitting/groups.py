@@ -4,6 +4,7 @@ choice, of a fold."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +13,14 @@ from clip_adapter.cache.content import groups_in_several_splits
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.words import counted, quoted
 
-MAX_FOLDS = 4
 Rows = npt.NDArray[np.int64]
 
 
-def numbers_of(cache: FeatureCache) -> Rows | None:
-    """(N,) the group of each training image and, behind them, of each of val, numbered as they
-    first come; an image of a split without groups is one of its own. None where no split has
+def numbers_of(cache: FeatureCache, splits: Sequence[str] = ("train", "val")) -> Rows | None:
+    """(N,) the group of each image of the splits that are there, one behind another, numbered as
+    they first come; an image of a split without groups is one of its own. None where no split has
     some."""
-    splits = [split for split in ("train", "val") if split in cache.splits]
-    named = {split: cache.groups(split) for split in splits}
+    named = {split: cache.groups(split) for split in splits if split in cache.splits}
     if not any(named.values()):
         return None
     numbers: dict[object, int] = {}
@@ -50,8 +49,8 @@ def tested_twins(cache: FeatureCache) -> str:
     )
 
 
-def fold_of(units: Rows, labels: npt.NDArray[np.int32], support: Rows) -> Rows | None:
-    """Deals groups to folds, as many as the class of fewest groups has and four at most.
+def fold_of(units: Rows, labels: npt.NDArray[np.int32], support: Rows, most: int) -> Rows | None:
+    """Deals groups to folds, as many as the class of fewest groups has and `most` at most.
 
     Groups of most images come first, equal ones in drawing order; each goes where there are fewest
     images of its classes, so that groups of one image each are dealt in turn. An image that was
@@ -61,7 +60,7 @@ def fold_of(units: Rows, labels: npt.NDArray[np.int32], support: Rows) -> Rows |
     some class would lie in one fold as a whole.
     """
     count = min(len(np.unique(units[labels == label])) for label in np.unique(labels))
-    count = min(count, MAX_FOLDS)
+    count = min(count, most)
     if count < 2:
         return None
     folds = np.empty(len(units), np.int64)
@@ -77,3 +76,16 @@ def fold_of(units: Rows, labels: npt.NDArray[np.int32], support: Rows) -> Rows |
         folds[members[unit]] = fold
     missing = (dealt == dealt.sum(axis=0)) & (dealt > 0)
     return None if missing.any() else folds
+
+
+def folds_of_some(units: Rows, labels: npt.NDArray[np.int32], support: Rows, most: int) -> Rows:
+    """As `fold_of`, of the images whose class, and those of whose group, have several groups; −1 of
+    the others, and of all where those cannot be divided."""
+    several = [len(np.unique(units[labels == label])) > 1 for label in range(labels.max() + 1)]
+    free = np.array(several)[labels]
+    free &= ~np.isin(units, units[~free])
+    folds = np.full(len(units), -1, np.int64)
+    if free.any():
+        divided = fold_of(units[free], labels[free], support[free], most)
+        folds[free] = -1 if divided is None else divided
+    return folds

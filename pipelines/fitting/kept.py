@@ -10,16 +10,16 @@ from clip_adapter.adapters.engine.evaluation import DIVERGED, Score
 from clip_adapter.adapters.engine.search import fit
 from clip_adapter.errors import UserError
 from clip_adapter.listener import Listener
+from clip_adapter.pipelines.deciding.answers import calibrated_by
 from clip_adapter.pipelines.deciding.held_out import with_decisions
 from clip_adapter.pipelines.fitting.choice import is_finite
 from clip_adapter.pipelines.fitting.config import shots_words
-from clip_adapter.pipelines.fitting.groups import MAX_FOLDS
 from clip_adapter.pipelines.fitting.one_task import TaskRunner, fitted_on
 from clip_adapter.pipelines.fitting.options import command_that_keeps
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.fitting.results import TaskResult
 from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder, writing
-from clip_adapter.pipelines.fitting.tasks import TaskRows, kept_task
+from clip_adapter.pipelines.fitting.tasks import MAX_FOLDS, TaskRows, kept_task
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter, save_adapter
 
 if TYPE_CHECKING:
@@ -42,13 +42,15 @@ def keep_one(
     sound = candidates(runner.plan, tasks, results)
     if not sound or (len(sound) > 1 and not any(map(is_judged, sound))):
         return None
-    best, rows = max(sound, key=rank), kept_task(tasks)
+    best, rows = max(sound, key=rank), kept_task(runner.data.tasks)
     if runner.plan.refit:
         adapter = _refitted(runner, rows, best, folder)
     else:  # that of an earlier process has to be there, and as it was written
         adapter = load_adapter(folder.path / adapter_folder(*best.key))
     with listener.progress("calibrate", MAX_FOLDS) as advance:
         adapter = with_decisions(runner, rows, best, adapter, advance)
+    if sentence := calibrated_by(adapter.decisions):
+        runner.tell(sentence)
     with writing(folder.path):
         save_adapter(folder.path, adapter)
     return best

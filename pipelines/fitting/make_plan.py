@@ -68,6 +68,7 @@ def make_plan(
     plan = Plan(**alike | resolved)
     check_protocol(plan)
     _check_refined(plan)
+    _check_weighed(plan)
     return plan
 
 
@@ -80,6 +81,18 @@ def _check_refined(plan: Plan) -> None:
             f"--unlabelled takes no {flag} beside it: what is refined is the chosen classifier of "
             "a task, judged by labelled images that took no part, and tells the classes of the "
             "task alone."
+        )
+
+
+def _check_weighed(plan: Plan) -> None:
+    """A loss is weighed of methods that have one."""
+    if plan.class_weight == "none":
+        return
+    if others := [p.method.name for p in plan.fitted if not p.method.is_trained]:
+        raise UserError(
+            f"--class-weight {plan.class_weight} weighs the loss of methods that are trained step "
+            f"by step, and {', '.join(others)} {'is' if len(others) == 1 else 'are'} not; leave it "
+            "out, or fit such methods in a run of their own."
         )
 
 

@@ -268,6 +268,8 @@ class TaskRunner:
         """An adapter with all that it was fitted from; one that has nothing to fit or to choose,
         such as zero-shot, has seen no image."""
         about, head = self.provenance, self.data.head(method)
+        weight = self.plan.class_weight
+        weighed = {"class_weight": weight} if weight != "none" and method.is_trained else {}
         info = AdapterInfo(
             method=method.name,
             setting=dict(setting),
@@ -279,7 +281,7 @@ class TaskRunner:
             preprocess=about.preprocess,
             dataset=about.dataset,
             cache_sha256=about.cache_sha256,
-            fitted={"train_classes": self.plan.train_classes, **fitted},
+            fitted={"train_classes": self.plan.train_classes, **weighed, **fitted},
             backbone2=about.backbone2 if takes_both(method, arrays) else None,
         )
         return SavedAdapter(info, arrays, head.weights, seen if arrays or setting else seen[:0])

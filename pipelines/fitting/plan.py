@@ -35,7 +35,10 @@ LARGEST_SEED = 2**31 - 1  # JAX takes an int32
 OWN_SHA256 = "sha256"
 TASKS = "tasks.json"
 # Stated where they are given: plans without them are what they were.
-WHERE_GIVEN = ("tasks", "unlabelled", "unlabelled_cache", "groups", "from_run", "from_sha256")
+WHERE_GIVEN = (
+    *("tasks", "unlabelled", "unlabelled_cache", "groups"),
+    *("from_run", "from_sha256", "class_weight"),
+)
 ELSEWHERE = ("cache", "unlabelled_cache", "from_run", OWN_SHA256)  # may be, and change no number
 METHOD = "method"  # a factor of an ablation that is no hyper-parameter
 Json = dict[str, Any]
@@ -99,6 +102,7 @@ class Plan:
     groups: str = ""
     from_run: str = ""
     from_sha256: str = ""
+    class_weight: str = "none"
 
     @property
     def fitted(self) -> list[PlannedMethod]:
@@ -138,7 +142,7 @@ class Plan:
         """As JSON, with a SHA-256 over the rest."""
         document = json.loads(json.dumps(asdict(self)))
         for name in WHERE_GIVEN:
-            if not document[name]:
+            if document[name] == getattr(Plan, name):
                 del document[name]
         return document | {OWN_SHA256: _sha256(document)}
 

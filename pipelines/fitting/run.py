@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -118,6 +119,11 @@ def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -
         data, new, tasks = _tasks(plan, cache, stated, groups)
         if alike := data.classes_with_one_text():
             listener.note(same_text(alike))
+        if plan.class_weight != "none" and all(map(data.is_even, data.tasks)):
+            listener.note(
+                f"--class-weight {plan.class_weight} has no effect: in every task all classes have "
+                "equally many training images."
+            )
         if sentence := tested_twins(cache):
             listener.note(sentence)
         check_feasible(plan, data, data.tasks[0])
@@ -217,12 +223,13 @@ def _tasks(
             join=plan.validation == "join",
             groups=groups,
         )
+    how: dict[str, Any] = {"augment": plan.augment, "class_weight": plan.class_weight}
     if plan.train_classes == "all":
-        return open_data(cache, drawn, augment=plan.augment), None, drawn
+        return open_data(cache, drawn, **how), None, drawn
     base = base_classes(classes)
     every = train if val is None else np.concatenate([train, val])
     taken = [only_classes(rows, base, every, val) for rows in drawn]
-    data = open_data(cache, taken, augment=plan.augment)
+    data = open_data(cache, taken, **how)
     return data.of_classes(slice(0, base)), data.of_classes(slice(base, classes)), drawn
 
 

@@ -29,7 +29,7 @@ from clip_adapter.pipelines.scoring.cached import cached_images
 from clip_adapter.words import counted, dashed, some
 
 # What a run has decided already; the others, such as --shots and --refit, are still free.
-DECIDED = ("select", "score", "preset", "search", "ablate", "train_classes")
+DECIDED = ("select", "score", "preset", "search", "ablate", "train_classes", "class_weight")
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Taken:
             method=tuple(own) or (info.method,),
             hyper={f"{info.method}.{name}": value for name, value in info.setting.items()},
             select="none",
+            class_weight=info.fitted.get("class_weight", "none"),
         )
         if config.tasks is None and "shots" not in given:
             taken = replace(taken, shots=(info.fitted.get("shots", 0),))

@@ -20,6 +20,7 @@ from clip_adapter.pipelines.fitting.results import TaskResult
 if TYPE_CHECKING:
     from clip_adapter.pipelines.fitting.plan import Plan
 
+MAX_FOLDS = 4
 Rows = npt.NDArray[np.int64]
 
 
@@ -193,7 +194,7 @@ def cross_validation(rows: TaskRows, labels: npt.NDArray[np.int32]) -> list[Fold
     """
     support = rows.support
     units = support if rows.groups is None else rows.groups
-    folds = fold_of(units, labels[support], support)
+    folds = fold_of(units, labels[support], support, MAX_FOLDS)
     if folds is None:
         return []
     return [

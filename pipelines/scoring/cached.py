@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache.reader import BLOCK_ROWS, FeatureCache
 from clip_adapter.errors import UserError
+from clip_adapter.files import is_file
 from clip_adapter.pipelines.saved.adapter_check import (
     check_same_backbone,
     check_same_second,
@@ -19,6 +22,10 @@ from clip_adapter.pipelines.saved.adapter_check import (
 )
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter
 
+if TYPE_CHECKING:
+    from clip_adapter.cache.reader import FeatureCache
+
+HDF5 = b"\x89HDF\r\n\x1a\n"
 Features = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 
@@ -39,6 +46,15 @@ class Block:
 
 Blocks = Callable[[], Iterator[Block]]
 """Reads or encodes images, anew at each call, block by block: memory does not grow with them."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images in order, how many they are, and the names of some rows."""
+
+    count: int
+    blocks: Blocks
+    names: Callable[[Rows], Sequence[Path | str]]
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,8 @@ def cached_blocks(cache: FeatureCache, split: str, adapter: SavedAdapter) -> Blo
 
     Raises UserError where it lacks them, or what the adapter needs, or is of another backbone.
     """
+    from clip_adapter.cache.reader import BLOCK_ROWS  # h5py, which images need not be read by
+
     info = adapter.info
     remedy = "extract with the adapter's backbone, or fit on features of this one"
     check_same_backbone(cache.backbone, cache.preprocess, info, remedy)
@@ -98,6 +116,37 @@ def cached_blocks(cache: FeatureCache, split: str, adapter: SavedAdapter) -> Blo
             yield Block(rows, features, encoded, None if digests is None else digests[rows], {})
 
     return blocks
+
+
+def is_cache(path: Path) -> bool:
+    """Whether it is a file of HDF5, told by how it begins."""
+    try:
+        with path.open("rb") if is_file(path) else BytesIO() as file:
+            return file.read(len(HDF5)) == HDF5
+    except OSError:  # which reading it as an image will say
+        return False
+
+
+def cached_sources(
+    path: Path, split: str | None, adapter: SavedAdapter
+) -> list[tuple[str, Source]]:
+    """The images of a cache with the split that they are of: of `split`, else those without labels,
+    else of every split that it has. The file stays open as long as they are.
+
+    Raises UserError as `cached_blocks` does.
+    """
+    from clip_adapter.cache.reader import FeatureCache
+
+    cache = FeatureCache(path)
+
+    def source(name: str) -> Source:
+        blocks = cached_blocks(cache, name, adapter)
+        return Source(cache.shape(name)[1], blocks, lambda rows: cache.ids(name, rows))
+
+    usual = cache.all_splits if split is None else (split,)
+    if split is None and cache.has("unlabelled"):
+        usual = ("unlabelled",)
+    return [(name, source(name)) for name in usual]
 
 
 def width_of(adapter: SavedAdapter) -> int:

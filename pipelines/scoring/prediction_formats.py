@@ -1,12 +1,13 @@
-"""How predictions are printed, as a table, CSV or JSON, row by row as they come; and the files that
-`evaluate` writes beside its scores."""
+"""How predictions are printed or written, as a table, CSV, JSON, JSON lines or Parquet, row by row
+as they come; and the files that `evaluate` writes beside its scores."""
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from io import BytesIO, StringIO
+from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -15,7 +16,10 @@ import numpy.typing as npt
 from rich.cells import cell_len
 
 from clip_adapter import files
+from clip_adapter.adapters.registry import METHODS
 from clip_adapter.errors import UserError
+from clip_adapter.pipelines.deciding.answers import NONE, Answer, class_words
+from clip_adapter.pipelines.saved.adapter_file import SavedAdapter
 from clip_adapter.words import printable
 
 
@@ -23,61 +27,128 @@ from clip_adapter.words import printable
 class Prediction:
     """What an image shows.
 
-    top: (class name, probability), most probable first; empty where the image cannot be read.
-    unreadable: why it cannot be read, or None.
+    path: of a file, or the id in a cache. top: (class name, probability), most probable first;
+    empty where the image cannot be read. answer: what is promised beside them; None where nothing
+    is. unreadable: why it cannot be read, or None.
     """
 
-    path: Path
+    path: Path | str
     top: tuple[tuple[str, float], ...] = ()
+    answer: Answer | None = None
     unreadable: str | None = None
 
 
 class Scope(Protocol):
     """What is known before the first prediction, so that columns can be set."""
 
-    @property
-    def paths(self) -> Sequence[Path]: ...
+    def names(self) -> Iterator[Path | str]: ...
 
     @property
     def class_names(self) -> Sequence[str]: ...
 
 
 def write_table(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> None:
-    """Aligned columns: the path, then name and probability of each class."""
-    path_width = max(cell_len(printable(str(path))) for path in scope.paths)
+    """Aligned columns: the path, then name and probability of each class; or the classes of its
+    set, or that it shows none of them."""
+    path_width = max(cell_len(printable(str(path))) for path in scope.names())
     name_width = max(cell_len(printable(name)) for name in scope.class_names)
     for prediction in predictions:
         cells = [_padded(str(prediction.path), path_width)]
-        for name, probability in prediction.top:
-            cells.append(f"{_padded(name, name_width)} {100 * probability:5.1f} %")
+        answer = prediction.answer
+        if answer and answer.is_none:
+            cells += [_padded(NONE, name_width), f"(nearest: {printable(prediction.top[0][0])})"]
+        elif answer and answer.classes:
+            cells.append(_padded(class_words([name for name, _ in answer.classes]), name_width))
+            cells += [f"{100 * probability:5.1f} %" for _, probability in answer.classes]
+        else:
+            for name, probability in prediction.top:
+                cells.append(f"{_padded(name, name_width)} {100 * probability:5.1f} %")
         print("   ".join(cells), file=out)
 
 
 def write_csv(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> None:
-    """A header, then a row per image: image, class_1, probability_1, class_2, …
+    """A header, then a row per image: image, class_1, probability_1, class_2, … Where something is
+    promised, `answer` and, of what was asked for, `classes` and `known` come before class_1.
 
     Names that begin with = + - @ get an apostrophe before them; in JSON names are exact.
     """
     writer = csv.writer(out, lineterminator="\n")
-    ranks = 0
-    for prediction in predictions:
-        if not ranks:
-            ranks = len(prediction.top)
-            columns = ((f"class_{n}", f"probability_{n}") for n in range(1, ranks + 1))
-            writer.writerow(["image", *(name for pair in columns for name in pair)])
-        pairs = ((cell(name), rounded(p)) for name, p in prediction.top)
-        writer.writerow([cell(str(prediction.path)), *(x for pair in pairs for x in pair)])
+    for number, prediction in enumerate(predictions):
+        row = _columns(prediction)
+        if not number:
+            writer.writerow(row)
+        texts = (class_words(own) if isinstance(own, list) else own for own in row.values())
+        writer.writerow([cell(own) if isinstance(own, str) else own for own in texts])
 
 
 def write_json(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> None:
     """One array, an object per image on a line of its own; names are exact."""
     separator = "["
     for prediction in predictions:
-        top = [{"class": name, "probability": rounded(p)} for name, p in prediction.top]
-        row = json.dumps({"image": str(prediction.path), "top": top})
-        print(f"{separator}\n{row}", end="", file=out)
+        print(f"{separator}\n{_json(prediction)}", end="", file=out)
         separator = ","
     print("[]" if separator == "[" else "\n]", file=out)
+
+
+def _json(prediction: Prediction) -> str:
+    top = [{"class": name, "probability": rounded(p)} for name, p in prediction.top]
+    return json.dumps({"image": str(prediction.path), **_promised(prediction), "top": top})
+
+
+def write_json_lines(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> None:
+    """An object per image on a line of its own, as in the array of `write_json`."""
+    for prediction in predictions:
+        print(_json(prediction), file=out)
+
+
+def write_parquet(path: Path, scope: Scope, predictions: Iterable[Prediction]) -> None:
+    """A row per image with the columns of the CSV file; names are exact. Some rows at a time are in
+    memory."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    types = {str: pa.string(), float: pa.float64(), list: pa.list_(pa.string())}
+    with ExitStack() as stack:
+        writer = None
+        columns = map(_columns, predictions)
+        while rows := list(islice(columns, ROWS_AT_ONCE)):
+            if writer is None:
+                schema = pa.schema([(name, types[type(own)]) for name, own in rows[0].items()])
+                writer = stack.enter_context(parquet.ParquetWriter(path, schema))
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+        if writer is None:
+            parquet.write_table(pa.table({"image": pa.array([], pa.string())}), path)
+
+
+def _columns(prediction: Prediction) -> dict[str, Any]:
+    """Column → value."""
+    row: dict[str, Any] = {"image": str(prediction.path), **_promised(prediction)}
+    for rank, (name, probability) in enumerate(prediction.top, 1):
+        row |= {f"class_{rank}": name, f"probability_{rank}": rounded(probability)}
+    return row
+
+
+def write_file(path: Path, form: str, scope: Scope, predictions: Iterable[Prediction]) -> None:
+    """Write predictions into a file, which gets its name when all of them are there."""
+    with files.written(path) as temporary:
+        if form == PARQUET:
+            write_parquet(temporary, scope, predictions)
+            return
+        with temporary.open("x", encoding="utf-8", newline="") as file:
+            FORMATS[form](file, scope, predictions)
+
+
+def _promised(prediction: Prediction) -> dict[str, Any]:
+    """What is answered beside the most probable classes, by column."""
+    answer = prediction.answer
+    if answer is None:
+        return {}
+    said: dict[str, Any] = {"answer": NONE if answer.is_none else prediction.top[0][0]}
+    if answer.classes:
+        said["classes"] = [name for name, _ in answer.classes]
+    if answer.known is not None:
+        said["known"] = rounded(answer.known)
+    return said
 
 
 def cell(text: str) -> str:
@@ -96,8 +167,16 @@ def rounded(probability: float) -> float:
     return float(f"{probability:.6g}")
 
 
+Floats = npt.NDArray[np.float32]
 Writer = Callable[[TextIO, Scope, Iterable[Prediction]], None]
-FORMATS: dict[str, Writer] = {"table": write_table, "csv": write_csv, "json": write_json}
+FORMATS: dict[str, Writer] = {
+    "table": write_table,
+    "csv": write_csv,
+    "json": write_json,
+    "jsonl": write_json_lines,
+}
+PARQUET = "parquet"  # which is no text: into a file only
+ROWS_AT_ONCE = 4096
 
 
 @contextmanager
@@ -109,26 +188,22 @@ def predictions_file(
     if path is None:
         yield None
         return
-    temporary = path.with_name(path.name + ".new")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(
-                ["image", "class", "predicted", "probability", "zero_shot", "fitted_on"]
-            )
-            names = [cell(name) for name in class_names]
+    with (
+        files.written(path) as temporary,
+        temporary.open("x", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["image", "class", "predicted", "probability", "zero_shot", "fitted_on"])
+        names = [cell(name) for name in class_names]
 
-            def write(ids: Sequence[str], *columns: npt.NDArray[Any]) -> None:
-                for name, label, predicted, before, seen, share in zip(
-                    ids, *(column.tolist() for column in columns), strict=True
-                ):
-                    shown = names[label], names[predicted], rounded(share), names[before]
-                    writer.writerow([cell(name), *shown, "yes" if seen else "no"])
+        def write(ids: Sequence[str], *columns: npt.NDArray[Any]) -> None:
+            for name, label, predicted, before, seen, share in zip(
+                ids, *(column.tolist() for column in columns), strict=True
+            ):
+                shown = names[label], names[predicted], rounded(share), names[before]
+                writer.writerow([cell(name), *shown, "yes" if seen else "no"])
 
-            yield write
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield write
 
 
 def write_features(
@@ -151,25 +226,27 @@ def write_features(
     files.write_bytes(path, content.getvalue())
 
 
-def write_columns(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """A CSV file of columns of one length; nothing for None and NaN, names as `cell` has them."""
-    out = StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([*map(_shown, row)] for row in zip(*columns.values(), strict=True))
-    files.write_text(path, out.getvalue())
+def adapt_of(adapter: SavedAdapter) -> Callable[[Floats], Floats]:
+    """Features as the adapter takes them (N, F) → image features that it compares with the classes,
+    (N, D) float32, un-normalised.
 
-
-def _shown(value: Any) -> Any:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return "" if np.isnan(value) else rounded(value)
-    return cell(value) if isinstance(value, str) else value
+    Raises UserError for a method that moves no image features.
+    """
+    adapt = adapter.method.adapt
+    if adapt is None:
+        names = ", ".join(name for name, method in METHODS.items() if method.adapt)
+        raise UserError(
+            f"{adapter.info.method} moves no image features, so there are none for --features; "
+            f"these do: {names}."
+        )
+    formula, setting, head = adapt, adapter.info.setting, adapter.head
+    return lambda features: np.asarray(
+        formula(np, adapter.arrays, setting, features, head), np.float32
+    )
 
 
 def check_place(path: Path | None, suffix: str) -> None:
-    """Raises UserError where no file of this kind can be written at `path`."""
+    """Raises UserError for a file of another kind, and where none can be written."""
     if path is None:
         return
     if path.suffix != suffix:

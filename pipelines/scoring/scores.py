@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clip_adapter.pipelines.deciding.hidden import Hidden
+from clip_adapter.pipelines.deciding.trust import Trust
 from clip_adapter.pipelines.scoring.prediction_formats import cell
 
 Indices = npt.NDArray[np.int32]
@@ -41,6 +43,8 @@ class Scores:
     which both chose. skipped: how many images could not be decoded and are not here. seen: how many
     are not here because the adapter was fitted or chosen on them; where none are left, accuracies
     are NaN. groups: (N,) names, equal ones of images that belong together; None where each is one.
+    trust: what probabilities and sets are worth on these images. hidden: what becomes of each class
+    when the adapter does not know it; None where that was not asked for.
     """
 
     class_names: Sequence[str]
@@ -51,6 +55,8 @@ class Scores:
     skipped: int = 0
     seen: int = 0
     groups: npt.NDArray[np.object_] | None = None
+    trust: Trust | None = None
+    hidden: Hidden | None = None
 
     @property
     def accuracy(self) -> float:

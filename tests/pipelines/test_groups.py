@@ -14,8 +14,9 @@ from clip_adapter.pipelines.commands.evaluate import EvaluateConfig, evaluate, m
 from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.console_report import print_run
-from clip_adapter.pipelines.fitting.groups import MAX_FOLDS
+from clip_adapter.pipelines.fitting.groups import folds_of_some
 from clip_adapter.pipelines.fitting.tasks import (
+    MAX_FOLDS,
     TaskRows,
     cross_validation,
     draw_tasks,
@@ -203,3 +204,13 @@ def test_accuracy_by_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     few = replace(scores, groups=np.arange(len(right)).astype(object))
     single = few.by_group()
     assert single is not None and (single.worst, single.count) == (None, len(right))
+
+
+def test_what_is_held_out_for_probabilities_is_whole_groups() -> None:
+    """Of a class in one group nothing is left out, nor what is of one group with it."""
+    labels = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 1], np.int32)
+    units = np.array([0, 0, 1, 2, 3, 4, 5, 6, 6, 6])
+    folds = folds_of_some(units, labels, np.arange(10), 4)
+    assert folds.tolist() == [0, 0, 1, 2, 0, 1, 2, -1, -1, -1]
+    alone = folds_of_some(np.zeros(10, np.int64), labels, np.arange(10), 4)
+    assert set(alone.tolist()) == {-1}
