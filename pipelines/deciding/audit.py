@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter import files
 from clip_adapter.adapters.label_check import FEWEST, accuracy_of, judged
 from clip_adapter.adapters.method import Head
 from clip_adapter.adapters.neighbours import ONE_TEXT, alike
@@ -22,7 +19,7 @@ from clip_adapter.frames import frame
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.deciding.twins import Mask, Rows, Twins, find_twins
 from clip_adapter.pipelines.saved.adapter_file import image_hashes
-from clip_adapter.pipelines.scoring.prediction_formats import cell, check_place, rounded
+from clip_adapter.pipelines.scoring.prediction_formats import check_place, write_columns
 from clip_adapter.pipelines.scoring.zero_shot import zero_shot_head
 from clip_adapter.words import counted
 
@@ -146,16 +143,17 @@ def audit(config: AuditConfig) -> Audit:
         require_within("--count", config.count, 10**9)
     if config.images is not None and config.html is None:
         raise UserError("--images is for the pictures of a page; name that with --html.")
-    check_place(config.out, ".csv")
-    check_place(config.html, ".html")
+    out, html = (path and Path(path) for path in (config.out, config.html))
+    check_place(out, ".csv")
+    check_place(html, ".html")
     with FeatureCache(config.cache) as cache:
         found = _audit(cache, config.count)
-        if config.html:
+        if html:
             from clip_adapter.pipelines.deciding.audit_page import write_page
 
-            write_page(config.html, found, cache, config.images)
-    if config.out:
-        _write(config.out, found.columns())
+            write_page(html, found, cache, config.images and Path(config.images))
+    if out:
+        write_columns(out, found.columns())
     return found
 
 
@@ -234,20 +232,3 @@ def _accuracies(
 
 def _named(groups: Sequence[Sequence[int]], names: Sequence[str]) -> list[list[str]]:
     return [[names[label] for label in group] for group in groups]
-
-
-def _write(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """As CSV: nothing for None and NaN, names as `cell` has them."""
-    out = StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([*map(_shown, row)] for row in zip(*columns.values(), strict=True))
-    files.write_text(path, out.getvalue())
-
-
-def _shown(value: Any) -> Any:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return "" if np.isnan(value) else rounded(value)
-    return cell(value) if isinstance(value, str) else value

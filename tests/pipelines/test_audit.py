@@ -14,13 +14,16 @@ from sklearn.datasets import load_digits
 
 from clip_adapter.adapters.method import Head, Task
 from clip_adapter.adapters.registry import METHODS
+from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.writer import write_cache as write_content
 from clip_adapter.errors import UserError
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.commands.audit import main, print_audit
+from clip_adapter.pipelines.commands.extract import main as extract
 from clip_adapter.pipelines.deciding.audit import AuditConfig, audit
 from clip_adapter.pipelines.deciding.twins import warn_of_near_equal
-from tests.cache.small_cache import STATED, features, images, text
+from tests.cache.small_cache import STATED, features, images, text, unlabelled
+from tests.extract.image_folders import make_folder
 from tests.pipelines.tiny_cache import TinyData, tiny_data, write_cache
 
 CLEAN = tiny_data(train=(12, 12, 12, 12), noise=0.4, test=10)
@@ -258,3 +261,37 @@ def test_the_page_takes_names_as_text_and_does_without_pictures(tmp_path: Path) 
     assert page.count("rather ") == found.listed.sum() == 48
     with pytest.raises(UserError, match="--images is for the pictures of a page"):
         audit(AuditConfig(cache, images=tmp_path))
+
+
+def test_extract_says_where_its_own_cut_parts_near_equal_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each photograph twice, the other time a little brighter, in one folder per class."""
+    folder = make_folder(tmp_path / "data" / "all", {"one": 12}, ("cat", "dog")) / "one"
+    for path in sorted(folder.rglob("*.png")):
+        pixels = np.asarray(Image.open(path)).astype(int)
+        brighter = Image.fromarray(np.clip(pixels + 1, 0, 255).astype(np.uint8))
+        brighter.save(path.with_name(f"again {path.name}"))
+    for cut, said in (((), True), (("--group", "parent"), False)):
+        with pytest.raises(SystemExit) as ended:
+            extract(["--dataset", f"folder:{folder}", "--out", str(tmp_path / "c.h5"), *cut])
+        told = capsys.readouterr().err
+        assert ended.value.code == (0 if said else 2)  # a class in one group cannot be divided
+        assert ("a near-equal one in another split" in told) is said
+    with FeatureCache(tmp_path / "c.h5") as cache:
+        splits = {name: split for split in cache.splits for name in cache.ids(split)}
+        away = {
+            name for name in splits
+            if splits[name] != splits[name.replace("again ", "") if "again " in name
+                                      else name.replace("/", "/again ")]
+        }  # fmt: skip
+        counts = {split: sum(splits[name] == split for name in away) for split in ("val", "test")}
+    found = audit(AuditConfig(str(tmp_path / "c.h5"), out=str(tmp_path / "a.csv")))  # type: ignore[arg-type]
+    across = {name for name, own in zip(found.ids, found.twins.across, strict=True) if own}
+    assert len(away - across) <= 2 and len(across - away) <= 2 and min(counts.values()) > 2
+
+
+def test_a_cache_without_labelled_images(tmp_path: Path) -> None:
+    write_content(tmp_path / "new.h5", text() | unlabelled(7), **STATED)
+    with pytest.raises(UserError, match="has 0 labelled images of 3 classes"):
+        audit(AuditConfig(tmp_path / "new.h5"))
