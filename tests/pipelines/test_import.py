@@ -348,6 +348,13 @@ def test_numbers_alone_name_no_classes(place: Path) -> None:
         import_features(config, Listener())
 
 
+def test_one_class_is_no_question(place: Path) -> None:
+    np.savez("f.npz", features=ROWS, labels=np.full(len(ROWS), "ant"))
+    config = ImportConfig(Path("f.npz"), Path("f.h5"), backbone="glyph-clip")
+    with pytest.raises(UserError, match="There is one class, 'ant'; at least two are needed"):
+        import_features(config, Listener())
+
+
 def test_a_cache_that_is_there_stays(place: Path) -> None:
     write_cache(Path("f.h5"), DATA)
     before = Path("f.h5").read_bytes()
