@@ -47,7 +47,8 @@ class Task(NamedTuple):
     seed: decides initialisation and batch order, alike for all settings. extra: what the method
     `needs` beyond that, as nested arrays by name; with features of a second encoder, which stand in
     E more columns behind the others, their `centre` (E,). validation_weights: how much each
-    validation image counts; None for all alike.
+    validation image counts; None for all alike. class_weights: how much an image of each class
+    counts in the loss of trained methods, 1 on average over the support set; None for all alike.
     """
 
     features: Float[Array, "V S D"]
@@ -58,6 +59,7 @@ class Task(NamedTuple):
     seed: Int[Array, ""]
     extra: Mapping[str, Any] = {}
     validation_weights: Float[Array, " M"] | None = None
+    class_weights: Float[Array, " C"] | None = None
 
 
 class Rounds(NamedTuple):
@@ -75,13 +77,13 @@ class Rounds(NamedTuple):
 class Batch(NamedTuple):
     """Images of one training step.
 
-    counts: 0 for rows that only fill the batch up. key: a random key of this step, for losses that
-    draw.
+    counts: how much each counts; 0 for rows that only fill the batch up. key: a random key of this
+    step, for losses that draw.
     """
 
     features: Float[Array, "B D"]
     labels: Int[Array, " B"]
-    counts: Bool[Array, " B"]
+    counts: Bool[Array, " B"] | Float[Array, " B"]
     key: Array
 
 

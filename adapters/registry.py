@@ -68,7 +68,7 @@ WORDS = {"all", "method", "none"}
 TAKEN = {
     *("method", "shots", "seed", "seeds", "epochs_run", "best_epoch", "val_accuracy", "val_nll"),
     *("status", "seconds", "images", "cache", "out", "baselines", "select", "score", "preset"),
-    *("repeat", "tasks", "unlabelled"),
+    *("repeat", "tasks", "unlabelled", "from", "from_run", "class_weight"),
     *(
         "augment",
         "validation",

@@ -105,6 +105,20 @@ def in_several_splits(content: Content) -> dict[str, Any] | None:
     return {"images": len(shared), "examples": examples} if len(shared) else None
 
 
+def groups_in_several_splits(
+    groups: Mapping[str, Sequence[str] | None],
+) -> list[tuple[str, list[str]]]:
+    """The groups that have images in more than one split, and in which.
+
+    groups: by split, of each image; None for a split without groups.
+    """
+    splits: dict[str, list[str]] = {}
+    for split, names in groups.items():
+        for name in set(names or ()):
+            splits.setdefault(name, []).append(split)
+    return sorted((name, own) for name, own in splits.items() if len(own) > 1)
+
+
 def _ids(
     content: Content,
     split: str,

@@ -41,6 +41,7 @@ def draw_few_shot(
     seed: int,
     repeat: bool = False,
     classes: int = 0,
+    groups: tuple[npt.ArrayLike, npt.ArrayLike] | None = None,
 ) -> FewShotTask:
     """Draw the support set and the few-shot validation set of one (shots, seed).
 
@@ -54,8 +55,11 @@ def draw_few_shot(
     `choices`, as Tip-Adapter's and LP++'s code does. Both are equal where no
     label has too few rows.
 
+    Groups change nothing about which training images are drawn: k shots are k images, of however
+    many groups. A validation image whose group has one in the support set is not drawn.
+
     train_labels, val_labels: (N,) and (M,) integers. classes: how many there are, where the last of
-    them may have no image.
+    them may have no image. groups: (N,) and (M,) integers, which images belong together.
     Raises UserError where no class has as many as `shots` training images.
     """
     rng = random.Random(seed)
@@ -67,8 +71,14 @@ def draw_few_shot(
             f"--shots {shots} cannot be drawn: the largest class has "
             f"{counted(largest, 'training image')}; {most}, or `--shots all`."
         )
-    val_groups, val_shots = _rows_by_label(val_labels), min(shots, VALIDATION_SHOTS)
     support = _draw(rng, train_groups, shots, repeat)
+    val_groups, val_shots = _rows_by_label(val_labels), min(shots, VALIDATION_SHOTS)
+    if groups is not None:
+        taken = np.isin(groups[1], np.asarray(groups[0])[support])
+        free = (
+            (label, [row for row in own if not taken[row]]) for label, own in val_groups.items()
+        )
+        val_groups = {label: own for label, own in free if own}
     validation = _draw(rng, val_groups, val_shots, repeat)
     every = range(max(classes, 1 + max([*train_groups, *val_groups])))
     return FewShotTask(

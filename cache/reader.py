@@ -176,6 +176,17 @@ class FeatureCache(StoredFile):
         path = f"images/{split}/{name}"
         return self.values_of(path) if self.has_dataset(path) else None
 
+    def groups(self, split: str) -> list[str] | None:
+        """(N,) of which group each image is (a burst, a video, a patient), in every split by the
+        same names; None where the cache knows none."""
+        path = f"images/{split}/groups"
+        if not self.has_dataset(path):
+            return None
+        names = self.strings(path)
+        if "" in names:
+            raise self._broken(f"{path} holds an empty name")
+        return names
+
     def skipped_ids(self, split: str) -> list[str]:
         """Those images of a split that could not be read."""
         path = f"images/{split}/skipped"

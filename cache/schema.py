@@ -93,6 +93,7 @@ _OF_IMAGES = (
     Element("stamps", Kind.UINT64, "N"),
     Element("contents", Kind.UINT64, "N"),
     Element("skipped_stamps", Kind.UINT64, "S"),
+    Element("groups", Kind.STRING, "N"),
 )
 # What is added to a cache, or taken from it, does not change what others were fitted on.
 _OF_UNLABELLED = tuple(

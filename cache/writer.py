@@ -185,6 +185,8 @@ def _check(path: Path, content: Content, part: bool, dims: Mapping[str, Any]) ->
             raise UserError(f"Cannot write {path}: {name} are outside the {len(names)} classes.")
         if ELEMENTS[name].kind is Kind.STRING:
             check_strings(_strings(values))
+            if name.endswith("/groups") and "" in _strings(values):
+                raise UserError(f"Cannot write {path}: {name} hold an empty name; name the group.")
         elif ELEMENTS[name].kind is Kind.FEATURES and isinstance(values, np.ndarray):
             split = split_of(name)
             rows = np.moveaxis(values, ELEMENTS[name].row_axis, 0)

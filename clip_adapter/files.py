@@ -7,7 +7,8 @@ import os
 import stat
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,19 @@ def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
             file.flush()
             os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """The path of a file that gets the name `path` when all of it is written; of a process that is
+    killed it stays behind, and goes when the same is written again."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:

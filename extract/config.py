@@ -65,6 +65,9 @@ class ExtractConfig:
             folder.
         columns: What a csv: table calls its columns, where not path, label and split, and which of
             its columns an hf: data set means by the first two: path=image,label=choice.
+        group: What says which images belong together (a burst, a video, a patient), so that all lie
+            on one side of every split and fold: `parent`, the folder that an image lies in (within
+            its class's), or a column of a csv: table, which takes one called group by itself.
         val: Share of the training images that becomes val where the data set has none.
             Default 0.2; 0 makes none.
         test: The same for test. Default 0.3.
@@ -112,6 +115,7 @@ class ExtractConfig:
     data_root: Path | None = None
     image_root: Path | None = None
     columns: tuple[str, ...] = ()
+    group: str | None = None
     val: float | None = None
     test: float | None = None
     split_seed: int = 0
@@ -229,6 +233,7 @@ class ExtractConfig:
             data_root=self.data_root,
             image_root=self.image_root,
             columns=self.named_columns(),
+            group=self.group,
             class_names=self._class_names(),
             val=self.val,
             test=self.test,
@@ -250,9 +255,11 @@ class ExtractConfig:
         classes = {} if self.classes is None else {"classes": _sha256(self._class_names())}
         like = {} if self.like is None else {"like": text_sha256(self.like)}
         control = self.prompt_control
+        group = {} if self.group is None else {"group": self.group}
         return {
             **classes,
             **like,
+            **group,
             **({} if control is None else {"prompt_control": control}),
             "dataset": self.dataset,
             "backbone": self.backbone,

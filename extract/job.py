@@ -9,6 +9,7 @@ import torch
 
 from clip_adapter.cache.content import check_strings, in_several_splits, tally
 from clip_adapter.cache.reader import FeatureCache
+from clip_adapter.cache.schema import UNLABELLED
 from clip_adapter.cache.staging import StagingFolder
 from clip_adapter.cache.text_tower import encode_text_tower, tower_path, write_text_tower
 from clip_adapter.cache.writer import write_cache
@@ -22,7 +23,11 @@ from clip_adapter.extract.encode_job import EncodeJob
 from clip_adapter.extract.encoding.device import find_device, find_precision
 from clip_adapter.extract.encoding.encoder import FEATURES2, Encoder
 from clip_adapter.extract.known import rows_sha256
-from clip_adapter.extract.outcome import warn_of_duplicates, warn_of_lost_classes
+from clip_adapter.extract.outcome import (
+    warn_of_duplicates,
+    warn_of_lost_classes,
+    warn_of_shared_groups,
+)
 from clip_adapter.extract.shards import Shard
 from clip_adapter.extract.stage import text_plan
 from clip_adapter.extract.text.encode_text import classes_with_one_text
@@ -110,6 +115,8 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
             if several := in_several_splits(content):
                 record["in_several_splits"] = several
             warn_of_duplicates(several, listener)
+            labelled = {n: one.groups for n, one in dataset.splits.items() if n != UNLABELLED}
+            warn_of_shared_groups(labelled, listener)
             warn_of_lost_classes(tallies, dataset.class_names, listener)
         with job.watch("write"):
             if tower is not None and shard.index == 1:

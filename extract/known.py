@@ -129,6 +129,7 @@ class KnownRows:
             "labels": self.split.labels[kept],
             "ids": Chosen(self.split.ids, kept),
             "stamps": self.stamps[kept],
+            **({"groups": Chosen(self.split.groups, kept)} if self.split.groups else {}),
             "skipped": Chosen(self.split.ids, skipped),
             "skipped_labels": self.split.labels[skipped],
             "skipped_stamps": self.stamps[skipped],
@@ -222,9 +223,11 @@ class Known:
 
 
 def rows_sha256(splits: Mapping[str, Split]) -> str:
-    """SHA-256 over the ids and labels of every split, in order."""
+    """SHA-256 over the ids, labels and groups of every split, in order."""
     digest = hashlib.sha256()
     for name, split in splits.items():
         digest.update(json.dumps([name, *split.ids]).encode())
         digest.update(np.ascontiguousarray(split.labels, np.int32).tobytes())
+        if split.groups:
+            digest.update(json.dumps([*split.groups]).encode())
     return digest.hexdigest()

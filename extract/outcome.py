@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clip_adapter.cache.content import Tally
+from clip_adapter.cache.content import Tally, groups_in_several_splits
 from clip_adapter.cache.parts import PartFile, merge_parts
+from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.text_tower import tower_path, write_text_tower
 from clip_adapter.errors import UserError
 from clip_adapter.listener import Listener
-from clip_adapter.words import counted, size, some
+from clip_adapter.words import counted, quoted, size, some
 
 
 def describe(out: Path, tallies: Mapping[str, Tally], classes: int, note: str = "") -> str:
@@ -75,6 +76,17 @@ def warn_of_duplicates(several: dict[str, Any] | None, listener: Listener) -> No
     )
 
 
+def warn_of_shared_groups(groups: Mapping[str, Sequence[str] | None], listener: Listener) -> None:
+    """Say which groups have images in several splits. groups: by split, of each image."""
+    if shared := groups_in_several_splits(groups):
+        name, splits = shared[0]
+        listener.warn(
+            f"found {counted(len(shared), 'group')} in more than one split ({quoted(name)} is in "
+            f"{' and '.join(splits)}): these were divided elsewhere, and accuracy on such images "
+            "is no accuracy on new groups."
+        )
+
+
 def join_parts(parts: Sequence[Path], out: Path, listener: Listener) -> None:
     """Join the parts of a cache into `out` and tell what is in it.
 
@@ -90,6 +102,8 @@ def join_parts(parts: Sequence[Path], out: Path, listener: Listener) -> None:
     if tower is not None:
         write_text_tower(tower_path(out), tower.read_bytes())
     warn_of_duplicates(several, listener)
+    with FeatureCache(out) as cache:
+        warn_of_shared_groups({split: cache.groups(split) for split in cache.splits}, listener)
     warn_of_lost_classes(tallies, class_names, listener)
     joined = f" (joined from {len(parts)} parts)"
     lines = [

@@ -1,7 +1,8 @@
 """What has changed in a data set since its cache was made."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ UPDATABLE = (
     "prompt_control",
     "views",
     "columns",
+    "group",
     "val",
     "test",
     "split_seed",
@@ -61,12 +63,16 @@ def _changes(cache: FeatureCache, dataset: ImageDataset, workers: int) -> str | 
     both = now.keys() & then.keys()
     relabelled = sum(now[key] != then[key] for key in both)
     changed = _changed(cache, dataset, both, workers)
+    groups = _groups_of({name: (one.ids, one.groups) for name, one in dataset.splits.items()})
+    then_of = {name: (cache.ids(name), cache.groups(name)) for name in cache.all_splits}
+    regrouped = sum(groups[key] != own for key, own in _groups_of(then_of).items() if key in both)
     counts = (
         (sum(name not in moved for _, name in new), "new"),
         (sum(name not in moved for _, name in gone), "gone"),
         (changed, "changed"),
         (len(moved), "moved to another split"),
         (relabelled, "moved to another class"),
+        (regrouped, "moved to another group"),
     )
     parts = [f"{counted(count, 'image')} {what}" for count, what in counts if count]
     for what, names in (
@@ -90,6 +96,17 @@ def _current(dataset: ImageDataset) -> ClassNames:
         (split, name): None if label == NO_LABEL else dataset.class_names[label]
         for split, rows in dataset.splits.items()
         for name, label in zip(rows.ids, rows.labels.tolist(), strict=True)
+    }
+
+
+def _groups_of(
+    splits: Mapping[str, tuple[Sequence[str], Sequence[str] | None]],
+) -> ClassNames:
+    """(split, id) → group, None for images without one. splits: ids, and the group of each."""
+    return {
+        (split, name): group
+        for split, (ids, groups) in splits.items()
+        for name, group in zip(ids, groups or repeat(None, len(ids)), strict=True)
     }
 
 

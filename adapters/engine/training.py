@@ -167,7 +167,10 @@ class Run:
         def step(carry: Any, inputs: Any) -> tuple[Any, None]:
             trained, moments = carry
             number, row, view, count = inputs
-            batch = Batch(*images(row, view), count, jax.random.fold_in(key, number))
+            shown, labels = images(row, view)
+            if task.class_weights is not None:
+                count = count * task.class_weights[labels]
+            batch = Batch(shown, labels, count, jax.random.fold_in(key, number))
             gradient = _together(jax.grad(self._loss)(trained, batch))
             updates, moments = optimizer.update(gradient, moments, trained)
             return (optax.apply_updates(trained, updates), moments), None

@@ -23,13 +23,13 @@ def logits(xp, arrays, setting, features, head):
 
 
 def drawn_texts(task, batch):
-    """As many texts as the batch has rows, of which as many count."""
+    """As many texts as the batch has rows, of which as many count, each class alike."""
     import jax
 
     classes, prompts, dim = task.head.text.shape
     drawn = jax.random.randint(batch.key, batch.labels.shape, 0, classes * prompts)
     texts = task.head.text.reshape(-1, dim)[drawn]
-    return batch._replace(features=texts, labels=drawn // prompts)
+    return batch._replace(features=texts, labels=drawn // prompts, counts=batch.counts > 0)
 
 
 def half_and_half(xp, classify, arrays, batch, setting, task):

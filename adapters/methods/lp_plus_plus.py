@@ -44,6 +44,8 @@ def step_sizes(task):
 
     rows, text = unit(jnp, task.features[0]), unit(jnp, task.head.weights)
     count, dim = rows.shape
+    if task.class_weights is not None:  # the loss is Σ w ℓ / N: a row counts as w of its squares
+        rows = rows * jnp.sqrt(task.class_weights[task.labels])[:, None]
     # FᵀF and FFᵀ have the same largest eigenvalue.
     gram = rows @ rows.T if count < dim else rows.T @ rows
     cosines = rows @ text.T

@@ -8,10 +8,17 @@ from pathlib import Path
 
 from clip_adapter.cache.schema import UNLABELLED
 from clip_adapter.errors import UserError
-from clip_adapter.extract.datasets.image_files import Listing, natural_order, split_of_files
+from clip_adapter.extract.datasets.image_files import (
+    Listing,
+    folder_group,
+    natural_order,
+    split_of_files,
+)
 from clip_adapter.extract.datasets.source import (
     DEFAULT_TEMPLATES,
+    GROUP,
     NO_LABEL,
+    PARENT,
     ImageDataset,
     SourceOptions,
     Split,
@@ -33,12 +40,15 @@ def open_folder(folder: str, options: SourceOptions) -> ImageDataset:
     class each, and may hold images without labels in a folder `unlabelled` beside these; or it
     holds one folder per class itself. The folders' names, composed (NFC), are the class
     names, in natural order (class2 before class10). Splits that are missing are made as
-    `complete_splits` says. Remarks count the images that lie elsewhere.
+    `complete_splits` says. Remarks count the images that lie elsewhere. With `options.group` the
+    folder within that of the class which an image lies in is its group, one of that name in every
+    class; what lies in none is a group of its own.
 
     Raises UserError for a folder that cannot be read or holds no class folders, for two folders
     that mean the same split, and for classes with too few images.
     """
-    data, _ = _found(user_path(folder), options.listener)
+    _check_group(options)
+    data, _ = _found(user_path(folder), options.listener, grouped=options.group is not None)
     splits = complete_splits(data.splits, data.class_names, options, published=False)
     return replace(data, splits=splits)
 
@@ -50,20 +60,36 @@ def open_images(folder: str, options: SourceOptions) -> ImageDataset:
     Raises UserError for a folder that cannot be read or holds no images.
     """
     root = user_path(folder)
+    _check_group(options)
     _need_folder(root)
     listing = Listing(root, options.listener)
     paths = listing.below(root)
     remarks = listing.remarks()
     if not paths:
         raise UserError(f"{root} holds no images; give the folder that does. {' '.join(remarks)}")
-    splits = complete_splits({UNLABELLED: _unlabelled(root, paths)}, (), options)
+    outer = None if options.group is None else 0
+    splits = complete_splits({UNLABELLED: _unlabelled(root, paths, outer)}, (), options)
     own = root.resolve().name
     about = {"name": own, "source": "images", "version": None}
     return ImageDataset(own, options.class_names, DEFAULT_TEMPLATES, splits, about, remarks)
 
 
-def _unlabelled(root: Path, paths: Iterable[str]) -> Split:
-    return split_of_files(root, [(path, NO_LABEL) for path in paths], "images without labels")
+def _check_group(options: SourceOptions) -> None:
+    if options.group not in (None, PARENT):
+        raise UserError(
+            f"--{GROUP} {options.group}: folders have no columns; give {PARENT}, the folder that "
+            "an image lies in, or take a csv: table."
+        )
+
+
+def _unlabelled(root: Path, paths: Iterable[str], outer: int | None) -> Split:
+    return _split(root, [(path, NO_LABEL) for path in paths], "images without labels", outer)
+
+
+def _split(root: Path, rows: list[tuple[str, int]], origin: str, outer: int | None) -> Split:
+    """outer: in how many folders an image lies that make no group; None where none does."""
+    groups = None if outer is None else [folder_group(path, outer) for path, _ in rows]
+    return split_of_files(root, rows, origin, groups)
 
 
 def labelled_images(root: Path, split: str, listener: Listener | None = None) -> ImageDataset:
@@ -79,7 +105,9 @@ def labelled_images(root: Path, split: str, listener: Listener | None = None) ->
     return replace(data, splits={"test": chosen})
 
 
-def _found(root: Path, listener: Listener | None) -> tuple[ImageDataset, bool]:
+def _found(
+    root: Path, listener: Listener | None, *, grouped: bool = False
+) -> tuple[ImageDataset, bool]:
     """The images as they lie there, and whether they lie there in splits."""
     _need_folder(root)
     listing = Listing(root, listener)
@@ -98,16 +126,19 @@ def _found(root: Path, listener: Listener | None) -> tuple[ImageDataset, bool]:
         remarks.append(f"left out {some(empty)}: no images there.")
     remarks += _doubts(root, images_of, bool(folders))
     number = {name: label for label, name in enumerate(class_names)}
+    outer = (2 if folders else 1) if grouped else None
     splits = {
-        name: split_of_files(
+        name: _split(
             root,
             [(path, number[c]) for c, paths in images.items() for path in paths],
             f"folder {folders[name]}" if folders else "one folder per class",
+            outer,
         )
         for name, images in images_of.items()
     }
     if unlabelled:
-        splits[UNLABELLED] = _unlabelled(root, [f"{UNLABELLED}/{path}" for path in unlabelled])
+        paths = [f"{UNLABELLED}/{path}" for path in unlabelled]
+        splits[UNLABELLED] = _unlabelled(root, paths, 1 if grouped else None)
     own = root.resolve().name
     about = {"name": own, "source": "folder", "version": None}
     data = ImageDataset(own, class_names, DEFAULT_TEMPLATES, splits, about, remarks)

@@ -48,12 +48,20 @@ class ImageFiles:
         return self.root / self.paths[index]
 
 
-def split_of_files(root: Path, rows: Sequence[tuple[str, int]], origin: str) -> Split:
+def split_of_files(
+    root: Path, rows: Sequence[tuple[str, int]], origin: str, groups: Sequence[str] | None = None
+) -> Split:
     """A split of images by their paths below the root, which are their ids, and their labels."""
     paths = [path for path, _ in rows]
     labels = np.array([label for _, label in rows], np.int32)
     images = ImageFiles(root, paths)
-    return Split(paths, labels, images, origin, images.file)
+    return Split(paths, labels, images, origin, images.file, groups=groups)
+
+
+def folder_group(path: str, outer: int = 0) -> str:
+    """The folder that an image lies in, below the `outer` first ones; an image that lies in none is
+    a group of its own."""
+    return "/".join(path.split("/")[outer:-1]) or path
 
 
 def natural_order(name: str) -> tuple[list[tuple[int, int, str]], str]:

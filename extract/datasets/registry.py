@@ -81,6 +81,10 @@ def _open(spec: str, options: SourceOptions) -> ImageDataset:
     kind, colon, rest = spec.partition(":")
     if options.columns and kind not in ("csv", "hf"):
         raise UserError("--columns is for csv: and hf:, which have columns; leave it out.")
+    if options.group is not None and kind not in ("csv", "folder", "images"):
+        raise UserError(
+            "--group is for folder:, images: and csv:, whose images lie in folders; leave it out."
+        )
     if spec in NAMED:
         return _open_source(NAMED[spec], "", options)
     if colon and kind in KINDS:

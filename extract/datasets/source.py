@@ -21,6 +21,8 @@ CLASS_NAME_MAX = 1000  # each takes the room of the longest in a cache
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 # What a table says of each image, by the names that these columns have.
 COLUMNS = ("path", "label", "split")
+GROUP = "group"  # the same of images that belong together
+PARENT = "parent"  # in its place: the folder that an image lies in
 # What sources call their splits, and what we call them; `eval` as the package `datasets` has it.
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -61,6 +63,8 @@ class Split:
     file: index → the file that holds this image and no other, where there is one.
     content: index → the image's bytes, where ids are but numbers, which others have when rows come
         and go.
+    groups: N names, equal ones of images that belong on one side (a burst, a video, a patient);
+        None where nobody says so.
     """
 
     ids: Sequence[str]
@@ -69,6 +73,7 @@ class Split:
     origin: str
     file: Callable[[int], Path] | None = None
     content: Callable[[int], bytes] | None = None
+    groups: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ class SourceOptions:
         None for 0.2 and 0.3 (see `splitting.complete_splits`).
     seed: of that division.
     columns: what a table calls these of its columns (see COLUMNS), where not so.
+    group: what says of which group an image is: `parent`, the folder that it lies in, or a table's
+        column; None for the column `group`, where a table has one.
     class_names: of a source that knows none.
     listener: hears how far the search for files is.
     """
@@ -108,6 +115,7 @@ class SourceOptions:
     test: float | None = None
     seed: int = 0
     columns: Mapping[str, str] = field(default_factory=dict)
+    group: str | None = None
     class_names: Sequence[str] = ()
     listener: Listener = field(default_factory=Listener, compare=False)
 
@@ -136,6 +144,8 @@ def checked(dataset: ImageDataset) -> ImageDataset:
             raise UserError(f"The {name} split of {dataset.name} has no images; add some.")
         for text in split.ids:
             check_storable(text, "name")
+        for text in set(split.groups or ()):
+            check_storable(text, "group")
         if len(set(split.ids)) < len(split.ids):
             repeated, times = Counter(split.ids).most_common(1)[0]
             raise UserError(

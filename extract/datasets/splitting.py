@@ -35,7 +35,8 @@ def complete_splits(
     missing then is cut out of train, class by class, with the fractions and the seed of `options`;
     a fraction of 0 makes no such split. A source without train is left as it is. Which images of a
     class go where, the order of their hashes decides: one that comes or goes moves at most one
-    of its class across each cut, and nothing else has a say.
+    of its class across each cut, and nothing else has a say. Images of one group stay together
+    (see `grouped_parts`).
 
     Raises UserError for fractions that are impossible or ask for a split that is there already,
     and for a class with too few images to be divided.
@@ -119,19 +120,25 @@ def _divide(
 ) -> dict[str, Split]:
     rest = 1 - sum(fractions.values())
     shares = {"train": rest, **fractions}
-    hashes = np.array([_hash(train, row, seed) for row in range(len(train.ids))], np.uint64)
-    rows_of_parts = stratified_parts(
-        train.labels, list(shares.values()), lambda rows: rows[np.argsort(hashes[rows])]
-    )
+    if train.groups:
+        rows_of_parts = grouped_parts(train, list(shares.values()), seed)
+    else:
+        hashes = np.array([_hash(train, row, seed) for row in range(len(train.ids))], np.uint64)
+        rows_of_parts = stratified_parts(
+            train.labels, list(shares.values()), lambda rows: rows[np.argsort(hashes[rows])]
+        )
     parts = dict(zip(shares, rows_of_parts, strict=True))
     counts = np.bincount(train.labels, minlength=len(class_names))
     for name in shares.keys() & {"train", "test"}:
         left = np.bincount(train.labels[parts[name]], minlength=len(class_names))
         for label in np.flatnonzero((counts > 0) & (left == 0)).tolist():
-            images = counted(counts[label], "image")
+            images, more = counted(counts[label], "image"), "images"
+            if train.groups:
+                own = {train.groups[row] for row in np.flatnonzero(train.labels == label).tolist()}
+                images, more = f"{images} in {counted(len(own), 'group')}", "groups"
             raise UserError(
                 f"Class {class_names[label]!r} has {images}, too few to give "
-                f"{' and '.join(shares)} their share; add images to it or change --val and --test."
+                f"{' and '.join(shares)} their share; add {more} to it or change --val and --test."
             )
     for name, part in parts.items():
         if not len(part):
@@ -139,21 +146,65 @@ def _divide(
                 f"{shares[name]:.0%} of every class is no image at all: the {name} split would be "
                 f"empty; raise --{name}, or give --{name} 0 to do without."
             )
+    how = f"stratified by class{', groups kept together' if train.groups else ''}, seed {seed}"
     return {
-        name: take(
-            train, parts[name], f"{share:.0%} of {train.origin}, stratified by class, seed {seed}"
-        )
+        name: take(train, parts[name], f"{share:.0%} of {train.origin}, {how}")
         for name, share in shares.items()
     }
 
 
 def _hash(split: Split, row: int, seed: int) -> int:
-    """Of an image's name in one normal form, since file systems differ in how they write an é."""
     if split.content is None:
-        own = unicodedata.normalize("NFC", split.ids[row]).encode(errors="surrogatepass")
-    else:
-        own = split.content(row)
+        return _hash_of_name(split.ids[row], seed)
+    return _hash_of(split.content(row), seed)
+
+
+def _hash_of_name(name: str, seed: int) -> int:
+    """In one normal form, since file systems differ in how they write an é."""
+    return _hash_of(unicodedata.normalize("NFC", name).encode(errors="surrogatepass"), seed)
+
+
+def _hash_of(own: bytes, seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(b"%d " % seed + own, digest_size=8).digest())
+
+
+def grouped_parts(split: Split, shares: Sequence[float], seed: int) -> list[Rows]:
+    """Disjoint sets of rows, one per share (of train, val and test, in this order), that no group
+    lies in two of.
+
+    The largest groups come first, equal ones in the order of their names' hashes; each goes where
+    its classes lack most of their share. Where a class has only as many groups left as there are
+    parts without it, these come first, and val last, so that two groups give train and test one.
+    The sum of the shares is 1.
+    """
+    assert split.groups is not None
+    names, group_of = np.unique(np.array(split.groups, object), return_inverse=True)
+    if len(names) == 1:
+        raise UserError(
+            f"All images are of one group, {quoted(names[0])}, so that nothing can be divided; say "
+            "with --group what tells groups apart, or leave it out."
+        )
+    rows = np.split(np.argsort(group_of, kind="stable"), np.cumsum(np.bincount(group_of))[:-1])
+    totals = np.bincount(split.labels)
+    wanted = np.outer(shares, totals)
+    there = np.zeros(wanted.shape, bool)
+    left = np.bincount(np.concatenate([np.unique(split.labels[own]) for own in rows]))
+    parts: list[list[Rows]] = [[] for _ in shares]
+    hashes = [_hash_of_name(name, seed) for name in names]
+    for group in sorted(range(len(names)), key=lambda one: (-len(rows[one]), hashes[one])):
+        own, counts = np.unique(split.labels[rows[group]], return_counts=True)
+        empty = ~there[:, own]
+        scarce = empty & (left[own] <= empty.sum(axis=0))
+        if len(shares) == 3:  # val can do without
+            scarce[1] &= left[own] >= empty.sum(axis=0)
+        lacking = (wanted[:, own] / totals[own]) @ counts
+        first = scarce.any(axis=1)
+        part = int(np.where(first | ~first.any(), lacking, -np.inf).argmax())
+        parts[part].append(rows[group])
+        wanted[part, own] -= counts
+        there[part, own] = True
+        left[own] -= 1
+    return [np.sort(np.concatenate([*part, np.zeros(0, np.int64)])) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -170,7 +221,8 @@ def take(split: Split, rows: Rows, origin: str) -> Split:
     ids = [split.ids[row] for row in rows]
     file = split.file and _Rows(split.file, rows)
     content = split.content and _Rows(split.content, rows)
-    return Split(ids, split.labels[rows], _Rows(split.read, rows), origin, file, content)
+    groups = split.groups and [split.groups[row] for row in rows]
+    return Split(ids, split.labels[rows], _Rows(split.read, rows), origin, file, content, groups)
 
 
 def stratified_parts(

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from clip_adapter.cache.schema import UNLABELLED
 from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.image_files import (
+    folder_group,
     natural_order,
     require_files,
     split_of_files,
@@ -19,7 +20,9 @@ from clip_adapter.extract.datasets.image_files import (
 from clip_adapter.extract.datasets.source import (
     COLUMNS,
     DEFAULT_TEMPLATES,
+    GROUP,
     NO_LABEL,
+    PARENT,
     ImageDataset,
     SourceOptions,
     split_of,
@@ -33,8 +36,17 @@ REQUIRED = ("path", "label")
 DELIMITERS = ",;\t|"
 
 
+class Row(NamedTuple):
+    """split: as written. label: "" for none. group: None where the table has none."""
+
+    split: str
+    path: str
+    label: str
+    group: str | None
+
+
 def open_csv(path: str, options: SourceOptions) -> ImageDataset:
-    """The images of a table with the columns path, label and, if it likes, split.
+    """The images of a table with the columns path, label and, if it likes, split and group.
 
     The first row names the columns, in any case; `options.columns` maps names of one's own. Others
     are not read, which a remark says. Fields are separated by commas, semicolons, tabs or bars.
@@ -42,7 +54,8 @@ def open_csv(path: str, options: SourceOptions) -> ImageDataset:
     `options.image_root`, or from the table's own folder. split is train, val or test, or what means
     these (see `split_of`); rows keep their order within it. Without that column, splits are made as
     `complete_splits` says. Rows whose label is empty make the split UNLABELLED, whatever
-    their split, which a remark says. ids are the paths as written.
+    their split, which a remark says. ids are the paths as written. Images of one group, by that
+    column or as `options.group` says, stay on one side of the splits that are made.
 
     Raises UserError for a table that cannot be read, missing columns, rows with too few or too many
     fields, repeated paths and unknown splits (with the line), and for images that do not exist.
@@ -51,23 +64,33 @@ def open_csv(path: str, options: SourceOptions) -> ImageDataset:
     root = options.image_root or table.parent
     file = StringIO(read_users_text(table), newline="")
     try:
-        listed, unread = _rows(table, file, options.columns)
+        columns = dict(options.columns)
+        if options.group not in (None, PARENT):
+            columns[GROUP] = options.group
+        listed, unread = _rows(table, file, columns, by_folder=options.group == PARENT)
     except csv.Error as error:
         raise UserError(f"{table} is not a valid CSV file: {error}; save it again.") from error
     if not listed:
         raise UserError(f"{table} has no rows; list your images below the row of column names.")
-    paths = [path for _, path, _ in listed]
+    paths = [row.path for row in listed]
     require_files(root, paths, "correct the paths, or say with --image-root where they start")
-    class_names = sorted({label for _, _, label in listed if label}, key=natural_order)
+    class_names = sorted({row.label for row in listed if row.label}, key=natural_order)
     number = {name: label for label, name in enumerate(class_names)}
-    means = splits_among({written for written, _, label in listed if label})
-    rows: dict[str, list[tuple[str, int]]] = {}
-    for written, path, label in listed:
-        split = means[written] if label else UNLABELLED
-        rows.setdefault(split, []).append((path, number.get(label, NO_LABEL)))
+    means = splits_among({row.split for row in listed if row.label})
+    rows: dict[str, list[Row]] = {}
+    for row in listed:
+        rows.setdefault(means[row.split] if row.label else UNLABELLED, []).append(row)
     remarks = [*unread, *_without_label(table, rows)]
     origin = f"rows of {table.name}"
-    splits = {name: split_of_files(root, own, origin) for name, own in rows.items()}
+    splits = {
+        name: split_of_files(
+            root,
+            [(row.path, number.get(row.label, NO_LABEL)) for row in own],
+            origin,
+            None if own[0].group is None else [row.group or "" for row in own],
+        )
+        for name, own in rows.items()
+    }
     return ImageDataset(
         table.stem,
         class_names,
@@ -78,7 +101,7 @@ def open_csv(path: str, options: SourceOptions) -> ImageDataset:
     )
 
 
-def _without_label(table: Path, rows: Mapping[str, list[tuple[str, int]]]) -> list[str]:
+def _without_label(table: Path, rows: Mapping[str, list[Row]]) -> list[str]:
     """A remark on the rows without a label, if there are any. Raises UserError where none has
     one."""
     if not (unlabelled := rows.get(UNLABELLED)):
@@ -90,14 +113,17 @@ def _without_label(table: Path, rows: Mapping[str, list[tuple[str, int]]]) -> li
         )
     return [
         f"{table} has {counted(len(unlabelled), 'row')} without a label, the first of them "
-        f"{shortened(unlabelled[0][0])}: taken as unlabelled images, whatever their split."
+        f"{shortened(unlabelled[0].path)}: taken as unlabelled images, whatever their split."
     ]
 
 
 def _rows(
-    table: Path, file: TextIO, columns: Mapping[str, str]
-) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """Split as written, path and label of each row, and a remark on columns that are not read."""
+    table: Path, file: TextIO, columns: Mapping[str, str], *, by_folder: bool
+) -> tuple[list[Row], list[str]]:
+    """What each row says, and a remark on columns that are not read.
+
+    by_folder: groups are the folders of the images, whatever columns there are.
+    """
     headers: dict[str, list[str]] = {mark: next(_reader(file, mark), []) for mark in DELIMITERS}
     delimiter = max(
         headers, key=lambda mark: (len(_places(headers[mark], columns)), len(headers[mark]))
@@ -108,6 +134,8 @@ def _rows(
         raise UserError(f"{table} is empty; name the columns path and label.")
     places = _places(header, columns)
     _check_columns(table, header, columns, places)
+    if by_folder:
+        places.pop(GROUP, None)
     lines: dict[str, int] = {}
     rows = [
         _checked_row(
@@ -116,6 +144,8 @@ def _rows(
         for row in reader
         if row
     ]
+    if by_folder:
+        rows = [row._replace(group=folder_group(row.path)) for row in rows]
     others = [name for n, name in enumerate(header) if name and n not in places.values()]
     remark = f"{table} has {counted(len(others), 'column')} that no one reads: {some(others)}"
     advice = "--columns path=NAME,label=NAME,split=NAME says which to read."
@@ -129,9 +159,10 @@ def _reader(file: TextIO, delimiter: str) -> Any:
 
 
 def _places(header: Sequence[str], columns: Mapping[str, str]) -> dict[str, int]:
-    """Which column is the path, the label and the split, as far as they are there."""
+    """Which column is the path, the label, the split, the group, as far as they are there."""
     named = [name.strip().casefold() for name in header]
-    wanted = {name: columns.get(name, name).strip().casefold() for name in COLUMNS}
+    names = (*COLUMNS, GROUP)
+    wanted = {name: columns.get(name, name).strip().casefold() for name in names}
     return {name: named.index(own) for name, own in wanted.items() if own in named}
 
 
@@ -157,7 +188,7 @@ def _checked_row(
     places: Mapping[str, int],
     lines: dict[str, int],
     line: int,
-) -> tuple[str, str, str]:
+) -> Row:
     if any(field.strip() for field in row[len(header) :]):
         raise UserError(
             f"{place} has {len(row)} fields where the first row names {len(header)}; put a field "
@@ -177,4 +208,8 @@ def _checked_row(
         raise UserError(
             f"{place}: unknown split {reprlib.repr(written)}; write train, val or test."
         )
-    return written, path, label
+    if (group := cells.get(GROUP)) == "":
+        raise UserError(
+            f"{place}: {header[places[GROUP]]}, an image's group, is empty; fill it in."
+        )
+    return Row(written, path, label, group)

@@ -29,10 +29,9 @@ from clip_adapter.pipelines.saved.adapter_file import (
     image_hashes,
     load_adapter,
 )
+from clip_adapter.pipelines.scoring.cached import Labelled, cached_images
 from clip_adapter.pipelines.scoring.images import (
     Classes,
-    Labelled,
-    cached_images,
     images_of_folder,
     is_folder,
     match_classes,
@@ -183,6 +182,7 @@ def _score(
     ids: list[str] = []
     adapted: list[npt.NDArray[np.float32]] = []
     found: list[tuple[npt.NDArray[Any], ...]] = []
+    shown: list[npt.NDArray[np.int64]] = []
     trusted: list[Trust] = []
     scored = 0
     with ExitStack() as stack:
@@ -204,6 +204,7 @@ def _score(
                 digests = None if block.digests is None else block.digests[kept]
                 familiar = adapter.has_seen(image_hashes(block.encoded[kept], digests))
                 found.append((targets[rows], candidates[best], candidates[before], familiar))
+                shown.append(rows)
                 if adapt:
                     ids += images.ids(rows)
                     adapted.append(adapt(block.features[kept]))
@@ -215,7 +216,9 @@ def _score(
         labels, predicted, before, seen = (
             np.concatenate(parts).astype(np.int32) for parts in zip(*found, strict=True)
         )
-        rest = seen == 0
+        rest, groups = seen == 0, None
+        if images.groups is not None:
+            groups = np.array(images.groups, object)[np.concatenate(shown)][rest]
         if not rest.any() and (config.confusion or not (config.predictions or config.features)):
             raise UserError(_all_seen(images.name, len(rest), adapter.info))
     scores = Scores(
@@ -226,6 +229,7 @@ def _score(
         candidates.astype(np.int32),
         skipped=len(targets) - scored,
         seen=int(seen.sum()),
+        groups=groups,
         trust=joined(trusted).of(rest),
     )
     if config.features:
@@ -284,12 +288,21 @@ def _print_table(scores: Scores) -> None:
     ours, theirs, paired = scores.standard_errors()
     gained = scores.accuracy - scores.zero_shot_accuracy
     shown = counted(len(scores.labels), "image")
-    print(f"{shown}, {len(scores.candidates)} classes to choose from; ± is a standard error")
+    groups = scores.by_group()
+    over = f" over {counted(groups.count, 'group')}" if groups else ""
+    print(f"{shown}, {len(scores.candidates)} classes to choose from; ± is a standard error{over}")
     print(f"adapter    {100 * scores.accuracy:6.2f} ± {100 * ours:.2f} %")
     print(f"zero-shot  {100 * scores.zero_shot_accuracy:6.2f} ± {100 * theirs:.2f} %")
     print(f"difference {100 * gained:+6.2f} ± {100 * paired:.2f} points")
     means = 100 * right.mean(), 100 * before.mean()
     print(f"mean over classes: adapter {means[0]:.2f} %, zero-shot {means[1]:.2f} %")
+    if groups:
+        spread = "" if groups.std is None else f" (± {100 * groups.std:.2f} between groups)"
+        print(f"mean over groups: adapter {100 * groups.mean:.2f} %{spread}")
+        if groups.worst:
+            name, share, count = groups.worst
+            worst = f"{printable(name)}: {100 * share:.2f} % of {counted(count, 'image')}"
+            print(f"worst group of five images or more: {worst}")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -22,6 +22,7 @@ from clip_adapter.pipelines.saved.adapter_file import (
     SavedAdapter,
     load_adapter,
 )
+from clip_adapter.pipelines.saved.stored_decisions import stated
 from clip_adapter.words import printable, shortened, size
 
 FIRST_CLASSES = 5
@@ -67,12 +68,12 @@ def inspect(config: InspectConfig) -> Facts:
 
 
 def _cache_facts(cache: FeatureCache) -> Facts:
-    stated = cache.metadata
+    metadata = cache.metadata
     dtype = cache.dtype_of("text/features")
     facts = [
         ("file", f"{cache.path}, {size(cache.path.stat().st_size)}"),
-        ("what", f"feature cache, format version {stated.format_version}"),
-        ("made by", f"{stated.writer}, {stated.created_at}"),
+        ("what", f"feature cache, format version {metadata.format_version}"),
+        ("made by", f"{metadata.writer}, {metadata.created_at}"),
         ("content", f"SHA-256 {cache.content_sha256}, {_verified(cache)}"),
     ]
     facts += [(f"images/{split}", _split_words(cache, split)) for split in cache.all_splits]
@@ -116,6 +117,7 @@ def _adapter_facts(path: Path, adapter: SavedAdapter) -> Facts:
         ("setting", _words(info.setting) or "none"),
         *_ratio_facts(adapter),
         ("fitted", _words(info.fitted)),
+        *([("decisions", _words(stated(adapter.decisions)))] if adapter.decisions else []),
         *_origin_facts(info.class_names, info.templates, info.backbone, info.preprocess),
         *_second_facts(info.backbone2),
         ("data set", _words(info.dataset)),

@@ -1,4 +1,4 @@
-"""`predict`: classify image files with a fitted adapter."""
+"""`predict`: classify image files, and the images of caches, with a fitted adapter."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,17 +25,32 @@ from clip_adapter.pipelines.console.running import EXIT_PARTIAL, run_command
 from clip_adapter.pipelines.console.terminal import Advance, Terminal, no_advance, progress
 from clip_adapter.pipelines.deciding.answers import Answers, answers_of
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter
-from clip_adapter.pipelines.scoring.images import Block, Blocks, encoded_files
-from clip_adapter.pipelines.scoring.prediction_formats import FORMATS, Prediction
+from clip_adapter.pipelines.scoring.cached import Block, Source, cached_sources, is_cache
+from clip_adapter.pipelines.scoring.images import encoded_files
+from clip_adapter.pipelines.scoring.prediction_formats import (
+    FORMATS,
+    PARQUET,
+    ROWS_AT_ONCE,
+    Prediction,
+    write_file,
+)
 from clip_adapter.words import counted, printable
 
 MOST_CLASSES = 100_000
+SUFFIXES = {
+    ".txt": "table",
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".parquet": PARQUET,
+}
 Logits = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Classify image files with a fitted adapter and the backbone it was fitted for.
+    """Classify image files with a fitted adapter and the backbone it was fitted for, and images
+    that `extract` has encoded without it.
 
     A probability is a share of the softmax over the adapter's classes, at the temperature that
     images held out by `fit` have given it, for models with a logit bias
@@ -43,7 +58,8 @@ class PredictConfig:
     the sigmoid of such a model's own head would say whether one caption fits one image.
 
     Attributes:
-        paths: Image files, and folders to search for them.
+        paths: Image files, folders to search for them, and feature caches, whose images come behind
+            those of files.
         adapter: Run folder that `fit` wrote, or one of the adapter's two files.
         method: MODULE:NAME of the adapter's method, where that is one of your own.
         backbone: Backbone to load, where the adapter names one that is neither glyph-clip nor a
@@ -60,9 +76,15 @@ class PredictConfig:
         also: Second encoder of an adapter that takes one, where the adapter does not name one that
             is published.
         also_pretrained: Where its weights lie now, if they were given as a local file.
+        split: Which images of a cache. By default those without labels, or, where there are none,
+            all.
         top: How many classes to name for each image.
-        format: How to print; json is one array with an object per image. In csv, a cell that a
+        format: How to print or write, table where nothing is said; json is one array with an object
+            per image, jsonl has an object to a line, and parquet needs --out. In csv, a cell that a
             spreadsheet would take for a formula begins with an apostrophe.
+        out: File to write instead of printing, by its suffix if --format does not say how: .csv,
+            .json, .jsonl, .parquet, or .txt for the table. It gets its name when it is whole; a run
+            that was killed starts over.
         batch_size: Images per forward pass.
         workers: Threads that decode images.
         device: PyTorch device; auto takes a GPU where there is one.
@@ -78,15 +100,17 @@ class PredictConfig:
     transductive: bool = False
     also: str | None = None
     also_pretrained: str | None = None
+    split: Literal["train", "val", "test", "unlabelled"] | None = None
     top: int = 3
-    format: Literal["table", "csv", "json"] = "table"
+    format: Literal["table", "csv", "json", "jsonl", "parquet"] | None = None
+    out: Path | None = None
     batch_size: int = 64
     workers: int = available_cores()
     device: str = "auto"
 
 
 class PredictedImages:
-    """Iterable over one Prediction per path, in their order.
+    """Iterable over one Prediction per image, in their order.
 
     They are computed batch by batch, anew for each iteration: memory does not grow with their
     number. answers: makes what is answered beside the most probable classes; None where nothing is
@@ -97,25 +121,30 @@ class PredictedImages:
     def __init__(
         self,
         adapter: SavedAdapter,
-        paths: Sequence[Path],
-        blocks: Blocks,
+        sources: Sequence[Source],
         top: int,
         answers: Answers | None = None,
         tell: Callable[[str], None] | None = None,
     ):
-        self.paths = paths
         self.class_names = adapter.info.class_names
         self._adapter = adapter
-        self._blocks = blocks
+        self._sources = sources
         self._top = min(top, len(self.class_names))
         self._answers = answers
         self._tell = tell
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return sum(source.count for source in self._sources)
+
+    def names(self) -> Iterator[Path | str]:
+        """Those of the images."""
+        for source in self._sources:
+            for start in range(0, source.count, ROWS_AT_ONCE):
+                yield from source.names(np.arange(start, min(start + ROWS_AT_ONCE, source.count)))
 
     def __iter__(self) -> Iterator[Prediction]:
-        for block, logits in self._together(self._tell) if self._tell else self._one_by_one():
+        together = self._together(self._tell) if self._tell else self._one_by_one()
+        for source, block, logits in together:
             shares = self._shares(logits)
             answers = (
                 self._answers.of(shares, block.encoded) if self._answers else [None] * len(shares)
@@ -123,22 +152,25 @@ class PredictedImages:
             found = dict(
                 zip(block.rows.tolist(), zip(self._tops(shares), answers, strict=True), strict=True)
             )
-            for row in sorted([*found, *block.unreadable]):
-                path = self.paths[row]
+            rows = sorted([*found, *block.unreadable])
+            for row, path in zip(rows, source.names(np.array(rows, np.int64)), strict=True):
                 if row in found:
                     yield Prediction(path, *found[row])
                 else:  # decoding names the image as well
                     reason = block.unreadable[row].removeprefix(f"{path} cannot be decoded: ")
                     yield Prediction(path, unreadable=reason)
 
-    def _one_by_one(self) -> Iterator[tuple[Block, Logits]]:
-        return ((block, self._adapter.logits(block.features)) for block in self._blocks())
+    def _blocks(self) -> Iterator[tuple[Source, Block]]:
+        return ((source, block) for source in self._sources for block in source.blocks())
 
-    def _together(self, tell: Callable[[str], None]) -> Iterator[tuple[Block, Logits]]:
+    def _one_by_one(self) -> Iterator[tuple[Source, Block, Logits]]:
+        return ((s, block, self._adapter.logits(block.features)) for s, block in self._blocks())
+
+    def _together(self, tell: Callable[[str], None]) -> Iterator[tuple[Source, Block, Logits]]:
         """Raises UserError where there are too few images."""
         # What was refined before is refined anew, by these images alone.
         plain, refinement = replace(self._adapter, refinement=None), self._adapter.refinement
-        blocks = list(self._blocks())
+        sources, blocks = zip(*self._blocks(), strict=True)
         encoded = np.concatenate([block.encoded for block in blocks])
         if len(encoded) < FEWEST:
             raise UserError(f"--transductive takes {FEWEST} images or more that can be read.")
@@ -156,7 +188,8 @@ class PredictedImages:
         )
         ends = np.cumsum([len(block.rows) for block in blocks])[:-1]
         floor = np.finfo(np.float32).tiny
-        return zip(blocks, np.split(np.log(np.maximum(shares, floor)), ends), strict=True)
+        parts = np.split(np.log(np.maximum(shares, floor)), ends)
+        return zip(sources, blocks, parts, strict=True)
 
     def _shares(self, logits: Logits) -> npt.NDArray[np.float64]:
         """Of images that are classified together they are known already."""
@@ -181,6 +214,9 @@ def predict(config: PredictConfig, listener: Listener | None = None) -> Predicte
     that cannot be read, or a path where nothing is, is no error: its Prediction says so.
     """
     require_within("--top", config.top, MOST_CLASSES)
+    caches = [path for path in config.paths if is_cache(path)]
+    if config.split and not caches:
+        raise UserError("--split is of feature caches, and none is named; leave it out.")
     check_work(config.batch_size, config.workers)
     adapter = load_adapter(config.adapter, config.method)
     answers = answers_of(adapter, config.coverage, config.reject)
@@ -189,14 +225,28 @@ def predict(config: PredictConfig, listener: Listener | None = None) -> Predicte
             "--coverage and --reject speak of images that are classified one by one; leave them or "
             "--transductive out."
         )
-    refused: dict[Path, str] = {}
-    paths = image_files(config.paths, listener or Listener(), refused)
-    blocks = encoded_files(paths, refused, adapter, config)
-    note = (listener or Listener()).note
+    listener = listener or Listener()
+    sources = []
+    images = [path for path in config.paths if path not in caches]
+    if images or not caches:
+        sources.append(_files(images, adapter, config, listener))
+    for path in caches:
+        for split, source in cached_sources(path, config.split, adapter):
+            listener.note(f"{path}: {counted(source.count, f'{split} image')}")
+            sources.append(source)
     for sentence in answers.sentences() if answers else ():
-        note(sentence)
-    tell = note if config.transductive else None
-    return PredictedImages(adapter, paths, blocks, config.top, answers, tell)
+        listener.note(sentence)
+    tell = listener.note if config.transductive else None
+    return PredictedImages(adapter, sources, config.top, answers, tell)
+
+
+def _files(
+    named: Sequence[Path], adapter: SavedAdapter, config: PredictConfig, listener: Listener
+) -> Source:
+    refused: dict[Path, str] = {}
+    paths = image_files(named, listener, refused)
+    blocks = encoded_files(paths, refused, adapter, config)
+    return Source(len(paths), blocks, lambda rows: [paths[row] for row in rows.tolist()])
 
 
 def image_files(paths: Sequence[Path], listener: Listener, refused: dict[Path, str]) -> list[Path]:
@@ -237,13 +287,38 @@ def _images_at(path: Path, listener: Listener) -> list[Path]:
     return found
 
 
+def form_of(config: PredictConfig) -> str:
+    """How to print or write.
+
+    Raises UserError where that cannot be, or is said in two ways.
+    """
+    form, out = config.format, config.out
+    if out is None:
+        if form == PARQUET:
+            raise UserError("--format parquet is no text to print; give it a file with --out.")
+        return form or "table"
+    by_name = SUFFIXES.get(out.suffix)
+    if by_name is None or (form and form != by_name):
+        wanted = next((s for s, own in SUFFIXES.items() if own == form), ", ".join(SUFFIXES))
+        raise UserError(f"{out} is not named for what it would hold; let it end in {wanted}.")
+    if by_name == PARQUET:
+        from clip_adapter.pipelines.deciding.feature_table import require_pyarrow
+
+        require_pyarrow(out)
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UserError(f"{out} cannot be written: there is no such folder, or it is one itself.")
+    return by_name
+
+
 def print_predictions(config: PredictConfig) -> int:
-    """Run `predict`, print what it finds as it comes, and return the exit code."""
+    """Run `predict`, print or write what it finds as it comes, and return the exit code."""
+    form = form_of(config)
     predictions = predict(config, Terminal("predict"))
     unreadable_count = 0
     out = sys.stdout  # bound here, because a progress bar on standard error takes sys.stdout over
     # Where the rows appear on a terminal, they show the progress themselves.
-    bar = nullcontext(no_advance) if out.isatty() else progress("predict", len(predictions))
+    shows_itself = out.isatty() and config.out is None
+    bar = nullcontext(no_advance) if shows_itself else progress("predict", len(predictions))
 
     def readable(advance: Advance) -> Iterator[Prediction]:
         nonlocal unreadable_count
@@ -257,7 +332,12 @@ def print_predictions(config: PredictConfig) -> int:
             advance(1, "")
 
     with bar as advance:
-        FORMATS[config.format](out, predictions, readable(advance))
+        if config.out:
+            write_file(config.out, form, predictions, readable(advance))
+        else:
+            FORMATS[form](out, predictions, readable(advance))
+    if config.out:
+        print(f"{config.out}: {counted(len(predictions) - unreadable_count, 'image')}")
     if unreadable_count:
         total = len(predictions)
         counts = f"{unreadable_count} of {counted(total, 'image')} cannot be read"

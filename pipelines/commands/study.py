@@ -167,9 +167,11 @@ def parse(arguments: Sequence[str] | None = None) -> StudyConfig:
     config = options.parse(others, "clip-adapter study")
     if config.stated - {"method"} and not given.caches:
         raise UserError("--caches needs at least one cache.")
-    for name in ("cache", "unlabelled", "resume", "verbose"):
+    for name in ("cache", "unlabelled", "from_run", "resume", "verbose"):
         if getattr(config, name):
-            raise UserError(f"--{name} is for `fit`; a study takes --caches and --out.")
+            raise UserError(
+                f"--{name.removesuffix('_run')} is for `fit`; a study takes --caches and --out."
+            )
     return StudyConfig(tuple(given.caches), given.out, config, tuple(given.runs))
 
 

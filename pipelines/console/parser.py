@@ -82,7 +82,8 @@ def parser_for(config_type: type, program: str) -> Parser:
             if "nargs" in how:
                 how["default"] = []
         else:
-            name = f"--{name.replace('_', '-')}"
+            name = f"--{field.metadata.get('flag', name).replace('_', '-')}"
+            how["dest"] = field.name
             how["required"] = field.default is field.default_factory is MISSING
         described = (helps.get(field.name, "") + _default_in_words(field)).replace("%", "%%")
         parser.add_argument(name, help=described.strip(), **how)

@@ -23,6 +23,7 @@ from clip_adapter.adapters.method import Task
 from clip_adapter.adapters.registry import REFERENCE
 from clip_adapter.adapters.stata import refine
 from clip_adapter.pipelines.fitting.choice import is_finite
+from clip_adapter.pipelines.fitting.groups import folds_of_some, numbers_of
 from clip_adapter.pipelines.fitting.one_task import TaskRunner
 from clip_adapter.pipelines.fitting.results import TaskResult
 from clip_adapter.pipelines.fitting.tasks import MAX_FOLDS, TaskRows
@@ -52,7 +53,8 @@ def with_decisions(
 ) -> SavedAdapter:
     """The adapter of a task, or its refit on every labelled image, with its decisions: by the
     support images, left out in 4 folds, and the validation images together. An image that was drawn
-    repeatedly counts once; of a class with one image it is never left out.
+    repeatedly counts once; of a class with one image it is never left out. A group of images that
+    belong together is left out as a whole.
 
     advance: is told of each fold. Where no image is left the temperature is the one that spreads
     the support set's logits as the zero-shot ones.
@@ -76,8 +78,12 @@ def with_decisions(
         )
     ]
     images = np.arange(len(labels)) if refit else rows.support
-    divided = rounds_of(labels, images)
-    rounds = np.full(len(labels), -1) if divided is None else divided.of_image
+    units = _grouped(runner) if refit else rows.groups
+    if units is None:
+        divided = rounds_of(labels, images)
+        rounds = np.full(len(labels), -1) if divided is None else divided.of_image
+    else:
+        rounds = folds_of_some(units, labels, images, MAX_FOLDS)
     folds = min(MAX_FOLDS, int(rounds.max()) + 1)
     for fold in range(folds):
         out = (rounds >= 0) & (rounds % folds == fold)
@@ -140,6 +146,20 @@ def _left_out(
         nearest_cosines(encoded[rows], means, adapter.weights),
         encoded[rows],
     )
+
+
+def _grouped(runner: TaskRunner) -> Rows | None:
+    """The groups of every labelled image, as `Data.everything` has them."""
+    data = runner.data
+    own, rows = data.labelled_rows(), []
+    groups = numbers_of(data.cache, [*own])
+    if groups is None:
+        return None
+    start = 0
+    for split, some in own.items():
+        rows.append(start + some)
+        start += len(data.labels[split])
+    return groups[np.concatenate(rows)]
 
 
 def _firsts(images: Rows) -> Rows:

@@ -57,7 +57,7 @@ def hide_each_class(
     from clip_adapter.adapters.engine.runner import Engine
     from clip_adapter.adapters.engine.search import fit
     from clip_adapter.pipelines.console.jax_setup import usable_jax
-    from clip_adapter.pipelines.scoring.images import cached_images
+    from clip_adapter.pipelines.scoring.cached import cached_images
 
     adapter = answers.adapter
     _check(adapter, cache)
@@ -118,12 +118,13 @@ def _support(adapter: SavedAdapter, cache: FeatureCache) -> Task:
     """The training images that it has seen, or every image of a refit; view 0 of each."""
     from clip_adapter.pipelines.fitting.data import open_data
     from clip_adapter.pipelines.fitting.tasks import TaskRows
-    from clip_adapter.pipelines.scoring.images import cached_images
+    from clip_adapter.pipelines.scoring.cached import cached_images
 
     fitted, nothing = adapter.info.fitted, np.zeros(0, np.int64)
     own = slice(0, len(adapter.weights))
     seed = int(fitted.get("seed") or 0)
-    data = open_data(cache, [], augment=False).of_classes(own)
+    weight = str(fitted.get("class_weight", "none"))
+    data = open_data(cache, [], augment=False, class_weight=weight).of_classes(own)
     if "refitted_on" in fitted:
         return data.everything(adapter.method, seed)
     rows = np.concatenate(
@@ -145,11 +146,12 @@ def _without(task: Task, label: int, size: int) -> Task:
         weights=np.delete(task.head.weights, label, axis=0),
         text=None if text is None else np.delete(text, label, axis=0),
     )
-    kept = labels[rows]
+    kept, weights = labels[rows], task.class_weights
     return task._replace(
         features=np.asarray(task.features)[:, rows],
         labels=(kept - (kept > label)).astype(np.int32),
         head=head,
+        class_weights=None if weights is None else np.delete(np.asarray(weights), label),
     )
 
 

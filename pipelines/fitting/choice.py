@@ -169,11 +169,13 @@ def _all_alike(evaluations: Sequence[Evaluation]) -> bool:
     )
 
 
-def take_defaults(asked: Search, task: Task, engine: Engine) -> Chosen | None:
-    """Fit the default setting, where nothing can choose."""
+def take_defaults(
+    asked: Search, task: Task, engine: Engine, epoch: int | None = None
+) -> Chosen | None:
+    """Fit the default setting, where nothing can choose. epoch: to stop after; None for the end."""
     setting = asked.method.default_setting(asked.values, asked.preset)
-    arrays = fit(asked.method, setting, None, task, engine)
-    return Chosen(setting, None, arrays) if is_finite(arrays) else None
+    arrays = fit(asked.method, setting, epoch, task, engine)
+    return Chosen(setting, epoch, arrays) if is_finite(arrays) else None
 
 
 def t_quantile(probability: float, freedom: int) -> float:

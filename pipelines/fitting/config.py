@@ -18,7 +18,10 @@ Selection = Literal["few-shot-val", "full-val", "cv", "loo", "none"]
 
 DEFAULT_CACHE = Path("features.h5")
 # Options of a few words; each is a field of Plan too, as are all that decide a run's numbers.
-CHOICES = ("select", "validation", "score", "preset", "train_classes", "search", "placement")
+CHOICES = (
+    *("select", "validation", "score", "class_weight", "preset"),
+    *("train_classes", "search", "placement"),
+)
 
 
 # What a field decides: the numbers of these methods, whose results pool over runs only where it is
@@ -56,6 +59,9 @@ class FitConfig:
             of them.
         score: How validation images count in the choice: all alike, or (balanced-accuracy) every
             class alike, so that one of few images counts as much as one of many.
+        class_weight: How images count in the loss of methods that are trained step by step: all
+            alike, or (balanced) every class alike, by N / (K n) of N images in K classes and n of
+            its own. For unequal classes, as with --shots all.
         preset: How to train; `paper` does as a method's official implementation.
         repeat: Draw a class with too few images with repetition, as Tip-Adapter's and LP++'s code
             does, rather than take each of its images once.
@@ -74,6 +80,9 @@ class FitConfig:
         unlabelled: Cache of images without labels (`extract`'s part of that name; it may be --cache
             itself), which refine each chosen classifier by StatA where labelled images that took no
             part say that this is no worse. None of them is one that fits, chooses or tests.
+        from_run: Run folder, or that of one of its adapters, whose method and setting are taken for
+            this cache, with no search: when a class or images have come since. What changed in
+            accuracy for the classes of before is said. [its shots and seed]
         resume: Run folder of an interrupted `fit` to go on with, as it was begun: beside it stand
             --cache and --unlabelled, where those lie elsewhere now, and --method MODULE:NAME of
             your own.
@@ -96,6 +105,7 @@ class FitConfig:
     tasks: Path | None = field(default=None, metadata=OF_CHOSEN)
     validation: Literal["keep", "join"] = field(default="keep", metadata=OF_CHOSEN)
     score: Literal["accuracy", "balanced-accuracy"] = field(default="accuracy", metadata=OF_CHOSEN)
+    class_weight: Literal["none", "balanced"] = field(default="none", metadata=OF_TRAINED)
     preset: Literal["default", "paper"] = "default"
     repeat: bool = field(default=False, metadata=OF_CHOSEN)
     augment: bool = field(default=False, metadata=OF_VIEWS)
@@ -105,6 +115,7 @@ class FitConfig:
     refit: bool = False
     placement: Literal["auto", "sequential", "vectorised"] = "auto"
     unlabelled: Path | None = field(default=None, metadata=OF_ALL | NOTHING)
+    from_run: Path | None = field(default=None, metadata={"flag": "from"})
     resume: Path | None = field(default=None, metadata=NOTHING)
     verbose: bool = field(default=False, metadata=NOTHING)
     hyper: Mapping[str, Any] = field(default_factory=dict, metadata={"option": False})
@@ -117,7 +128,7 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         """Take what a person types: one value for several, strings for paths."""
-        for name in ("cache", "out", "tasks", "unlabelled", "resume"):
+        for name in ("cache", "out", "tasks", "unlabelled", "from_run", "resume"):
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, Path(value).expanduser())
@@ -137,7 +148,8 @@ class FitConfig:
         given = {n for n in given if getattr(self, n) != getattr(plain, n)} | (given & self.stated)
         if all(":" in name for name in self.method):
             given.discard("method")  # named to make them known
-        return [dashed(name) for name in (*sorted(given - {"hyper"}), *self.hyper)]
+        flags = {f.name: f.metadata.get("flag", f.name) for f in fields(self)}
+        return [dashed(flags.get(name, name)) for name in (*sorted(given - {"hyper"}), *self.hyper)]
 
 
 def words_of(name: str) -> tuple[str, ...]:

@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.adapters.formulas import classifier_weights, ensemble_length
+from clip_adapter.adapters.formulas import balanced_weights
 from clip_adapter.adapters.method import Head, Method, Task
+from clip_adapter.adapters.neighbours import ONE_TEXT, alike
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.text_tower import read_text_tower, tower_path
 from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.tasks import Fold, Rows, TaskRows, needed_rows
 from clip_adapter.pipelines.saved.adapter_file import image_hashes
-from clip_adapter.words import some
+from clip_adapter.pipelines.scoring.zero_shot import zero_shot_weights
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -34,16 +35,6 @@ Labels = npt.NDArray[np.int32]
 # Test images are read and scored so many at a time; blocks stay in memory up to so many bytes.
 BLOCK_ROWS = 1024
 KEPT_BYTES = 1 << 26
-# Prompts' features are averaged for so many classes at a time: with 80 prompts a class those of
-# ImageNet are five times as large as its 16-shot support set.
-BLOCK_CLASSES = 64
-# Rows of the classifier with a larger cosine are of one text, encoded in another batch, in 16 bits
-# at worst (which leaves 1e-5); CLIP's texts of "cat" and "cats" are a hundred times farther apart.
-ONE_TEXT = 1 - 5e-5
-# Of the mean of a class's unit prompts. Of 80 that have nothing in common it is 0.1, and rounding
-# to float16 leaves 0.001 of two that are opposites.
-SHORTEST_MEAN = 0.002
-
 TOWER_SHA256 = "text_tower_sha256"
 # What methods may need beyond features, and the flag of `extract` that provides it.
 PROVIDED_BY = {
@@ -51,17 +42,6 @@ PROVIDED_BY = {
     "projection": "--with-projection",
     "second": "--also",
 }
-
-
-def check_directions(text: Float[Features, "C P D"], names: Sequence[str]) -> None:
-    """Raises UserError where the prompts of a class cancel: it would never, or always, be right."""
-    cancelled = np.flatnonzero(~(ensemble_length(np, text) >= SHORTEST_MEAN))
-    if len(cancelled):
-        classes = some([names[label] for label in cancelled.tolist()])
-        raise UserError(
-            f"The text features of {classes} cancel: the prompts of a class point to no direction "
-            "in common; change its prompts."
-        )
 
 
 def available(cache: FeatureCache) -> set[str]:
@@ -89,7 +69,8 @@ class Data:
     """A cache as fitting sees it.
 
     labels: of each split that the cache has. classes: which of the cache's classes take part; all
-    labels are counted from the first of them.
+    labels are counted from the first of them. class_weight: how images count in the loss of trained
+    methods, as FitConfig has it.
     """
 
     cache: FeatureCache
@@ -97,6 +78,7 @@ class Data:
     tasks: Sequence[TaskRows]
     labels: Mapping[str, Labels]
     classes: slice
+    class_weight: str = "none"
     _rows: dict[tuple[str, str], jax.Array] = field(default_factory=dict)
     _blocks: dict[tuple[str, int], Features] = field(default_factory=dict)
     _extra: dict[str, Any] = field(default_factory=dict)
@@ -126,6 +108,7 @@ class Data:
             self.tasks,
             self.labels,
             classes,
+            self.class_weight,
             self._rows,
             self._blocks,
             self._extra,
@@ -146,23 +129,12 @@ class Data:
     def classes_with_one_text(self) -> list[list[str]]:
         """Groups of the cache's classes whose rows of the zero-shot classifier are the same."""
         weights, names = self._weights(), self.cache.class_names
-        groups: dict[int, list[str]] = {}
-        for start in range(0, len(names), BLOCK_ROWS):
-            alike = weights[start : start + BLOCK_ROWS] @ weights.T > ONE_TEXT
-            np.fill_diagonal(alike[:, start:], val=True)
-            for row, first in enumerate(alike.argmax(axis=1).tolist(), start):
-                groups.setdefault(first, []).append(names[row])
-        return [group for group in groups.values() if len(group) > 1]
+        return [[names[row] for row in group] for group in alike(weights, ONE_TEXT)]
 
     def _weights(self) -> Features:
         """The zero-shot classifier of all classes of the cache."""
         if "weights" not in self._extra:
-            blocks = []
-            for first in range(0, len(self.cache.class_names), BLOCK_CLASSES):
-                text = self.cache.text_features(slice(first, first + BLOCK_CLASSES))
-                check_directions(text, self.cache.class_names[first : first + BLOCK_CLASSES])
-                blocks.append(classifier_weights(np, text))  # with JAX it would be 15 programs
-            self._extra["weights"] = np.concatenate(blocks)
+            self._extra["weights"] = zero_shot_weights(self.cache)
         return self._extra["weights"]
 
     def task(self, method: Method, rows: TaskRows, fold: Fold | None = None) -> Task:
@@ -176,6 +148,7 @@ class Data:
             head=self.head(method),
             seed=np.int32(rows.seed),
             extra=self.extra(method),
+            class_weights=self._class_weights(method, self._labels("train", fold.support)),
         )
         return jax.tree.map(jnp.asarray, task)
 
@@ -197,8 +170,19 @@ class Data:
             head=self.head(method),
             seed=np.int32(seed),
             extra=self.extra(method),
+            class_weights=self._class_weights(method, np.concatenate(labels)),
         )
         return jax.tree.map(jnp.asarray, task)
+
+    def _class_weights(self, method: Method, labels: Labels) -> Float[Features, " C"] | None:
+        if self.class_weight == "none" or not method.is_trained:
+            return None
+        return balanced_weights(np, labels, self.count).astype(np.float32)
+
+    def is_even(self, rows: TaskRows) -> bool:
+        """Whether all classes of a task's support set have equally many images."""
+        counts = np.bincount(self._labels("train", rows.support))
+        return len(set(counts[counts > 0].tolist())) == 1
 
     def labelled_rows(self) -> dict[str, Rows]:
         """Every labelled image of the classes, by split."""
@@ -331,7 +315,9 @@ class Data:
         return own - np.int32(self.classes.start)
 
 
-def open_data(cache: FeatureCache, tasks: Sequence[TaskRows], *, augment: bool) -> Data:
+def open_data(
+    cache: FeatureCache, tasks: Sequence[TaskRows], *, augment: bool, class_weight: str = "none"
+) -> Data:
     """The cache for these tasks; of the training images view 0 alone unless `augment`.
 
     Raises UserError where the cache has no augmented views to draw from.
@@ -344,4 +330,4 @@ def open_data(cache: FeatureCache, tasks: Sequence[TaskRows], *, augment: bool) 
         )
     labels = {split: cache.labels(split) for split in cache.splits}
     classes = slice(0, len(cache.class_names))
-    return Data(cache, views if augment else 1, tasks, labels, classes)
+    return Data(cache, views if augment else 1, tasks, labels, classes, class_weight)

@@ -10,6 +10,7 @@ from clip_adapter.adapters.engine.evaluation import DIVERGED, Score
 from clip_adapter.adapters.engine.search import fit
 from clip_adapter.errors import UserError
 from clip_adapter.listener import Listener
+from clip_adapter.pipelines.deciding.answers import calibrated_by
 from clip_adapter.pipelines.deciding.held_out import with_decisions
 from clip_adapter.pipelines.fitting.choice import is_finite
 from clip_adapter.pipelines.fitting.config import shots_words
@@ -41,13 +42,15 @@ def keep_one(
     sound = candidates(runner.plan, tasks, results)
     if not sound or (len(sound) > 1 and not any(map(is_judged, sound))):
         return None
-    best, rows = max(sound, key=rank), kept_task(tasks)
+    best, rows = max(sound, key=rank), kept_task(runner.data.tasks)
     if runner.plan.refit:
         adapter = _refitted(runner, rows, best, folder)
     else:  # that of an earlier process has to be there, and as it was written
         adapter = load_adapter(folder.path / adapter_folder(*best.key))
     with listener.progress("calibrate", MAX_FOLDS) as advance:
         adapter = with_decisions(runner, rows, best, adapter, advance)
+    if sentence := calibrated_by(adapter.decisions):
+        runner.tell(sentence)
     with writing(folder.path):
         save_adapter(folder.path, adapter)
     return best

@@ -63,10 +63,12 @@ def make_plan(
         "ablate": ablate,
         "unlabelled": unlabelled,
         "unlabelled_cache": str(config.unlabelled or ""),
+        "from_run": str(config.from_run or ""),
     }
     plan = Plan(**alike | resolved)
     check_protocol(plan)
     _check_refined(plan)
+    _check_weighed(plan)
     return plan
 
 
@@ -79,6 +81,18 @@ def _check_refined(plan: Plan) -> None:
             f"--unlabelled takes no {flag} beside it: what is refined is the chosen classifier of "
             "a task, judged by labelled images that took no part, and tells the classes of the "
             "task alone."
+        )
+
+
+def _check_weighed(plan: Plan) -> None:
+    """A loss is weighed of methods that have one."""
+    if plan.class_weight == "none":
+        return
+    if others := [p.method.name for p in plan.fitted if not p.method.is_trained]:
+        raise UserError(
+            f"--class-weight {plan.class_weight} weighs the loss of methods that are trained step "
+            f"by step, and {', '.join(others)} {'is' if len(others) == 1 else 'are'} not; leave it "
+            "out, or fit such methods in a run of their own."
         )
 
 
@@ -196,7 +210,7 @@ def without_effect(config: FitConfig, plan: Plan) -> list[str]:
     if plan.score != "accuracy" and plan.select == "none":
         sentences.append(f"--score {plan.score} has no effect with --select none.")
     given = [own_values(config, planned.method).get("epoch") for planned in plan.fitted]
-    if plan.select == "none" and ("best",) in given:
+    if plan.select == "none" and ("best",) in given and not plan.from_run:
         sentences.append("--epoch best has no effect with --select none, where nothing is judged.")
     if plan.augment and not any(planned.method.uses_views for planned in plan.methods):
         sentences.append("--augment has no effect: none of these methods uses views.")

@@ -31,6 +31,7 @@ from clip_adapter.pipelines.fitting.provenance import Provenance
 from clip_adapter.pipelines.fitting.record import TaskRecord
 from clip_adapter.pipelines.fitting.results import Held, Spread, TaskResult, harmonic_mean
 from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder, writing
+from clip_adapter.pipelines.fitting.taken import Taken
 from clip_adapter.pipelines.fitting.tasks import RULES, Fold, TaskRows, cross_validation
 from clip_adapter.pipelines.fitting.unlabelled import Refined, Unlabelled, refine_chosen
 from clip_adapter.pipelines.saved.adapter_check import takes_both
@@ -44,7 +45,7 @@ class TaskRunner:
 
     data: of the classes that are fitted. new: of the others, under base-to-new, else None.
     tell: is told sentences that whoever waits has to know. unlabelled: images without labels that
-    refine what is chosen; None for none.
+    refine what is chosen; None for none. taken: the adapter whose setting is taken; None for none.
     """
 
     plan: Plan
@@ -54,6 +55,7 @@ class TaskRunner:
     engine: Engine
     tell: Callable[[str], None]
     unlabelled: Unlabelled | None = None
+    taken: Taken | None = None
     _references: dict[tuple[Shots, int, int], Evaluation] = field(default_factory=dict)
     _seen: dict[tuple[Shots, int], npt.NDArray[np.uint64]] = field(default_factory=dict)
 
@@ -81,11 +83,14 @@ class TaskRunner:
         result = self.result(method, rows, chosen, predictions, held)
         if predictions and not held:
             folder.write(predictions_path(*result.key), predictions.content())
+        if counts and self.taken:
+            result = replace(result, note=self.taken.compared(self.data.cache, predictions))
         if counts:
             fitted, seen = fitted_on(result), self._seen_by(rows)
             saved = self.saved(method, chosen.setting, chosen.arrays, fitted, seen)
             if refined:
-                result, saved = replace(result, note=refined.sentence), refined.of(saved)
+                note = "; ".join(filter(None, (result.note, refined.sentence)))
+                result, saved = replace(result, note=note), refined.of(saved)
             with writing(folder.path):
                 save_adapter(folder.path / adapter_folder(*result.key), saved)
         return result
@@ -145,7 +150,8 @@ class TaskRunner:
             self.tell(sentence)
         expect(work(method, values, len(parts), halving=asked.halving))
         if not parts:
-            return take_defaults(asked, task, self.engine)
+            epoch = self.taken.epoch if self.taken and not planned.baseline else None
+            return take_defaults(asked, task, self.engine, epoch)
         record = TaskRecord(folder, method, rows, sum(map(len, judged)))
         chosen = choose(asked, task, self.engine, record)
         if not held:
@@ -262,6 +268,8 @@ class TaskRunner:
         """An adapter with all that it was fitted from; one that has nothing to fit or to choose,
         such as zero-shot, has seen no image."""
         about, head = self.provenance, self.data.head(method)
+        weight = self.plan.class_weight
+        weighed = {"class_weight": weight} if weight != "none" and method.is_trained else {}
         info = AdapterInfo(
             method=method.name,
             setting=dict(setting),
@@ -273,7 +281,7 @@ class TaskRunner:
             preprocess=about.preprocess,
             dataset=about.dataset,
             cache_sha256=about.cache_sha256,
-            fitted={"train_classes": self.plan.train_classes, **fitted},
+            fitted={"train_classes": self.plan.train_classes, **weighed, **fitted},
             backbone2=about.backbone2 if takes_both(method, arrays) else None,
         )
         return SavedAdapter(info, arrays, head.weights, seen if arrays or setting else seen[:0])

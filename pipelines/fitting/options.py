@@ -189,7 +189,11 @@ def command_line(plan: Plan, run: Path) -> str:
     out, and so is where the cache lies.
 
     run: the folder where it was carried out, in which stated tasks lie."""
-    words = ["fit", "--method", *(planned.name for planned in plan.fitted)]
+    named = [planned.name for planned in plan.fitted]
+    words = ["fit", "--method", *named]
+    if plan.from_run:
+        words = ["fit", "--from", plan.from_run]
+        words += ["--method", *named] if ":" in named[0] else []
     baselines = tuple(planned.name for planned in plan.methods if planned.baseline)
     usual = tuple(n for n in FitConfig.baselines if n not in {p.name for p in plan.fitted})
     if baselines != usual:
@@ -199,6 +203,8 @@ def command_line(plan: Plan, run: Path) -> str:
     for name in () if plan.tasks else ("shots", "seeds"):
         words += [f"--{name}", *map(str, getattr(plan, name))]
     for name in CHOICES:
+        if name == "select" and plan.from_run:
+            continue
         if getattr(plan, name) != getattr(FitConfig, name):
             words += [f"--{dashed(name)}", getattr(plan, name)]
     words += [f"--{f.name}" for f in fields(plan) if getattr(plan, f.name) is True]
@@ -206,7 +212,7 @@ def command_line(plan: Plan, run: Path) -> str:
         words += ["--ablate", *plan.ablate]
     if plan.unlabelled:
         words += ["--unlabelled", plan.unlabelled_cache]
-    for flag, values in _hyper(plan).items():
+    for flag, values in {} if plan.from_run else _hyper(plan).items():
         words += [f"--{flag}", *map(_written, values)]
     return shlex.join(words)
 

@@ -35,7 +35,11 @@ LARGEST_SEED = 2**31 - 1  # JAX takes an int32
 OWN_SHA256 = "sha256"
 TASKS = "tasks.json"
 # Stated where they are given: plans without them are what they were.
-WHERE_GIVEN = ("tasks", "unlabelled", "unlabelled_cache")
+WHERE_GIVEN = (
+    *("tasks", "unlabelled", "unlabelled_cache", "groups"),
+    *("from_run", "from_sha256", "class_weight"),
+)
+ELSEWHERE = ("cache", "unlabelled_cache", "from_run", OWN_SHA256)  # may be, and change no number
 METHOD = "method"  # a factor of an ablation that is no hyper-parameter
 Json = dict[str, Any]
 
@@ -70,6 +74,8 @@ class Plan:
     compared: the methods that `--ablate method` shows, some of which may be among the others.
     unlabelled: which images without labels refine what is chosen, "" for none; unlabelled_cache:
     where they lie.
+    groups: which images belong together, "" where each is its own.
+    from_run: where the adapter lies whose setting was taken, "" for none; from_sha256: of that.
     """
 
     clip_adapter: str
@@ -93,6 +99,10 @@ class Plan:
     tasks: str = ""
     unlabelled: str = ""
     unlabelled_cache: str = ""
+    groups: str = ""
+    from_run: str = ""
+    from_sha256: str = ""
+    class_weight: str = "none"
 
     @property
     def fitted(self) -> list[PlannedMethod]:
@@ -132,7 +142,7 @@ class Plan:
         """As JSON, with a SHA-256 over the rest."""
         document = json.loads(json.dumps(asdict(self)))
         for name in WHERE_GIVEN:
-            if not document[name]:
+            if document[name] == getattr(Plan, name):
                 del document[name]
         return document | {OWN_SHA256: _sha256(document)}
 
@@ -171,7 +181,7 @@ class Plan:
         """In what the two differ; the content of the cache counts, not where it lies."""
         one, two = self.document(), other.document()
         unlike = [name for name in one | two if one.get(name) != two.get(name)]
-        names = [n for n in unlike if n not in ("cache", "unlabelled_cache", OWN_SHA256)]
+        names = [n for n in unlike if n not in ELSEWHERE]
         if "methods" in names:
             mine = {planned.name: planned.values for planned in self.methods}
             others = {planned.name: planned.values for planned in other.methods}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from clip_adapter.pipelines.fitting.config import (
     shots_words,
 )
 from clip_adapter.pipelines.fitting.data import Data, available, open_data
+from clip_adapter.pipelines.fitting.groups import Rows, identity_of, numbers_of, tested_twins
 from clip_adapter.pipelines.fitting.kept import candidates, keep_one
 from clip_adapter.pipelines.fitting.make_plan import check_feasible, make_plan, without_effect
 from clip_adapter.pipelines.fitting.one_task import TaskRunner
@@ -35,6 +37,7 @@ from clip_adapter.pipelines.fitting.run_folder import (
     new_folder,
     read_plan,
 )
+from clip_adapter.pipelines.fitting.taken import Taken, taken_of
 from clip_adapter.pipelines.fitting.task_file import StatedTask, read_tasks, rows_of, sha256_of
 from clip_adapter.pipelines.fitting.tasks import (
     TaskRows,
@@ -98,25 +101,38 @@ def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -
             )
         _check_labelled(cache)
         stated = _stated(config, stored)
+        groups = numbers_of(cache)
+        if stored and stored.groups != identity_of(groups):
+            raise UserError(
+                f"{cache.path} has other groups than when {begun} was started; start a new run."
+            )
         unlabelled = unlabelled_of(config, stored, cache)
+        taken = taken_of(config, stored, cache)
         plan = stored if stored and config.resume else None
-        plan = plan or _new_plan(config, cache, stated, unlabelled, listener)
+        plan = plan or _new_plan(config, cache, stated, groups, unlabelled, taken, listener)
         if stored and (differing := stored.differing(plan)):
             raise UserError(
                 f"{begun} was started with other arguments ({', '.join(differing)}); give those "
                 "again, or another --out."
             )
         plan = stored or plan
-        data, new, tasks = _tasks(plan, cache, stated)
-        if groups := data.classes_with_one_text():
-            listener.note(same_text(groups))
+        data, new, tasks = _tasks(plan, cache, stated, groups)
+        if alike := data.classes_with_one_text():
+            listener.note(same_text(alike))
+        if plan.class_weight != "none" and all(map(data.is_even, data.tasks)):
+            listener.note(
+                f"--class-weight {plan.class_weight} has no effect: in every task all classes have "
+                "equally many training images."
+            )
+        if sentence := tested_twins(cache):
+            listener.note(sentence)
         check_feasible(plan, data, data.tasks[0])
         place = begun or config.out or new_folder()
         with closing(RunFolder(place, plan, resume=begun is not None)) as folder:
             documents = [asdict(task) for task in stated]
             documents = documents or [_task_document(data, rows) for rows in tasks]
             folder.write_json(TASKS, documents)
-            return _execute(plan, data, new, tasks, unlabelled, folder, listener)
+            return _execute(plan, data, new, tasks, unlabelled, taken, folder, listener)
 
 
 def _check_labelled(cache: FeatureCache) -> None:
@@ -146,9 +162,13 @@ def _new_plan(
     config: FitConfig,
     cache: FeatureCache,
     stated: Sequence[StatedTask],
+    groups: Rows | None,
     unlabelled: Unlabelled | None,
+    taken: Taken | None,
     listener: Listener,
 ) -> Plan:
+    if taken:
+        config = taken.config(config)
     if config.select is None:
         config = replace(config, select=_usual_rule(cache, listener))
     if stated:
@@ -157,7 +177,13 @@ def _new_plan(
         config = replace(config, shots=shots, seeds=seeds)
     which = unlabelled.identity if unlabelled else ""
     plan = make_plan(config, cache.content_sha256, available(cache), which)
-    plan = replace(plan, tasks=sha256_of(stated) if stated else "")
+    tasks = sha256_of(stated) if stated else ""
+    plan = replace(
+        plan,
+        tasks=tasks,
+        groups=identity_of(groups),
+        from_sha256=taken.sha256 if taken else "",
+    )
     for sentence in without_effect(config, plan):
         listener.note(sentence)
     return plan
@@ -175,7 +201,7 @@ def _usual_rule(cache: FeatureCache, listener: Listener) -> Selection:
 
 
 def _tasks(
-    plan: Plan, cache: FeatureCache, stated: Sequence[StatedTask]
+    plan: Plan, cache: FeatureCache, stated: Sequence[StatedTask], groups: Rows | None
 ) -> tuple[Data, Data | None, list[TaskRows]]:
     """Data of the classes that are fitted, of the others under base-to-new, and the draws."""
     train = cache.labels("train")
@@ -184,16 +210,26 @@ def _tasks(
     if plan.tasks:
         if sha256_of(stated) != plan.tasks:
             raise UserError(f"The {TASKS} of the run is not what it was begun with; begin it anew.")
-        drawn = rows_of(stated, cache, plan)
+        drawn = rows_of(stated, cache, plan, groups)
     else:
-        how = {"repeat": plan.repeat, "join": plan.validation == "join"}
-        drawn = draw_tasks(train, val, classes, plan.shots, plan.seeds, plan.select, **how)
+        drawn = draw_tasks(
+            train,
+            val,
+            classes,
+            plan.shots,
+            plan.seeds,
+            plan.select,
+            repeat=plan.repeat,
+            join=plan.validation == "join",
+            groups=groups,
+        )
+    how: dict[str, Any] = {"augment": plan.augment, "class_weight": plan.class_weight}
     if plan.train_classes == "all":
-        return open_data(cache, drawn, augment=plan.augment), None, drawn
+        return open_data(cache, drawn, **how), None, drawn
     base = base_classes(classes)
     every = train if val is None else np.concatenate([train, val])
     taken = [only_classes(rows, base, every, val) for rows in drawn]
-    data = open_data(cache, taken, augment=plan.augment)
+    data = open_data(cache, taken, **how)
     return data.of_classes(slice(0, base)), data.of_classes(slice(base, classes)), drawn
 
 
@@ -203,6 +239,7 @@ def _execute(
     new: Data | None,
     tasks: Sequence[TaskRows],
     unlabelled: Unlabelled | None,
+    taken: Taken | None,
     folder: RunFolder,
     listener: Listener,
 ) -> FitResult:
@@ -218,7 +255,7 @@ def _execute(
 
     if unlabelled:
         unlabelled = unlabelled.without(data.hashes(data.taking_part()))
-    runner = TaskRunner(plan, data, new, provenance, engine, tell, unlabelled)
+    runner = TaskRunner(plan, data, new, provenance, engine, tell, unlabelled, taken)
     problem = ""
     try:
         _run_tasks(runner, folder, listener)

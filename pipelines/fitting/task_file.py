@@ -86,14 +86,18 @@ def sha256_of(tasks: Sequence[StatedTask]) -> str:
     return hashlib.sha256(json.dumps([asdict(task) for task in tasks]).encode()).hexdigest()
 
 
-def rows_of(tasks: Sequence[StatedTask], cache: FeatureCache, plan: Plan) -> list[TaskRows]:
+def rows_of(
+    tasks: Sequence[StatedTask], cache: FeatureCache, plan: Plan, groups: Rows | None = None
+) -> list[TaskRows]:
     """Their rows of the cache; support images may be of val as well, as where those had joined.
+
+    groups: as `draw_tasks` takes them.
 
     Raises UserError, in a sentence, as `check_rule` does; for images that the cache has not where
     they would have to be; for some that are to be trained on and to judge; and where none would.
     """
     rule, join = RULES[plan.select], plan.validation == "join"
-    check_rule(plan.select, "val" in cache.splits, join=join)
+    check_rule(plan.select, "val" in cache.splits, join=join, grouped=groups is not None)
     places = {
         split: {name: row for row, name in enumerate(cache.ids(split))}
         for split in ("train", "val")
@@ -125,6 +129,14 @@ def rows_of(tasks: Sequence[StatedTask], cache: FeatureCache, plan: Plan) -> lis
             raise UserError(
                 f"--tasks names images of {task} both as support and as validation: {some(names)}."
             )
+        if groups is not None and not join:
+            beside = groups[len(train) + validation]
+            if (both := np.isin(beside, groups[support])).any():
+                names = [task.validation[place] for place in np.flatnonzero(both).tolist()]
+                raise UserError(
+                    f"--tasks names validation images of {task} that are of one group with support "
+                    f"images: {some(names)}; state others, or fit on a cache without groups."
+                )
         if join:
             support, validation = np.concatenate([support, len(train) + validation]), validation[:0]
         if rule.validation == "all":
@@ -148,6 +160,7 @@ def rows_of(tasks: Sequence[StatedTask], cache: FeatureCache, plan: Plan) -> lis
                 (),
                 tuple(np.setdiff1d(every, labels[support]).tolist()),
                 tuple(np.setdiff1d(every, judged).tolist()) if len(judged) else (),
+                None if groups is None else groups[support],
             )
         )
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,11 @@ from clip_adapter.adapters.engine.evaluation import rounds_of
 from clip_adapter.cache.few_shot import VALIDATION_SHOTS, draw_few_shot
 from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.config import Selection, Shots, shots_words
+from clip_adapter.pipelines.fitting.groups import fold_of
 from clip_adapter.pipelines.fitting.results import TaskResult
+
+if TYPE_CHECKING:
+    from clip_adapter.pipelines.fitting.plan import Plan
 
 MAX_FOLDS = 4
 Rows = npt.NDArray[np.int64]
@@ -26,6 +30,7 @@ class TaskRows:
 
     support: rows of train and, behind its last, of val where validation images join. validation:
     rows of val; empty where the selection rule takes none.
+    groups: (S,) of which group each support image is; None where each is one of its own.
     small_classes, small_validation_classes: labels with some images, but fewer than were asked for.
     absent_classes, absent_validation_classes: labels without any.
     """
@@ -38,6 +43,7 @@ class TaskRows:
     small_validation_classes: tuple[int, ...] = ()
     absent_classes: tuple[int, ...] = ()
     absent_validation_classes: tuple[int, ...] = ()
+    groups: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -77,20 +83,23 @@ def draw_tasks(
     *,
     repeat: bool,
     join: bool = False,
+    groups: Rows | None = None,
 ) -> list[TaskRows]:
     """Draw every task as published (few_shot.py); `all` shots take every training image.
 
     train, val: labels of the splits. join: the validation images that few-shot-val would draw are
-    part of the support set.
-    Raises UserError as `check_rule` does, and for more shots than the largest class has.
+    part of the support set. groups: of all images of train and, behind them, of val: what judges is
+    of no group that is trained on.
+    Raises UserError as `check_rule` does, for more shots than the largest class has, and where no
+    validation image is of a group of its own.
     """
-    check_rule(select, val is not None, join=join)
+    check_rule(select, val is not None, join=join, grouped=groups is not None)
     rule = RULES[select]
     every = np.arange(classes)
     val_labels = np.zeros(0, np.int32) if val is None else val
     judging = val_labels if rule.validation != "none" else val_labels[:0]
     absent = tuple(np.setdiff1d(every, train).tolist())
-    unjudged = tuple(np.setdiff1d(every, judging).tolist()) if len(judging) else ()
+    beside = None if groups is None or join else (groups[: len(train)], groups[len(train) :])
 
     def drawn(number: Shots, seed: int) -> TaskRows:
         support, validation = np.arange(len(train)), np.arange(len(judging))
@@ -98,7 +107,13 @@ def draw_tasks(
         small_validation: tuple[int, ...] = ()
         if number != "all":
             task = draw_few_shot(
-                train, val_labels, shots=number, seed=seed, repeat=repeat, classes=classes
+                train,
+                val_labels,
+                shots=number,
+                seed=seed,
+                repeat=repeat,
+                classes=classes,
+                groups=beside,
             )
             support, small = task.support, task.small_classes
             if rule.validation == "few":
@@ -106,16 +121,30 @@ def draw_tasks(
         if join:
             joining = np.arange(len(val_labels)) if number == "all" else task.validation
             support = np.concatenate([support, len(train) + joining])
-        return TaskRows(
-            number, seed, support, validation, small, small_validation, absent, unjudged
-        )
+        if beside and len(judging):
+            validation = validation[~np.isin(beside[1][validation], beside[0][support])]
+            if not len(validation):
+                raise UserError(
+                    "Every validation image is of a group that is trained on; use --select cv, "
+                    "which divides the support set by groups, or none."
+                )
+        unjudged = tuple(np.setdiff1d(every, judging[validation]).tolist()) if len(judging) else ()
+        sizes = small, small_validation, absent, unjudged
+        own = None if groups is None else groups[support]
+        return TaskRows(number, seed, support, validation, *sizes, own)
 
     return [drawn(number, seed) for number in shots for seed in seeds]
 
 
-def check_rule(select: Selection, has_val: bool, *, join: bool) -> None:
-    """Raises UserError for a rule that needs a validation split where the cache has none, and for
-    validation images that are to join the support set and judge, or are not there."""
+def check_rule(select: Selection, has_val: bool, *, join: bool, grouped: bool = False) -> None:
+    """Raises UserError for a rule that needs a validation split where the cache has none, for
+    validation images that are to join the support set and judge, or are not there, and for one that
+    parts groups."""
+    if grouped and select == "loo":
+        raise UserError(
+            "--select loo leaves out single images, and this cache has groups of images that "
+            "belong together; use --select cv, which leaves out whole groups."
+        )
     judges = RULES[select].validation != "none"
     if join and (judges or not has_val):
         why = (
@@ -129,21 +158,27 @@ def check_rule(select: Selection, has_val: bool, *, join: bool) -> None:
         )
 
 
-def judged_by(select: Selection, score: str, results: Sequence[TaskResult]) -> str:
-    """What chose the settings of these results, in words."""
+def judged_by(plan: Plan, results: Sequence[TaskResult], *, asked: bool) -> str:
+    """What chose the settings of these results, in words. asked: not of a baseline."""
+    select, grouped = plan.select, bool(plan.groups)
     rule, shots = RULES[select], dict.fromkeys(row.shots for row in results)
+    if plan.from_run and asked:
+        return f"nothing here: the setting is that of {plan.from_run}"
     words = rule.words
     if rule.validation == "few" and "all" in shots:
         whole = RULES["full-val"].words
         words = f"{words} (at `all` shots: {whole})" if len(shots) > 1 else whole
+    if grouped and select == "cv":
+        words += ", divided by groups"
     unjudged = dict.fromkeys(
         shots_words(row.shots)
         for row in results
         if row.setting is not None and row.val_accuracy is None
     )
     if rule.unless and unjudged:
-        words += f" (at {', '.join(unjudged)} {rule.unless}: nothing, the defaults)"
-    if score == "balanced-accuracy" and select != "none":
+        unless = "a class has images of one group alone" if grouped else rule.unless
+        words += f" (at {', '.join(unjudged)} {unless}: nothing, the defaults)"
+    if plan.score == "balanced-accuracy" and select != "none":
         words += ", where every class counts alike (validation % is balanced accuracy)"
     return words
 
@@ -152,20 +187,19 @@ def cross_validation(rows: TaskRows, labels: npt.NDArray[np.int32]) -> list[Fold
     """Stratified k-fold cross-validation on the support set, k = min(shots, 4).
 
     labels: of all rows that may be in it. Each class's images are dealt to the folds in drawing
-    order; a class never lacks in a training part, as every class has at least two images. An image
-    that was drawn repeatedly stays in one fold.
+    order; a class never lacks in a training part. An image that was drawn repeatedly stays in one
+    fold, and so does a group (see `fold_of`); k is then that of the class with fewest groups.
 
-    Returns [] where some class has fewer than two distinct images.
+    Returns [] where some class has fewer than two distinct images, or groups, or cannot be divided.
     """
     support = rows.support
-    own = labels[support]
-    distinct = min(len(np.unique(support[own == label])) for label in np.unique(own))
-    count = min(distinct, MAX_FOLDS)
-    if count < 2:
+    units = support if rows.groups is None else rows.groups
+    folds = fold_of(units, labels[support], support, MAX_FOLDS)
+    if folds is None:
         return []
-    fold_of = _dealt(support, own, count)
     return [
-        Fold(support[fold_of != fold], support[fold_of == fold], "train") for fold in range(count)
+        Fold(support[folds != fold], support[folds == fold], "train")
+        for fold in range(folds.max() + 1)
     ]
 
 
@@ -182,16 +216,6 @@ def rounds(rows: TaskRows, labels: npt.NDArray[np.int32]) -> list[Fold]:
         return []
     left_out = (found.of_image == number for number in range(len(found.members)))
     return [Fold(rows.support[~own], rows.support[own], "train") for own in left_out]
-
-
-def _dealt(support: Rows, labels: npt.NDArray[np.int32], count: int) -> Rows:
-    fold_of = np.empty(len(support), np.int64)
-    for label in np.unique(labels):
-        position: dict[int, int] = {}
-        for index in np.flatnonzero(labels == label):
-            position.setdefault(int(support[index]), len(position))
-            fold_of[index] = position[int(support[index])] % count
-    return fold_of
 
 
 RULES: Mapping[Selection, Rule] = {
@@ -245,6 +269,7 @@ def only_classes(
     def small(labels: Sequence[int]) -> tuple[int, ...]:
         return tuple(label for label in labels if label < classes)
 
+    groups = rows.groups
     return TaskRows(
         rows.shots,
         rows.seed,
@@ -254,6 +279,7 @@ def only_classes(
         small(rows.small_validation_classes),
         small(rows.absent_classes),
         small(rows.absent_validation_classes),
+        groups if groups is None else groups[support[rows.support] < classes],
     )
 
 

@@ -198,7 +198,7 @@ def _seeds(entries: Sequence[Entry]) -> list[str]:
 def _judged(entries: Sequence[Entry]) -> list[str]:
     """What settings were selected on, once where that is alike for all that have some."""
     stated = {
-        entry.label: judged_by(entry.first.plan.select, entry.first.plan.score, entry.results())
+        entry.label: judged_by(entry.first.plan, entry.results(), asked=entry.asked)
         for entry in entries
         if entry.method.hyper
     }

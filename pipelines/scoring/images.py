@@ -1,9 +1,8 @@
-"""Images for a saved adapter: of a cache, of a folder of classes, or files named one by one."""
+"""Images for a saved adapter: of a folder of classes, or files named one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,54 +16,19 @@ from clip_adapter.pipelines.saved.adapter_check import (
     check_same_backbone,
     check_same_second,
     check_same_width,
-    feature_width,
 )
 from clip_adapter.pipelines.saved.adapter_file import AdapterInfo, SavedAdapter
+from clip_adapter.pipelines.scoring.cached import Block, Blocks, Labelled, Rows, width_of
 from clip_adapter.records import from_file
 from clip_adapter.words import counted, some
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from clip_adapter.cache.reader import FeatureCache
     from clip_adapter.extract.datasets.source import Split
 
-Features = npt.NDArray[np.float32]
-Rows = npt.NDArray[np.int64]
 Classes = npt.NDArray[np.int64]
 LEFT_OUT, UNKNOWN = -1, -2
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some images. rows: (R,) which. features: (R, F), what the adapter takes. encoded: (R, D), the
-    image features; the same array unless the adapter takes what comes before the projection, or
-    features of a second encoder behind them.
-    digests: (R,), see `image_hashes`. unreadable: rows that are not here, and why."""
-
-    rows: Rows
-    features: Features
-    encoded: Features
-    digests: npt.NDArray[np.uint64] | None
-    unreadable: Mapping[int, str]
-
-
-Blocks = Callable[[], Iterator[Block]]
-"""Reads or encodes images, anew at each call, block by block: memory does not grow with them."""
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Labelled images.
-
-    name: for a report. labels: (N,), indices of class_names. ids: the names of some rows.
-    """
-
-    name: str
-    class_names: Sequence[str]
-    labels: npt.NDArray[np.int32]
-    blocks: Blocks
-    ids: Callable[[Rows], Sequence[str]]
 
 
 class Encoding(Protocol):
@@ -94,44 +58,6 @@ def is_folder(path: Path) -> bool:
     if not is_there(path):
         raise UserError(f"{path} does not exist; name a feature cache or a folder of images.")
     return path.is_dir()
-
-
-def cached_images(cache: FeatureCache, split: str, adapter: SavedAdapter) -> Labelled:
-    """The images of one split of a cache.
-
-    Raises UserError where it lacks them, or what the adapter needs, or is of another backbone.
-    """
-    from clip_adapter.cache.reader import BLOCK_ROWS
-
-    labels = cache.labels(split)
-    info = adapter.info
-    remedy = "extract with the adapter's backbone, or fit on features of this one"
-    check_same_backbone(cache.backbone, cache.preprocess, info, remedy)
-    check_same_width(cache.shape(split)[2], adapter.weights.shape[1], str(cache.path))
-    before = "projection" in adapter.method.needs
-    if before:
-        width = cache.pre_projection(split, np.zeros(1, np.int64), views=1).shape[2]
-        check_same_width(width, _width(adapter), str(cache.path))
-    both = info.backbone2 is not None
-    check_same_second(cache.backbone2, info, f"extract {cache.path.name} with that too (--also)")
-    if both:
-        widths = cache.shape(split)[2] + cache.lengths.get("E", 0)
-        check_same_width(widths, _width(adapter), str(cache.path))
-
-    digests = cache.hashes(split, "digests")
-
-    def blocks() -> Iterator[Block]:
-        for start in range(0, len(labels), BLOCK_ROWS):
-            rows = np.arange(start, min(start + BLOCK_ROWS, len(labels)))
-            encoded = cache.features(split, rows, views=1)[0]
-            features = cache.pre_projection(split, rows, views=1)[0] if before else encoded
-            if both:
-                second = cache.features2(split, rows, views=1)[0]
-                features = np.concatenate([encoded, second], axis=1)
-            yield Block(rows, features, encoded, None if digests is None else digests[rows], {})
-
-    name = f"{cache.dataset.get('name', cache.path.name)} {split}"
-    return Labelled(name, cache.class_names, labels, blocks, lambda rows: cache.ids(split, rows))
 
 
 def images_of_folder(
@@ -210,11 +136,11 @@ def _encoded(images: Split, adapter: SavedAdapter, how: Encoding, *, skip: bool)
     name = backbone.identity["name"]
     check_same_width(encoder.dim, adapter.weights.shape[1], name)
     if encoder.projection is not None:
-        check_same_width(len(encoder.projection.weights), _width(adapter), name)
+        check_same_width(len(encoder.projection.weights), width_of(adapter), name)
     second = also and Encoder(also, device, size)
     if also and second:
         width = encoder.dim + second.dim
-        check_same_width(width, _width(adapter), also.identity["name"])
+        check_same_width(width, width_of(adapter), also.identity["name"])
     plan = Plan(
         np.arange(len(images.labels)),
         batch_size=size,
@@ -241,10 +167,6 @@ def _encoded(images: Split, adapter: SavedAdapter, how: Encoding, *, skip: bool)
             yield Block(rows, features, encoded, digests, unreadable)
 
     return blocks
-
-
-def _width(adapter: SavedAdapter) -> int:
-    return feature_width(adapter.method, adapter.arrays, adapter.head)
 
 
 def match_classes(images: Labelled, info: AdapterInfo, mapping: Path | None) -> Classes:

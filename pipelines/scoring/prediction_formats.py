@@ -1,12 +1,13 @@
-"""How predictions are printed, as a table, CSV or JSON, row by row as they come; and the files that
-`evaluate` writes beside its scores."""
+"""How predictions are printed or written, as a table, CSV, JSON, JSON lines or Parquet, row by row
+as they come; and the files that `evaluate` writes beside its scores."""
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from io import BytesIO
+from io import BytesIO, StringIO
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -26,12 +27,12 @@ from clip_adapter.words import printable
 class Prediction:
     """What an image shows.
 
-    top: (class name, probability), most probable first; empty where the image cannot be read.
-    answer: what is promised beside them; None where nothing is. unreadable: why it cannot be read,
-    or None.
+    path: of a file, or the id in a cache. top: (class name, probability), most probable first;
+    empty where the image cannot be read. answer: what is promised beside them; None where nothing
+    is. unreadable: why it cannot be read, or None.
     """
 
-    path: Path
+    path: Path | str
     top: tuple[tuple[str, float], ...] = ()
     answer: Answer | None = None
     unreadable: str | None = None
@@ -40,8 +41,7 @@ class Prediction:
 class Scope(Protocol):
     """What is known before the first prediction, so that columns can be set."""
 
-    @property
-    def paths(self) -> Sequence[Path]: ...
+    def names(self) -> Iterator[Path | str]: ...
 
     @property
     def class_names(self) -> Sequence[str]: ...
@@ -50,7 +50,7 @@ class Scope(Protocol):
 def write_table(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> None:
     """Aligned columns: the path, then name and probability of each class; or the classes of its
     set, or that it shows none of them."""
-    path_width = max(cell_len(printable(str(path))) for path in scope.paths)
+    path_width = max(cell_len(printable(str(path))) for path in scope.names())
     name_width = max(cell_len(printable(name)) for name in scope.class_names)
     for prediction in predictions:
         cells = [_padded(str(prediction.path), path_width)]
@@ -73,31 +73,69 @@ def write_csv(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> N
     Names that begin with = + - @ get an apostrophe before them; in JSON names are exact.
     """
     writer = csv.writer(out, lineterminator="\n")
-    ranks = 0
-    for prediction in predictions:
-        if not ranks:
-            ranks = len(prediction.top)
-            columns = ((f"class_{n}", f"probability_{n}") for n in range(1, ranks + 1))
-            names = [*_promised(prediction), *(name for pair in columns for name in pair)]
-            writer.writerow(["image", *names])
-        pairs = ((cell(name), rounded(p)) for name, p in prediction.top)
-        said = _promised(prediction)
-        if "classes" in said:
-            said["classes"] = class_words(said["classes"])
-        own = [cell(value) if isinstance(value, str) else value for value in said.values()]
-        writer.writerow([cell(str(prediction.path)), *own, *(x for pair in pairs for x in pair)])
+    for number, prediction in enumerate(predictions):
+        row = _columns(prediction)
+        if not number:
+            writer.writerow(row)
+        texts = (class_words(own) if isinstance(own, list) else own for own in row.values())
+        writer.writerow([cell(own) if isinstance(own, str) else own for own in texts])
 
 
 def write_json(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> None:
     """One array, an object per image on a line of its own; names are exact."""
     separator = "["
     for prediction in predictions:
-        top = [{"class": name, "probability": rounded(p)} for name, p in prediction.top]
-        said = _promised(prediction)
-        row = json.dumps({"image": str(prediction.path), **said, "top": top})
-        print(f"{separator}\n{row}", end="", file=out)
+        print(f"{separator}\n{_json(prediction)}", end="", file=out)
         separator = ","
     print("[]" if separator == "[" else "\n]", file=out)
+
+
+def _json(prediction: Prediction) -> str:
+    top = [{"class": name, "probability": rounded(p)} for name, p in prediction.top]
+    return json.dumps({"image": str(prediction.path), **_promised(prediction), "top": top})
+
+
+def write_json_lines(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> None:
+    """An object per image on a line of its own, as in the array of `write_json`."""
+    for prediction in predictions:
+        print(_json(prediction), file=out)
+
+
+def write_parquet(path: Path, scope: Scope, predictions: Iterable[Prediction]) -> None:
+    """A row per image with the columns of the CSV file; names are exact. Some rows at a time are in
+    memory."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    types = {str: pa.string(), float: pa.float64(), list: pa.list_(pa.string())}
+    with ExitStack() as stack:
+        writer = None
+        columns = map(_columns, predictions)
+        while rows := list(islice(columns, ROWS_AT_ONCE)):
+            if writer is None:
+                schema = pa.schema([(name, types[type(own)]) for name, own in rows[0].items()])
+                writer = stack.enter_context(parquet.ParquetWriter(path, schema))
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+        if writer is None:
+            parquet.write_table(pa.table({"image": pa.array([], pa.string())}), path)
+
+
+def _columns(prediction: Prediction) -> dict[str, Any]:
+    """Column → value."""
+    row: dict[str, Any] = {"image": str(prediction.path), **_promised(prediction)}
+    for rank, (name, probability) in enumerate(prediction.top, 1):
+        row |= {f"class_{rank}": name, f"probability_{rank}": rounded(probability)}
+    return row
+
+
+def write_file(path: Path, form: str, scope: Scope, predictions: Iterable[Prediction]) -> None:
+    """Write predictions into a file, which gets its name when all of them are there."""
+    with files.written(path) as temporary:
+        if form == PARQUET:
+            write_parquet(temporary, scope, predictions)
+            return
+        with temporary.open("x", encoding="utf-8", newline="") as file:
+            FORMATS[form](file, scope, predictions)
 
 
 def _promised(prediction: Prediction) -> dict[str, Any]:
@@ -131,7 +169,14 @@ def rounded(probability: float) -> float:
 
 Floats = npt.NDArray[np.float32]
 Writer = Callable[[TextIO, Scope, Iterable[Prediction]], None]
-FORMATS: dict[str, Writer] = {"table": write_table, "csv": write_csv, "json": write_json}
+FORMATS: dict[str, Writer] = {
+    "table": write_table,
+    "csv": write_csv,
+    "json": write_json,
+    "jsonl": write_json_lines,
+}
+PARQUET = "parquet"  # which is no text: into a file only
+ROWS_AT_ONCE = 4096
 
 
 @contextmanager
@@ -143,26 +188,22 @@ def predictions_file(
     if path is None:
         yield None
         return
-    temporary = path.with_name(path.name + ".new")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(
-                ["image", "class", "predicted", "probability", "zero_shot", "fitted_on"]
-            )
-            names = [cell(name) for name in class_names]
+    with (
+        files.written(path) as temporary,
+        temporary.open("x", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["image", "class", "predicted", "probability", "zero_shot", "fitted_on"])
+        names = [cell(name) for name in class_names]
 
-            def write(ids: Sequence[str], *columns: npt.NDArray[Any]) -> None:
-                for name, label, predicted, before, seen, share in zip(
-                    ids, *(column.tolist() for column in columns), strict=True
-                ):
-                    shown = names[label], names[predicted], rounded(share), names[before]
-                    writer.writerow([cell(name), *shown, "yes" if seen else "no"])
+        def write(ids: Sequence[str], *columns: npt.NDArray[Any]) -> None:
+            for name, label, predicted, before, seen, share in zip(
+                ids, *(column.tolist() for column in columns), strict=True
+            ):
+                shown = names[label], names[predicted], rounded(share), names[before]
+                writer.writerow([cell(name), *shown, "yes" if seen else "no"])
 
-            yield write
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield write
 
 
 def write_features(
@@ -202,6 +243,23 @@ def adapt_of(adapter: SavedAdapter) -> Callable[[Floats], Floats]:
     return lambda features: np.asarray(
         formula(np, adapter.arrays, setting, features, head), np.float32
     )
+
+
+def write_columns(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """A CSV file of columns of one length; nothing for None and NaN, names as `cell` has them."""
+    out = StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([*map(_shown, row)] for row in zip(*columns.values(), strict=True))
+    files.write_text(path, out.getvalue())
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return "" if np.isnan(value) else rounded(value)
+    return cell(value) if isinstance(value, str) else value
 
 
 def check_place(path: Path | None, suffix: str) -> None:

@@ -91,11 +91,12 @@ def write_cache(
     *,
     ids: Sequence[str] = (),
     digests: bool = False,
+    groups: Mapping[str, Sequence[str]] | None = None,
     second: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """class_names: by default `class 0` and so on. ids: of the images of every split, by default
-    `<split>/<row>`. digests: with some, which depend on the ids alone. second: features (V, N, E)
-    of a second encoder, by split."""
+    `<split>/<row>`. digests: with some, which depend on the ids alone. groups: by split, of each
+    image. second: features (V, N, E) of a second encoder, by split."""
     content: dict[str, Any] = {
         "text/features": data.text,
         "text/class_names": class_names or [f"class {number}" for number in range(data.classes)],
@@ -106,6 +107,8 @@ def write_cache(
         named = {"features": features, "labels": labels, "ids": own}
         if digests:
             named["digests"] = [crc32(name.encode()) for name in own]
+        if groups:
+            named["groups"] = groups[split]
         if second:
             named["features2"] = second[split]
         content |= {f"images/{split}/{name}": values for name, values in named.items()}

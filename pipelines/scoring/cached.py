@@ -1,0 +1,165 @@
+"""Images for a saved adapter, wherever they come from, and those of a cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_adapter.cache.reader import BLOCK_ROWS, FeatureCache
+from clip_adapter.errors import UserError
+from clip_adapter.files import is_file
+from clip_adapter.pipelines.saved.adapter_check import (
+    check_same_backbone,
+    check_same_second,
+    check_same_width,
+    feature_width,
+)
+from clip_adapter.pipelines.saved.adapter_file import SavedAdapter
+
+if TYPE_CHECKING:
+    from clip_adapter.cache.reader import FeatureCache
+
+HDF5 = b"\x89HDF\r\n\x1a\n"
+Features = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some images. rows: (R,) which. features: (R, F), what the adapter takes. encoded: (R, D), the
+    image features; the same array unless the adapter takes what comes before the projection, or
+    features of a second encoder behind them.
+    digests: (R,), see `image_hashes`. unreadable: rows that are not here, and why."""
+
+    rows: Rows
+    features: Features
+    encoded: Features
+    digests: npt.NDArray[np.uint64] | None
+    unreadable: Mapping[int, str]
+
+
+Blocks = Callable[[], Iterator[Block]]
+"""Reads or encodes images, anew at each call, block by block: memory does not grow with them."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images in order, how many they are, and the names of some rows."""
+
+    count: int
+    blocks: Blocks
+    names: Callable[[Rows], Sequence[Path | str]]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled images.
+
+    name: for a report. labels: (N,), indices of class_names. ids: the names of some rows. groups:
+    (N,) the names of those that belong together, where they are known.
+    """
+
+    name: str
+    class_names: Sequence[str]
+    labels: npt.NDArray[np.int32]
+    blocks: Blocks
+    ids: Callable[[Rows], Sequence[str]]
+    groups: Sequence[str] | None = None
+
+
+def cached_images(cache: FeatureCache, split: str, adapter: SavedAdapter) -> Labelled:
+    """The labelled images of one split of a cache; raises UserError as `cached_blocks` does."""
+    labels, blocks = cache.labels(split), cached_blocks(cache, split, adapter)
+    name = f"{cache.dataset.get('name', cache.path.name)} {split}"
+    ids, groups = (lambda rows: cache.ids(split, rows)), cache.groups(split)
+    return Labelled(name, cache.class_names, labels, blocks, ids, groups)
+
+
+def cached_blocks(cache: FeatureCache, split: str, adapter: SavedAdapter) -> Blocks:
+    """The images of one split of a cache, also of those without labels.
+
+    Raises UserError where it lacks them, or what the adapter needs, or is of another backbone.
+    """
+
+    info = adapter.info
+    remedy = "extract with the adapter's backbone, or fit on features of this one"
+    check_same_backbone(cache.backbone, cache.preprocess, info, remedy)
+    _, count, dim = cache.shape(split)
+    check_same_width(dim, adapter.weights.shape[1], str(cache.path))
+    before = "projection" in adapter.method.needs
+    if before:
+        width = cache.pre_projection(split, np.zeros(1, np.int64), views=1).shape[2]
+        check_same_width(width, width_of(adapter), str(cache.path))
+    both = info.backbone2 is not None
+    check_same_second(cache.backbone2, info, f"extract {cache.path.name} with that too (--also)")
+    if both:
+        widths = dim + cache.lengths.get("E", 0)
+        check_same_width(widths, width_of(adapter), str(cache.path))
+
+    digests = cache.hashes(split, "digests")
+
+    def blocks() -> Iterator[Block]:
+        for start in range(0, count, BLOCK_ROWS):
+            rows = np.arange(start, min(start + BLOCK_ROWS, count))
+            encoded = cache.features(split, rows, views=1)[0]
+            features = cache.pre_projection(split, rows, views=1)[0] if before else encoded
+            if both:
+                second = cache.features2(split, rows, views=1)[0]
+                features = np.concatenate([encoded, second], axis=1)
+            yield Block(rows, features, encoded, None if digests is None else digests[rows], {})
+
+    return blocks
+
+
+def is_cache(path: Path) -> bool:
+    """Whether it is a file of HDF5, told by how it begins."""
+    try:
+        with path.open("rb") if is_file(path) else BytesIO() as file:
+            return file.read(len(HDF5)) == HDF5
+    except OSError:  # which reading it as an image will say
+        return False
+
+
+def cached_sources(
+    path: Path, split: str | None, adapter: SavedAdapter
+) -> list[tuple[str, Source]]:
+    """The images of a cache with the split that they are of: of `split`, else those without labels,
+    else of every split that it has. The file stays open as long as they are.
+
+    Raises UserError as `cached_blocks` does.
+    """
+    from clip_adapter.cache.reader import FeatureCache
+
+    cache = FeatureCache(path)
+
+    def source(name: str) -> Source:
+        blocks = cached_blocks(cache, name, adapter)
+        return Source(cache.shape(name)[1], blocks, lambda rows: cache.ids(name, rows))
+
+    usual = cache.all_splits if split is None else (split,)
+    if split is None and cache.has("unlabelled"):
+        usual = ("unlabelled",)
+    return [(name, source(name)) for name in usual]
+
+
+def width_of(adapter: SavedAdapter) -> int:
+    return feature_width(adapter.method, adapter.arrays, adapter.head)
+
+
+def check_same_encoder(cache: FeatureCache, other: FeatureCache, option: str) -> None:
+    """Raises UserError where `other`, named by an option, has another backbone or preprocessing."""
+    weights = (cache.backbone.get("weights_sha256"), other.backbone.get("weights_sha256"))
+    before = (json.dumps(dict(one.preprocess), sort_keys=True) for one in (cache, other))
+    if len(set(weights)) > 1 or len(set(before)) > 1:
+        what = "preprocessing" if len(set(weights)) == 1 else "weights of the backbone"
+        raise UserError(
+            f"{option}: {other.path} was made with other {what} than {cache.path}; extract its "
+            "images with the same."
+        )
