@@ -47,8 +47,8 @@ class ImportConfig:
         features: clip-retrieval's folder (img_emb/*.npy, metadata/*.parquet), or a file: .npy,
             .npz, .safetensors, .pt or .parquet.
         out: Where the feature cache goes.
-        labels: CSV or Parquet table with a column label and, if you like, path and split; row by
-            row where not both have paths. Rows without a label are unlabelled images.
+        labels: CSV or Parquet table with a column label and, if you like, path, split and group;
+            row by row where not both have paths. Rows without a label are unlabelled images.
         classes: Text file with one class name per line, in the order of labels that are numbers;
             by default the names that occur.
         backbone: Model that made the features: an open_clip name, local-dir:FOLDER or
@@ -102,6 +102,9 @@ def import_features(config: ImportConfig, listener: Listener) -> Path:
             f"The texts are of {of_classes} classes and {width} wide; there are {len(class_names)} "
             f"classes, and features {rows.shape[1]} wide: name the model that made both."
         )
+    groups = np.array(texts_of(columns.get("group", ())), object)
+    if "" in groups:
+        raise UserError("The column group is empty for some images; fill it in.")
     splits = _splits(columns.get("split"), numbers)
     content: dict[str, Any] = {**text, "text/class_names": class_names}
     for split in [split for split in ALL_SPLITS if split in splits]:
@@ -109,6 +112,8 @@ def import_features(config: ImportConfig, listener: Listener) -> Path:
         named = {"features": rows[own][None], "ids": ids[own], "labels": numbers[own]}
         if split == UNLABELLED:
             del named["labels"]
+        if len(groups):
+            named["groups"] = groups[own]
         content |= {of_images(split, name): values for name, values in named.items()}
     origin = "column split" if "split" in columns else "all rows with a label"
     write_cache(
