@@ -59,7 +59,11 @@ def write_table(cache: FeatureCache, out: Path) -> int:
                 labels = np.full(count, None)
                 if split != UNLABELLED:
                     labels = names[cache.labels(split)]
-                own = np.array(groups[split] or [None] * count, object)
+                own = (
+                    np.full(count, None)
+                    if groups[split] is None
+                    else np.array(groups[split], object)
+                )
                 for start in range(0, count, BLOCK_ROWS):
                     rows = np.arange(start, min(start + BLOCK_ROWS, count))
                     flat = pa.array(cache.features(split, rows, views=1)[0].ravel())
