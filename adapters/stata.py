@@ -23,7 +23,6 @@ may be much worse than before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -31,6 +30,7 @@ from scipy.sparse import csr_array
 
 from clip_adapter.adapters.formulas import log_softmax, unit
 from clip_adapter.adapters.method import Array
+from clip_adapter.adapters.neighbours import blocks, nearest
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -44,8 +44,6 @@ ALPHA = 1.0
 SOFTENED = 50.0  # what ℓ is divided by
 FEWEST = 2  # images: one has no neighbour
 FLOOR = 1e-12  # of variances, and of what is divided by
-# Rows are compared with all others, and with classes, so that a block takes about so many numbers.
-BLOCK_NUMBERS = 1 << 24
 
 
 class Refinement(NamedTuple):
@@ -113,7 +111,7 @@ def refine(
     variances = np.broadcast_to(np.maximum(spread, FLOOR), texts.shape)
     for outer in range(OUTER):
         fixed = known.copy()
-        for block in _blocks(len(rows), max(rows.shape[1], len(texts))):
+        for block in blocks(len(rows), max(rows.shape[1], len(texts))):
             fixed[block] += log_density(np, rows[block], means, variances) / SOFTENED
         for _ in range(INNER):
             shares = np.exp(log_softmax(np, fixed + near @ shares))
@@ -124,21 +122,11 @@ def refine(
 
 def neighbours(features: Rows) -> csr_array:
     """(N + Nᵀ) / 6, (M, M)."""
-    rows = unit(np, features)
-    count = min(NEIGHBOURS, len(rows) - 1)
-    nearest = np.empty((len(rows), count), np.int64)
-    cosines = np.empty((len(rows), count), rows.dtype)
-    for block in _blocks(len(rows), len(rows)):
-        products = rows[block] @ rows.T
-        each = np.arange(len(products))
-        products[each, each + block.start] = -np.inf
-        for place in range(count):  # three times the largest: faster than to partition rows
-            nearest[block, place] = products.argmax(axis=1)
-            cosines[block, place] = products[each, nearest[block, place]]
-            products[each, nearest[block, place]] = -np.inf
-    starts = np.arange(0, nearest.size + 1, count)
-    near = csr_array((cosines.ravel(), nearest.ravel(), starts), shape=(len(rows), len(rows)))
-    return csr_array((near + near.T) * rows.dtype.type(0.5 / count))
+    near, cosines = nearest(features, NEIGHBOURS)
+    rows, count = near.shape
+    starts = np.arange(0, near.size + 1, count)
+    own = csr_array((cosines.ravel(), near.ravel(), starts), shape=(rows, rows))
+    return csr_array((own + own.T) * cosines.dtype.type(0.5 / count))
 
 
 def classes_found(shares: Shares) -> Int[np.ndarray, " K"]:
@@ -162,13 +150,7 @@ def _scatter(rows: Rows, shares: Shares, means: Any) -> Any:
     middle = means.mean(axis=0)
     means = means - middle
     sums = shares.sum(axis=0)[:, None] * means**2
-    for block in _blocks(len(rows), rows.shape[1]):
+    for block in blocks(len(rows), rows.shape[1]):
         here, own = rows[block] - middle, shares[block].T
         sums += own @ here**2 - 2 * means * (own @ here)
     return sums
-
-
-def _blocks(count: int, width: int) -> Iterator[slice]:
-    """Of rows of which each takes `width` numbers."""
-    size = max(1, BLOCK_NUMBERS // width)
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from clip_adapter.extract.config import ExtractConfig
     from clip_adapter.extract.run import extract
     from clip_adapter.pipelines.commands.fit import fit
+    from clip_adapter.pipelines.deciding.audit import AuditConfig, audit
+    from clip_adapter.pipelines.deciding.suggest import SuggestConfig, suggest
     from clip_adapter.pipelines.fitting.config import FitConfig
     from clip_adapter.pipelines.saved.adapter_file import load_adapter
     from clip_adapter.pipelines.saved.pytorch import AdaptedClip, FittedHead
@@ -36,6 +38,10 @@ PUBLIC = {
     "FeatureCache": "cache.reader",
     "write_cache": "cache.writer",
     "load_adapter": "pipelines.saved.adapter_file",
+    "suggest": "pipelines.deciding.suggest",
+    "SuggestConfig": "pipelines.deciding.suggest",
+    "audit": "pipelines.deciding.audit",
+    "AuditConfig": "pipelines.deciding.audit",
     "FewShotClassifier": "pipelines.saved.sklearn",
     "ClipAdapterClassifier": "pipelines.saved.sklearn",
     "AdaptedClip": "pipelines.saved.pytorch",
@@ -52,6 +58,7 @@ PUBLIC = {
 __all__ = [
     "METHODS",
     "AdaptedClip",
+    "AuditConfig",
     "ClipAdapterClassifier",
     "ExtractConfig",
     "FeatureCache",
@@ -60,13 +67,16 @@ __all__ = [
     "FittedHead",
     "Hyper",
     "Method",
+    "SuggestConfig",
     "__version__",
+    "audit",
     "cosine_logits",
     "extract",
     "find_method",
     "fit",
     "load_adapter",
     "one_hot",
+    "suggest",
     "trained_with",
     "unit",
     "write_cache",

@@ -14,6 +14,8 @@ COMMANDS = {
     "fit": ("fit", "fit an adapter on cached features"),
     "predict": ("predict", "classify image files with a fitted adapter"),
     "evaluate": ("evaluate", "score a fitted adapter on labelled images"),
+    "suggest": ("suggest", "say which images without labels to label next"),
+    "audit": ("audit", "look through labels, twins and classes of a cache"),
     "report": ("report", "print the results of several runs side by side"),
     "study": ("study", "fit on many caches and compare methods over all of them"),
     "reproduce": ("reproduce", "run the paper's study from raw data, beside its numbers"),

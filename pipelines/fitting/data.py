@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.adapters.formulas import balanced_weights, classifier_weights, ensemble_length
+from clip_adapter.adapters.formulas import balanced_weights
 from clip_adapter.adapters.method import Head, Method, Task
+from clip_adapter.adapters.neighbours import ONE_TEXT, alike
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.text_tower import read_text_tower, tower_path
 from clip_adapter.errors import UserError
 from clip_adapter.pipelines.fitting.tasks import Fold, Rows, TaskRows, needed_rows
 from clip_adapter.pipelines.saved.adapter_file import image_hashes
-from clip_adapter.words import some
+from clip_adapter.pipelines.scoring.zero_shot import zero_shot_weights
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -34,16 +35,6 @@ Labels = npt.NDArray[np.int32]
 # Test images are read and scored so many at a time; blocks stay in memory up to so many bytes.
 BLOCK_ROWS = 1024
 KEPT_BYTES = 1 << 26
-# Prompts' features are averaged for so many classes at a time: with 80 prompts a class those of
-# ImageNet are five times as large as its 16-shot support set.
-BLOCK_CLASSES = 64
-# Rows of the classifier with a larger cosine are of one text, encoded in another batch, in 16 bits
-# at worst (which leaves 1e-5); CLIP's texts of "cat" and "cats" are a hundred times farther apart.
-ONE_TEXT = 1 - 5e-5
-# Of the mean of a class's unit prompts. Of 80 that have nothing in common it is 0.1, and rounding
-# to float16 leaves 0.001 of two that are opposites.
-SHORTEST_MEAN = 0.002
-
 TOWER_SHA256 = "text_tower_sha256"
 # What methods may need beyond features, and the flag of `extract` that provides it.
 PROVIDED_BY = {
@@ -51,17 +42,6 @@ PROVIDED_BY = {
     "projection": "--with-projection",
     "second": "--also",
 }
-
-
-def check_directions(text: Float[Features, "C P D"], names: Sequence[str]) -> None:
-    """Raises UserError where the prompts of a class cancel: it would never, or always, be right."""
-    cancelled = np.flatnonzero(~(ensemble_length(np, text) >= SHORTEST_MEAN))
-    if len(cancelled):
-        classes = some([names[label] for label in cancelled.tolist()])
-        raise UserError(
-            f"The text features of {classes} cancel: the prompts of a class point to no direction "
-            "in common; change its prompts."
-        )
 
 
 def available(cache: FeatureCache) -> set[str]:
@@ -149,23 +129,12 @@ class Data:
     def classes_with_one_text(self) -> list[list[str]]:
         """Groups of the cache's classes whose rows of the zero-shot classifier are the same."""
         weights, names = self._weights(), self.cache.class_names
-        groups: dict[int, list[str]] = {}
-        for start in range(0, len(names), BLOCK_ROWS):
-            alike = weights[start : start + BLOCK_ROWS] @ weights.T > ONE_TEXT
-            np.fill_diagonal(alike[:, start:], val=True)
-            for row, first in enumerate(alike.argmax(axis=1).tolist(), start):
-                groups.setdefault(first, []).append(names[row])
-        return [group for group in groups.values() if len(group) > 1]
+        return [[names[row] for row in group] for group in alike(weights, ONE_TEXT)]
 
     def _weights(self) -> Features:
         """The zero-shot classifier of all classes of the cache."""
         if "weights" not in self._extra:
-            blocks = []
-            for first in range(0, len(self.cache.class_names), BLOCK_CLASSES):
-                text = self.cache.text_features(slice(first, first + BLOCK_CLASSES))
-                check_directions(text, self.cache.class_names[first : first + BLOCK_CLASSES])
-                blocks.append(classifier_weights(np, text))  # with JAX it would be 15 programs
-            self._extra["weights"] = np.concatenate(blocks)
+            self._extra["weights"] = zero_shot_weights(self.cache)
         return self._extra["weights"]
 
     def task(self, method: Method, rows: TaskRows, fold: Fold | None = None) -> Task:

@@ -4,7 +4,6 @@ that took no part say that this is no worse."""
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,6 +31,7 @@ from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.saved.adapter_check import takes_both
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, image_hashes
+from clip_adapter.pipelines.scoring.cached import check_same_encoder
 from clip_adapter.words import counted, some
 
 
@@ -115,14 +115,7 @@ def read_unlabelled(path: Path, cache: FeatureCache) -> Unlabelled:
     with FeatureCache(path) as other:
         if not other.has("unlabelled"):
             raise UserError(f"--unlabelled: {path} holds no images without labels.")
-        weights = (cache.backbone.get("weights_sha256"), other.backbone.get("weights_sha256"))
-        before = (json.dumps(dict(one.preprocess), sort_keys=True) for one in (cache, other))
-        if len(set(weights)) > 1 or len(set(before)) > 1:
-            what = "preprocessing" if len(set(weights)) == 1 else "weights of the backbone"
-            raise UserError(
-                f"--unlabelled: {path} was made with other {what} than {cache.path}; extract its "
-                "images with the same."
-            )
+        check_same_encoder(cache, other, "--unlabelled")
         rows = np.arange(other.shape("unlabelled")[1])
         features = other.features("unlabelled", rows, views=1)[0]
         digests = other.hashes("unlabelled", "digests")

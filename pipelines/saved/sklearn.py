@@ -25,7 +25,6 @@ from clip_adapter.adapters.method import Arrays, Head, Method, Task
 from clip_adapter.adapters.registry import find_method
 from clip_adapter.cache.schema import LARGEST_BIAS, LARGEST_SCALE, SMALLEST_SCALE
 from clip_adapter.cores import available_cores
-from clip_adapter.pipelines.fitting.data import check_directions
 from clip_adapter.pipelines.saved.estimator_arrays import (
     check_size,
     checked_text,
@@ -34,6 +33,7 @@ from clip_adapter.pipelines.saved.estimator_arrays import (
     known_classes,
     number,
 )
+from clip_adapter.pipelines.scoring.zero_shot import check_directions
 
 Estimator = TypeVar("Estimator", bound=type[Any])
 

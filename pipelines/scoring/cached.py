@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from clip_adapter.errors import UserError
 from clip_adapter.files import is_file
 from clip_adapter.pipelines.saved.adapter_check import (
     check_same_backbone,
@@ -149,3 +151,15 @@ def cached_sources(
 
 def width_of(adapter: SavedAdapter) -> int:
     return feature_width(adapter.method, adapter.arrays, adapter.head)
+
+
+def check_same_encoder(cache: FeatureCache, other: FeatureCache, option: str) -> None:
+    """Raises UserError where `other`, named by an option, has another backbone or preprocessing."""
+    weights = (cache.backbone.get("weights_sha256"), other.backbone.get("weights_sha256"))
+    before = (json.dumps(dict(one.preprocess), sort_keys=True) for one in (cache, other))
+    if len(set(weights)) > 1 or len(set(before)) > 1:
+        what = "preprocessing" if len(set(weights)) == 1 else "weights of the backbone"
+        raise UserError(
+            f"{option}: {other.path} was made with other {what} than {cache.path}; extract its "
+            "images with the same."
+        )

@@ -3,10 +3,10 @@ as they come; and the files that `evaluate` writes beside its scores."""
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from io import BytesIO
+from io import BytesIO, StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -245,8 +245,25 @@ def adapt_of(adapter: SavedAdapter) -> Callable[[Floats], Floats]:
     )
 
 
+def write_columns(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """A CSV file of columns of one length; nothing for None and NaN, names as `cell` has them."""
+    out = StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([*map(_shown, row)] for row in zip(*columns.values(), strict=True))
+    files.write_text(path, out.getvalue())
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return "" if np.isnan(value) else rounded(value)
+    return cell(value) if isinstance(value, str) else value
+
+
 def check_place(path: Path | None, suffix: str) -> None:
-    """Raises UserError for a file of another kind, and where none can be written."""
+    """Raises UserError where no file of this kind can be written at `path`."""
     if path is None:
         return
     if path.suffix != suffix:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from clip_adapter.adapters import stata
+from clip_adapter.adapters import neighbours
 from clip_adapter.adapters.formulas import classifier_weights
 from clip_adapter.adapters.stata import Refinement, classes_found, refine, refined_logits
 from clip_adapter.cache.few_shot import draw_few_shot
@@ -92,7 +92,7 @@ def some_images(count: int, seed: int = 0) -> tuple[Numbers, Numbers, Numbers]:
 def test_it_is_the_formula_in_loops(
     block: int, count: int, dtype: type, atol: float, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(stata, "BLOCK_NUMBERS", block)
+    monkeypatch.setattr(neighbours, "BLOCK_NUMBERS", block)
     features, logits, texts = some_images(count)
     rows = np.array([direction(row) for row in features])
     known = [softmax(row / 10) for row in logits]

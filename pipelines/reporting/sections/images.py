@@ -92,7 +92,7 @@ def originals(cache: FeatureCache, root: Path | None = None) -> ReadImage | None
         row_of = {name: row for row, name in enumerate(split.ids)}
         return lambda name: split.read(row_of[name])
     allowed = None if root else os.path.realpath(cache.path.parent)
-    root = root or _extracted_from(cache)
+    root = root or extracted_from(cache)
     if root is None or not _lies_in(root, allowed):
         return None
 
@@ -114,7 +114,7 @@ def _lies_in(place: Path, folder: str | None) -> bool:
     return Path(folder) != Path("/") and Path(os.path.realpath(place)).is_relative_to(folder)
 
 
-def _extracted_from(cache: FeatureCache) -> Path | None:
+def extracted_from(cache: FeatureCache) -> Path | None:
     """What the ids are relative to, as the cache has it."""
     arguments = cache.arguments
     spec, data_root, image_root = (
@@ -123,7 +123,7 @@ def _extracted_from(cache: FeatureCache) -> Path | None:
     )
     catalogue = load_catalogue()
     rest = spec.partition(":")[2]
-    if rest and spec.startswith("folder:"):
+    if rest and spec.startswith(("folder:", "images:")):
         return Path(rest)
     if rest and spec.startswith("csv:"):
         return Path(image_root) if image_root else Path(rest).parent
