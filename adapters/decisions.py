@@ -80,12 +80,15 @@ class Decisions:
         """n."""
         return len(self.scores)
 
+    def threshold(self, coverage: float) -> float:
+        """q; 1 where n is too small to promise so much."""
+        rank = rank_of(self.images, coverage)
+        return float(np.sort(self.scores)[rank - 1]) if rank <= self.images else 1.0
+
     def sets(self, shares: Float[np.ndarray, "N C"], coverage: float) -> Bool[np.ndarray, "N C"]:
         """Which classes are answered, of probabilities at T; the label is among them for `coverage`
         of images like those held out, on average over draws of these. All where n is too small."""
-        rank = rank_of(self.images, coverage)
-        q = np.sort(self.scores)[rank - 1] if rank <= self.images else 1
-        answered = 1 - shares <= q
+        answered = 1 - shares <= self.threshold(coverage)
         np.put_along_axis(answered, shares.argmax(axis=1)[:, None], True, axis=1)
         return answered
 

@@ -82,7 +82,20 @@ def _reproduce(arguments: list[str]) -> object:
     return parse(ReproduceConfig, "clip-adapter reproduce", arguments)
 
 
-PARSERS = {"extract": _extract, "fit": _fit, "predict": _predict, "reproduce": _reproduce}
+def _import(arguments: list[str]) -> object:
+    from clip_adapter.pipelines.commands.import_file import ImportConfig
+    from clip_adapter.pipelines.console.parser import parse
+
+    return parse(ImportConfig, "clip-adapter import", arguments)
+
+
+PARSERS = {
+    "extract": _extract,
+    "fit": _fit,
+    "import": _import,
+    "predict": _predict,
+    "reproduce": _reproduce,
+}
 
 
 def run(command: list[str], folder: Path) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from clip_adapter.adapters.decisions import images_for
 from clip_adapter.cores import limit_openmp
 from clip_adapter.errors import UserError
 from clip_adapter.files import is_there, read_bytes, write_bytes, write_text
@@ -18,6 +19,7 @@ from clip_adapter.words import counted, size
 
 ENDINGS = (".onnx", ".pt2")
 TABLE = ".parquet"
+COVERAGES = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -131,14 +133,17 @@ def _classifier(config: ExportConfig, run: Path, card: Path) -> int:
 
 
 def described(adapter: SavedAdapter, folder: Path) -> dict[str, Any]:
-    """What an exported classifier says of itself, as JSON. thresholds: by the coverage that they
-    were calibrated for; a class is answered whose probability is at least 1 − threshold."""
-    info = adapter.info
+    """What an exported classifier says of itself, as JSON. thresholds: q by the coverage that it
+    promises; the classes of probability 1 − q or more are answered, and always the most probable
+    one. held_out: how many images say so; fewer than a coverage takes promise none."""
+    info, held_out = adapter.info, adapter.decisions
+    enough = [share for share in COVERAGES if held_out and images_for(share) <= held_out.images]
     return {
         "writer": version(),
         "class_names": info.class_names,
-        "temperature": 1.0,
-        "thresholds": {},
+        "temperature": held_out.temperature if held_out else 1.0,
+        "thresholds": {f"{share:g}": held_out.threshold(share) for share in enough if held_out},
+        "held_out": held_out.images if held_out else 0,
         "preprocess": info.preprocess,
         "backbone": info.backbone,
         "method": info.method,

@@ -149,8 +149,8 @@ def _described(path: Path, rows: np.ndarray) -> str:
     said = f"{path}: {counted(len(rows), 'row')} of {rows.shape[1]} numbers, {rows.dtype}"
     if np.abs(lengths - 1).max() <= UNIT:
         return (
-            f"{said}, all of length 1: what the encoder put out was longer, which only ratios "
-            "that are predicted for each image (hypernet) would show"
+            f"{said}, all of length 1: somebody has normalised them, and a linear probe reads "
+            "lengths, so that its C means another strength then"
         )
     return f"{said}, of lengths from {lengths.min():.3g} to {lengths.max():.3g}"
 

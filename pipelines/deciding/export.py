@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.special import softmax
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from clip_adapter.adapters.decisions import probabilities
 from clip_adapter.errors import UserError, first_line
 from clip_adapter.extract.backbones.loading import silent_loaders
 from clip_adapter.extract.encoding.preprocess import Preprocess
@@ -174,10 +174,10 @@ def _difference(
     or anything is NaN."""
     largest = 0.0
     for count in BATCHES:
-        logits, probabilities = run(images[:count])
-        shares = softmax(logits.astype(np.float64) / temperature, axis=1)
+        logits, shares = run(images[:count])
+        wanted = probabilities(logits, temperature)
         atol = TOLERANCE * max(1.0, float(np.abs(logits).max()) / temperature / 10)  # of float32
-        if probabilities.shape != shares.shape or not np.allclose(probabilities, shares, 0, atol):
+        if shares.shape != wanted.shape or not np.allclose(shares, wanted, rtol=0, atol=atol):
             return float("inf")
         largest = max(largest, float(np.abs(logits - expected[:count]).max()))
     return largest

@@ -107,7 +107,7 @@ def model_card(out: Path, info: AdapterInfo, metadata: Mapping[str, Any], **foun
         adapter=metadata["adapter_sha256"],
         fitted=_listed(stated),
         temperature=metadata["temperature"],
-        coverage=_coverage(metadata["thresholds"]),
+        coverage=_coverage(metadata),
         preprocess=preprocessing(info.preprocess),
         run=RUN[out.suffix].format(name=out.name),
         **found,
@@ -137,11 +137,12 @@ def _listed(values: Mapping[str, Any]) -> str:
     return printable(", ".join(f"{name} {value}" for name, value in values.items()))
 
 
-def _coverage(thresholds: Mapping[str, float]) -> str:
-    if not thresholds:
-        return "none was calibrated when the adapter was fitted."
-    shares = " and ".join(
-        f"all classes of at least {1 - q:.6g} for {100 * float(share):g} %"
-        for share, q in thresholds.items()
+def _coverage(metadata: Mapping[str, Any]) -> str:
+    by = counted(metadata["held_out"], "held-out image")
+    if not metadata["thresholds"]:
+        return f"nothing is promised, by {by}."
+    shares = ", ".join(
+        f"{100 * float(share):g} % by all classes of probability {1 - q:.6g} or more"
+        for share, q in metadata["thresholds"].items()
     )
-    return f"answer with the most probable class, and {shares} coverage, over all classes together."
+    return f"{shares}, and always by the most probable one; on average, over all classes, by {by}."

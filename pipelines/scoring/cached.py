@@ -86,6 +86,7 @@ def cached_blocks(cache: FeatureCache, split: str, adapter: SavedAdapter) -> Blo
 
     Raises UserError where it lacks them, or what the adapter needs, or is of another backbone.
     """
+
     from clip_adapter.cache.reader import BLOCK_ROWS  # h5py, which images need not be read by
 
     info = adapter.info

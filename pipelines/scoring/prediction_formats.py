@@ -263,7 +263,7 @@ def _shown(value: Any) -> Any:
 
 
 def check_place(path: Path | None, suffix: str) -> None:
-    """Raises UserError where no file of this kind can be written at `path`."""
+    """Raises UserError for a file of another kind, and where none can be written."""
     if path is None:
         return
     if path.suffix != suffix:

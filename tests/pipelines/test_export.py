@@ -29,7 +29,7 @@ from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.commands.predict import PredictConfig, predict
 from clip_adapter.pipelines.deciding import export as exporting
 from clip_adapter.pipelines.deciding.export import export_classifier
-from clip_adapter.pipelines.deciding.model_card import preprocessing
+from clip_adapter.pipelines.deciding.model_card import model_card, preprocessing
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter, save_adapter
 from clip_adapter.pipelines.saved.pytorch import AdaptedClip, FittedHead
@@ -148,7 +148,10 @@ def test_the_card_says_how_to_run_it(
     said, share = capsys.readouterr().out.split()
     (found,) = predict(PredictConfig((place / "photo.png",), place / "run", top=1))
     assert said == found.top[0][0]
+    adapter = load_adapter(place / "run")
+    assert adapter.decisions is not None and adapter.decisions.temperature != 1
     assert float(share) == pytest.approx(found.top[0][1], abs=1e-5)
+    assert f"Temperature: {adapter.decisions.temperature:.6g};" in card
     accuracy = (place / "run" / "summary.csv").read_text().splitlines()[-1].split(",")[6]
     assert f"Accuracy: {100 * float(accuracy):.2f} % of 899 test images" in card
     assert '"seven", "eight", "nine"]' in card
@@ -167,13 +170,21 @@ def test_the_onnx_file(place: Path, glyph_clip: Backbone, digits: Any) -> None:
     document = json.loads((place / "run" / "adapter.json").read_text())
     for name in ("class_names", "preprocess", "backbone", "method"):
         assert stated[name] == document[name]
-    assert (stated["temperature"], stated["thresholds"]) == (1.0, {})
+    adapter = load_adapter(place / "run")
+    assert adapter.decisions is not None
+    assert stated["temperature"] == adapter.decisions.temperature != 1
+    assert (stated["held_out"], [*stated["thresholds"]]) == (20, ["0.9", "0.95"])
     # Of the machine that wrote it nothing is told: no path of a library or of ours.
     assert b".py" not in content and b"site-packages" not in content
     model = AdaptedClip.from_run(place / "run")
     expected = model(digits.images).numpy()
-    logits, _ = run_onnx(content, digits.images.numpy())
+    logits, shares = run_onnx(content, digits.images.numpy())
     np.testing.assert_allclose(logits, expected, atol=1e-4)
+    for coverage, q in stated["thresholds"].items():
+        answered = shares >= 1 - q
+        answered[np.arange(len(shares)), shares.argmax(axis=1)] = True
+        assert np.array_equal(answered, adapter.decisions.sets(shares, float(coverage)))
+        assert 1 < answered.sum(axis=1).mean() < 9
     # The tower of texts, which is as large as that of images, is in neither file.
     visual = sum(p.numel() * p.element_size() for p in glyph_clip.model.visual.parameters())
     for name in ("classifier.onnx", "torch.pt2"):
@@ -187,8 +198,24 @@ def test_the_pt2_file(place: Path, digits: Any) -> None:
     logits, probabilities = program.module()(digits.images)
     expected = AdaptedClip.from_run(place / "run")(digits.images)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(probabilities, expected.softmax(dim=1), rtol=0, atol=1e-5)
-    assert json.loads(extra["metadata.json"])["class_names"][9] == "nine"
+    stated = json.loads(extra["metadata.json"])
+    wanted = (expected / stated["temperature"]).softmax(dim=1)
+    torch.testing.assert_close(probabilities, wanted, rtol=0, atol=1e-5)
+    assert stated["class_names"][9] == "nine"
+
+
+def test_too_few_images_promise_nothing(place: Path) -> None:
+    """Ten say 90 % at most: of eleven, with the new one, it is the last one time in eleven."""
+    adapter = load_adapter(place / "run")
+    assert adapter.decisions is not None
+    few = replace(adapter.decisions, scores=np.arange(10, dtype=np.float32) / 10)
+    stated = command.described(replace(adapter, decisions=few), place / "run")
+    assert (stated["held_out"], stated["thresholds"]) == (10, {"0.9": pytest.approx(0.9)})
+    none = command.described(replace(adapter, decisions=None), place / "run")
+    assert (none["temperature"], none["held_out"], none["thresholds"]) == (1.0, 0, {})
+    info = adapter.info
+    card = model_card(place / "c.onnx", info, none, accuracy="unknown", difference=0.0)
+    assert "Coverage: nothing is promised, by 0 held-out images." in card
 
 
 def test_what_computes_something_else_is_not_kept(

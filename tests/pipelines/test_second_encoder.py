@@ -163,9 +163,9 @@ def test_a_weight_that_is_given_holds_at_any_shots(place: Path, tmp_path: Path) 
     )
     result = fit(config)
     assert result.results[0].setting["second"] == 3.0
-    assert "--second 3.0" in command_line(result.plan)
+    assert "--second 3.0" in command_line(result.plan, tmp_path)
     again = fit(FitConfig(place / "both.h5", tmp_path / "default", "ridge", (), shots=1))
     assert again.results[0].setting["second"] == 0.0 and again.plan.document()
-    assert "second" not in command_line(again.plan)
+    assert "second" not in command_line(again.plan, tmp_path)
     resumed = fit(FitConfig(resume=tmp_path / "default"))
     assert resumed.results == again.results
