@@ -34,6 +34,8 @@ from clip_adapter.words import counted, shortened, some
 
 REQUIRED = ("path", "label")
 DELIMITERS = ",;\t|"
+# Columns that `suggest` writes beside those to fill in, to help whoever does.
+SUGGESTED = ("guess", "probability")
 
 
 class Row(NamedTuple):
@@ -146,7 +148,11 @@ def _rows(
     ]
     if by_folder:
         rows = [row._replace(group=folder_group(row.path)) for row in rows]
-    others = [name for n, name in enumerate(header) if name and n not in places.values()]
+    others = [
+        name
+        for number, name in enumerate(header)
+        if name and number not in places.values() and name not in SUGGESTED
+    ]
     remark = f"{table} has {counted(len(others), 'column')} that no one reads: {some(others)}"
     advice = "--columns path=NAME,label=NAME,split=NAME says which to read."
     return rows, [f"{remark}; {advice}"] if others else []
