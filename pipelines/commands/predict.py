@@ -73,8 +73,8 @@ class PredictConfig:
             folder.
         coverage: Answer with so many classes that the right one is among them for this share of
             images like those that were held out, such as 0.95.
-        reject: Answer "none of these" for images that are stranger than this share of those that
-            were held out, such as 0.05.
+        reject: Answer "none of these" for images that are as strange as this share of those that
+            were held out, the strangest ones, such as 0.05.
         transductive: Classify the images together, by what they have in common too (StatA). What
             is said of an image then depends on the others: an accuracy of it stands beside none of
             images that were classified one by one.

@@ -12,6 +12,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from clip_adapter.errors import UserError
+from clip_adapter.pipelines.commands.evaluate import EvaluateConfig, evaluate
 from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.deciding.answers import answers_of, calibrated_by
 from clip_adapter.pipelines.fitting.config import FitConfig
@@ -155,11 +156,32 @@ def test_so_are_they_where_images_without_labels_refined_it(tmp_path: Path) -> N
     check_validation(adapter, data, validation)
 
 
-def check_validation(adapter: SavedAdapter, data: TinyData, validation: Drawn) -> None:
+def test_so_are_they_with_a_second_encoder(tmp_path: Path) -> None:
+    """Strangeness is told by the features of the first, which have a text."""
+    rng = np.random.default_rng(0)
+    second = {
+        split: (np.eye(4, 6)[labels] + rng.normal(size=(1, len(labels), 6))).astype(np.float32)
+        for split, (_, labels) in DATA.splits.items()
+    }
+    write_cache(tmp_path / "features.h5", DATA, second=second)
+    given: dict[str, Any] = {"method": "ridge", "hyper": {"second": 1.0}}
+    adapter, support, validation = kept(tmp_path, DATA, **given)
+    check_validation(adapter, DATA, validation, second["val"][0])
+    assert adapter.decisions is not None
+    *_, cosines, _ = by_hand(support, validation, DATA)
+    np.testing.assert_allclose(adapter.decisions.known[:, 1:], cosines, atol=1e-5)
+    scores = evaluate(EvaluateConfig(tmp_path / "features.h5", tmp_path / "run", unknown=True))
+    assert scores.hidden is not None and scores.hidden.images == [15] * 4
+
+
+def check_validation(
+    adapter: SavedAdapter, data: TinyData, validation: Drawn, second: np.ndarray | None = None
+) -> None:
     features, labels = data.splits["val"]
     known = adapter.decisions
     assert known is not None and known.chose == len(validation) < known.images
-    logits = adapter.logits(features[0, validation]).astype(np.float64)
+    rows = features[0] if second is None else np.concatenate([features[0], second], axis=1)
+    logits = adapter.logits(rows[list(validation)]).astype(np.float64)
     shares = softmax(logits / known.temperature, axis=1)
     own = labels[list(validation)]
     wanted = 1 - shares[np.arange(len(own)), own]
