@@ -1,6 +1,6 @@
 """`clip-adapter import`: a feature cache of features that something else has encoded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -8,13 +8,12 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.adapters.formulas import classifier_weights, cosine_logits
-from clip_adapter.adapters.method import Head
+from clip_adapter.adapters.formulas import classifier_weights
 from clip_adapter.cache.content import check_features, tally
 from clip_adapter.cache.schema import ALL_SPLITS, UNLABELLED, of_images
 from clip_adapter.cache.writer import write_cache
 from clip_adapter.errors import UserError
-from clip_adapter.extract.datasets.source import DEFAULT_TEMPLATES, splits_among
+from clip_adapter.extract.datasets.source import DEFAULT_TEMPLATES, MINIMUM_CLASSES, splits_among
 from clip_adapter.extract.outcome import describe
 from clip_adapter.extract.text.prompts import read_class_names, resolve_templates
 from clip_adapter.files import is_there
@@ -48,8 +47,8 @@ class ImportConfig:
         features: clip-retrieval's folder (img_emb/*.npy, metadata/*.parquet), or a file: .npy,
             .npz, .safetensors, .pt or .parquet.
         out: Where the feature cache goes.
-        labels: CSV or Parquet table with a column label and, if you like, path and split; row by
-            row where not both have paths. Rows without a label are unlabelled images.
+        labels: CSV or Parquet table with a column label and, if you like, path, split and group;
+            row by row where not both have paths. Rows without a label are unlabelled images.
         classes: Text file with one class name per line, in the order of labels that are numbers;
             by default the names that occur.
         backbone: Model that made the features: an open_clip name, local-dir:FOLDER or
@@ -89,6 +88,8 @@ def import_features(config: ImportConfig, listener: Listener) -> Path:
         class_names: Sequence[str] = read_class_names(config.classes)
     else:
         class_names = found.class_names or named_classes(labels)
+    if len(class_names) < MINIMUM_CLASSES:
+        raise UserError(f"There is one class, {class_names[0]!r}; at least two are needed.")
     numbers = class_numbers(labels, class_names)
     ids = np.array(texts_of(columns.get("id", range(len(rows)))), object)
     if len(set(ids)) < len(ids):
@@ -101,6 +102,9 @@ def import_features(config: ImportConfig, listener: Listener) -> Path:
             f"The texts are of {of_classes} classes and {width} wide; there are {len(class_names)} "
             f"classes, and features {rows.shape[1]} wide: name the model that made both."
         )
+    groups = np.array(texts_of(columns.get("group", ())), object)
+    if "" in groups:
+        raise UserError("The column group is empty for some images; fill it in.")
     splits = _splits(columns.get("split"), numbers)
     content: dict[str, Any] = {**text, "text/class_names": class_names}
     for split in [split for split in ALL_SPLITS if split in splits]:
@@ -108,6 +112,8 @@ def import_features(config: ImportConfig, listener: Listener) -> Path:
         named = {"features": rows[own][None], "ids": ids[own], "labels": numbers[own]}
         if split == UNLABELLED:
             del named["labels"]
+        if len(groups):
+            named["groups"] = groups[own]
         content |= {of_images(split, name): values for name, values in named.items()}
     origin = "column split" if "split" in columns else "all rows with a label"
     write_cache(
@@ -123,8 +129,8 @@ def import_features(config: ImportConfig, listener: Listener) -> Path:
         **stated,
     )
     listener.result(describe(config.out, tally(content), len(class_names)))
-    if (numbers >= 0).any():
-        _say_zero_shot(rows[numbers >= 0], numbers[numbers >= 0], content, stated, listener)
+    if (known := numbers >= 0).any():
+        _say_zero_shot(rows[known], numbers[known], text["text/features"], listener)
     return config.out
 
 
@@ -213,16 +219,11 @@ def _splits(column: Sequence[Any] | None, numbers: npt.NDArray[np.int32]) -> npt
 
 
 def _say_zero_shot(
-    rows: np.ndarray,
-    labels: np.ndarray,
-    content: Mapping[str, Any],
-    stated: Mapping[str, Any],
-    listener: Listener,
+    rows: np.ndarray, labels: npt.NDArray[np.int32], text: np.ndarray, listener: Listener
 ) -> None:
     """Features of another model than the texts' agree with them by chance alone."""
-    weights = classifier_weights(np, content["text/features"].astype(np.float32))
-    head = Head(weights, np.float32(stated["logit_scale"]), np.float32(0))
-    right = float(np.mean(cosine_logits(np, rows.astype(np.float32), head).argmax(1) == labels))
+    weights = classifier_weights(np, text.astype(np.float32))
+    right = float(np.mean((rows.astype(np.float32) @ weights.T).argmax(axis=1) == labels))
     guessed = float(np.bincount(labels).max() / len(labels))
     found = f"zero-shot: {100 * right:.1f} % of {counted(len(labels), 'labelled image')}"
     listener.result(f"{found}; always the most frequent class: {100 * guessed:.1f} %")

@@ -25,8 +25,9 @@ def require_pyarrow(path: Path) -> None:
 
 
 def write_table(cache: FeatureCache, out: Path) -> int:
-    """Write the columns id, label (null where there is none), split and features, a fixed-size list
-    of float32, and return the number of rows. The first view of each image counts.
+    """Write the columns id, label (null where there is none), split, group where the cache knows
+    groups, and features, a fixed-size list of float32, of each image's first view. Returns the
+    number of rows.
 
     Some thousands of rows are in memory at a time; nothing stands at `out` until all are written.
     Class names, backbone, preprocessing and logit scale stand in the schema's metadata as JSON.
@@ -42,7 +43,9 @@ def write_table(cache: FeatureCache, out: Path) -> int:
         "logit_bias": cache.logit_bias,
     }
     dim = cache.shape(cache.all_splits[0])[2]
-    texts = [(name, pa.string()) for name in ("id", "label", "split")]
+    groups = {split: cache.groups(split) for split in cache.all_splits}
+    grouped = any(own is not None for own in groups.values())
+    texts = [(n, pa.string()) for n in ("id", "label", "split", "group") if n != "group" or grouped]
     schema = pa.schema(
         [*texts, ("features", pa.list_(pa.float32(), dim))], {STATED: json.dumps(stated)}
     )
@@ -56,12 +59,18 @@ def write_table(cache: FeatureCache, out: Path) -> int:
                 labels = np.full(count, None)
                 if split != UNLABELLED:
                     labels = names[cache.labels(split)]
+                own = (
+                    np.full(count, None)
+                    if groups[split] is None
+                    else np.array(groups[split], object)
+                )
                 for start in range(0, count, BLOCK_ROWS):
                     rows = np.arange(start, min(start + BLOCK_ROWS, count))
                     flat = pa.array(cache.features(split, rows, views=1)[0].ravel())
                     features = pa.FixedSizeListArray.from_arrays(flat, dim)
-                    columns = [cache.ids(split, rows), labels[rows], [split] * len(rows), features]
-                    writer.write_table(pa.table(columns, schema=schema))
+                    columns = [cache.ids(split, rows), labels[rows], [split] * len(rows)]
+                    columns += [own[rows]] if grouped else []
+                    writer.write_table(pa.table([*columns, features], schema=schema))
                 total += count
         temporary.replace(out)
     finally:

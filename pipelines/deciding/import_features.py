@@ -24,6 +24,7 @@ COLUMNS = {
     "id": ("id", "path", "image_path", "image", "key"),
     "label": ("label", "labels", "class"),
     "split": ("split",),
+    "group": ("group",),
 }
 Columns = Mapping[str, Sequence[Any]]
 

@@ -348,6 +348,32 @@ def test_numbers_alone_name_no_classes(place: Path) -> None:
         import_features(config, Listener())
 
 
+def test_groups_come_along(place: Path) -> None:
+    """A burst stays together wherever its images went."""
+    np.save("f.npy", ROWS)
+    groups = [f"burst {row // 4}" for row in range(len(ROWS))]
+    splits = [("train", "test")[row % 2] for row in range(len(ROWS))]
+    rows = [[NAMES[n], *own] for n, *own in zip(LABELS, splits, groups, strict=True)]
+    write_csv(Path("t.csv"), ["label", "split", "group"], rows)
+    made("f.npy", labels=Path("t.csv")).close()
+    export(ExportConfig((Path("f.h5"),), Path("f.parquet")))
+    for features in ("f.npy", "f.parquet"):
+        labels = Path("t.csv") if features == "f.npy" else None
+        with made(features, labels=labels, force=True) as cache:
+            assert cache.groups("train") == groups[::2]
+            assert cache.groups("test") == groups[1::2]
+    write_csv(Path("t.csv"), ["label", "split", "group"], [*rows[1:], [*rows[0][:2], ""]])
+    with pytest.raises(UserError, match="group is empty for some images; fill it in"):
+        made("f.npy", labels=Path("t.csv"), force=True)
+
+
+def test_one_class_is_no_question(place: Path) -> None:
+    np.savez("f.npz", features=ROWS, labels=np.full(len(ROWS), "ant"))
+    config = ImportConfig(Path("f.npz"), Path("f.h5"), backbone="glyph-clip")
+    with pytest.raises(UserError, match="There is one class, 'ant'; at least two are needed"):
+        import_features(config, Listener())
+
+
 def test_a_cache_that_is_there_stays(place: Path) -> None:
     write_cache(Path("f.h5"), DATA)
     before = Path("f.h5").read_bytes()
