@@ -128,8 +128,8 @@ def audit(config: AuditConfig) -> Audit:
     """Look through the labelled images of all splits of a cache.
 
     Labels by gda without the image itself (adapters/label_check.py); near-equal images by
-    adapters/neighbours.py. Views other than the first take no part. Features of all images are in
-    memory, and a number for each image and class.
+    adapters/neighbours.py, whose time grows with the square of their number. Views other than the
+    first take no part. Features of all images are in memory.
 
     Raises UserError for a cache with fewer than three labelled images or one class.
 

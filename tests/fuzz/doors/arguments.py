@@ -34,6 +34,8 @@ ENOUGH = {
     "predict": "--adapter run image.png",
     "evaluate": "--adapter run features.h5",
     "inspect": "features.h5",
+    "audit": "features.h5",
+    "suggest": "features.h5",
     "merge": "out.h5 features.h5",
     "report": "run",
 }

@@ -1,4 +1,4 @@
-"""Feature caches: read whole, and by `inspect`, `fit` and `extract`."""
+"""Feature caches: read whole, and by the commands that take them."""
 
 import random
 import shutil
@@ -20,6 +20,8 @@ COMMANDS = (
     ("fit", "--cache", NAME, "--out", "run", *FIT),
     ("extract", "--out", NAME),
     ("merge", "out.h5", NAME),
+    ("audit", NAME, "--out", "audit.csv", "--html", "audit.html"),
+    ("suggest", NAME, "--out", "to_label.csv"),
 )
 
 
