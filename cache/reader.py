@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,10 @@ from clip_adapter.cache.content import indistinct
 from clip_adapter.cache.metadata import Backbone2
 from clip_adapter.cache.stored_file import StoredFile
 from clip_adapter.errors import UserError
+from clip_adapter.frames import frame_of_rows
+
+if TYPE_CHECKING:
+    import pandas
 
 BLOCK_ROWS = 4096
 Optional = Literal["prompts", "tokens", "pre_projection", "projection", "features2", "unlabelled"]
@@ -245,6 +249,20 @@ class FeatureCache(StoredFile):
         """
         rows = np.arange(self.shape(split)[1])
         return Images(self.features(split, rows, views), self.labels(split), self.ids(split))
+
+    def to_frame(self, split: str | None = None) -> "pandas.DataFrame":
+        """A row for each image, of one split or of all, as a frame of pandas: id, split, label (the
+        class name; None of images without labels) and, where some have one, group. Features are in
+        the same order (`features`). Raises UserError without pandas."""
+        rows: list[dict[str, Any]] = []
+        for name in self.all_splits if split is None else (split,):
+            ids, groups, labels = self.ids(name), self.groups(name), [None] * self.shape(name)[1]
+            if name != schema.UNLABELLED:
+                labels = [self.class_names[label] for label in self.labels(name).tolist()]
+            for row, image in enumerate(ids):
+                group = {} if groups is None else {"group": groups[row]}
+                rows.append({"id": image, "split": name, "label": labels[row]} | group)
+        return frame_of_rows(rows)
 
     def _rows_of_views(
         self, split: str, name: str, rows: npt.ArrayLike, views: int | None

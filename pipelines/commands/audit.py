@@ -24,6 +24,8 @@ def print_audit(config: AuditConfig) -> None:
         print("\n".join(["", *part(found)]))
     if config.out:
         print(f"\n{config.out}: all images, what to look at first")
+    if config.html:
+        print(f"\n{config.html}: pictures of what is listed")
 
 
 def _labels(found: Audit) -> Iterator[str]:

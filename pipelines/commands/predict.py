@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISDIR
-from typing import Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from clip_adapter.errors import UserError, require_within
 from clip_adapter.extract.config import check_work
 from clip_adapter.extract.datasets.image_files import Listing
 from clip_adapter.files import unreadable
+from clip_adapter.frames import frame_of_rows
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.running import EXIT_PARTIAL, run_command
@@ -32,9 +33,13 @@ from clip_adapter.pipelines.scoring.prediction_formats import (
     PARQUET,
     ROWS_AT_ONCE,
     Prediction,
+    columns_of,
     write_file,
 )
 from clip_adapter.words import counted, printable
+
+if TYPE_CHECKING:
+    import pandas
 
 MOST_CLASSES = 100_000
 SUFFIXES = {
@@ -159,6 +164,13 @@ class PredictedImages:
                 else:  # decoding names the image as well
                     reason = block.unreadable[row].removeprefix(f"{path} cannot be decoded: ")
                     yield Prediction(path, unreadable=reason)
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """A row per image with the columns of a CSV file, as a frame of pandas; of one that cannot
+        be read `unreadable` says why. Raises UserError without pandas."""
+        return frame_of_rows(
+            columns_of(p) | ({"unreadable": p.unreadable} if p.unreadable else {}) for p in self
+        )
 
     def _blocks(self) -> Iterator[tuple[Source, Block]]:
         return ((source, block) for source in self._sources for block in source.blocks())

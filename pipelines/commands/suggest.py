@@ -29,7 +29,7 @@ def _sentences(config: SuggestConfig, found: Suggestions) -> str:
     rows = zip(found.paths, found.guesses, found.probabilities, strict=True)
     for path, guess, share in islice(rows, SHOWN):
         lines.append(f"  {shortened(printable(path), 60)}  {printable(guess)}? {100 * share:.1f} %")
-    if len(found.ids) < config.count:
+    if len(found.ids) < min(config.count, found.candidates):
         lines.append("all others are near-equal to these or to labelled ones")
     lines.append(
         f"{config.out}: {counted(len(found.ids), 'image')} to label, the most telling first; fill "

@@ -45,6 +45,9 @@ class AuditConfig:
         count: How many labels to list; by default those that have less than 5 % by all other
             images.
         out: CSV file for a row per image, what to look at first.
+        html: Page with the pictures of what is listed, which needs nothing from outside.
+        images: Folder that the images' ids start from, for the pictures of the page; without it
+            they are taken from the folder that was extracted where it lies in the cache's own.
 
     Examples:
         >>> from clip_adapter import AuditConfig
@@ -55,6 +58,8 @@ class AuditConfig:
     cache: Positional[Path]
     count: int | None = None
     out: Path | None = None
+    html: Path | None = None
+    images: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -136,11 +141,19 @@ def audit(config: AuditConfig) -> Audit:
     """
     if config.count is not None:
         require_within("--count", config.count, 10**9)
-    check_place(config.out, ".csv")
+    if config.images is not None and config.html is None:
+        raise UserError("--images is for the pictures of a page; name that with --html.")
+    out, html = (path and Path(path) for path in (config.out, config.html))
+    check_place(out, ".csv")
+    check_place(html, ".html")
     with FeatureCache(config.cache) as cache:
         found = _audit(cache, config.count)
-    if config.out:
-        write_columns(config.out, found.columns())
+        if html:
+            from clip_adapter.pipelines.deciding.audit_page import write_page
+
+            write_page(html, found, cache, config.images and Path(config.images))
+    if out:
+        write_columns(out, found.columns())
     return found
 
 

@@ -42,7 +42,7 @@ class Hidden:
         )
         order = np.argsort(self.shares, kind="stable")[:SHOWN].tolist()
         least = (f"{printable(self.names[k])} {100 * self.shares[k]:.1f} %" for k in order)
-        yield f"least of {', '.join(least)}; true on average, of one class it says little"
+        yield f"least of {', '.join(least)}; a class that it never saw may be like any of these"
 
 
 def hide_each_class(

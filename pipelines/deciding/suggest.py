@@ -228,7 +228,7 @@ def _directions(cache: FeatureCache, rows: Rows) -> Features:
 def _root(config: SuggestConfig, cache: FeatureCache) -> Path | None:
     from clip_adapter.pipelines.reporting.sections.images import extracted_from
 
-    return config.images or extracted_from(cache)
+    return Path(config.images) if config.images else extracted_from(cache)
 
 
 def _paths(ids: Sequence[str], root: Path | None, out: Path) -> list[str]:

@@ -76,9 +76,8 @@ def near_equal_across(cache: FeatureCache) -> dict[str, int]:
     """For each split but the first how many of its images have a near-equal one in another."""
     features = [cache.images(split, views=1).features[0] for split in cache.splits]
     of_split = np.repeat(np.arange(len(features)), [len(own) for own in features])
-    groups = grouped(near_equal(np.concatenate(features)), len(of_split))
-    none = np.zeros((0, 2), np.int64)
-    across = Twins(none, none, groups, of_split).across
+    every = np.arange(len(of_split), dtype=np.uint64)
+    across = find_twins(np.concatenate(features), every, of_split).across
     return {
         split: int(np.count_nonzero(across & (of_split == number)))
         for number, split in enumerate(cache.splits)

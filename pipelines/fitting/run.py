@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from clip_adapter.adapters.engine.runner import Engine
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cores import available_cores
 from clip_adapter.errors import UserError
+from clip_adapter.frames import frame_of_rows
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.console.jax_setup import usable_jax
 from clip_adapter.pipelines.fitting.config import (
@@ -30,7 +31,12 @@ from clip_adapter.pipelines.fitting.make_plan import check_feasible, make_plan, 
 from clip_adapter.pipelines.fitting.one_task import TaskRunner
 from clip_adapter.pipelines.fitting.plan import METHOD, TASKS, Plan
 from clip_adapter.pipelines.fitting.provenance import PROVENANCE, Provenance
-from clip_adapter.pipelines.fitting.results import MethodSummary, TaskResult, summarise
+from clip_adapter.pipelines.fitting.results import (
+    MEASURES,
+    MethodSummary,
+    TaskResult,
+    summarise,
+)
 from clip_adapter.pipelines.fitting.run_folder import (
     PLAN,
     RunFolder,
@@ -48,6 +54,9 @@ from clip_adapter.pipelines.fitting.tasks import (
 from clip_adapter.pipelines.fitting.unlabelled import Unlabelled, unlabelled_of
 from clip_adapter.pipelines.saved.adapter_file import know_method
 from clip_adapter.words import same_text
+
+if TYPE_CHECKING:
+    import pandas
 
 PLOT = "validation.png"
 
@@ -73,6 +82,15 @@ class FitResult:
     kept: TaskResult | None
     compilations: int
     problem: str = ""
+
+    def to_frame(self) -> pandas.DataFrame:
+        """`results` as a frame of pandas: a row per method and task, each hyper-parameter of the
+        chosen settings a column. Raises UserError without pandas."""
+        told = ("method", "shots", "seed", "epoch", *MEASURES, "test_images", "note")
+        return frame_of_rows(
+            {name: getattr(row, name) for name in told} | dict(row.setting or {})
+            for row in self.results
+        )
 
 
 def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -> FitResult:

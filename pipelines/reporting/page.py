@@ -63,7 +63,8 @@ def write_page(
     """
     verdict = judge(entries)
     sections = _sections(runs, entries, table, ablations, verdict, cache, images)
-    page = _rendered(
+    page = rendered(
+        TEMPLATE,
         title=_title(runs[0]),
         first=first_screen(verdict),
         facts=provenance_facts(runs, table),
@@ -158,16 +159,20 @@ def _manifold(verdict: Verdict, pair: Pair, cache: FeatureCache) -> Section | No
     return None
 
 
-def _rendered(**values: object) -> str:
-    from jinja2 import Environment, StrictUndefined
+def rendered(template: str, **values: object) -> str:
+    """One of the pages that lie beside this module."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FunctionLoader(lambda name: files(__package__).joinpath(name).read_text("utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["drawing"] = Markup  # our own SVG, in which names are text already
-    text = files(__package__).joinpath(TEMPLATE).read_text("utf-8")
-    return environment.from_string(text).render(**values)
+    return environment.get_template(template).render(**values)
 
 
 def find_cache(runs: Sequence[Run], named: Path | None) -> FeatureCache | None:

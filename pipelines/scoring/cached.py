@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from clip_adapter.cache.reader import BLOCK_ROWS, FeatureCache
 from clip_adapter.errors import UserError
 from clip_adapter.files import is_file
 from clip_adapter.pipelines.saved.adapter_check import (
@@ -87,6 +86,8 @@ def cached_blocks(cache: FeatureCache, split: str, adapter: SavedAdapter) -> Blo
 
     Raises UserError where it lacks them, or what the adapter needs, or is of another backbone.
     """
+
+    from clip_adapter.cache.reader import BLOCK_ROWS  # h5py, which images need not be read by
 
     info = adapter.info
     remedy = "extract with the adapter's backbone, or fit on features of this one"

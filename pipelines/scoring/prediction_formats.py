@@ -74,7 +74,7 @@ def write_csv(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> N
     """
     writer = csv.writer(out, lineterminator="\n")
     for number, prediction in enumerate(predictions):
-        row = _columns(prediction)
+        row = columns_of(prediction)
         if not number:
             writer.writerow(row)
         texts = (class_words(own) if isinstance(own, list) else own for own in row.values())
@@ -110,7 +110,7 @@ def write_parquet(path: Path, scope: Scope, predictions: Iterable[Prediction]) -
     types = {str: pa.string(), float: pa.float64(), list: pa.list_(pa.string())}
     with ExitStack() as stack:
         writer = None
-        columns = map(_columns, predictions)
+        columns = map(columns_of, predictions)
         while rows := list(islice(columns, ROWS_AT_ONCE)):
             if writer is None:
                 schema = pa.schema([(name, types[type(own)]) for name, own in rows[0].items()])
@@ -120,7 +120,7 @@ def write_parquet(path: Path, scope: Scope, predictions: Iterable[Prediction]) -
             parquet.write_table(pa.table({"image": pa.array([], pa.string())}), path)
 
 
-def _columns(prediction: Prediction) -> dict[str, Any]:
+def columns_of(prediction: Prediction) -> dict[str, Any]:
     """Column → value."""
     row: dict[str, Any] = {"image": str(prediction.path), **_promised(prediction)}
     for rank, (name, probability) in enumerate(prediction.top, 1):

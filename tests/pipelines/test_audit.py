@@ -1,19 +1,29 @@
 """`clip-adapter audit`: labels, twins and classes of a cache."""
 
 import csv
+import re
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
 
+from clip_adapter.adapters.method import Head, Task
 from clip_adapter.adapters.registry import METHODS
+from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.writer import write_cache as write_content
 from clip_adapter.errors import UserError
+from clip_adapter.listener import Listener
 from clip_adapter.pipelines.commands.audit import main, print_audit
+from clip_adapter.pipelines.commands.extract import main as extract
 from clip_adapter.pipelines.deciding.audit import AuditConfig, audit
 from clip_adapter.pipelines.deciding.twins import warn_of_near_equal
-from tests.cache.small_cache import STATED, features, images, text
+from tests.cache.small_cache import STATED, features, images, text, unlabelled
+from tests.extract.image_folders import make_folder
 from tests.pipelines.tiny_cache import TinyData, tiny_data, write_cache
 
 CLEAN = tiny_data(train=(12, 12, 12, 12), noise=0.4, test=10)
@@ -76,8 +86,6 @@ def test_twins_on_two_sides_of_a_split_and_the_accuracy_with_and_without(tmp_pat
     scale = np.float32(20.0), np.float32(0.5)
     unit = data.text / np.linalg.norm(data.text, axis=-1, keepdims=True)
     mean = unit.mean(axis=1)
-    from clip_adapter.adapters.method import Head, Task
-
     head = Head(mean / np.linalg.norm(mean, axis=1, keepdims=True), *scale)
     none = np.zeros(0, np.int32)
     task = Task(train, labels.astype(np.int32), train[0, :0], none, head, np.int32(0))
@@ -191,8 +199,6 @@ def test_caches_of_which_nothing_can_be_said(tmp_path: Path) -> None:
 
 
 def test_near_equal_images_across_a_split_that_extract_has_cut(tmp_path: Path) -> None:
-    from clip_adapter.listener import Listener
-
     class Hearing(Listener):
         def __init__(self) -> None:
             self.heard: list[str] = []
@@ -220,3 +226,72 @@ def test_near_equal_images_across_a_split_that_extract_has_cut(tmp_path: Path) -
     assert sentence.startswith("5 images have a near-equal one in another split (5 of test)")
     assert "--group" in sentence and "clip-adapter audit c.h5" in sentence
     assert said("folder test", 5) == [] and said(cut, 0) == []
+
+
+def pictures(page: str) -> list[Image.Image]:
+    found = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    return [Image.open(BytesIO(b64decode(content))) for content in found]
+
+
+def test_the_page_shows_what_is_listed(digits_cache: Path, tmp_path: Path) -> None:
+    """Of the embedded digits: each listed image, of whatever split, and each twin."""
+    path = tmp_path / "audit.html"
+    found = audit(AuditConfig(digits_cache, count=6, html=path))
+    page = path.read_text()
+    rows = [*np.flatnonzero(found.listed), *np.flatnonzero(found.twins.groups >= 0)]
+    assert len({found.splits[row] for row in rows}) == 3
+    shown = pictures(page)
+    assert len(shown) == len(rows) > 6 and "The originals were not found" not in page
+    for row, picture in zip(rows[:6], shown, strict=False):
+        pixels = load_digits().images[int(found.ids[row].removeprefix("digits/"))]
+        small = np.asarray(picture.convert("L").resize((8, 8)), float) / 255
+        assert np.corrcoef(small.ravel(), pixels.ravel())[0, 1] > 0.9
+        assert found.ids[row] in page
+    assert "what to look at" in page and "did adapting help" not in page
+    assert 'src="http' not in page and "Where these numbers come from" not in page
+
+
+def test_the_page_takes_names_as_text_and_does_without_pictures(tmp_path: Path) -> None:
+    data, _ = mislabelled()
+    cache = write_cache(tmp_path / "c.h5", data, ["<script>1</script>", "b", "c", "d"])
+    found = audit(AuditConfig(cache, count=48, html=tmp_path / "p.html"))
+    page = (tmp_path / "p.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;1&lt;/script&gt;" in page
+    assert not pictures(page) and "--images says where the paths" in page
+    assert page.count("rather ") == found.listed.sum() == 48
+    with pytest.raises(UserError, match="--images is for the pictures of a page"):
+        audit(AuditConfig(cache, images=tmp_path))
+
+
+def test_extract_says_where_its_own_cut_parts_near_equal_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each photograph twice, the other time a little brighter, in one folder per class."""
+    folder = make_folder(tmp_path / "data" / "all", {"one": 12}, ("cat", "dog")) / "one"
+    for path in sorted(folder.rglob("*.png")):
+        pixels = np.asarray(Image.open(path)).astype(int)
+        brighter = Image.fromarray(np.clip(pixels + 1, 0, 255).astype(np.uint8))
+        brighter.save(path.with_name(f"again {path.name}"))
+    for cut, said in (((), True), (("--group", "parent"), False)):
+        with pytest.raises(SystemExit) as ended:
+            extract(["--dataset", f"folder:{folder}", "--out", str(tmp_path / "c.h5"), *cut])
+        told = capsys.readouterr().err
+        assert ended.value.code == (0 if said else 2)  # a class in one group cannot be divided
+        assert ("a near-equal one in another split" in told) is said
+    with FeatureCache(tmp_path / "c.h5") as cache:
+        splits = {name: split for split in cache.splits for name in cache.ids(split)}
+        away = {
+            name for name in splits
+            if splits[name] != splits[name.replace("again ", "") if "again " in name
+                                      else name.replace("/", "/again ")]
+        }  # fmt: skip
+        counts = {split: sum(splits[name] == split for name in away) for split in ("val", "test")}
+    found = audit(AuditConfig(str(tmp_path / "c.h5"), out=str(tmp_path / "a.csv")))  # type: ignore[arg-type]
+    across = {name for name, own in zip(found.ids, found.twins.across, strict=True) if own}
+    assert len(away - across) <= 2 and len(across - away) <= 2 and min(counts.values()) > 2
+
+
+def test_a_cache_without_labelled_images(tmp_path: Path) -> None:
+    write_content(tmp_path / "new.h5", text() | unlabelled(7), **STATED)
+    with pytest.raises(UserError, match="has 0 labelled images of 3 classes"):
+        audit(AuditConfig(tmp_path / "new.h5"))

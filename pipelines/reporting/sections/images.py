@@ -88,9 +88,9 @@ def originals(cache: FeatureCache, root: Path | None = None) -> ReadImage | None
     upwards nowhere, and what a file alone names is followed through no link out of its folder.
     """
     if cache.arguments.get("dataset") == EMBEDDED:
-        split = open_dataset(EMBEDDED).splits["test"]
-        row_of = {name: row for row, name in enumerate(split.ids)}
-        return lambda name: split.read(row_of[name])
+        splits = open_dataset(EMBEDDED).splits.values()
+        reads = {name: partial(s.read, row) for s in splits for row, name in enumerate(s.ids)}
+        return lambda name: reads[name]()
     allowed = None if root else os.path.realpath(cache.path.parent)
     root = root or extracted_from(cache)
     if root is None or not _lies_in(root, allowed):
@@ -141,12 +141,17 @@ def _thumbnail(pair: Pair, row: int, name: str, read: ReadImage | None) -> Thumb
         f"{who}: {', '.join(_guesses(pair, some, row))}"
         for who, some in ((pair.before_name, pair.before), (pair.after_name, pair.after))
     ]
-    shown = ""
-    if read:
-        with suppress(OSError, ValueError, KeyError):
-            shown = small_jpeg(read_rgb(partial(read, name)))
+    shown = small_image(read, name)
     words = [true, *guesses] if shown else [true, *guesses, shortened(printable(name), LONGEST_ID)]
     return Thumbnail(shown, f"{true}; {'; '.join(guesses)}", words)
+
+
+def small_image(read: ReadImage | None, name: str) -> str:
+    """Its `small_jpeg`, "" where it is not to be had."""
+    if read:
+        with suppress(OSError, ValueError, KeyError):
+            return small_jpeg(read_rgb(partial(read, name)))
+    return ""
 
 
 def _guesses(pair: Pair, some: object, row: int) -> list[str]:
