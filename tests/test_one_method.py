@@ -384,6 +384,7 @@ def test_an_adapter_imports_nothing(
         ["inspect", str(adapter)],
         ["evaluate", "tiny.h5", "--adapter", str(adapter)],
         ["predict", "photo.png", "--adapter", str(adapter)],
+        ["export", "--adapter", str(adapter), "--out", "classifier.pt2"],
     ):
         assert called(*words) == 2
         assert re.search("no method|no name of a method", capsys.readouterr().err)
