@@ -23,7 +23,7 @@ from clip_adapter.pipelines.saved.adapter_file import (
     load_adapter,
 )
 from clip_adapter.pipelines.saved.stored_decisions import stated
-from clip_adapter.words import printable, shortened, size
+from clip_adapter.words import counted, printable, shortened, size, some
 
 FIRST_CLASSES = 5
 FIRST_TEMPLATES = 2
@@ -97,13 +97,18 @@ def _verified(cache: FeatureCache) -> str:
 
 def _split_words(cache: FeatureCache, split: str) -> str:
     views, rows, dim = cache.shape(split)
+    groups = cache.groups(split)
+    grouped = f" in {counted(len(set(groups)), 'group')}" if groups else ""
     if split == UNLABELLED:
-        return f"{rows} images, width {dim}"
+        return f"{rows} images{grouped}, width {dim}"
     counts = np.bincount(cache.labels(split), minlength=len(cache.class_names))
     each = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()}–{counts.max()}"
     one = ", all of one class" if len(counts) > 1 == np.count_nonzero(counts) else ""
+    absent = [cache.class_names[label] for label in np.flatnonzero(counts == 0).tolist()]
+    if absent and not one:
+        one = f" (none of {some(absent)})"
     views_words = f", {views} views" if views > 1 else ""
-    return f"{rows} images, {each} per class{one}, width {dim}{views_words}"
+    return f"{rows} images{grouped}, {each} per class{one}, width {dim}{views_words}"
 
 
 def _adapter_facts(path: Path, adapter: SavedAdapter) -> Facts:

@@ -168,7 +168,8 @@ def _unused(name: str, taken: set[str]) -> str:
 def decisive(run: Run, planned: PlannedMethod, held: Held) -> Decisive:
     """All but what is held that decides what a method's numbers on a task are, by name."""
     stated = {name: getattr(run.plan, name) for name in numbers_decided(planned.method)}
-    stated["groups"] = run.plan.groups
+    if planned.method.hyper:  # by which images are divided where settings are chosen
+        stated["groups"] = run.plan.groups
     if planned.baseline:
         stated["unlabelled"] = ""  # what is chosen is refined, baselines stay as they are
     values = {name: tuple(own) for name, own in planned.values.items() if name not in held}

@@ -10,6 +10,7 @@ from clip_adapter.cache.few_shot import draw_few_shot
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.writer import write_cache
 from clip_adapter.errors import UserError
+from clip_adapter.pipelines.commands.inspect_file import InspectConfig, inspect
 from tests.cache.rewriting import datasets, put, rewrite
 from tests.cache.small_cache import SPLITS, STATED, small_content
 
@@ -34,6 +35,15 @@ def test_they_are_read_and_are_no_content(path: Path, tmp_path: Path) -> None:
     del found["metadata"], expected["metadata"]
     assert found.keys() - expected.keys() == GROUPS.keys()
     assert {name: found[name] for name in expected} == expected
+
+
+def test_inspect_counts_groups_and_names_classes_without_images(path: Path, tmp_path: Path) -> None:
+    facts = dict(inspect(InspectConfig(path)))
+    assert facts["images/test"] == "10 images in 4 groups, 3–4 per class, width 4"
+    content = small_content() | {"images/test/labels": [0, 2] * 5}
+    write_cache(tmp_path / "lacking.h5", content, **STATED)
+    facts = dict(inspect(InspectConfig(tmp_path / "lacking.h5")))
+    assert facts["images/test"] == "10 images, 0–5 per class (none of 'dog'), width 4"
 
 
 def test_an_empty_name_is_refused(path: Path, tmp_path: Path) -> None:
