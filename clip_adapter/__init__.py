@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from clip_adapter.extract.config import ExtractConfig
     from clip_adapter.extract.run import extract
     from clip_adapter.pipelines.commands.fit import fit
+    from clip_adapter.pipelines.commands.predict import PredictConfig, predict
     from clip_adapter.pipelines.deciding.audit import AuditConfig, audit
     from clip_adapter.pipelines.deciding.suggest import SuggestConfig, suggest
     from clip_adapter.pipelines.fitting.config import FitConfig
@@ -38,6 +39,8 @@ PUBLIC = {
     "FeatureCache": "cache.reader",
     "write_cache": "cache.writer",
     "load_adapter": "pipelines.saved.adapter_file",
+    "predict": "pipelines.commands.predict",
+    "PredictConfig": "pipelines.commands.predict",
     "suggest": "pipelines.deciding.suggest",
     "SuggestConfig": "pipelines.deciding.suggest",
     "audit": "pipelines.deciding.audit",
@@ -67,6 +70,7 @@ __all__ = [
     "FittedHead",
     "Hyper",
     "Method",
+    "PredictConfig",
     "SuggestConfig",
     "__version__",
     "audit",
@@ -76,6 +80,7 @@ __all__ = [
     "fit",
     "load_adapter",
     "one_hot",
+    "predict",
     "suggest",
     "trained_with",
     "unit",

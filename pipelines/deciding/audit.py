@@ -15,7 +15,7 @@ from clip_adapter.adapters.method import Head
 from clip_adapter.adapters.neighbours import ONE_TEXT, alike
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.errors import UserError, require_within
-from clip_adapter.frames import frame
+from clip_adapter.frames import frame, html_table, rows_of
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.deciding.twins import Mask, Rows, Twins, find_twins
 from clip_adapter.pipelines.saved.adapter_file import image_hashes
@@ -122,6 +122,10 @@ class Audit:
     def to_frame(self) -> pandas.DataFrame:
         """`columns` as a frame of pandas."""
         return frame(self.columns())
+
+    def _repr_html_(self) -> str:
+        rows = (row for row in rows_of(self.columns()) if row["listed"] or row["group"])
+        return html_table(rows, f"of {counted(len(self.ids), 'image')}, what to look at first")
 
 
 def audit(config: AuditConfig) -> Audit:

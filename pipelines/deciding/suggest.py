@@ -21,7 +21,7 @@ from clip_adapter.adapters.neighbours import blocks, most_telling, unsure, usual
 from clip_adapter.cache.reader import BLOCK_ROWS, FeatureCache
 from clip_adapter.cache.schema import UNLABELLED
 from clip_adapter.errors import UserError, require_within
-from clip_adapter.frames import frame
+from clip_adapter.frames import frame, html_table, rows_of
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter
@@ -106,6 +106,9 @@ class Suggestions:
     def to_frame(self) -> pandas.DataFrame:
         """`columns` as a frame of pandas."""
         return frame(self.columns())
+
+    def _repr_html_(self) -> str:
+        return html_table(rows_of(self.columns()), f"of {counted(self.candidates, 'image')}")
 
 
 def suggest(config: SuggestConfig, listener: Listener | None = None) -> Suggestions:

@@ -15,7 +15,7 @@ from clip_adapter.adapters.engine.runner import Engine
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cores import available_cores
 from clip_adapter.errors import UserError
-from clip_adapter.frames import frame_of_rows
+from clip_adapter.frames import frame_of_rows, html_table
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.console.jax_setup import usable_jax
 from clip_adapter.pipelines.fitting.config import (
@@ -91,6 +91,18 @@ class FitResult:
             {name: getattr(row, name) for name in told} | dict(row.setting or {})
             for row in self.results
         )
+
+    def _repr_html_(self) -> str:
+        rows = (
+            {"method": row.method, "shots": row.shots, "seeds": row.seeds}
+            | {
+                f"{name} %": 100 * accuracy.mean
+                for name in MEASURES
+                if (accuracy := getattr(row, name)) is not None
+            }
+            for row in self.summary
+        )
+        return html_table(rows, f"{self.run}: accuracies, mean over seeds")
 
 
 def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -> FitResult:
