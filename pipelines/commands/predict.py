@@ -1,45 +1,34 @@
 """`predict`: classify image files, and the images of caches, with a fitted adapter."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import Literal, NoReturn
 
-import numpy as np
-import numpy.typing as npt
-
-from clip_adapter.adapters.decisions import probabilities
-from clip_adapter.adapters.formulas import cosine_logits
-from clip_adapter.adapters.stata import FEWEST, classes_found, refine, temperature_of
 from clip_adapter.cores import available_cores, limit_openmp
 from clip_adapter.errors import UserError, require_within
 from clip_adapter.extract.config import check_work
 from clip_adapter.extract.datasets.image_files import Listing
 from clip_adapter.files import unreadable
-from clip_adapter.frames import frame_of_rows
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.running import EXIT_PARTIAL, run_command
 from clip_adapter.pipelines.console.terminal import Advance, Terminal, no_advance, progress
-from clip_adapter.pipelines.deciding.answers import Answers, answers_of
+from clip_adapter.pipelines.deciding.answers import answers_of
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter
-from clip_adapter.pipelines.scoring.cached import Block, Source, cached_sources, is_cache
+from clip_adapter.pipelines.scoring.cached import Source, cached_sources, is_cache
 from clip_adapter.pipelines.scoring.images import encoded_files
+from clip_adapter.pipelines.scoring.predicted import PredictedImages
 from clip_adapter.pipelines.scoring.prediction_formats import (
     FORMATS,
     PARQUET,
-    ROWS_AT_ONCE,
     Prediction,
-    columns_of,
     write_file,
 )
 from clip_adapter.words import counted, printable
-
-if TYPE_CHECKING:
-    import pandas
 
 MOST_CLASSES = 100_000
 SUFFIXES = {
@@ -49,7 +38,6 @@ SUFFIXES = {
     ".jsonl": "jsonl",
     ".parquet": PARQUET,
 }
-Logits = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -112,109 +100,6 @@ class PredictConfig:
     batch_size: int = 64
     workers: int = available_cores()
     device: str = "auto"
-
-
-class PredictedImages:
-    """Iterable over one Prediction per image, in their order.
-
-    They are computed batch by batch, anew for each iteration: memory does not grow with their
-    number. answers: makes what is answered beside the most probable classes; None where nothing is
-    promised. tell: for transductive ones, all of which are encoded before the first is there; it is
-    told how many classes they show.
-    """
-
-    def __init__(
-        self,
-        adapter: SavedAdapter,
-        sources: Sequence[Source],
-        top: int,
-        answers: Answers | None = None,
-        tell: Callable[[str], None] | None = None,
-    ):
-        self.class_names = adapter.info.class_names
-        self._adapter = adapter
-        self._sources = sources
-        self._top = min(top, len(self.class_names))
-        self._answers = answers
-        self._tell = tell
-
-    def __len__(self) -> int:
-        return sum(source.count for source in self._sources)
-
-    def names(self) -> Iterator[Path | str]:
-        """Those of the images."""
-        for source in self._sources:
-            for start in range(0, source.count, ROWS_AT_ONCE):
-                yield from source.names(np.arange(start, min(start + ROWS_AT_ONCE, source.count)))
-
-    def __iter__(self) -> Iterator[Prediction]:
-        together = self._together(self._tell) if self._tell else self._one_by_one()
-        for source, block, logits in together:
-            shares = self._shares(logits)
-            answers = (
-                self._answers.of(shares, block.encoded) if self._answers else [None] * len(shares)
-            )
-            found = dict(
-                zip(block.rows.tolist(), zip(self._tops(shares), answers, strict=True), strict=True)
-            )
-            rows = sorted([*found, *block.unreadable])
-            for row, path in zip(rows, source.names(np.array(rows, np.int64)), strict=True):
-                if row in found:
-                    yield Prediction(path, *found[row])
-                else:  # decoding names the image as well
-                    reason = block.unreadable[row].removeprefix(f"{path} cannot be decoded: ")
-                    yield Prediction(path, unreadable=reason)
-
-    def to_frame(self) -> "pandas.DataFrame":
-        """A row per image with the columns of a CSV file, as a frame of pandas; of one that cannot
-        be read `unreadable` says why. Raises UserError without pandas."""
-        return frame_of_rows(
-            columns_of(p) | ({"unreadable": p.unreadable} if p.unreadable else {}) for p in self
-        )
-
-    def _blocks(self) -> Iterator[tuple[Source, Block]]:
-        return ((source, block) for source in self._sources for block in source.blocks())
-
-    def _one_by_one(self) -> Iterator[tuple[Source, Block, Logits]]:
-        return ((s, block, self._adapter.logits(block.features)) for s, block in self._blocks())
-
-    def _together(self, tell: Callable[[str], None]) -> Iterator[tuple[Source, Block, Logits]]:
-        """Raises UserError where there are too few images."""
-        # What was refined before is refined anew, by these images alone.
-        plain, refinement = replace(self._adapter, refinement=None), self._adapter.refinement
-        sources, blocks = zip(*self._blocks(), strict=True)
-        encoded = np.concatenate([block.encoded for block in blocks])
-        if len(encoded) < FEWEST:
-            raise UserError(f"--transductive takes {FEWEST} images or more that can be read.")
-        logits = np.concatenate([plain.logits(block.features) for block in blocks])
-        if refinement:
-            temperature = float(refinement.temperature)
-        else:
-            temperature = temperature_of(logits, cosine_logits(np, encoded, plain.head))
-        shares, _ = refine(encoded, logits, plain.weights, temperature)
-        count = len(classes_found(shares))
-        tell(
-            f"{counted(len(encoded), 'image')} were classified together (transductive) and show "
-            f"{count} of {counted(len(self.class_names), 'class', 'classes')}: what is said of one "
-            "depends on the others"
-        )
-        ends = np.cumsum([len(block.rows) for block in blocks])[:-1]
-        floor = np.finfo(np.float32).tiny
-        parts = np.split(np.log(np.maximum(shares, floor)), ends)
-        return zip(sources, blocks, parts, strict=True)
-
-    def _shares(self, logits: Logits) -> npt.NDArray[np.float64]:
-        """Of images that are classified together they are known already."""
-        if self._tell:
-            return probabilities(logits)
-        return self._adapter.probabilities(logits)
-
-    def _tops(self, shares: npt.NDArray[np.float64]) -> list[tuple[tuple[str, float], ...]]:
-        classes = np.argsort(-shares, axis=1, kind="stable")[:, : self._top]
-        return [
-            tuple((self.class_names[c], float(own[c])) for c in best)
-            for own, best in zip(shares, classes.tolist(), strict=True)
-        ]
 
 
 def predict(config: PredictConfig, listener: Listener | None = None) -> PredictedImages:
