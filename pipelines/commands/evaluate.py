@@ -220,7 +220,8 @@ def _score(
         rest, groups = seen == 0, None
         if images.groups is not None:
             groups = np.array(images.groups, object)[np.concatenate(shown)][rest]
-        if not rest.any() and (config.confusion or not (config.predictions or config.features)):
+        others = config.predictions or config.features or config.unknown
+        if not rest.any() and (config.confusion or not others):
             raise UserError(_all_seen(images.name, len(rest), adapter.info))
     scores = Scores(
         adapter.info.class_names,

@@ -77,7 +77,7 @@ def with_decisions(
             chosen_on,
         )
     ]
-    images = np.arange(len(labels)) if refit else rows.support
+    images = _labelled(runner) if refit else rows.support
     units = _grouped(runner) if refit else rows.groups
     if units is None:
         divided = rounds_of(labels, images)
@@ -85,10 +85,12 @@ def with_decisions(
     else:
         rounds = folds_of_some(units, labels, images, MAX_FOLDS)
     folds = min(MAX_FOLDS, int(rounds.max()) + 1)
+    held = np.zeros(len(labels), bool)
     for fold in range(folds):
         out = (rounds >= 0) & (rounds % folds == fold)
         if left_out := _left_out(runner, best, adapter, task, encoded, out, images):
             parts.append(left_out)
+            held |= out
         advance(1, "")
     logits, own, cosines, features = (
         np.concatenate([getattr(part, name) for part in parts])
@@ -98,7 +100,11 @@ def with_decisions(
     if not len(own):
         shown = adapter.logits(np.asarray(task.features)[0]), encoded
     prior = prior_temperature(shown[0], cosine_logits(np, shown[1], adapter.head))
-    chose = len(chosen_by) or (0 if best.val_accuracy is None else len(own))
+    chose = len(validation)
+    if not chose and best.val_accuracy is not None:
+        val = rows.validation + len(runner.data.labels["train"])
+        chosen = val if len(val) else rows.support
+        chose = int(np.isin(np.unique(images[held]), chosen).sum())
     found = Decisions.of(
         logits, own, cosines, prior, folds=folds, chose=chose, prototypes=prototypes
     )
@@ -148,18 +154,18 @@ def _left_out(
     )
 
 
+def _labelled(runner: TaskRunner) -> Rows:
+    """Which images `Data.everything` has, among those of all splits one behind another."""
+    labels, own = runner.data.labels, runner.data.labelled_rows()
+    ends = np.cumsum([*map(len, labels.values())])
+    starts = dict(zip(labels, [0, *ends[:-1]], strict=True))
+    return np.concatenate([starts[split] + own[split] for split in labels])
+
+
 def _grouped(runner: TaskRunner) -> Rows | None:
     """The groups of every labelled image, as `Data.everything` has them."""
-    data = runner.data
-    own, rows = data.labelled_rows(), []
-    groups = numbers_of(data.cache, [*own])
-    if groups is None:
-        return None
-    start = 0
-    for split, some in own.items():
-        rows.append(start + some)
-        start += len(data.labels[split])
-    return groups[np.concatenate(rows)]
+    groups = numbers_of(runner.data.cache, [*runner.data.labels])
+    return None if groups is None else groups[_labelled(runner)]
 
 
 def _firsts(images: Rows) -> Rows:

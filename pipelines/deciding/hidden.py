@@ -115,10 +115,12 @@ def _check(adapter: SavedAdapter, cache: FeatureCache) -> None:
 
 
 def _support(adapter: SavedAdapter, cache: FeatureCache) -> Task:
-    """The training images that it has seen, or every image of a refit; view 0 of each."""
+    """The images that it was fitted on, or every image of a refit; view 0 of each.
+
+    Raises UserError where those of the validation split cannot be told.
+    """
     from clip_adapter.pipelines.fitting.data import open_data
     from clip_adapter.pipelines.fitting.tasks import TaskRows
-    from clip_adapter.pipelines.scoring.cached import cached_images
 
     fitted, nothing = adapter.info.fitted, np.zeros(0, np.int64)
     own = slice(0, len(adapter.weights))
@@ -127,20 +129,38 @@ def _support(adapter: SavedAdapter, cache: FeatureCache) -> Task:
     data = open_data(cache, [], augment=False, class_weight=weight).of_classes(own)
     if "refitted_on" in fitted:
         return data.everything(adapter.method, seed)
-    rows = np.concatenate(
-        [
-            block.rows[adapter.has_seen(image_hashes(block.encoded, block.digests))]
-            for block in cached_images(cache, "train", adapter).blocks()
-        ]
-    )
+    joined = fitted.get("support_of_val", 0)
+    rows = _seen(adapter, cache, "train")
+    if joined:
+        val = _seen(adapter, cache, "val")
+        if len(val) != joined:
+            raise UserError(
+                "--unknown cannot tell which validation images this adapter was fitted on and "
+                "which chose it."
+            )
+        rows = np.concatenate([rows, cache.shape("train")[1] + val])
     task = TaskRows(fitted.get("shots", "all"), seed, rows, nothing)
     return replace(data, tasks=[task]).task(adapter.method, task)
 
 
+def _seen(adapter: SavedAdapter, cache: FeatureCache, split: str) -> npt.NDArray[np.int64]:
+    from clip_adapter.pipelines.scoring.cached import cached_images
+
+    return np.concatenate(
+        [
+            block.rows[adapter.has_seen(image_hashes(block.encoded, block.digests))]
+            for block in cached_images(cache, split, adapter).blocks()
+        ]
+    )
+
+
 def _without(task: Task, label: int, size: int) -> Task:
-    """A task without a class, with `size` images; some stand twice where its class was larger."""
+    """A task without a class, with `size` images; some of all classes stand twice where its class
+    was larger."""
     labels = np.asarray(task.labels)
-    rows = np.resize(np.flatnonzero(labels != label), size)
+    rows = np.flatnonzero(labels != label)
+    again = np.linspace(0, len(rows), size - len(rows), endpoint=False).astype(np.int64)
+    rows = np.concatenate([rows, rows[again]])
     text = task.head.text
     head = task.head._replace(
         weights=np.delete(task.head.weights, label, axis=0),

@@ -38,9 +38,13 @@ def identity_of(groups: Rows | None) -> str:
     return f"{counted(int(groups.max()) + 1, 'group')} {digest}"
 
 
-def tested_twins(cache: FeatureCache) -> str:
-    """A sentence on groups whose images are both trained on and tested, "" where there are none."""
+def tested_twins(cache: FeatureCache, *, join: bool = False) -> str:
+    """A sentence on groups whose images are both trained on and tested, "" where there are none.
+    join: images of val are trained on, too."""
     names = {s: cache.groups(s) for s in cache.splits if s != "val"}
+    if join and "val" in cache.splits:
+        train, val = (cache.groups(split) or [] for split in ("train", "val"))
+        names["train"] = [*train, *val]
     if not (shared := groups_in_several_splits(names)):
         return ""
     return (
@@ -81,9 +85,12 @@ def fold_of(units: Rows, labels: npt.NDArray[np.int32], support: Rows, most: int
 def folds_of_some(units: Rows, labels: npt.NDArray[np.int32], support: Rows, most: int) -> Rows:
     """As `fold_of`, of the images whose class, and those of whose group, have several groups; −1 of
     the others, and of all where those cannot be divided."""
-    several = [len(np.unique(units[labels == label])) > 1 for label in range(labels.max() + 1)]
-    free = np.array(several)[labels]
-    free &= ~np.isin(units, units[~free])
+    free, before = np.ones(len(units), bool), np.zeros(len(units), bool)
+    while (free != before).any():  # what is taken out may leave another class one group
+        before = free.copy()
+        counts = [len(np.unique(units[free & (labels == n)])) for n in range(labels.max() + 1)]
+        free &= np.array(counts)[labels] > 1
+        free &= ~np.isin(units, units[~free])
     folds = np.full(len(units), -1, np.int64)
     if free.any():
         divided = fold_of(units[free], labels[free], support[free], most)

@@ -87,6 +87,8 @@ class TaskRunner:
             result = replace(result, note=self.taken.compared(self.data.cache, predictions))
         if counts:
             fitted, seen = fitted_on(result), self._seen_by(rows)
+            if joined := len(self.data.by_split(rows.support)["val"]):
+                fitted["support_of_val"] = joined
             saved = self.saved(method, chosen.setting, chosen.arrays, fitted, seen)
             if refined:
                 note = "; ".join(filter(None, (result.note, refined.sentence)))

@@ -154,7 +154,7 @@ def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -
                 f"--class-weight {plan.class_weight} has no effect: in every task all classes have "
                 "equally many training images."
             )
-        if sentence := tested_twins(cache):
+        if sentence := tested_twins(cache, join=plan.validation == "join"):
             listener.note(sentence)
         check_feasible(plan, data, data.tasks[0])
         place = begun or config.out or new_folder()

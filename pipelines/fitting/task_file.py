@@ -140,7 +140,15 @@ def rows_of(
         if join:
             support, validation = np.concatenate([support, len(train) + validation]), validation[:0]
         if rule.validation == "all":
-            validation = np.arange(len(val))
+            validation = np.setdiff1d(np.arange(len(val)), support - len(train))
+            if groups is not None:
+                trained = np.isin(groups[len(train) + validation], groups[support])
+                validation = validation[~trained]
+            if not len(validation):
+                raise UserError(
+                    f"Every validation image is trained on for {task}, or of a group that is; use "
+                    "--select cv, or none."
+                )
         elif rule.validation == "none":
             validation = validation[:0]
         elif not len(validation):

@@ -261,6 +261,8 @@ def only_classes(
     """The rows of the first so many classes: drawn first, filtered then, as in CoOp.
 
     support, val: labels of all rows that may be in a support set, and of the validation split.
+
+    Raises UserError where images judge, but none of these classes.
     """
 
     def within(some: Rows, labels: npt.NDArray[np.int32] | None) -> Rows:
@@ -269,12 +271,17 @@ def only_classes(
     def small(labels: Sequence[int]) -> tuple[int, ...]:
         return tuple(label for label in labels if label < classes)
 
-    groups = rows.groups
+    groups, validation = rows.groups, within(rows.validation, val)
+    if len(rows.validation) and not len(validation):
+        raise UserError(
+            "No validation image is of a class that is fitted; use --select cv, which divides the "
+            "support set, or none."
+        )
     return TaskRows(
         rows.shots,
         rows.seed,
         within(rows.support, support),
-        within(rows.validation, val),
+        validation,
         small(rows.small_classes),
         small(rows.small_validation_classes),
         small(rows.absent_classes),

@@ -275,6 +275,34 @@ def test_a_hidden_class_is_asked_of_an_adapter_without_it(
     assert f"least of class {np.argmin(hidden.shares)}" in out
 
 
+@pytest.mark.parametrize(
+    "given", [{"select": "loo", "validation": "join"}, {"refit": True}], ids=["join", "refit"]
+)
+def test_so_is_one_that_was_fitted_on_images_of_other_splits(
+    tmp_path: Path, given: dict[str, Any]
+) -> None:
+    """What it was fitted on is in its keys; of a refit no image is left for an accuracy."""
+    data = tiny_data(train=(9,) * 4, val=6, test=6, noise=0.6)
+    cache = write_cache(tmp_path / "features.h5", data)
+    fit(FitConfig(cache, tmp_path / "run", "tip-adapter", (), shots=(5,), hyper=FIXED, **given))
+    adapter = load_adapter(tmp_path / "run")
+    known, keys, labels = adapter.decisions, adapter.arrays["keys"], adapter.arrays["labels"]
+    assert known is not None and len(keys) == 4 * (21 if "refit" in given else 9)
+    hidden = evaluate(EvaluateConfig(cache, tmp_path / "run", unknown=True)).hidden
+    assert hidden is not None
+    images, shown = data.splits["test"][0][0].astype(np.float64), data.splits["test"][1]
+    for label, share in enumerate(hidden.shares):
+        others = [c for c in range(4) if c != label]
+        rows = images[shown == label]
+        near = np.exp(-FIXED["beta"] * (1 - unit(rows) @ keys.astype(np.float64).T))
+        sums = np.stack([near[:, labels == c].sum(axis=1) for c in others], axis=1)
+        logits = SCALE * unit(rows) @ texts(data)[others].T + BIAS + FIXED["alpha"] * sums
+        decisions = replace(known, prototypes=known.prototypes[others])
+        shares = softmax(logits / known.temperature, axis=1)
+        found = decisions.known_of(shares, rows, texts(data)[others])
+        assert share == pytest.approx(np.mean(found <= 0.05), abs=1.5 / 6)
+
+
 def support_rows(place: Path) -> Sequence[int]:
     (task,) = json.loads((place / "run" / "tasks.json").read_text())
     return [int(name.split("/")[1]) for name in task["support"]]

@@ -155,6 +155,22 @@ def test_groups_that_are_trained_on_and_tested_are_told(tmp_path: Path) -> None:
     fit(gda(write(tmp_path / "f.h5", groups), tmp_path / "run", shots=4), told)
     name = repr(groups["train"][7])
     assert any(f"1 group has images in train and in test, such as {name}" in n for n in told.notes)
+    groups["test"][5] = groups["val"][7]
+    cache, told = write(tmp_path / "joined.h5", groups), Told()
+    fit(gda(cache, tmp_path / "joined", shots=4, validation="join"), told)
+    assert any(f"such as {groups['val'][7]!r}" in note for note in told.notes)
+
+
+def test_base_classes_that_nothing_is_left_to_judge_are_refused(tmp_path: Path) -> None:
+    """Images of the other classes judge while rows are drawn, and go with these."""
+    groups = groups_of(3)
+    base = LABELS["val"] < 2
+    groups["val"] = [
+        "gtrain-0-0" if own else name for own, name in zip(base, groups["val"], strict=True)
+    ]
+    cache = write(tmp_path / "f.h5", groups)
+    with pytest.raises(UserError, match="No validation image is of a class that is fitted"):
+        fit(gda(cache, tmp_path / "run", shots=12, select="full-val", train_classes="base"))
 
 
 def test_stated_tasks_part_no_group(tmp_path: Path) -> None:
@@ -212,5 +228,11 @@ def test_what_is_held_out_for_probabilities_is_whole_groups() -> None:
     units = np.array([0, 0, 1, 2, 3, 4, 5, 6, 6, 6])
     folds = folds_of_some(units, labels, np.arange(10), 4)
     assert folds.tolist() == [0, 0, 1, 2, 0, 1, 2, -1, -1, -1]
+    # Without what shares a group with the only image of class 0, class 1 is in one group, too.
+    labels = np.array([0, 1, 1, 2, 2, 2, 3, 3, 3], np.int32)
+    units = np.array([0, 0, 1, 2, 3, 4, 5, 6, 7])
+    folds = folds_of_some(units, labels, np.arange(9), 4)
+    assert folds.tolist() == [-1, -1, -1, 0, 1, 2, 0, 1, 2]
+    labels = np.repeat(np.arange(2, dtype=np.int32), 5)
     alone = folds_of_some(np.zeros(10, np.int64), labels, np.arange(10), 4)
     assert set(alone.tolist()) == {-1}

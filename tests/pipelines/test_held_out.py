@@ -41,7 +41,8 @@ def kept(path: Path, data: TinyData, **given: Any) -> tuple[SavedAdapter, Drawn,
     cache = path / "features.h5"
     if not cache.exists():
         write_cache(cache, data)
-    result = fit(FitConfig(cache, path / "run", baselines=(), **usual | given))
+    out = given.pop("out", path / "run")
+    result = fit(FitConfig(cache, out, baselines=(), **usual | given))
     (task,) = json.loads((result.run / "tasks.json").read_text())
     support, validation = (
         [int(name.split("/")[1]) for name in task[part]] for part in ("support", "validation")
@@ -208,6 +209,11 @@ def test_a_refit_leaves_out_images_of_every_split(tmp_path: Path) -> None:
     known = adapter.decisions
     assert known is not None and (known.images, known.folds, known.chose) == (4 * 30, 4, 4 * 4)
     assert np.bincount(known.labels).tolist() == [30] * 4
+    chosen, support, _ = kept(
+        tmp_path, DATA, method="ridge", hyper={}, refit=True, select="cv", out=tmp_path / "cv"
+    )
+    assert chosen.decisions is not None
+    assert (chosen.decisions.images, chosen.decisions.chose) == (4 * 30, len(support))
 
 
 @pytest.fixture(scope="module")

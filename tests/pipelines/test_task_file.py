@@ -1,6 +1,7 @@
 """Tasks that a file states: those of a run, others, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.console_report import print_run
 from clip_adapter.pipelines.fitting.run import run_fit
+from clip_adapter.pipelines.saved.adapter_file import load_adapter
 from tests.pipelines.run_files import adapters, killed_after, results
 from tests.pipelines.tiny_cache import tiny_data, write_cache
 
@@ -106,6 +108,18 @@ def test_a_run_of_stated_tasks_goes_on(cache: Path, drawn: Path, tmp_path: Path)
         drawing = config(cache, tmp_path / "run", shots=(1, 4), seeds=(1, 2))
         run_fit(drawing, Listener(), may_go_on=True)
     assert results(fit(FitConfig(resume=tmp_path / "run")).run) == results(drawn)
+
+
+def test_validation_images_that_are_trained_on_do_not_judge(cache: Path, tmp_path: Path):
+    support = [f"train/{row}" for row in range(24)] + [f"val/{row}" for row in range(4)]
+    (tmp_path / "t.json").write_text(json.dumps([TASK | {"support": support, "validation": []}]))
+    stated = config(cache, tmp_path / "run", tasks=tmp_path / "t.json", select="full-val")
+    known = load_adapter(fit(stated).run).decisions
+    assert known is not None and (known.chose, known.images) == (15 - 4, 15 - 4 + 24 + 4)
+    support += [f"val/{row}" for row in range(4, 15)]
+    (tmp_path / "t.json").write_text(json.dumps([TASK | {"support": support, "validation": []}]))
+    with pytest.raises(UserError, match="Every validation image is trained on for 1 shot, seed 1"):
+        fit(replace(stated, out=tmp_path / "other"))
 
 
 TASK = {"shots": 1, "seed": 1, "support": ["train/0"], "validation": ["val/0"]}
