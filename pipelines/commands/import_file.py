@@ -29,10 +29,16 @@ from clip_adapter.pipelines.deciding.import_features import (
     read_table,
     texts_of,
 )
+from clip_adapter.pipelines.saved.adapter_check import UNKNOWN_WEIGHTS
 from clip_adapter.words import counted, same_text, some
 
 UNIT = 1e-3  # how far from 1 lengths may be that somebody has made 1
-UNKNOWN = {"name": "unknown", "weights_sha256": "0" * 64, "image_size": 1, "quick_gelu": False}
+UNKNOWN = {
+    "name": "unknown",
+    "weights_sha256": UNKNOWN_WEIGHTS,
+    "image_size": 1,
+    "quick_gelu": False,
+}
 
 
 @dataclass(frozen=True)

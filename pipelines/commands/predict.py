@@ -141,7 +141,7 @@ def predict(config: PredictConfig, listener: Listener | None = None) -> Predicte
     if images or not caches:
         sources.append(_files(images, adapter, config, listener))
     for path in caches:
-        for split, source in cached_sources(path, config.split, adapter):
+        for split, source in cached_sources(path, config.split, adapter, listener):
             listener.note(f"{path}: {counted(source.count, f'{split} image')}")
             sources.append(source)
     for sentence in answers.sentences() if answers else ():

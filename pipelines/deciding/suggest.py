@@ -143,9 +143,10 @@ def suggest(config: SuggestConfig, listener: Listener | None = None) -> Suggesti
                 f"images:FOLDER --like {cache.path}."
             )
         beside = [stack.enter_context(FeatureCache(path)) for path in config.beside]
+        listener = listener or Listener()
         for other in beside:
-            check_same_encoder(cache, other, "--beside")
-        found = _suggest(config, cache, beside, adapter, listener or Listener())
+            check_same_encoder(cache, other, "--beside", listener)
+        found = _suggest(config, cache, beside, adapter, listener)
     _write(out, found)
     return found
 

@@ -15,7 +15,9 @@ from clip_adapter.cache.writer import write_cache as write_content
 from clip_adapter.errors import UserError
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.run import extract
+from clip_adapter.listener import Listener
 from clip_adapter.pipelines.commands.fit import fit
+from clip_adapter.pipelines.commands.predict import PredictConfig, predict
 from clip_adapter.pipelines.commands.suggest import main
 from clip_adapter.pipelines.deciding.suggest import SuggestConfig, suggest
 from clip_adapter.pipelines.saved.adapter_file import load_adapter, save_adapter
@@ -114,6 +116,31 @@ def test_an_adapter_at_its_temperature_beside_labelled_images(place: Path, tmp_p
         assert suggest(replace(chosen, adapter=tmp_path / "hot")).ids != found.ids
 
 
+def test_unknown_encoders_are_not_taken_for_one_in_silence(place: Path, tmp_path: Path) -> None:
+    class Heard(Listener):
+        def __init__(self) -> None:
+            self.said: list[str] = []
+
+        def warn(self, sentence: str) -> None:
+            self.said.append(sentence)
+
+    for sha256, said in (("0" * 64, 1), ("1" * 64, 0)):
+        stated, heard = {"backbone": backbone(sha256)}, Heard()
+        caches = [write_new(tmp_path / f"{name}{sha256[:1]}.h5", **stated) for name in "ab"]
+        suggest(
+            config(
+                place, tmp_path, cache=caches[0], beside=caches[1:], out=tmp_path / f"{said}.csv"
+            ),
+            heard,
+        )
+        assert len(heard.said) == said
+    heard = Heard()
+    for path, said in ((place / "labelled.h5", 0), (place / "new.h5", 1)):
+        predict(PredictConfig((path,), place / "run"), heard)
+        assert len(heard.said) == said
+    assert "nothing says that" in heard.said[0] and "of one encoder" in heard.said[0]
+
+
 def test_near_equal_images_count_once(tmp_path: Path) -> None:
     """Each image five times, a little changed, and some of the labelled ones."""
     copies = np.concatenate([NEW[:20] + 0.002 * seed for seed in range(5)])
@@ -178,6 +205,7 @@ def test_labels_filled_in_make_a_cache(tmp_path: Path, capsys: pytest.CaptureFix
         (["new.h5", "--method", "a:B"], "--method names the method of an adapter"),
         (["new.h5", "--adapter", "nowhere"], "There is no adapter at nowhere"),
         (["new.h5", "--beside", "foreign.h5"], "other weights of the backbone than new.h5"),
+        (["new.h5", "--beside", "wide.h5"], "features of wide.h5 are 24 wide and those of new.h5"),
         (["foreign.h5", "--adapter", "run"], "The adapter was fitted for other weights"),
         (["again.h5", "--beside", "labelled.h5"], "there is nothing to label"),
         (["one.h5"], "There is one class, 'class 0': nothing to be unsure of"),
@@ -195,6 +223,9 @@ def test_refusals(
         Path("old.csv").write_text("path,label\na.png,cat\n")
         write_new(place / "foreign.h5", backbone=backbone("1" * 64))
         write_new(place / "again.h5", DATA.splits["train"][0][0])
+        wide = tiny_data(dim=24)
+        own = {"backbone": backbone() | {"embed_dim": 24}}
+        write_new(place / "wide.h5", wide.splits["train"][0][0], wide, **own)
         write_new(place / "one.h5", data=TinyData({}, DATA.text[:1]))
     before = sorted(place.iterdir())
     with pytest.raises(SystemExit) as ended:
