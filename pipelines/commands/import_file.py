@@ -109,8 +109,6 @@ def import_features(config: ImportConfig, listener: Listener) -> Path:
             f"classes, and features {rows.shape[1]} wide: name the model that made both."
         )
     groups = np.array(texts_of(columns.get("group", ())), object)
-    if "" in groups:
-        raise UserError("The column group is empty for some images; fill it in.")
     splits = _splits(columns.get("split"), numbers)
     content: dict[str, Any] = {**text, "text/class_names": class_names}
     for split in [split for split in ALL_SPLITS if split in splits]:
@@ -118,7 +116,12 @@ def import_features(config: ImportConfig, listener: Listener) -> Path:
         named = {"features": rows[own][None], "ids": ids[own], "labels": numbers[own]}
         if split == UNLABELLED:
             del named["labels"]
-        if len(groups):
+        if len(groups) and groups[own].any():  # a cache may have groups in some splits alone
+            if not groups[own].all():
+                raise UserError(
+                    f"The column group is empty for some {split} images; fill it in, or leave it "
+                    "empty for all of them."
+                )
             named["groups"] = groups[own]
         content |= {of_images(split, name): values for name, values in named.items()}
     origin = "column split" if "split" in columns else "all rows with a label"

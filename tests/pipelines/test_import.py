@@ -363,8 +363,27 @@ def test_groups_come_along(place: Path) -> None:
             assert cache.groups("train") == groups[::2]
             assert cache.groups("test") == groups[1::2]
     write_csv(Path("t.csv"), ["label", "split", "group"], [*rows[1:], [*rows[0][:2], ""]])
-    with pytest.raises(UserError, match="group is empty for some images; fill it in"):
+    with pytest.raises(UserError, match="group is empty for some train images; fill it in"):
         made("f.npy", labels=Path("t.csv"), force=True)
+
+
+def test_groups_of_one_split_alone_go_there_and_back(place: Path) -> None:
+    half = {name: (rows[:, :9], labels[:9]) for name, (rows, labels) in DATA.splits.items()}
+    bursts = [f"burst {row // 4}" for row in range(len(half["train"][1]))]
+    data = replace(DATA, splits={"train": half["train"], "test": half["test"]})
+    write_cache(Path("c.h5"), data, NAMES, groups={"train": bursts})
+    export(ExportConfig((Path("c.h5"),), Path("f.parquet")))
+    with made("f.parquet") as cache:
+        assert cache.groups("train") == bursts and cache.groups("test") is None
+
+
+def test_what_a_link_names_is_not_written_over(place: Path) -> None:
+    Path("victim").write_text("precious")
+    Path("c.parquet.new").symlink_to("victim")
+    export(ExportConfig((write_cache(Path("c.h5"), DATA, NAMES),), Path("c.parquet")))
+    assert Path("victim").read_text() == "precious"
+    assert parquet.read_table("c.parquet").num_rows == sum(len(n) for _, n in DATA.splits.values())
+    assert not Path("c.parquet.new").is_symlink()
 
 
 def test_one_class_is_no_question(place: Path) -> None:
