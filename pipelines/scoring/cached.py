@@ -150,7 +150,7 @@ def cached_sources(
     if split is None and cache.has("unlabelled"):
         usual = ("unlabelled",)
     sources = [(name, source(name)) for name in usual]
-    if cache.content_sha256 != adapter.info.cache_sha256:
+    if cache.metadata.content_sha256 != adapter.info.cache_sha256:
         warn_of_unknown(cache.backbone, f"{path} and the adapter", listener)
     return sources
 
