@@ -88,7 +88,7 @@ def import_features(config: ImportConfig, listener: Listener) -> Path:
     rows, columns = found.features(2), found.columns
     listener.note(_described(found.path, rows))
     if config.labels is not None:
-        columns = joined(found, read_table(config.labels), config.labels)
+        columns = joined(found, read_table(config.labels), config.labels, listener)
     labels = texts_of(columns.get("label", [""] * len(rows)))
     if config.classes is not None:
         class_names: Sequence[str] = read_class_names(config.classes)

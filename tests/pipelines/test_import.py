@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pyarrow as pa
@@ -98,6 +99,36 @@ def test_every_kind_of_file(place: Path, name: str) -> None:
         known = name in ("f.npz", "g.pt", "f.parquet")
         assert images.ids == (PATHS if known else [str(row) for row in range(len(ROWS))])
         assert (cache.splits, cache.logit_scale) == (("train",), 20.0)
+
+
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list])
+def test_lists_of_every_length(place: Path, kind: Callable[..., Any]) -> None:
+    """Polars writes large lists."""
+    lists = pa.array(list(ROWS), kind(pa.float32()))
+    parquet.write_table(pa.table({"embedding": lists}), "f.parquet")
+    with made("f.parquet", labels=Path("t.csv")) as cache:
+        assert np.array_equal(cache.images("train").features[0], ROWS)
+
+
+def test_names_in_other_forms_name_the_same_images(place: Path) -> None:
+    """Of macOS's decomposed file names, of bytes, and of a table that knows more images."""
+    names = [f"caf\u00e9 {row}.jpg" for row in range(len(ROWS))]
+    apart = [normalize("NFD", name) for name in names]
+    np.savez("f.npz", features=ROWS, path=[name.encode() for name in apart])
+    rows = [[name, NAMES[label]] for name, label in zip(names, LABELS, strict=True)]
+    write_csv(Path("t.csv"), ["path", "label"], [["no.jpg", "ant"], *reversed(rows), ["0", "bee"]])
+    heard = Heard()
+    stated = {"text": Path("text.npy"), "classes": Path("names.txt"), "logit_scale": 20.0}
+    config = ImportConfig(Path("f.npz"), Path("f.h5"), Path("t.csv"), **stated)
+    with FeatureCache(import_features(config, heard)) as cache:
+        assert cache.ids("train") == names and np.array_equal(cache.labels("train"), LABELS)
+    assert "t.csv: 2 rows are left out, which name no image of f.npz" in heard.said
+
+
+def test_labels_may_be_bytes(place: Path) -> None:
+    np.savez("f.npz", features=ROWS, labels=np.array(NAMES, "S")[LABELS])
+    with made("f.npz") as cache:
+        assert np.array_equal(cache.labels("train"), LABELS) and cache.class_names == NAMES
 
 
 def retrieval_folder(shards: int, *, metadata: bool = True) -> None:
@@ -276,6 +307,12 @@ REFUSED: dict[str, tuple[Callable[[str], None], str, str]] = {
         "cannot be read as",
     ),
     "text": (lambda _: Path("f.safetensors").write_text("{"), "f.safetensors", "cannot be read as"),
+    "junk": (
+        lambda _: Path("f.pt").write_text("hello, junk"),
+        "f.pt",
+        "it is damaged, or a file of",
+    ),
+    "elephant": (lambda _: Path("f.pt").write_text("elephant"), "f.pt", "it is damaged, or a file"),
     "nothing": (lambda _: None, "f.npy", "f.npy does not exist"),
     "kind": (lambda _: Path("f.csv").write_text("1"), "f.csv", "is none of what is read: .npy"),
     "bare folder": (lambda _: Path("img").mkdir(), "img", "0 file"),
