@@ -240,7 +240,7 @@ def _paths(ids: Sequence[str], root: Path | None, out: Path) -> list[str]:
     paths = []
     for name in ids:
         place = None if root is None else root / name
-        there = place is not None and place.is_file()
+        there = place is not None and files.is_file(place)
         path = os.path.relpath(place, out.absolute().parent) if place and there else name
         paths.append(f"./{path}" if path.startswith(("=", "+", "-", "@")) else path)
     return paths

@@ -36,14 +36,20 @@ def backbone(sha256: str = "0" * 64) -> dict[str, object]:
     }  # fmt: skip
 
 
-def write_new(path: Path, rows: np.ndarray = NEW, data: TinyData = DATA, **others: object) -> Path:
+def write_new(
+    path: Path,
+    rows: np.ndarray = NEW,
+    data: TinyData = DATA,
+    ending: str = ".png",
+    **others: object,
+) -> Path:
     """A cache of images without labels alone."""
     content = {
         "text/features": data.text,
         "text/class_names": [f"class {number}" for number in range(data.classes)],
         "text/templates": ["a {}", "the {}"],
         "images/unlabelled/features": rows[None].astype(np.float32),
-        "images/unlabelled/ids": [f"{row}.png" for row in range(len(rows))],
+        "images/unlabelled/ids": [f"{row}{ending}" for row in range(len(rows))],
     }
     stated = {"backbone": backbone(), "dataset": STATED["dataset"], "logit_scale": 20.0}
     write_content(path, content, **stated | {"logit_bias": 0.5} | others)
@@ -139,6 +145,12 @@ def test_unknown_encoders_are_not_taken_for_one_in_silence(place: Path, tmp_path
         predict(PredictConfig((path,), place / "run"), heard)
         assert len(heard.said) == said
     assert "nothing says that" in heard.said[0] and "of one encoder" in heard.said[0]
+
+
+def test_an_id_that_is_too_long_for_a_file(place: Path, tmp_path: Path) -> None:
+    write_new(tmp_path / "l.h5", ending="." + 300 * "g")
+    chosen = SuggestConfig(tmp_path / "l.h5", out=tmp_path / "l.csv", images=tmp_path)
+    assert all(path.endswith(300 * "g") for path in suggest(chosen).paths)
 
 
 def test_near_equal_images_count_once(tmp_path: Path) -> None:
