@@ -84,10 +84,16 @@ def _table(config: ExportConfig) -> int:
     require_pyarrow(config.out)
     with FeatureCache(config.cache[0]) as cache:
         rows, terminal = write_table(cache, config.out), Terminal("clip-adapter export")
-        several = [split for split in cache.splits if cache.shape(split)[0] > 1]
+        parts = {
+            "augmented views": any(cache.shape(split)[0] > 1 for split in cache.splits),
+            "features of the second encoder": cache.has("features2"),
+            "features of before the projection": cache.has("pre_projection"),
+            "the text tower": cache.has("tokens"),
+        }
+        left_out = [what for what, there in parts.items() if there]
     terminal.result(f"{config.out}: {counted(rows, 'row')}, {size(config.out.stat().st_size)}")
-    if several:
-        terminal.note("the table has the first view of each image, not the augmented ones")
+    if left_out:
+        terminal.note(f"the table has no place for what else the cache has: {', '.join(left_out)}")
     return 0
 
 

@@ -222,8 +222,8 @@ def joined(found: Found, table: Columns, name: Path, listener: Listener) -> Colu
         called = some(own)
         raise UserError(f"{name} names {what}; there they are called {called}: name each once.")
     if left := len(place.keys() - set(own)):
-        rows = counted(left, "row is", "rows are")
-        listener.warn(f"{name}: {rows} left out, which name no image of {found.path}")
+        those = counted(left, "row is", "rows are")
+        listener.warn(f"{name}: {those} left out, which name no image of {found.path}")
     taken = {what: values for what, values in table.items() if what != "id"}
     picked = {w: [None if r is None else own[r] for r in order] for w, own in taken.items()}
     return {**found.columns, **picked}

@@ -414,6 +414,25 @@ def test_groups_of_one_split_alone_go_there_and_back(place: Path) -> None:
         assert cache.groups("train") == bursts and cache.groups("test") is None
 
 
+def test_export_says_what_has_no_place_in_the_table(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = replace(DATA, splits={"train": DATA.splits["train"]})
+    two = tiny_data(views=2)
+    viewed = replace(two, splits={"train": two.splits["train"]})
+    other = {"train": np.ones((1, len(LABELS), 3), np.float32)}
+    for data, second, said in (
+        (plain, None, ""),
+        (viewed, None, "the cache has: augmented views\n"),
+        (plain, other, "the cache has: features of the second encoder\n"),
+    ):
+        write_cache(Path("c.h5"), data, second=second)
+        export(ExportConfig((Path("c.h5"),), Path("c.parquet"), force=True))
+        told = capsys.readouterr().err
+        assert told.endswith(said) and bool(told) is bool(said)
+        Path("c.h5").unlink()
+
+
 def test_what_a_link_names_is_not_written_over(place: Path) -> None:
     Path("victim").write_text("precious")
     Path("c.parquet.new").symlink_to("victim")
