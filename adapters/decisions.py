@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -141,7 +142,8 @@ def rank_of(images: int, coverage: float) -> int:
 
 def images_for(coverage: float) -> int:
     """How few images can promise a coverage: n of them at most n / (n + 1)."""
-    return math.ceil(coverage / (1 - coverage) - EXACT)
+    least = max(0, int(coverage / (1 - coverage)) - 2)  # rounding moves the quotient by less
+    return next(images for images in count(least) if rank_of(images, coverage) <= images)
 
 
 def unlucky_coverage(images: int, coverage: float, chance: float = 0.1) -> float:

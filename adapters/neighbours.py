@@ -105,14 +105,13 @@ def grouped(pairs: Int[np.ndarray, "P 2"], count: int) -> Int[np.ndarray, " N"]:
 
 
 def alike(rows: Float[np.ndarray, "N D"], least: float) -> list[list[int]]:
-    """Groups of unit rows whose cosine with the first of them is above `least`."""
-    groups: dict[int, list[int]] = {}
+    """Groups of unit rows: `grouped` of the pairs whose cosine is above `least`."""
+    pairs = [np.zeros((0, 2), np.int64)]
     for block in blocks(len(rows), len(rows)):
-        close = rows[block] @ rows.T > least
-        np.fill_diagonal(close[:, block.start :], val=True)
-        for row, first in enumerate(close.argmax(axis=1).tolist(), block.start):
-            groups.setdefault(first, []).append(row)
-    return [group for group in groups.values() if len(group) > 1]
+        first, second = np.nonzero(np.triu(rows[block] @ rows.T > least, block.start + 1))
+        pairs.append(np.stack([first + block.start, second], axis=1))
+    groups = grouped(np.concatenate(pairs), len(rows))
+    return [np.flatnonzero(groups == number).tolist() for number in range(groups.max() + 1)]
 
 
 def unsure(shares: Float[np.ndarray, "N C"]) -> Float[np.ndarray, " N"]:

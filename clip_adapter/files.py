@@ -160,6 +160,12 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112
 
 
+def check_writable(path: Path) -> None:
+    """Raises UserError where no file can get this name."""
+    if is_folder(path) or not is_folder(path.absolute().parent):
+        raise UserError(f"{path} cannot be written: there is no such folder, or it is one itself.")
+
+
 def unreadable(path: Path, error: OSError) -> UserError:
     """The sentence for a file or folder that cannot be read."""
     reason = error.strerror or (os.strerror(error.errno) if error.errno else str(error))

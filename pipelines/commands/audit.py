@@ -29,17 +29,23 @@ def print_audit(config: AuditConfig) -> None:
 
 
 def _labels(found: Audit) -> Iterator[str]:
-    """The labels that the other images speak against."""
-    number = int(np.count_nonzero(found.listed))
+    """Those that are listed, with what the other images say of them."""
+    listed = np.flatnonzero(found.listed)
+    number = len(listed)
     if not number:
-        yield "labels: every label has 5 % or more by all other images"
+        judged = np.count_nonzero(~np.isnan(found.probabilities))
+        yield (
+            "labels: every label has 5 % or more by all other images"
+            if judged
+            else "labels: every image is the only one of its class, so that no other speaks of it"
+        )
         return
-    yield f"labels: look at the first {number:,}; the other images make another class likelier"
+    yield f"labels: look at {counted(number, 'image')}; behind each the likeliest other class"
     columns = found.columns()
-    for row in range(min(number, SHOWN)):
+    for row in listed[:SHOWN].tolist():
         image, _, label, p, other, q, *_ = (column[row] for column in columns.values())
         shown = f"{_name(image)}  {_name(label)} {100 * p:.1f} %"
-        yield f"  {shown}  rather {_name(other)} {100 * q:.1f} %"
+        yield f"  {shown}  {'rather' if q > p else 'next'} {_name(other)} {100 * q:.1f} %"
     if number > SHOWN:
         yield f"  … and {number - SHOWN:,} more; --out lists them"
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from clip_adapter.adapters.decisions import images_for
 from clip_adapter.cores import limit_openmp
 from clip_adapter.errors import UserError
-from clip_adapter.files import is_there, read_bytes, write_bytes, write_text
+from clip_adapter.files import check_writable, is_there, read_bytes, write_bytes, write_text
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.parser import version
 from clip_adapter.pipelines.console.running import EXIT_PARTIAL, run_command
@@ -62,10 +62,9 @@ def export(config: ExportConfig) -> int:
         raise UserError("Name one thing to export: an adapter with --adapter, or a feature cache.")
     card = config.out.with_suffix(".md")
     for path in (config.out, card) if config.adapter else (config.out,):
+        check_writable(path)
         if is_there(path) and not config.force:
             raise UserError(f"{path} exists; choose another name, or --force to overwrite it.")
-    if not config.out.absolute().parent.is_dir():
-        raise UserError(f"{config.out} cannot be written: there is no such folder.")
     if config.adapter is None:
         return _table(config)
     return _classifier(config, config.adapter, card)
@@ -85,10 +84,16 @@ def _table(config: ExportConfig) -> int:
     require_pyarrow(config.out)
     with FeatureCache(config.cache[0]) as cache:
         rows, terminal = write_table(cache, config.out), Terminal("clip-adapter export")
-        several = [split for split in cache.splits if cache.shape(split)[0] > 1]
+        parts = {
+            "augmented views": any(cache.shape(split)[0] > 1 for split in cache.splits),
+            "features of the second encoder": cache.has("features2"),
+            "features of before the projection": cache.has("pre_projection"),
+            "the text tower": cache.has("tokens"),
+        }
+        left_out = [what for what, there in parts.items() if there]
     terminal.result(f"{config.out}: {counted(rows, 'row')}, {size(config.out.stat().st_size)}")
-    if several:
-        terminal.note("the table has the first view of each image, not the augmented ones")
+    if left_out:
+        terminal.note(f"the table has no place for what else the cache has: {', '.join(left_out)}")
     return 0
 
 

@@ -29,10 +29,16 @@ from clip_adapter.pipelines.deciding.import_features import (
     read_table,
     texts_of,
 )
+from clip_adapter.pipelines.saved.adapter_check import UNKNOWN_WEIGHTS
 from clip_adapter.words import counted, same_text, some
 
 UNIT = 1e-3  # how far from 1 lengths may be that somebody has made 1
-UNKNOWN = {"name": "unknown", "weights_sha256": "0" * 64, "image_size": 1, "quick_gelu": False}
+UNKNOWN = {
+    "name": "unknown",
+    "weights_sha256": UNKNOWN_WEIGHTS,
+    "image_size": 1,
+    "quick_gelu": False,
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def import_features(config: ImportConfig, listener: Listener) -> Path:
     rows, columns = found.features(2), found.columns
     listener.note(_described(found.path, rows))
     if config.labels is not None:
-        columns = joined(found, read_table(config.labels), config.labels)
+        columns = joined(found, read_table(config.labels), config.labels, listener)
     labels = texts_of(columns.get("label", [""] * len(rows)))
     if config.classes is not None:
         class_names: Sequence[str] = read_class_names(config.classes)
@@ -103,8 +109,6 @@ def import_features(config: ImportConfig, listener: Listener) -> Path:
             f"classes, and features {rows.shape[1]} wide: name the model that made both."
         )
     groups = np.array(texts_of(columns.get("group", ())), object)
-    if "" in groups:
-        raise UserError("The column group is empty for some images; fill it in.")
     splits = _splits(columns.get("split"), numbers)
     content: dict[str, Any] = {**text, "text/class_names": class_names}
     for split in [split for split in ALL_SPLITS if split in splits]:
@@ -112,7 +116,12 @@ def import_features(config: ImportConfig, listener: Listener) -> Path:
         named = {"features": rows[own][None], "ids": ids[own], "labels": numbers[own]}
         if split == UNLABELLED:
             del named["labels"]
-        if len(groups):
+        if len(groups) and groups[own].any():  # a cache may have groups in some splits alone
+            if not groups[own].all():
+                raise UserError(
+                    f"The column group is empty for some {split} images; fill it in, or leave it "
+                    "empty for all of them."
+                )
             named["groups"] = groups[own]
         content |= {of_images(split, name): values for name, values in named.items()}
     origin = "column split" if "split" in columns else "all rows with a label"

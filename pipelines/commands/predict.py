@@ -12,7 +12,7 @@ from clip_adapter.cores import available_cores, limit_openmp
 from clip_adapter.errors import UserError, require_within
 from clip_adapter.extract.config import check_work
 from clip_adapter.extract.datasets.image_files import Listing
-from clip_adapter.files import unreadable
+from clip_adapter.files import check_writable, unreadable
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.running import EXIT_PARTIAL, run_command
@@ -141,7 +141,7 @@ def predict(config: PredictConfig, listener: Listener | None = None) -> Predicte
     if images or not caches:
         sources.append(_files(images, adapter, config, listener))
     for path in caches:
-        for split, source in cached_sources(path, config.split, adapter):
+        for split, source in cached_sources(path, config.split, adapter, listener):
             listener.note(f"{path}: {counted(source.count, f'{split} image')}")
             sources.append(source)
     for sentence in answers.sentences() if answers else ():
@@ -215,8 +215,7 @@ def form_of(config: PredictConfig) -> str:
         from clip_adapter.pipelines.deciding.feature_table import require_pyarrow
 
         require_pyarrow(out)
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise UserError(f"{out} cannot be written: there is no such folder, or it is one itself.")
+    check_writable(out)
     return by_name
 
 

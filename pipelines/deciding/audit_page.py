@@ -38,8 +38,8 @@ def write_page(path: Path, found: Audit, cache: FeatureCache, images: Path | Non
     page = rendered(
         TEMPLATE,
         title=printable(str(cache.dataset.get("name", cache.path.name))),
-        sentence=f"{counted(len(found.ids), 'labelled image')}, of which the other images speak "
-        f"against {counted(len(listed), 'label')}. Whether a label is wrong, they cannot say.",
+        sentence=f"{counted(len(found.ids), 'labelled image')}, {len(listed):,} of them to look at."
+        " Whether a label is wrong, the other images cannot say.",
         sections=sections,
     )
     write_text(path, page)
@@ -50,11 +50,12 @@ def _labels(found: Audit, rows: Iterable[int], read: ReadImage | None) -> Sectio
         label, other = found.labels[row], found.likelier[row]
         p, q = found.probabilities[row], found.likelier_probabilities[row]
         names = printable(found.class_names[label]), printable(found.class_names[other])
-        return [f"{names[0]} {100 * p:.1f} %", f"rather {names[1]} {100 * q:.1f} %"]
+        word = "rather" if q > p else "next"
+        return [f"{names[0]} {100 * p:.1f} %", f"{word} {names[1]} {100 * q:.1f} %"]
 
     shown = [_thumbnail(found, row, words(row), read) for row in rows]
-    galleries = [Gallery("The least likely ones first", shown)] if shown else []
-    text = "Below each picture its label, and the class that all other images make likelier."
+    galleries = [Gallery("What to look at first", shown)] if shown else []
+    text = "Below each picture its label, and the likeliest other class, by all other images."
     return Section("Labels", [text if shown else "None is listed."], galleries=galleries)
 
 

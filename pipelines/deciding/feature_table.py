@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from clip_adapter import files
 from clip_adapter.cache.reader import BLOCK_ROWS, FeatureCache
 from clip_adapter.cache.schema import UNLABELLED
 from clip_adapter.errors import UserError
-from clip_adapter.files import parse_json
 
 STATED = b"clip_adapter"  # in the table's own metadata
 
@@ -50,38 +50,29 @@ def write_table(cache: FeatureCache, out: Path) -> int:
         [*texts, ("features", pa.list_(pa.float32(), dim))], {STATED: json.dumps(stated)}
     )
     names = np.array(cache.class_names, object)
-    temporary = out.with_name(out.name + ".new")
     total = 0
-    try:
-        with parquet.ParquetWriter(temporary, schema) as writer:
-            for split in cache.all_splits:
-                count = cache.shape(split)[1]
-                labels = np.full(count, None)
-                if split != UNLABELLED:
-                    labels = names[cache.labels(split)]
-                own = (
-                    np.full(count, None)
-                    if groups[split] is None
-                    else np.array(groups[split], object)
-                )
-                for start in range(0, count, BLOCK_ROWS):
-                    rows = np.arange(start, min(start + BLOCK_ROWS, count))
-                    flat = pa.array(cache.features(split, rows, views=1)[0].ravel())
-                    features = pa.FixedSizeListArray.from_arrays(flat, dim)
-                    columns = [cache.ids(split, rows), labels[rows], [split] * len(rows)]
-                    columns += [own[rows]] if grouped else []
-                    writer.write_table(pa.table([*columns, features], schema=schema))
-                total += count
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.written(out) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+        for split in cache.all_splits:
+            count = cache.shape(split)[1]
+            labels = np.full(count, None)
+            if split != UNLABELLED:
+                labels = names[cache.labels(split)]
+            own = np.full(count, None) if groups[split] is None else np.array(groups[split], object)
+            for start in range(0, count, BLOCK_ROWS):
+                rows = np.arange(start, min(start + BLOCK_ROWS, count))
+                flat = pa.array(cache.features(split, rows, views=1)[0].ravel())
+                features = pa.FixedSizeListArray.from_arrays(flat, dim)
+                columns = [cache.ids(split, rows), labels[rows], [split] * len(rows)]
+                columns += [own[rows]] if grouped else []
+                writer.write_table(pa.table([*columns, features], schema=schema))
+            total += count
     return total
 
 
 def stated_classes(schema: Any) -> list[str]:
     """The class names that `write_table` has put into a table's schema; none of other tables."""
     try:
-        names = parse_json((schema.metadata or {})[STATED])["class_names"]
+        names = files.parse_json((schema.metadata or {})[STATED])["class_names"]
     except (KeyError, TypeError, ValueError):
         return []
     sound = isinstance(names, list) and all(isinstance(name, str) for name in names)

@@ -15,6 +15,7 @@ from clip_adapter.errors import UserError, first_line
 from clip_adapter.extract.datasets.image_files import natural_order
 from clip_adapter.extract.datasets.table import DELIMITERS
 from clip_adapter.files import is_there, read_users_text, unreadable
+from clip_adapter.listener import Listener
 from clip_adapter.pipelines.deciding.feature_table import require_pyarrow, stated_classes
 from clip_adapter.words import counted, quoted, shortened, some
 
@@ -78,6 +79,8 @@ def read_found(path: Path) -> Found:
         reason = shortened(first_line(error), 200)
         if any(word in str(error).casefold() for word in ("pickle", "object", "weights_only")):
             reason = "it holds Python objects, which are not run; save the numbers alone"
+        elif isinstance(error, LookupError):  # such as 101, a byte that torch.load does not know
+            reason = "it is damaged, or a file of another kind"
         raise UserError(f"{path} cannot be read as {path.suffix}: {reason}.") from error
 
 
@@ -152,7 +155,8 @@ def _parquet(path: Path) -> Found:
     arrays, lists = {}, {}
     for name in table.column_names:
         column = table[name].combine_chunks()
-        if not (pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)):
+        lists_of = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+        if not any(own(column.type) for own in lists_of):
             lists[name] = column.to_pylist()
         elif pa.types.is_floating(column.type.value_type):
             widths = compute.unique(compute.list_value_length(column))
@@ -195,9 +199,9 @@ def _folder(folder: Path) -> Found:
     return Found(folder, {"features": np.concatenate(rows)}, merged)
 
 
-def joined(found: Found, table: Columns, name: Path) -> Columns:
+def joined(found: Found, table: Columns, name: Path, listener: Listener) -> Columns:
     """The columns of the features and of a table: by ids where both have some, else row by row.
-    None stands in rows that the table does not name.
+    None stands in rows that the table does not name; how many rows name no image is said.
 
     Raises UserError where numbers of rows differ, and for ids that occur twice or nowhere.
     """
@@ -210,12 +214,16 @@ def joined(found: Found, table: Columns, name: Path) -> Columns:
                 "one for each, in the same order, or the images' paths in both."
             )
         return {**found.columns, **table}
-    place = {str(key): row for row, key in enumerate(theirs)}
-    order = [place.get(str(key)) for key in own]
+    own = texts_of(own)
+    place = {key: row for row, key in enumerate(texts_of(theirs))}
+    order = [place.get(key) for key in own]
     if len(place) < len(theirs) or not any(row is not None for row in order):
         what = "an image twice" if len(place) < len(theirs) else f"none of {found.path}'s images"
-        called = some([str(key) for key in own])
+        called = some(own)
         raise UserError(f"{name} names {what}; there they are called {called}: name each once.")
+    if left := len(place.keys() - set(own)):
+        those = counted(left, "row is", "rows are")
+        listener.warn(f"{name}: {those} left out, which name no image of {found.path}")
     taken = {what: values for what, values in table.items() if what != "id"}
     picked = {w: [None if r is None else own[r] for r in order] for w, own in taken.items()}
     return {**found.columns, **picked}
@@ -227,6 +235,8 @@ def texts_of(values: Sequence[Any]) -> list[str]:
 
 
 def _written(value: Any) -> str:
+    if isinstance(value, bytes):  # NumPy's dtype S
+        return value.decode(errors="backslashreplace").strip()
     # Whole numbers become floating-point ones where a column lacks some.
     whole = isinstance(value, float) and value.is_integer()
     return str(int(value) if whole else value).strip()

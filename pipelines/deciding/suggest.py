@@ -143,9 +143,10 @@ def suggest(config: SuggestConfig, listener: Listener | None = None) -> Suggesti
                 f"images:FOLDER --like {cache.path}."
             )
         beside = [stack.enter_context(FeatureCache(path)) for path in config.beside]
+        listener = listener or Listener()
         for other in beside:
-            check_same_encoder(cache, other, "--beside")
-        found = _suggest(config, cache, beside, adapter, listener or Listener())
+            check_same_encoder(cache, other, "--beside", listener)
+        found = _suggest(config, cache, beside, adapter, listener)
     _write(out, found)
     return found
 
@@ -239,7 +240,7 @@ def _paths(ids: Sequence[str], root: Path | None, out: Path) -> list[str]:
     paths = []
     for name in ids:
         place = None if root is None else root / name
-        there = place is not None and place.is_file()
+        there = place is not None and files.is_file(place)
         path = os.path.relpath(place, out.absolute().parent) if place and there else name
         paths.append(f"./{path}" if path.startswith(("=", "+", "-", "@")) else path)
     return paths

@@ -136,7 +136,7 @@ def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -
             raise UserError(
                 f"{cache.path} has other groups than when {begun} was started; start a new run."
             )
-        unlabelled = unlabelled_of(config, stored, cache)
+        unlabelled = unlabelled_of(config, stored, cache, listener)
         taken = taken_of(config, stored, cache)
         plan = stored if stored and config.resume else None
         plan = plan or _new_plan(config, cache, stated, groups, unlabelled, taken, listener)

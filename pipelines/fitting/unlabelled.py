@@ -27,6 +27,7 @@ from clip_adapter.adapters.stata import (
 )
 from clip_adapter.cache.reader import BLOCK_ROWS, FeatureCache
 from clip_adapter.errors import UserError
+from clip_adapter.listener import Listener
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.saved.adapter_check import takes_both
@@ -89,7 +90,9 @@ class Refined:
         )
 
 
-def unlabelled_of(config: FitConfig, stored: Plan | None, cache: FeatureCache) -> Unlabelled | None:
+def unlabelled_of(
+    config: FitConfig, stored: Plan | None, cache: FeatureCache, listener: Listener
+) -> Unlabelled | None:
     """The images without labels that refine what is chosen.
 
     Raises UserError where they are not those that a run was started with.
@@ -97,7 +100,7 @@ def unlabelled_of(config: FitConfig, stored: Plan | None, cache: FeatureCache) -
     path = config.unlabelled or (stored and config.resume and stored.unlabelled_cache)
     if not path:
         return None
-    unlabelled = read_unlabelled(Path(path), cache)
+    unlabelled = read_unlabelled(Path(path), cache, listener)
     if stored and config.resume and stored.unlabelled != unlabelled.identity:
         raise UserError(
             f"--unlabelled: the images without labels of {path} are not those that {config.resume} "
@@ -106,7 +109,7 @@ def unlabelled_of(config: FitConfig, stored: Plan | None, cache: FeatureCache) -
     return unlabelled
 
 
-def read_unlabelled(path: Path, cache: FeatureCache) -> Unlabelled:
+def read_unlabelled(path: Path, cache: FeatureCache, listener: Listener) -> Unlabelled:
     """The images without labels of the cache at `path`, whose classes and prompts do not matter.
 
     Raises UserError where it has none, or was made with another backbone or preprocessing than
@@ -115,7 +118,7 @@ def read_unlabelled(path: Path, cache: FeatureCache) -> Unlabelled:
     with FeatureCache(path) as other:
         if not other.has("unlabelled"):
             raise UserError(f"--unlabelled: {path} holds no images without labels.")
-        check_same_encoder(cache, other, "--unlabelled")
+        check_same_encoder(cache, other, "--unlabelled", listener)
         rows = np.arange(other.shape("unlabelled")[1])
         features = other.features("unlabelled", rows, views=1)[0]
         digests = other.hashes("unlabelled", "digests")

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from clip_adapter.adapters.method import Head, Method, Setting
 from clip_adapter.adapters.stata import FLOOR, Refinement
 from clip_adapter.errors import UserError
+from clip_adapter.listener import Listener
 
 if TYPE_CHECKING:
     from clip_adapter.pipelines.saved.adapter_file import AdapterInfo
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 INFO_FILE = "adapter.json"
 WEIGHTS = "weights"  # the classifier weights before adaptation, unit rows
 SHORTEST_WEIGHTS = 0.5
+UNKNOWN_WEIGHTS = "0" * 64  # the hash that `import` states of an encoder that it has not seen
 ROWS = 3
 
 
@@ -213,6 +215,17 @@ def _check_same(
                 f"{reprlib.repr(preprocessed.get(key))}, {name} here uses "
                 f"{reprlib.repr(value)}; extract and fit again."
             )
+
+
+def warn_of_unknown(identity: Mapping[str, Any], these: str, listener: Listener) -> None:
+    """Say where equal hashes of weights prove nothing, as `import` knows none.
+
+    identity: of either of `these`, whose hashes are equal.
+    """
+    if identity.get("weights_sha256") == UNKNOWN_WEIGHTS:
+        listener.warn(
+            f"nothing says that {these} are of one encoder, since the weights of both are unknown"
+        )
 
 
 def check_same_width(found: int, wanted: int, name: str) -> None:

@@ -14,11 +14,13 @@ import numpy.typing as npt
 
 from clip_adapter.errors import UserError
 from clip_adapter.files import is_file
+from clip_adapter.listener import Listener
 from clip_adapter.pipelines.saved.adapter_check import (
     check_same_backbone,
     check_same_second,
     check_same_width,
     feature_width,
+    warn_of_unknown,
 )
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter
 
@@ -129,7 +131,7 @@ def is_cache(path: Path) -> bool:
 
 
 def cached_sources(
-    path: Path, split: str | None, adapter: SavedAdapter
+    path: Path, split: str | None, adapter: SavedAdapter, listener: Listener
 ) -> list[tuple[str, Source]]:
     """The images of a cache with the split that they are of: of `split`, else those without labels,
     else of every split that it has. The file stays open as long as they are.
@@ -147,20 +149,34 @@ def cached_sources(
     usual = cache.all_splits if split is None else (split,)
     if split is None and cache.has("unlabelled"):
         usual = ("unlabelled",)
-    return [(name, source(name)) for name in usual]
+    sources = [(name, source(name)) for name in usual]
+    if cache.metadata.content_sha256 != adapter.info.cache_sha256:
+        warn_of_unknown(cache.backbone, f"{path} and the adapter", listener)
+    return sources
 
 
 def width_of(adapter: SavedAdapter) -> int:
     return feature_width(adapter.method, adapter.arrays, adapter.head)
 
 
-def check_same_encoder(cache: FeatureCache, other: FeatureCache, option: str) -> None:
-    """Raises UserError where `other`, named by an option, has another backbone or preprocessing."""
+def check_same_encoder(
+    cache: FeatureCache, other: FeatureCache, option: str, listener: Listener
+) -> None:
+    """Raises UserError where `other`, named by an option, has another backbone, preprocessing or
+    width; says so where the weights of both are unknown, so that none of this shows."""
     weights = (cache.backbone.get("weights_sha256"), other.backbone.get("weights_sha256"))
     before = (json.dumps(dict(one.preprocess), sort_keys=True) for one in (cache, other))
+    own, found = cache.lengths["D"], other.lengths["D"]
     if len(set(weights)) > 1 or len(set(before)) > 1:
         what = "preprocessing" if len(set(weights)) == 1 else "weights of the backbone"
         raise UserError(
             f"{option}: {other.path} was made with other {what} than {cache.path}; extract its "
             "images with the same."
         )
+    if found != own:
+        raise UserError(
+            f"{option}: the features of {other.path} are {found} wide and those of {cache.path} "
+            f"{own}; extract its images with the same backbone."
+        )
+    if other.path != cache.path:
+        warn_of_unknown(other.backbone, f"{other.path} and {cache.path}", listener)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BytesIO, StringIO
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -73,10 +73,10 @@ def write_csv(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> N
     Names that begin with = + - @ get an apostrophe before them; in JSON names are exact.
     """
     writer = csv.writer(out, lineterminator="\n")
-    for number, prediction in enumerate(predictions):
-        row = columns_of(prediction)
-        if not number:
-            writer.writerow(row)
+    rows = map(columns_of, predictions)
+    first = list(islice(rows, 1))
+    writer.writerow(first[0] if first else ["image"])
+    for row in chain(first, rows):
         texts = (class_words(own) if isinstance(own, list) else own for own in row.values())
         writer.writerow([cell(own) if isinstance(own, str) else own for own in texts])
 
@@ -269,5 +269,4 @@ def check_place(path: Path | None, suffix: str) -> None:
     if path.suffix != suffix:
         kind = suffix[1:].upper()
         raise UserError(f"{path} is written as {kind}; give it a name that ends in {suffix}.")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"{path} cannot be written: there is no such folder, or it is one itself.")
+    files.check_writable(path)

@@ -150,7 +150,7 @@ def test_sets_hold_the_label_as_often_as_promised_over_random_splits(
 
 def test_too_few_images_promise_nothing_and_say_so() -> None:
     assert [images_for(share) for share in (0.5, 0.9, 0.95, 0.99)] == [1, 9, 19, 99]
-    for share in (0.5, 0.9, 0.95, 0.99):
+    for share in (0.5, 0.9, 0.95, 0.99, 0.999, 0.9999, 2 / 3, 0.97):
         assert rank_of(images_for(share), share) == images_for(share)
         assert rank_of(images_for(share) - 1, share) > images_for(share) - 1
     few = decisions(18)

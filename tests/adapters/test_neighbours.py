@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.sparse.csgraph import connected_components
 
 from clip_adapter.adapters.neighbours import (
     alike,
@@ -83,7 +84,23 @@ def test_the_usual_reach_is_that_of_the_tenth_neighbour():
     assert usual_reach(rows[:1] @ rows[:1].T) == pytest.approx(1e-6)
 
 
-def test_alike_are_grouped_by_the_first():
+def test_alike_are_joined_by_a_third():
+    """By angles: a chain whose ends are far apart, a pair between others, and one alone."""
+    angles = np.deg2rad([0, 10, 20, 90, 30, 97, 150])
+    rows = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    assert alike(rows, 0.95) == [[0, 1, 2, 4], [3, 5]]
+    near = np.deg2rad([60, 0, 12, -12])  # 2 and 3 are near 1 alone
+    assert alike(np.stack([np.cos(near), np.sin(near)], axis=1), 0.95) == [[1, 2, 3]]
+    many = np.random.default_rng(0).normal(size=(700, 3))
+    many /= np.linalg.norm(many, axis=1, keepdims=True)
+    wanted = connected_components(many @ many.T > 0.999)[1]
+    found = alike(many, 0.999)
+    assert {frozenset(group) for group in found} == {
+        frozenset(np.flatnonzero(wanted == n)) for n in wanted if (wanted == n).sum() > 1
+    }
+
+
+def test_equal_rows_are_alike():
     rows = directions(6)
     rows[[2, 5]] = rows[0]
     rows[4] = rows[1]

@@ -38,6 +38,11 @@ def mislabelled() -> tuple[TinyData, list[int]]:
     return CLEAN.with_split("train", (vectors, labels)), wrong
 
 
+def train_alone(counts: tuple[int, ...], **options: Any) -> TinyData:
+    made = tiny_data(train=counts, val=0, test=0, **options)
+    return TinyData({"train": made.splits["train"]}, made.text)
+
+
 def with_twins(data: TinyData, copies: int) -> TinyData:
     """Test images at the end that are training images, some of them a little changed."""
     vectors, labels = data.splits["test"]
@@ -65,6 +70,31 @@ def test_labels_that_all_other_images_speak_against(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.listed, found.probabilities < 0.05)
     chosen = audit(AuditConfig(tmp_path / "c.h5", count=7))
     assert np.flatnonzero(chosen.listed).tolist() == list(range(7))
+
+
+def test_the_terminal_shows_what_is_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of many classes those below 5 % are no first rows of the order."""
+    cache = write_cache(tmp_path / "c.h5", train_alone((3,) * 60, noise=1.2))
+    found = audit(AuditConfig(cache))
+    listed = np.flatnonzero(found.listed)
+    assert listed[:10].tolist() != list(range(10)), "choose data on which they are not the first"
+    print_audit(AuditConfig(cache))
+    first, *lines = capsys.readouterr().out.partition("labels: ")[2].splitlines()
+    assert first.startswith(f"look at {len(listed)} images")
+    assert [line.split()[0] for line in lines[:10]] == [found.ids[row] for row in listed[:10]]
+
+
+def test_no_label_is_said_to_be_unlikely_that_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_audit(AuditConfig(write_cache(tmp_path / "c.h5", CLEAN), count=5))
+    said = capsys.readouterr().out
+    assert "likelier" not in said and "rather" not in said and said.count(" %  next class ") == 5
+    print_audit(AuditConfig(write_cache(tmp_path / "alone.h5", train_alone((1,) * 6))))
+    said = capsys.readouterr().out
+    assert "5 %" not in said and "every image is the only one of its class" in said
 
 
 def test_twins_on_two_sides_of_a_split_and_the_accuracy_with_and_without(tmp_path: Path) -> None:
@@ -103,7 +133,7 @@ def test_the_table_and_the_frame(tmp_path: Path, capsys: pytest.CaptureFixture[s
     config = AuditConfig(cache, out=tmp_path / "audit.csv")
     print_audit(config)
     said = capsys.readouterr().out
-    assert "look at the first" in said and "wrong" not in said
+    assert "labels: look at " in said and "wrong" not in said
     assert "4 of 44 test images have a twin in another split: gda on train gets" in said
     assert "8 images in 4 groups of near-equal ones, 4 of them equal" in said
     found = audit(AuditConfig(cache))
@@ -258,7 +288,10 @@ def test_the_page_takes_names_as_text_and_does_without_pictures(tmp_path: Path) 
     page = (tmp_path / "p.html").read_text()
     assert "<script>" not in page and "&lt;script&gt;1&lt;/script&gt;" in page
     assert not pictures(page) and "--images says where the paths" in page
-    assert page.count("rather ") == found.listed.sum() == 48
+    likelier = found.likelier_probabilities > found.probabilities
+    assert page.count("rather ") == (found.listed & likelier).sum() > 0
+    assert page.count("next ") == (found.listed & ~likelier).sum() > 0
+    assert found.listed.sum() == 48
     with pytest.raises(UserError, match="--images is for the pictures of a page"):
         audit(AuditConfig(cache, images=tmp_path))
 

@@ -247,6 +247,9 @@ def test_logits_far_beyond_the_scale_are_compared_by_their_own_size(
         (ExportConfig((Path("f.h5"),), Path("c.csv")), "let --out end with .parquet"),
         (ExportConfig((Path("f.h5"),), Path("c.parquet"), method="a:b"), "are of an adapter"),
         (ExportConfig((), Path("no/c.onnx"), Path("run")), "there is no such folder"),
+        (ExportConfig((), Path("f.onnx"), Path("run"), force=True), "f.onnx cannot be written"),
+        (ExportConfig((), Path("g.onnx"), Path("run"), force=True), "g.md cannot be written"),
+        (ExportConfig((Path("c.h5"),), Path("f.parquet"), force=True), "or it is one itself"),
         (ExportConfig((), Path("photo.onnx"), Path("run")), r"photo.md exists; choose another"),
         (ExportConfig((), Path("c.onnx"), Path("none")), "There is no adapter at none"),
     ],
@@ -256,9 +259,12 @@ def test_what_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photo.md").write_text("mine")
+    for folder in ("f.onnx", "g.md", "f.parquet"):
+        (tmp_path / folder).mkdir()
+    before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=sentence):
         export(config)
-    assert [path.name for path in tmp_path.iterdir()] == ["photo.md"]
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_onnx_needs_its_extra(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

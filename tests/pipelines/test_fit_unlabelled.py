@@ -222,13 +222,16 @@ def test_other_caches_are_refused(cache: Path, tmp_path: Path):
     blurred = with_images(tmp_path / "b.h5", cache, new_images(2), preprocess={"size": [9, 9]})
     labelled = write_cache(tmp_path / "l.h5", DATA)
     few = with_images(tmp_path / "few.h5", cache, DATA.splits["test"][0][0, :5])
+    wide = with_images(tmp_path / "w.h5", write_cache(tmp_path / "8.h5", tiny_data(dim=8)),
+                       np.ones((30, 8)))  # fmt: skip
     with FeatureCache(cache) as opened:
         for path, sentence in (
             (foreign, "was made with other weights of the backbone than"),
             (blurred, "was made with other preprocessing than"),
+            (wide, f"features of .*w.h5 are 8 wide and those of .* {DIM}; extract"),
             (labelled, "holds no images without labels"),
         ):
             with pytest.raises(UserError, match=sentence):
-                read_unlabelled(path, opened)
+                read_unlabelled(path, opened, Listener())
     with pytest.raises(UserError, match="of 5 images 0 take no part"):
         run(cache, tmp_path / "run", few)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pyarrow as pa
@@ -98,6 +99,36 @@ def test_every_kind_of_file(place: Path, name: str) -> None:
         known = name in ("f.npz", "g.pt", "f.parquet")
         assert images.ids == (PATHS if known else [str(row) for row in range(len(ROWS))])
         assert (cache.splits, cache.logit_scale) == (("train",), 20.0)
+
+
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list])
+def test_lists_of_every_length(place: Path, kind: Callable[..., Any]) -> None:
+    """Polars writes large lists."""
+    lists = pa.array(list(ROWS), kind(pa.float32()))
+    parquet.write_table(pa.table({"embedding": lists}), "f.parquet")
+    with made("f.parquet", labels=Path("t.csv")) as cache:
+        assert np.array_equal(cache.images("train").features[0], ROWS)
+
+
+def test_names_in_other_forms_name_the_same_images(place: Path) -> None:
+    """Of macOS's decomposed file names, of bytes, and of a table that knows more images."""
+    names = [f"caf\u00e9 {row}.jpg" for row in range(len(ROWS))]
+    apart = [normalize("NFD", name) for name in names]
+    np.savez("f.npz", features=ROWS, path=[name.encode() for name in apart])
+    rows = [[name, NAMES[label]] for name, label in zip(names, LABELS, strict=True)]
+    write_csv(Path("t.csv"), ["path", "label"], [["no.jpg", "ant"], *reversed(rows), ["0", "bee"]])
+    heard = Heard()
+    stated = {"text": Path("text.npy"), "classes": Path("names.txt"), "logit_scale": 20.0}
+    config = ImportConfig(Path("f.npz"), Path("f.h5"), Path("t.csv"), **stated)
+    with FeatureCache(import_features(config, heard)) as cache:
+        assert cache.ids("train") == names and np.array_equal(cache.labels("train"), LABELS)
+    assert "t.csv: 2 rows are left out, which name no image of f.npz" in heard.said
+
+
+def test_labels_may_be_bytes(place: Path) -> None:
+    np.savez("f.npz", features=ROWS, labels=np.array(NAMES, "S")[LABELS])
+    with made("f.npz") as cache:
+        assert np.array_equal(cache.labels("train"), LABELS) and cache.class_names == NAMES
 
 
 def retrieval_folder(shards: int, *, metadata: bool = True) -> None:
@@ -276,6 +307,12 @@ REFUSED: dict[str, tuple[Callable[[str], None], str, str]] = {
         "cannot be read as",
     ),
     "text": (lambda _: Path("f.safetensors").write_text("{"), "f.safetensors", "cannot be read as"),
+    "junk": (
+        lambda _: Path("f.pt").write_text("hello, junk"),
+        "f.pt",
+        "it is damaged, or a file of",
+    ),
+    "elephant": (lambda _: Path("f.pt").write_text("elephant"), "f.pt", "it is damaged, or a file"),
     "nothing": (lambda _: None, "f.npy", "f.npy does not exist"),
     "kind": (lambda _: Path("f.csv").write_text("1"), "f.csv", "is none of what is read: .npy"),
     "bare folder": (lambda _: Path("img").mkdir(), "img", "0 file"),
@@ -363,8 +400,46 @@ def test_groups_come_along(place: Path) -> None:
             assert cache.groups("train") == groups[::2]
             assert cache.groups("test") == groups[1::2]
     write_csv(Path("t.csv"), ["label", "split", "group"], [*rows[1:], [*rows[0][:2], ""]])
-    with pytest.raises(UserError, match="group is empty for some images; fill it in"):
+    with pytest.raises(UserError, match="group is empty for some train images; fill it in"):
         made("f.npy", labels=Path("t.csv"), force=True)
+
+
+def test_groups_of_one_split_alone_go_there_and_back(place: Path) -> None:
+    half = {name: (rows[:, :9], labels[:9]) for name, (rows, labels) in DATA.splits.items()}
+    bursts = [f"burst {row // 4}" for row in range(len(half["train"][1]))]
+    data = replace(DATA, splits={"train": half["train"], "test": half["test"]})
+    write_cache(Path("c.h5"), data, NAMES, groups={"train": bursts})
+    export(ExportConfig((Path("c.h5"),), Path("f.parquet")))
+    with made("f.parquet") as cache:
+        assert cache.groups("train") == bursts and cache.groups("test") is None
+
+
+def test_export_says_what_has_no_place_in_the_table(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = replace(DATA, splits={"train": DATA.splits["train"]})
+    two = tiny_data(views=2)
+    viewed = replace(two, splits={"train": two.splits["train"]})
+    other = {"train": np.ones((1, len(LABELS), 3), np.float32)}
+    for data, second, said in (
+        (plain, None, ""),
+        (viewed, None, "the cache has: augmented views\n"),
+        (plain, other, "the cache has: features of the second encoder\n"),
+    ):
+        write_cache(Path("c.h5"), data, second=second)
+        export(ExportConfig((Path("c.h5"),), Path("c.parquet"), force=True))
+        told = capsys.readouterr().err
+        assert told.endswith(said) and bool(told) is bool(said)
+        Path("c.h5").unlink()
+
+
+def test_what_a_link_names_is_not_written_over(place: Path) -> None:
+    Path("victim").write_text("precious")
+    Path("c.parquet.new").symlink_to("victim")
+    export(ExportConfig((write_cache(Path("c.h5"), DATA, NAMES),), Path("c.parquet")))
+    assert Path("victim").read_text() == "precious"
+    assert parquet.read_table("c.parquet").num_rows == sum(len(n) for _, n in DATA.splits.values())
+    assert not Path("c.parquet.new").is_symlink()
 
 
 def test_one_class_is_no_question(place: Path) -> None:

@@ -15,7 +15,9 @@ from clip_adapter.cache.writer import write_cache as write_content
 from clip_adapter.errors import UserError
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.run import extract
+from clip_adapter.listener import Listener
 from clip_adapter.pipelines.commands.fit import fit
+from clip_adapter.pipelines.commands.predict import PredictConfig, predict
 from clip_adapter.pipelines.commands.suggest import main
 from clip_adapter.pipelines.deciding.suggest import SuggestConfig, suggest
 from clip_adapter.pipelines.saved.adapter_file import load_adapter, save_adapter
@@ -34,14 +36,20 @@ def backbone(sha256: str = "0" * 64) -> dict[str, object]:
     }  # fmt: skip
 
 
-def write_new(path: Path, rows: np.ndarray = NEW, data: TinyData = DATA, **others: object) -> Path:
+def write_new(
+    path: Path,
+    rows: np.ndarray = NEW,
+    data: TinyData = DATA,
+    ending: str = ".png",
+    **others: object,
+) -> Path:
     """A cache of images without labels alone."""
     content = {
         "text/features": data.text,
         "text/class_names": [f"class {number}" for number in range(data.classes)],
         "text/templates": ["a {}", "the {}"],
         "images/unlabelled/features": rows[None].astype(np.float32),
-        "images/unlabelled/ids": [f"{row}.png" for row in range(len(rows))],
+        "images/unlabelled/ids": [f"{row}{ending}" for row in range(len(rows))],
     }
     stated = {"backbone": backbone(), "dataset": STATED["dataset"], "logit_scale": 20.0}
     write_content(path, content, **stated | {"logit_bias": 0.5} | others)
@@ -114,6 +122,37 @@ def test_an_adapter_at_its_temperature_beside_labelled_images(place: Path, tmp_p
         assert suggest(replace(chosen, adapter=tmp_path / "hot")).ids != found.ids
 
 
+def test_unknown_encoders_are_not_taken_for_one_in_silence(place: Path, tmp_path: Path) -> None:
+    class Heard(Listener):
+        def __init__(self) -> None:
+            self.said: list[str] = []
+
+        def warn(self, sentence: str) -> None:
+            self.said.append(sentence)
+
+    for sha256, said in (("0" * 64, 1), ("1" * 64, 0)):
+        stated, heard = {"backbone": backbone(sha256)}, Heard()
+        caches = [write_new(tmp_path / f"{name}{sha256[:1]}.h5", **stated) for name in "ab"]
+        suggest(
+            config(
+                place, tmp_path, cache=caches[0], beside=caches[1:], out=tmp_path / f"{said}.csv"
+            ),
+            heard,
+        )
+        assert len(heard.said) == said
+    heard = Heard()
+    for path, said in ((place / "labelled.h5", 0), (place / "new.h5", 1)):
+        predict(PredictConfig((path,), place / "run"), heard)
+        assert len(heard.said) == said
+    assert "nothing says that" in heard.said[0] and "of one encoder" in heard.said[0]
+
+
+def test_an_id_that_is_too_long_for_a_file(place: Path, tmp_path: Path) -> None:
+    write_new(tmp_path / "l.h5", ending="." + 300 * "g")
+    chosen = SuggestConfig(tmp_path / "l.h5", out=tmp_path / "l.csv", images=tmp_path)
+    assert all(path.endswith(300 * "g") for path in suggest(chosen).paths)
+
+
 def test_near_equal_images_count_once(tmp_path: Path) -> None:
     """Each image five times, a little changed, and some of the labelled ones."""
     copies = np.concatenate([NEW[:20] + 0.002 * seed for seed in range(5)])
@@ -178,6 +217,7 @@ def test_labels_filled_in_make_a_cache(tmp_path: Path, capsys: pytest.CaptureFix
         (["new.h5", "--method", "a:B"], "--method names the method of an adapter"),
         (["new.h5", "--adapter", "nowhere"], "There is no adapter at nowhere"),
         (["new.h5", "--beside", "foreign.h5"], "other weights of the backbone than new.h5"),
+        (["new.h5", "--beside", "wide.h5"], "features of wide.h5 are 24 wide and those of new.h5"),
         (["foreign.h5", "--adapter", "run"], "The adapter was fitted for other weights"),
         (["again.h5", "--beside", "labelled.h5"], "there is nothing to label"),
         (["one.h5"], "There is one class, 'class 0': nothing to be unsure of"),
@@ -195,6 +235,9 @@ def test_refusals(
         Path("old.csv").write_text("path,label\na.png,cat\n")
         write_new(place / "foreign.h5", backbone=backbone("1" * 64))
         write_new(place / "again.h5", DATA.splits["train"][0][0])
+        wide = tiny_data(dim=24)
+        own = {"backbone": backbone() | {"embed_dim": 24}}
+        write_new(place / "wide.h5", wide.splits["train"][0][0], wide, **own)
         write_new(place / "one.h5", data=TinyData({}, DATA.text[:1]))
     before = sorted(place.iterdir())
     with pytest.raises(SystemExit) as ended:

@@ -107,7 +107,7 @@ def write_cache(
         named = {"features": features, "labels": labels, "ids": own}
         if digests:
             named["digests"] = [crc32(name.encode()) for name in own]
-        if groups:
+        if groups and split in groups:
             named["groups"] = groups[split]
         if second:
             named["features2"] = second[split]
