@@ -156,9 +156,14 @@ class StoredFile:
     def _broken(self, reason: object) -> UserError:
         return UserError(f"{self.path} cannot be used: {reason}; make it again with `extract`.")
 
+    def _check_open(self) -> None:
+        if self._file is not None and not self._file:
+            raise UserError(f"{self.path} has been closed; read from it while it is open.")
+
     @contextmanager
     def _reading(self, otherwise: str) -> Iterator[None]:
         """Turns what contradicts the format, and what h5py says of damage, into a sentence."""
+        self._check_open()
         try:
             yield
         except UserError:
@@ -177,6 +182,7 @@ class StoredFile:
         return path in self._datasets
 
     def shape_of(self, path: str) -> tuple[int, ...]:
+        self._check_open()
         return self._datasets[path].shape
 
     def dtype_of(self, path: str) -> np.dtype:

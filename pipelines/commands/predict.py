@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from clip_adapter.cores import available_cores, limit_openmp
 from clip_adapter.errors import UserError, require_within
@@ -124,7 +124,9 @@ def predict(config: PredictConfig, listener: Listener | None = None) -> Predicte
         (899, 'two', True)
     """
     require_within("--top", config.top, MOST_CLASSES)
-    caches = [path for path in config.paths if is_cache(path)]
+    named: Any = config.paths
+    paths = [Path(path) for path in ([named] if isinstance(named, str | Path) else named)]
+    caches = [path for path in paths if is_cache(path)]
     if config.split and not caches:
         raise UserError("--split is of feature caches, and none is named; leave it out.")
     check_work(config.batch_size, config.workers)
@@ -137,7 +139,7 @@ def predict(config: PredictConfig, listener: Listener | None = None) -> Predicte
         )
     listener = listener or Listener()
     sources = []
-    images = [path for path in config.paths if path not in caches]
+    images = [path for path in paths if path not in caches]
     if images or not caches:
         sources.append(_files(images, adapter, config, listener))
     for path in caches:

@@ -102,7 +102,8 @@ def write_json_lines(out: TextIO, scope: Scope, predictions: Iterable[Prediction
 
 
 def write_parquet(path: Path, scope: Scope, predictions: Iterable[Prediction]) -> None:
-    """A row per image with the columns of the CSV file; names are exact. Some rows at a time are in
+    """A row per image with the columns of the CSV file; names are exact but for bytes
+    that are no UTF-8. Some rows at a time are in
     memory."""
     import pyarrow as pa
     from pyarrow import parquet
@@ -115,9 +116,17 @@ def write_parquet(path: Path, scope: Scope, predictions: Iterable[Prediction]) -
             if writer is None:
                 schema = pa.schema([(name, types[type(own)]) for name, own in rows[0].items()])
                 writer = stack.enter_context(parquet.ParquetWriter(path, schema))
-            writer.write_table(pa.Table.from_pylist(rows, schema))
+            exact = [{name: _unicode(value) for name, value in row.items()} for row in rows]
+            writer.write_table(pa.Table.from_pylist(exact, schema))
         if writer is None:
             parquet.write_table(pa.table({"image": pa.array([], pa.string())}), path)
+
+
+def _unicode(value: Any) -> Any:
+    """A file's name may have bytes that are no UTF-8, which stand as escapes."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    return value
 
 
 def columns_of(prediction: Prediction) -> dict[str, Any]:

@@ -431,3 +431,11 @@ def test_what_the_reader_does_not_know_is_ignored(cache: Path) -> None:
     assert again == whole
     with FeatureCache(cache) as opened:
         assert opened.arguments == {}
+
+
+def test_a_closed_cache_is_not_called_damaged(tmp_path: Path) -> None:
+    with FeatureCache(make_cache(tmp_path / "c.h5")) as cache:
+        cache.ids("train")
+    for read in (lambda: cache.ids("train"), lambda: cache.features("test", [0]), cache.to_frame):
+        with pytest.raises(UserError, match=r"c\.h5 has been closed"):
+            read()

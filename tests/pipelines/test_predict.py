@@ -247,6 +247,11 @@ def test_strange_names_are_escaped_on_the_way_out(
     print_predictions(dataclasses.replace(config, format="json"))
     images = {Path(row["image"]).name for row in json.loads(capsys.readouterr().out)}
     assert images == set(names)
+    print_predictions(dataclasses.replace(config, paths=str(folder), out=tmp_path / "o.parquet"))
+    images = {
+        Path(name).name for name in parquet.read_table(tmp_path / "o.parquet")["image"].to_pylist()
+    }
+    assert images == {name.encode("utf-8", "backslashreplace").decode() for name in names}
 
 
 def test_a_progress_bar_leaves_standard_output_alone(
