@@ -25,7 +25,11 @@ from clip_adapter.frames import frame, html_table, rows_of
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter
-from clip_adapter.pipelines.scoring.cached import cached_blocks, check_same_encoder
+from clip_adapter.pipelines.scoring.cached import (
+    cached_blocks,
+    check_same_encoder,
+    warn_of_unproven,
+)
 from clip_adapter.pipelines.scoring.prediction_formats import cell, check_place, rounded
 from clip_adapter.pipelines.scoring.zero_shot import zero_shot_head
 from clip_adapter.words import counted, some
@@ -146,6 +150,8 @@ def suggest(config: SuggestConfig, listener: Listener | None = None) -> Suggesti
         listener = listener or Listener()
         for other in beside:
             check_same_encoder(cache, other, "--beside", listener)
+        if adapter:
+            warn_of_unproven(cache, adapter, listener)
         found = _suggest(config, cache, beside, adapter, listener)
     _write(out, found)
     return found

@@ -150,9 +150,14 @@ def cached_sources(
     if split is None and cache.has("unlabelled"):
         usual = ("unlabelled",)
     sources = [(name, source(name)) for name in usual]
-    if cache.metadata.content_sha256 != adapter.info.cache_sha256:
-        warn_of_unknown(cache.backbone, f"{path} and the adapter", listener)
+    warn_of_unproven(cache, adapter, listener)
     return sources
+
+
+def warn_of_unproven(cache: FeatureCache, adapter: SavedAdapter, listener: Listener) -> None:
+    """Say where nothing shows that a cache is of the adapter's encoder, unless it is its own."""
+    if cache.metadata.content_sha256 != adapter.info.cache_sha256:
+        warn_of_unknown(cache.backbone, f"{cache.path} and the adapter", listener)
 
 
 def width_of(adapter: SavedAdapter) -> int:

@@ -144,6 +144,8 @@ def test_unknown_encoders_are_not_taken_for_one_in_silence(place: Path, tmp_path
     for path, said in ((place / "labelled.h5", 0), (place / "new.h5", 1)):
         predict(PredictConfig((path,), place / "run"), heard)
         assert len(heard.said) == said
+    suggest(config(place, tmp_path, adapter=place / "run"), heard)
+    assert len(heard.said) == 2 and heard.said[1] == heard.said[0]
     assert "nothing says that" in heard.said[0] and "of one encoder" in heard.said[0]
 
 
