@@ -160,6 +160,12 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112
 
 
+def check_folder(flag: str, path: str | Path) -> None:
+    """Raises UserError where the folder that an option names is not there."""
+    if not is_folder(Path(path)):
+        raise UserError(f"{flag}: there is no folder {path}.")
+
+
 def check_writable(path: Path) -> None:
     """Raises UserError where no file can get this name."""
     if is_folder(path) or not is_folder(path.absolute().parent):

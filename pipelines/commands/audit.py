@@ -25,7 +25,7 @@ def print_audit(config: AuditConfig) -> None:
     if config.out:
         print(f"\n{config.out}: all images, what to look at first")
     if config.html:
-        print(f"\n{config.html}: pictures of what is listed")
+        print(f"\n{config.html}: what is listed, with the pictures that were found")
 
 
 def _labels(found: Audit) -> Iterator[str]:

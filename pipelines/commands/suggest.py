@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from typing import NoReturn
 
 from clip_adapter.cores import limit_openmp
+from clip_adapter.files import is_file
 from clip_adapter.pipelines.console.running import run_command
 from clip_adapter.pipelines.console.terminal import Terminal
 from clip_adapter.pipelines.deciding.suggest import SuggestConfig, Suggestions, suggest
@@ -18,7 +20,8 @@ def print_suggestions(config: SuggestConfig) -> None:
     terminal = Terminal("clip-adapter suggest")
     found = suggest(config, terminal)
     terminal.result(_sentences(config, found))
-    if found.ids and list(found.paths) == list(found.ids):
+    folder = Path(config.out).absolute().parent
+    if not any(is_file(folder / path) for path in found.paths):
         terminal.note("the images were not found; name their folder with --images")
 
 

@@ -15,6 +15,7 @@ from clip_adapter.adapters.method import Head
 from clip_adapter.adapters.neighbours import ONE_TEXT, alike
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.errors import UserError, require_within
+from clip_adapter.files import check_folder
 from clip_adapter.frames import frame, html_table, rows_of
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.deciding.twins import Mask, Rows, Twins, find_twins
@@ -147,6 +148,8 @@ def audit(config: AuditConfig) -> Audit:
         require_within("--count", config.count, 10**9)
     if config.images is not None and config.html is None:
         raise UserError("--images is for the pictures of a page; name that with --html.")
+    if config.images is not None:
+        check_folder("--images", config.images)
     out, html = (path and Path(path) for path in (config.out, config.html))
     check_place(out, ".csv")
     check_place(html, ".html")

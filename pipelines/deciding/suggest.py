@@ -136,6 +136,8 @@ def suggest(config: SuggestConfig, listener: Listener | None = None) -> Suggesti
     check_place(out, ".csv")
     if files.is_there(out):
         raise UserError(f"{out} is there, perhaps with labels filled in; choose another --out.")
+    if config.images is not None:
+        files.check_folder("--images", config.images)
     if config.method is not None and config.adapter is None:
         raise UserError("--method names the method of an adapter; name that with --adapter.")
     adapter = None if config.adapter is None else load_adapter(config.adapter, config.method)

@@ -222,6 +222,7 @@ def test_labels_filled_in_make_a_cache(tmp_path: Path, capsys: pytest.CaptureFix
         (["new.h5", "--beside", "wide.h5"], "features of wide.h5 are 24 wide and those of new.h5"),
         (["foreign.h5", "--adapter", "run"], "The adapter was fitted for other weights"),
         (["again.h5", "--beside", "labelled.h5"], "there is nothing to label"),
+        (["new.h5", "--images", "nowhere"], "--images: there is no folder nowhere"),
         (["one.h5"], "There is one class, 'class 0': nothing to be unsure of"),
     ],
 )
