@@ -51,7 +51,7 @@ def parse_shard(text: str | None) -> Shard:
         return Shard()
     auto = re.fullmatch(r"auto(?:/([1-9][0-9]{0,5}))?", text)
     if auto:
-        index, of = _place_in_environment(f"--shard {text}", auto[1] and int(auto[1]))
+        index, of = _place_in_environment(f"--shard {text}", int(auto[1]) if auto[1] else None)
         if not 0 <= index < of <= MOST_PARTS:
             raise UserError(
                 f"--shard {text} finds part {index + 1} of {of} in the environment, which is none; "
