@@ -39,8 +39,8 @@ class ExtractConfig:
 
     Attributes:
         dataset: Data set: digits (embedded), a name of the literature such as oxford_pets,
-            tfds:BUILDER[/CONFIG], coop:FOLDER, folder:FOLDER, csv:FILE, hf:ORG/NAME, or
-            images:FOLDER of images without labels.
+            tfds:BUILDER[/CONFIG], coop:FOLDER, folder:FOLDER, csv:FILE, hf:ORG/NAME,
+            wds:FOLDER of tars, or images:FOLDER of images without labels.
         backbone: CLIP model: glyph-clip (embedded, a demonstration), an open_clip name such
             as RN50, local-dir:FOLDER or hf-hub:ORG/NAME.
         pretrained: Weights: a tag of open_clip's, or a local file or folder. By default
