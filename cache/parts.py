@@ -20,6 +20,7 @@ from clip_adapter.words import printable
 # What has to be the same in all parts beside the arguments, and what of the data set's record not.
 SHARED = ("backbone", "preprocess", "templates", "logit_scale", "logit_bias", "backbone2")
 OF_THE_MACHINE = ("device", "torch_version")
+THREADS = "threads"  # in that record, of a forward pass on a CPU: they change the last bits
 MISSING_NAMED = 20
 
 
@@ -59,7 +60,9 @@ class PartFile(StoredFile):
         dataset = {
             key: value for key, value in self.metadata.dataset.items() if key not in OF_THE_MACHINE
         }
+        threads = dataset.pop(THREADS, 1)
         stated = {name: getattr(self.metadata, name) for name in SHARED}
+        stated |= {"threads of a forward pass (up to four cores it is one)": threads}
         return stated | {"dataset": dataset, "number of parts": self.part.of}
 
 

@@ -39,8 +39,8 @@ class ExtractConfig:
 
     Attributes:
         dataset: Data set: digits (embedded), a name of the literature such as oxford_pets,
-            tfds:BUILDER[/CONFIG], coop:FOLDER, folder:FOLDER, csv:FILE, hf:ORG/NAME, or
-            images:FOLDER of images without labels.
+            tfds:BUILDER[/CONFIG], coop:FOLDER, folder:FOLDER, csv:FILE, hf:ORG/NAME,
+            wds:FOLDER of tars, or images:FOLDER of images without labels.
         backbone: CLIP model: glyph-clip (embedded, a demonstration), an open_clip name such
             as RN50, local-dir:FOLDER or hf-hub:ORG/NAME.
         pretrained: Weights: a tag of open_clip's, or a local file or folder. By default
@@ -81,7 +81,8 @@ class ExtractConfig:
         workers: Threads that decode images.
         device: PyTorch device; auto takes a GPU where there is one.
         shard: Encode only part I of N, written I/N (1/4 … 4/4); `clip-adapter merge` joins
-            the parts. Under torchrun every process takes its part by itself.
+            the parts. `auto` takes the part of a task of a Slurm array or step, auto/N the one of N
+            that the task's id says. Under torchrun every process takes its part by itself.
         with_text_tower: Store what CoOp needs: the text tower beside the cache, as
             NAME.text_tower.safetensors, and the prompts' tokens in it.
         with_projection: Store what ProLIP needs: the image encoder's last linear map and what it

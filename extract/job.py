@@ -20,7 +20,11 @@ from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset
 from clip_adapter.extract.encode_job import EncodeJob
-from clip_adapter.extract.encoding.device import find_device, find_precision
+from clip_adapter.extract.encoding.device import (
+    find_device,
+    find_precision,
+    threads_of_a_pass,
+)
 from clip_adapter.extract.encoding.encoder import FEATURES2, Encoder
 from clip_adapter.extract.known import rows_sha256
 from clip_adapter.extract.outcome import (
@@ -71,7 +75,12 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
     second = {**also.identity, "preprocess": also.preprocess_config} if also else None
     if second:
         identity["also_weights"] = second["weights_sha256"]
-    place.begin(identity, restart=config.force, may_differ=UPDATABLE if config.update else ())
+    # Said only where it is not one, as on up to four cores: other caches are what they were.
+    threads = {} if (count := threads_of_a_pass(device)) == 1 else {"threads": count}
+    of_part = {} if shard.of == 1 else threads
+    place.begin(
+        identity | of_part, restart=config.force, may_differ=UPDATABLE if config.update else ()
+    )
     with warnings.catch_warnings(), ExitStack() as stack:
         # Pillow remarks on oddities of files that decode all the same; the others get a sentence.
         warnings.filterwarnings("ignore", module="PIL")
@@ -109,6 +118,7 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
             "splits": {name: split.origin for name, split in dataset.splits.items()},
             "device": str(device),
             "torch_version": torch.__version__,
+            **threads,
         }
         tallies = tally(content)
         if shard.of == 1:

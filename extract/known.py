@@ -35,9 +35,14 @@ def stamps(split: Split, provenance: Mapping[str, Any]) -> npt.NDArray[np.uint64
     the files' numbers and the times of their last change of any kind tell. File systems that keep
     no such times to the nanosecond (FAT) make up the numbers too: there contents are compared.
 
-    Where images have no files of their own, of the source's provenance and the image's id.
+    Where images have no files of their own, of what the source says of each, or else of its
+    provenance and the image's id.
     """
-    if split.file is None:
+    if split.stamp is not None:
+        hashes = (
+            _hash(split.stamp(row).encode(errors="surrogatepass")) for row in range(len(split.ids))
+        )
+    elif split.file is None:
         source = json.dumps(provenance, sort_keys=True)
         hashes = (_hash(f"{source} {name}".encode(errors="surrogatepass")) for name in split.ids)
     else:

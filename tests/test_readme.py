@@ -47,7 +47,10 @@ def test_commands_and_examples_run_and_print_what_is_shown(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("command", NETWORK)
 def test_commands_that_need_a_network_parse(command: str) -> None:
+    command = re.sub(r"^job=\$\((.*)\)$", r"\1", command)
     program, *arguments = shlex.split(command)
+    if program == "sbatch":
+        program, *arguments = shlex.split(arguments[arguments.index("--wrap") + 1])
     if program == "torchrun":
         program, *arguments = arguments[arguments.index("--no-python") + 1 :]
     if program == "clip-adapter":
@@ -89,10 +92,18 @@ def _import(arguments: list[str]) -> object:
     return parse(ImportConfig, "clip-adapter import", arguments)
 
 
+def _merge(arguments: list[str]) -> object:
+    from clip_adapter.pipelines.commands.merge import MergeConfig
+    from clip_adapter.pipelines.console.parser import parse
+
+    return parse(MergeConfig, "clip-adapter merge", arguments)
+
+
 PARSERS = {
     "extract": _extract,
     "fit": _fit,
     "import": _import,
+    "merge": _merge,
     "predict": _predict,
     "reproduce": _reproduce,
 }

@@ -21,6 +21,7 @@ KINDS = {
     "images": "folder:open_images",
     "csv": "table:open_csv",
     "hf": "hugging_face:open_hugging_face",
+    "wds": "tars:open_tars",
 }
 
 
@@ -30,8 +31,8 @@ def open_dataset(spec: str, options: SourceOptions = SourceOptions()) -> ImageDa
     spec: `digits`; a name of the literature such as `oxford_pets`, which means CoOp's layout where
         `options.data_root` holds its folder, and TensorFlow Datasets elsewhere;
         `tfds:BUILDER[/CONFIG]`, `coop:FOLDER`, `folder:FOLDER`, `images:FOLDER` of images without
-        labels, for which `options.class_names` are given, `csv:FILE`, or `hf:ORG/NAME` (or
-        `hf:FOLDER`).
+        labels, for which `options.class_names` are given, `csv:FILE`, `hf:ORG/NAME` (or
+        `hf:FOLDER`), or `wds:FOLDER` of tars.
 
     Raises UserError for an unknown name, with the near matches, and for data that cannot be had
     or used.

@@ -63,6 +63,7 @@ class Split:
     file: index → the file that holds this image and no other, where there is one.
     content: index → the image's bytes, where ids are but numbers, which others have when rows come
         and go.
+    stamp: index → what tells that the image is the one that it was, where no file does.
     groups: N names, equal ones of images that belong on one side (a burst, a video, a patient);
         None where nobody says so.
     """
@@ -74,6 +75,7 @@ class Split:
     file: Callable[[int], Path] | None = None
     content: Callable[[int], bytes] | None = None
     groups: Sequence[str] | None = None
+    stamp: Callable[[int], str] | None = None
 
 
 @dataclass(frozen=True)

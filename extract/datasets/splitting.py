@@ -222,7 +222,9 @@ def take(split: Split, rows: Rows, origin: str) -> Split:
     file = split.file and _Rows(split.file, rows)
     content = split.content and _Rows(split.content, rows)
     groups = split.groups and [split.groups[row] for row in rows]
-    return Split(ids, split.labels[rows], _Rows(split.read, rows), origin, file, content, groups)
+    stamp = split.stamp and _Rows(split.stamp, rows)
+    read = _Rows(split.read, rows)
+    return Split(ids, split.labels[rows], read, origin, file, content, groups, stamp)
 
 
 def stratified_parts(

@@ -15,6 +15,7 @@ Result = Callable[[], torch.Tensor]
 Precision = Literal["fp32", "fp16", "bf16"]
 LONGEST_REASON = 200
 MOST_AT_ONCE = 4  # forward passes; more would multiply the memory of the activations
+MOST_TEXTS = 8  # passes of texts at once; of 64 prompts each takes about 0.2 GB
 BFLOAT16_CAPABILITY = (8, 0)  # Ampere: the first GPUs that compute in bfloat16
 
 
@@ -95,6 +96,28 @@ def shared_cores(device: torch.device) -> Iterator[int]:
     try:
         yield at_once
     finally:
+        torch.set_num_threads(cores)
+
+
+def threads_of_a_pass(device: torch.device) -> int:
+    """The threads of each forward pass of images on a CPU, on which the last bits of features
+    depend; 1 on other devices."""
+    cores = torch.get_num_threads()
+    return cores // passes_at_once(cores) if device.type == "cpu" else 1
+
+
+@contextmanager
+def text_passes(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """Where to run passes of texts. On a CPU each has one thread, so that their bits are the same
+    for any number of cores (torchrun starts processes with one), and several run at once."""
+    cores = torch.get_num_threads()
+    at_once = min(cores, MOST_TEXTS) if device.type == "cpu" else 1
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(at_once, thread_name_prefix="text")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)
 
 

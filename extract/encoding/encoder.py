@@ -2,7 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,7 +16,12 @@ from clip_adapter.errors import UserError
 from clip_adapter.extract.backbones.loading import Backbone
 from clip_adapter.extract.datasets.source import Split
 from clip_adapter.extract.encoding.decode import PixelBatch, Plan, decode
-from clip_adapter.extract.encoding.device import forward_passes, shared_cores
+from clip_adapter.extract.encoding.device import (
+    MOST_TEXTS,
+    forward_passes,
+    shared_cores,
+    text_passes,
+)
 from clip_adapter.extract.encoding.preprocess import Preprocess
 from clip_adapter.extract.encoding.projection import take_projection
 from clip_adapter.extract.encoding.unreadable import Skipped
@@ -138,11 +144,20 @@ class Encoder:
             rows["pre_projection"] = (dtype, (views, len(self.projection.weights)))
         return rows
 
+    def texts(self, batches: Iterable[Sequence[str]]) -> Iterator[npt.NDArray[np.float32]]:
+        """Text features (P, D) of each batch of prompts, un-normalised, in order."""
+        running: deque[Future[npt.NDArray[np.float32]]] = deque()
+        with text_passes(self.device) as pool:
+            for prompts in batches:  # tokenised in this thread: not all tokenizers bear several
+                running.append(pool.submit(self._text, self._tokenizer(list(prompts))))
+                if len(running) > MOST_TEXTS:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+
     @torch.inference_mode()
-    def text(self, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Text features (P, D), un-normalised."""
-        tokens = self._tokenizer(list(prompts)).to(self.device)
-        return self._model.encode_text(tokens).float().cpu().numpy()
+    def _text(self, tokens: torch.Tensor) -> npt.NDArray[np.float32]:
+        return self._model.encode_text(tokens.to(self.device)).float().cpu().numpy()
 
     def tokens(self, prompts: Sequence[str]) -> npt.NDArray[np.int32]:
         """What the text tower is given for each prompt, (P, L)."""

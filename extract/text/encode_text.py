@@ -80,20 +80,22 @@ def encode_classes(
     """
     rows = len(plan.stored_templates)
     step = max(1, batch_size // rows)
-    while start < len(plan.class_names):
-        stop = min(len(plan.class_names), (start // step + 1) * step)
-        prompts_of = [plan.prompts(label) for label in range(start, stop)]
-        flat = [prompt for own in prompts_of for prompt in own]
-        encoded = encoder.text(flat)
+    count = len(plan.class_names)
+    starts = [start, *range((start // step + 1) * step, count, step)] if start < count else []
+    batches = [
+        [plan.prompts(label) for label in range(first, min(count, (first // step + 1) * step))]
+        for first in starts
+    ]
+    flat = [[prompt for own in prompts_of for prompt in own] for prompts_of in batches]
+    for prompts_of, own_flat, encoded in zip(batches, flat, encoder.texts(flat), strict=True):
         ends = np.cumsum([len(own) for own in prompts_of])[:-1]
         features = [_filled_up(own, rows) for own in np.split(encoded, ends)]
-        tokens = np.split(encoder.tokens(flat), ends)
+        tokens = np.split(encoder.tokens(own_flat), ends)
         yield EncodedClasses(
             np.stack(features),
             np.stack([np.pad(own, ((0, rows - len(own)), (0, 0))) for own in tokens]),
-            encoder.too_long(flat),
+            encoder.too_long(own_flat),
         )
-        start = stop
 
 
 def classes_with_one_text(encoder: "Encoder", plan: TextPlan) -> list[list[str]]:

@@ -5,7 +5,7 @@ import io
 import socket
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,19 @@ def image_bytes(colour: int, kind: str = "JPEG") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (colour,) * 3).save(buffer, kind)
     return buffer.getvalue()
+
+
+def write_tar(
+    path: Path, members: Sequence[tuple[str, bytes]], kind: int = tarfile.USTAR_FORMAT
+) -> Path:
+    """A tar of files by their names, in this order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=kind) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
 
 
 def write_image(path: Path, colour: int = 0) -> Path:

@@ -5,16 +5,20 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
 from clip_adapter.errors import UserError
+from clip_adapter.extract.backbones.loading import load_backbone
 from clip_adapter.extract.encoding.device import (
     find_device,
     forward_passes,
     passes_at_once,
     shared_cores,
+    text_passes,
 )
+from clip_adapter.extract.encoding.encoder import Encoder
 from clip_adapter.extract.shards import Launch, find_launch
 
 CPU = torch.device("cpu")
@@ -132,3 +136,38 @@ def test_features_come_in_order(cores: int, passes: int, threads: int) -> None:
     assert torch.equal(torch.stack(found), torch.stack(batches) * 2)
     assert (encoder.most_at_once, encoder.threads) == (passes, {threads})
     assert torch.get_num_threads() == cores
+
+
+@pytest.mark.parametrize(("cores", "passes"), [(1, 1), (3, 3), (20, 8)])
+def test_texts_have_one_thread_each_whatever_the_cores(cores: int, passes: int) -> None:
+    torch.set_num_threads(cores)
+    together = threading.Barrier(passes, timeout=20)
+
+    def threads() -> int:
+        together.wait()
+        return torch.get_num_threads()
+
+    with text_passes(CPU) as pool:
+        assert [one.result() for one in [pool.submit(threads) for _ in range(passes)]] == [
+            1
+        ] * passes
+    assert torch.get_num_threads() == cores
+
+
+def test_text_of_an_encoder_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_backbone("glyph-clip", None, "fp32")
+    encode, seen = backbone.model.encode_text, []
+
+    def watched(tokens: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return encode(tokens)
+
+    monkeypatch.setattr(backbone.model, "encode_text", watched)
+    encoder = Encoder(backbone, CPU, 4)
+    torch.set_num_threads(6)
+    batches = [[f"a photo of a {number}"] for number in range(20)]
+    with torch.inference_mode():
+        wanted = [encode(backbone.tokenizer(own)).numpy() for own in batches]
+    for own, features in zip(wanted, encoder.texts(batches), strict=True):
+        np.testing.assert_allclose(features, own, rtol=1e-4, atol=1e-5)
+    assert seen == [1] * 20

@@ -360,6 +360,37 @@ def test_parts_of_other_runs_do_not_belong_together(folder: Path, tmp_path: Path
         merge(MergeConfig(out=out, parts=(one,)))
 
 
+def with_threads(count: int, folder: Path, out: Path, **options: Any) -> Path:
+    torch.set_num_threads(count)
+    try:
+        return run(folder, out, **options)
+    finally:
+        torch.set_num_threads(THREADS)
+
+
+def test_parts_of_other_threads_are_not_joined(whole: Path, folder: Path, tmp_path: Path) -> None:
+    """Up to four cores a pass has one thread; six make three passes of two each."""
+    one = run(folder, tmp_path / "1.h5", shard="1/2")
+    two = with_threads(6, folder, tmp_path / "2.h5", shard="2/2")
+    out = tmp_path / "features.h5"
+    with pytest.raises(UserError, match=r"together: threads of a forward pass \(.*\) differ;"):
+        merge(MergeConfig(out=out, parts=(one, two)))
+    assert not out.exists()
+    with_threads(1, folder, two, shard="2/2", force=True)
+    merge(MergeConfig(out=out, parts=(one, two)))
+    assert datasets(out) == datasets(whole)
+    assert "threads" not in record(out)
+    assert record(with_threads(6, folder, out, force=True))["threads"] == 2
+
+
+def test_a_part_goes_on_with_the_threads_that_it_began_with(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "features.h5"
+    with pytest.raises(UserError, match="cannot be decoded"):
+        with_threads(6, folder, out, on_error="fail", shard="1/2")
+    with pytest.raises(UserError, match=r"other arguments \(threads differ\)"):
+        run(folder, out, shard="1/2")
+
+
 def test_shards_cover_every_row_once_and_end_with_batches() -> None:
     for total in (0, 1, 4, 27, 100):
         for of in (1, 2, 3, 7, 40):

@@ -20,7 +20,13 @@ from clip_adapter.extract.datasets.registry import KINDS, NAMED, open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset, SourceOptions, Split
 from clip_adapter.extract.encoding.images import BadImage, read_rgb
 from clip_adapter.extract.known import UNKNOWN, stamps
-from tests.extract.data_set_archives import eurosat_archive, image_bytes, serve, write_image
+from tests.extract.data_set_archives import (
+    eurosat_archive,
+    image_bytes,
+    serve,
+    write_image,
+    write_tar,
+)
 
 PETS = load_catalogue()["oxford_pets"]
 PER_CLASS = 10
@@ -105,6 +111,17 @@ def hugging_face(folder: Path, _: pytest.MonkeyPatch) -> Source:
     return Source(f"hf:{folder}/dogs", f"hf:{folder}/none", "train/7", cut=True)
 
 
+def tars(folder: Path, _: pytest.MonkeyPatch) -> Source:
+    for split, count in (("train", 3 * PER_CLASS), ("val", 4), ("test", 6)):
+        for part in range(2):
+            members: list[tuple[str, bytes]] = []
+            for number in range(count):
+                image = DAMAGED if (split, part, number) == ("train", 1, 5) else image_bytes(number)
+                members += [(f"{number:03}.jpg", image), (f"{number:03}.cls", b"%d" % (number % 3))]
+            write_tar(folder / "wds" / f"{split}-{part:04}.tar", members)
+    return Source(f"wds:{folder}/wds", f"wds:{folder}/none", "train-0001.tar/005", cut=False)
+
+
 def photographs(folder: Path, _: pytest.MonkeyPatch) -> Source:
     for number in range(PER_CLASS):
         write_image(folder / "new" / f"{number}.jpg", number)
@@ -117,6 +134,7 @@ def photographs(folder: Path, _: pytest.MonkeyPatch) -> Source:
 MAKERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Source]] = {
     **{"digits": digits, "folder": folder, "csv": table, "coop": coop},
     **{"images": photographs, "literature": literature, "tfds": eurosat, "hf": hugging_face},
+    "wds": tars,
 }
 
 
