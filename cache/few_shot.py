@@ -91,10 +91,14 @@ def draw_few_shot(
 
 
 def _rows_by_label(labels: npt.ArrayLike) -> dict[int, list[int]]:
-    groups: dict[int, list[int]] = {}
-    for row, label in enumerate(np.asarray(labels).tolist()):
-        groups.setdefault(label, []).append(row)
-    return groups
+    """The rows of each label, in order; labels as they first appear."""
+    given = np.asarray(labels)
+    # Row by row, the 1,281,167 of ImageNet took a second for every draw.
+    order = np.argsort(given, kind="stable")
+    own, starts = np.unique(given[order], return_index=True)
+    groups = [rows.tolist() for rows in np.split(order, starts[1:])][: len(own)]
+    pairs = zip(own.tolist(), groups, strict=True)
+    return dict(sorted(pairs, key=lambda pair: pair[1][0]))
 
 
 def _labels_with_fewer(groups: dict[int, list[int]], count: int) -> tuple[int, ...]:

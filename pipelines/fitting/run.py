@@ -49,6 +49,7 @@ from clip_adapter.pipelines.fitting.tasks import (
     TaskRows,
     base_classes,
     draw_tasks,
+    needed_rows,
     only_classes,
 )
 from clip_adapter.pipelines.fitting.unlabelled import Unlabelled, unlabelled_of
@@ -160,7 +161,7 @@ def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -
         place = begun or config.out or new_folder()
         with closing(RunFolder(place, plan, resume=begun is not None)) as folder:
             documents = [asdict(task) for task in stated]
-            documents = documents or [_task_document(data, rows) for rows in tasks]
+            documents = documents or _task_documents(data, tasks)
             folder.write_json(TASKS, documents)
             return _execute(plan, data, new, tasks, unlabelled, taken, folder, listener)
 
@@ -388,15 +389,26 @@ class _Part:
         self._advance(1 - self._share, self._note)
 
 
-def _task_document(data: Data, rows: TaskRows) -> dict[str, object]:
-    return {
-        "shots": rows.shots,
-        "seed": rows.seed,
-        "support": [
-            name
-            for split, own in data.by_split(rows.support).items()
-            if len(own)
-            for name in data.cache.ids(split, own)
-        ],
-        "validation": data.cache.ids("val", rows.validation) if len(rows.validation) else [],
+def _task_documents(data: Data, tasks: Sequence[TaskRows]) -> list[dict[str, object]]:
+    """The images of each task by their ids, which are read once for all tasks."""
+    support, validation = needed_rows(tasks)
+    needed = data.by_split(support)
+    needed["val"] = np.concatenate([needed["val"], validation])
+    names = {
+        split: dict(zip(rows.tolist(), data.cache.ids(split, rows), strict=True))
+        for split, rows in needed.items()
+        if len(rows)
     }
+    return [
+        {
+            "shots": rows.shots,
+            "seed": rows.seed,
+            "support": [
+                names[split][row]
+                for split, own in data.by_split(rows.support).items()
+                for row in own.tolist()
+            ],
+            "validation": [names["val"][row] for row in rows.validation.tolist()],
+        }
+        for rows in tasks
+    ]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.errors import UserError
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.commands.fit import fit
@@ -39,6 +40,21 @@ def config(cache: Path, out: Path, **values: Any) -> FitConfig:
 
 def documents(run: Path) -> list[dict[str, Any]]:
     return json.loads((run / "tasks.json").read_text())
+
+
+def test_ids_are_read_once_for_all_tasks(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read: list[str] = []
+    ids = FeatureCache.ids
+
+    def listening(self, split, rows=None):  # type: ignore[no-untyped-def]
+        read.append(split)
+        return ids(self, split, rows)
+
+    monkeypatch.setattr(FeatureCache, "ids", listening)
+    fit(config(cache, tmp_path / "run", method="zero-shot", hyper={}, shots=2, seeds=(1, 2, 3)))
+    assert sorted(read) == ["test", "train", "val"]
 
 
 @pytest.mark.parametrize("lines", [False, True])
