@@ -128,7 +128,7 @@ def _stated(path: Path, kind: bytes, content: bytes, at: int) -> dict[str, str]:
         digits, _, _ = content.partition(b" ")
         length = int(digits) if digits.isdigit() and len(digits) < 7 else 0
         name, sign, value = content[len(digits) + 1 : length - 1].partition(b"=")
-        if not sign or length > len(content):
+        if not sign or not len(digits) < length <= len(content):
             raise _damaged(path, at)
         stated[os.fsdecode(name)] = os.fsdecode(value)
         content = content[length:]

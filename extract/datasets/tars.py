@@ -35,7 +35,7 @@ from clip_adapter.words import counted, printable, quoted, shortened, size
 CLASS_NAMES = "classnames.txt"
 LABELS = ("cls", "json", "txt")  # in this order
 IN_JSON = ("label", "cls")
-TAR = re.compile(r"\.(tar|tgz)(\.(gz|bz2|xz|zst))?$")  # compressed ones are refused
+TAR = re.compile(r"^[^.].*\.(tar|tgz)(\.(gz|bz2|xz|zst))?$")  # compressed ones are refused
 LARGEST_LABEL = 2**20
 MOST_NUMBERS = 10**6
 _open_tar = threading.local()  # of each thread: consecutive images lie in one tar
@@ -51,13 +51,15 @@ class Tar:
 
     def read(self, offset: int, length: int) -> bytes:
         """Raises OSError where it is another by now, or cannot be read."""
-        if getattr(_open_tar, "tar", None) != self:
-            _open_tar.file = self.path.open("rb", buffering=0)
-            status = os.fstat(_open_tar.file.fileno())
+        tar, file = getattr(_open_tar, "own", (None, None))
+        if tar != self or file is None:
+            file = self.path.open("rb", buffering=0)
+            status = os.fstat(file.fileno())
             if (status.st_size, status.st_mtime_ns) != (self.size, self.changed):
+                file.close()
                 raise OSError(errno.ESTALE, "it has changed since it was opened", str(self.path))
-            _open_tar.tar = self
-        return os.pread(_open_tar.file.fileno(), length, offset)
+            _open_tar.own = self, file
+        return os.pread(file.fileno(), length, offset)
 
 
 @dataclass(frozen=True)

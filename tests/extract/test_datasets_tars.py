@@ -226,8 +226,48 @@ def test_a_tar_that_changed_is_the_only_one_that_is_new(tmp_path: Path) -> None:
     again = opened(tmp_path, val=0)
     same = before == stamps(again.splits["train"], again.provenance)
     assert same.tolist() == [name.startswith("train-0") for name in data.splits["train"].ids]
-    with pytest.raises(OSError, match="has changed since it was opened"):
-        data.splits["train"].read(11)
+    split = data.splits["train"]
+    rows = [name.startswith("train-1") for name in split.ids]
+    split.read(rows.index(False))
+    for _ in range(2):  # and the file that was read before is not taken for it
+        with pytest.raises(OSError, match="has changed since it was opened"):
+            split.read(rows.index(True))
+        split.read(rows.index(False)).load()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_damaged_tars_are_sentences_or_other_tars(tmp_path: Path, kind: int) -> None:
+    name = "é.jpg" if kind == tarfile.USTAR_FORMAT else f"{LONG}.jpg"
+    path = write_tar(tmp_path / "t.tar", [*samples(3), (name, IMAGE)], kind)
+    whole, random = path.read_bytes(), np.random.default_rng(kind)
+    for _ in range(300):
+        changed = bytearray(whole)
+        block = int(random.integers(len(whole) // 512)) * 512
+        for _ in range(int(random.integers(1, 4))):
+            changed[block + int(random.integers(512))] = int(random.integers(256))
+        header = changed[block : block + 512]
+        if random.integers(2):  # with a checksum that is right
+            total = sum(header) - sum(header[148:156]) + 256
+            changed[block + 148 : block + 156] = b"%06o\0 " % total
+        path.write_bytes(changed)
+        try:
+            index, size, _ = tar_index(path)
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            assert all(0 < at <= at + length <= size for _, at, length in index.members)
+
+
+@pytest.mark.parametrize(
+    "records", [b"0 a=b", b"9999 a=b\n", b"1 =", b"x", b"12 size=-9\n", b"=\n"]
+)
+def test_damaged_statements_end(tmp_path: Path, records: bytes) -> None:
+    path = write_tar(tmp_path / "t.tar", [("pax", records), *samples(2)])
+    whole = bytearray(path.read_bytes())
+    whole[156:157] = b"x"
+    whole[148:156] = b"%06o\0 " % (sum(whole[:512]) - sum(whole[148:156]) + 256)
+    path.write_bytes(whole)
+    refused(tmp_path, "is damaged: at byte 0 there is no header")
 
 
 def test_extract_takes_the_same_features_as_from_files(
