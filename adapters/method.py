@@ -138,7 +138,8 @@ class Method:
     describe(xp, arrays, setting, features, head) → numbers by name whose mean and spread say what
         was learned, such as a predicted ratio for each image.
     note(task) → a sentence that whoever fits has to know, such as that something is approximated
-        on this task; "" where there is none.
+        on this task, or takes long; "" where there is none. Its validation labels are then of all
+        images that judge, those of the support set, too, where they are left out in turn.
     needs: `text` (the prompts' features), `tower` (the text tower and tokens), `projection` (the
         features before the last visual projection, and that projection).
     prepare(config, arrays) → `extra["tower"]` of a task, from a text tower as its file has it, for

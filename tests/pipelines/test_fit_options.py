@@ -61,6 +61,24 @@ def test_classes_with_one_text_are_named(tmp_path: Path):
     assert note.startswith("these classes have the same text: 'class 1', 'class 3'; by it, all")
 
 
+@pytest.mark.parametrize(
+    ("select", "judging"), [("loo", 3), ("cv", 3), ("few-shot-val", 3), ("none", 0)]
+)
+def test_a_method_is_told_how_many_images_judge(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str, judging: int
+):
+    """How long a search takes depends on them, whether they are of val or left out in turn."""
+    method = METHODS["gda"]
+    counting = replace(method, note=lambda task: f"{len(task.validation_labels)} judge")
+    monkeypatch.setitem(METHODS, "gda", counting)
+    notes = Notes()
+    config = {"method": "gda", "baselines": (), "shots": 3, "hyper": {"alpha": (0.1, 1.0)}}
+    if select == "none":
+        config["hyper"] = {"alpha": 0.1}
+    fit(FitConfig(cache=cache, out=tmp_path / "run", select=select, **config), notes)
+    assert f"{judging * DATA.classes} judge" in notes.notes
+
+
 def test_by_default_four_rates_are_tried(cache: Path, tmp_path: Path):
     hyper = {"epochs": 10}
     result = fit(FitConfig(cache, tmp_path / "run", baselines=(), shots=4, hyper=hyper))
