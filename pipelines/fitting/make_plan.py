@@ -280,3 +280,8 @@ def _check_halves(plan: Plan, data: Data) -> None:
                 raise UserError(
                     f"--train-classes base needs {split} images of the {half} half of the classes."
                 )
+    if judged and not all(len(rows.validation) for rows in data.tasks):
+        raise UserError(
+            "No validation image of the first half of the classes is of a group that is not "
+            "trained on; use --select cv, which divides the support set, or none."
+        )

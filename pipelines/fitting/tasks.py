@@ -261,8 +261,6 @@ def only_classes(
     """The rows of the first so many classes: drawn first, filtered then, as in CoOp.
 
     support, val: labels of all rows that may be in a support set, and of the validation split.
-
-    Raises UserError where images judge, but none of these classes.
     """
 
     def within(some: Rows, labels: npt.NDArray[np.int32] | None) -> Rows:
@@ -271,17 +269,12 @@ def only_classes(
     def small(labels: Sequence[int]) -> tuple[int, ...]:
         return tuple(label for label in labels if label < classes)
 
-    groups, validation = rows.groups, within(rows.validation, val)
-    if len(rows.validation) and not len(validation):
-        raise UserError(
-            "No validation image is of a class that is fitted; use --select cv, which divides the "
-            "support set, or none."
-        )
+    groups = rows.groups
     return TaskRows(
         rows.shots,
         rows.seed,
         within(rows.support, support),
-        validation,
+        within(rows.validation, val),
         small(rows.small_classes),
         small(rows.small_validation_classes),
         small(rows.absent_classes),

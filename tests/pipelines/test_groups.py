@@ -169,7 +169,7 @@ def test_base_classes_that_nothing_is_left_to_judge_are_refused(tmp_path: Path) 
         "gtrain-0-0" if own else name for own, name in zip(base, groups["val"], strict=True)
     ]
     cache = write(tmp_path / "f.h5", groups)
-    with pytest.raises(UserError, match="No validation image is of a class that is fitted"):
+    with pytest.raises(UserError, match="No validation image of the first half of the classes"):
         fit(gda(cache, tmp_path / "run", shots=12, select="full-val", train_classes="base"))
 
 
