@@ -29,7 +29,7 @@ from clip_adapter.pipelines.saved.adapter_file import (
     image_hashes,
     load_adapter,
 )
-from clip_adapter.pipelines.scoring.cached import Labelled, cached_images
+from clip_adapter.pipelines.scoring.cached import Labelled, cached_images, warn_of_unproven
 from clip_adapter.pipelines.scoring.images import (
     Classes,
     images_of_folder,
@@ -163,6 +163,7 @@ def _images(
     from clip_adapter.cache.reader import FeatureCache
 
     with FeatureCache(config.data) as cache:
+        warn_of_unproven(cache, adapter, listener)
         yield cached_images(cache, config.split, adapter)
 
 

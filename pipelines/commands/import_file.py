@@ -10,7 +10,13 @@ import numpy.typing as npt
 
 from clip_adapter.adapters.formulas import classifier_weights
 from clip_adapter.cache.content import check_features, tally
-from clip_adapter.cache.schema import ALL_SPLITS, UNLABELLED, of_images
+from clip_adapter.cache.schema import (
+    ALL_SPLITS,
+    LARGEST_SCALE,
+    SMALLEST_SCALE,
+    UNLABELLED,
+    of_images,
+)
 from clip_adapter.cache.writer import write_cache
 from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.source import DEFAULT_TEMPLATES, MINIMUM_CLASSES, splits_among
@@ -152,6 +158,12 @@ def _check(config: ImportConfig) -> None:
         raise UserError(
             "Say once what the classes' texts are: by --backbone and --pretrained, the model that "
             "made the features, or by --text, --classes and --logit-scale."
+        )
+    scale = config.logit_scale
+    if scale is not None and not SMALLEST_SCALE <= scale <= LARGEST_SCALE:  # nor is NaN
+        raise UserError(
+            f"--logit-scale {scale:g} is no multiplier from {SMALLEST_SCALE:g} to "
+            f"{LARGEST_SCALE:g}."
         )
     if by_text and None in (config.text, config.classes, config.logit_scale):
         raise UserError("--text, --classes and --logit-scale belong together; give all three.")

@@ -14,6 +14,7 @@ from clip_adapter import files
 from clip_adapter.adapters.registry import find_method
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.errors import UserError
+from clip_adapter.listener import Listener
 from clip_adapter.pipelines.fitting.config import FitConfig
 from clip_adapter.pipelines.fitting.plan import Plan
 from clip_adapter.pipelines.fitting.predictions import Predictions
@@ -25,7 +26,7 @@ from clip_adapter.pipelines.saved.adapter_file import (
     know_method,
     load_adapter,
 )
-from clip_adapter.pipelines.scoring.cached import cached_images
+from clip_adapter.pipelines.scoring.cached import cached_images, warn_of_unproven
 from clip_adapter.words import counted, dashed, some
 
 # What a run has decided already; the others, such as --shots and --refit, are still free.
@@ -115,7 +116,9 @@ class Taken:
         return found
 
 
-def taken_of(config: FitConfig, stored: Plan | None, cache: FeatureCache) -> Taken | None:
+def taken_of(
+    config: FitConfig, stored: Plan | None, cache: FeatureCache, listener: Listener
+) -> Taken | None:
     """What --from names, or the run that is gone on with was begun with.
 
     Raises UserError where it is not there, is another one now, or is of another backbone.
@@ -137,4 +140,5 @@ def taken_of(config: FitConfig, stored: Plan | None, cache: FeatureCache) -> Tak
         )
     remedy = "whose settings are of no use here; fit without --from"
     check_same_backbone(cache.backbone, cache.preprocess, adapter.info, remedy)
+    warn_of_unproven(cache, adapter, listener)
     return Taken(run, adapter, sha256)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from clip_adapter.errors import UserError
+from clip_adapter.listener import Listener
 from clip_adapter.pipelines.commands.evaluate import EvaluateConfig, evaluate
 from clip_adapter.pipelines.commands.fit import fit
 from clip_adapter.pipelines.commands.report import ReportConfig, report
@@ -45,6 +46,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Told(Listener):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
 def taken(place: Path, out: Path, **how: Any) -> FitConfig:
     return FitConfig(cache=place / "new.h5", out=out, from_run=place / "old", baselines=(), **how)
 
@@ -53,7 +62,9 @@ def test_the_setting_is_the_runs_and_nothing_is_searched(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The old and the new accuracy on the images of the old classes, computed by other means."""
-    result = fit(replace(taken(place, tmp_path / "run"), baselines=("zero-shot",)))
+    told = Told()
+    result = fit(replace(taken(place, tmp_path / "run"), baselines=("zero-shot",)), told)
+    assert any("the adapter are of one encoder" in sentence for sentence in told.warnings)
     row, old = result.kept, load_adapter(place / "old")
     assert row is not None and (row.method, row.shots, row.seed) == ("gda", 4, 3)
     assert row.setting == old.info.setting and row.val_accuracy is None and row.tried == 1

@@ -368,6 +368,8 @@ BY_BACKBONE = {"backbone": "glyph-clip"}
         (TEXT | BY_BACKBONE, "Say once what the classes' texts are"),
         (TEXT, "give all three"),
         (TEXT | {"logit_scale": 9.0, "pretrained": "x"}, "are of a --backbone"),
+        (TEXT | {"logit_scale": float("nan")}, "--logit-scale nan is no multiplier from 1e-06"),
+        (TEXT | {"logit_scale": 0.0}, "--logit-scale 0 is no multiplier"),
         (BY_BACKBONE, "No image has a label; say with --classes"),
         (BY_BACKBONE | {"classes": Path("names.txt")}, "128 wide; .* and features 16 wide"),
     ],
