@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -105,9 +106,12 @@ class Decisions:
         """
         cosines = nearest_cosines(features, self.prototypes, weights)
         values = np.column_stack([shares.max(axis=1), cosines]).astype(np.float32)
-        own = _products(_ranks(self.known, self.known) / self.images)
         new = _products((1 + _ranks(self.known, values)) / (self.images + 1))
-        return (1 + _ranks(own, new)[:, 0]) / (self.images + 1)
+        return (1 + _ranks(self._own_products, new)[:, 0]) / (self.images + 1)
+
+    @cached_property
+    def _own_products(self) -> Float[np.ndarray, "n 1"]:
+        return _products(_ranks(self.known, self.known) / self.images)
 
 
 def nearest_cosines(

@@ -99,7 +99,8 @@ def open_tars(where: str, options: SourceOptions) -> ImageDataset:
     ids: list[str] = []
     places: list[tuple[int, int, int]] = []
     tars, labels, remarks = [], [], []
-    others: dict[str, list[Path]] = {}  # where members of other kinds lie
+    others: Counter[str] = Counter()  # members of other kinds, and where the first lies
+    first: dict[str, Path] = {}
     for number, path in enumerate(paths):
         index, length, changed = tar_index(path)
         tars.append(Tar(path, length, changed))
@@ -109,22 +110,21 @@ def open_tars(where: str, options: SourceOptions) -> ImageDataset:
             places.append((number, *files["image"]))
             labels.append(_label(tars[-1], key, files))
         remarks += left_out
-        for kind, count in index.others.items():
-            others.setdefault(kind, []).extend([path] * count)
-    for kind, where_they_lie in others.items():
-        left = counted(len(where_they_lie), kind)
-        remarks.append(f"left out {left}, the first in {where_they_lie[0]}.")
+        others.update(index.others)
+        first = {kind: path for kind in index.others} | first
+    for kind, count in others.items():
+        remarks.append(f"left out {counted(count, kind)}, the first in {first[kind]}.")
     if not ids:
         raise UserError(f"The tars of wds:{where} hold no images. {' '.join(remarks)}".strip())
     class_names, numbers = _numbered(where, paths[0].parent / CLASS_NAMES, labels)
     images = _TarImages(tars, places)
     own = np.array([words[number] for number, _, _ in places])
+    whole = Split(ids, numbers, images, "", stamp=images.stamp)
 
     def labelled(word: str) -> tuple[Split | None, int]:
         of_word = own == word
         rows = np.flatnonzero(of_word & (numbers != NO_LABEL))
         origin = f"{word} tars of {paths[0].parent}"
-        whole = Split(ids, numbers, images, origin, stamp=images.stamp)
         part = take(whole, rows, origin) if len(rows) else None
         return part, int(of_word.sum()) - len(rows)
 

@@ -42,12 +42,13 @@ class Answers:
         """shares: (N, C) probabilities. encoded: (N, D) image features."""
         sets = np.zeros(shares.shape, np.bool_) if self.coverage is None else self.sets(shares)
         known = None if self.reject is None else self.known(shares, encoded)
+        none = np.zeros(len(shares), np.bool_) if known is None else self.is_none(known)
         names, order = self.adapter.info.class_names, np.argsort(-shares, axis=1, kind="stable")
         answers = []
         for row, best in enumerate(order):
-            classes = tuple((names[c], float(shares[row, c])) for c in best if sets[row, c])
+            classes = tuple((names[c], float(shares[row, c])) for c in best[sets[row, best]])
             own = None if known is None else float(known[row])
-            answers.append(Answer(classes, own, own is not None and self.is_none(own)))
+            answers.append(Answer(classes, own, bool(none[row])))
         return answers
 
     def sets(self, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
@@ -61,7 +62,8 @@ class Answers:
         """(N,)."""
         return self.decisions.known_of(shares, encoded, self.adapter.weights)
 
-    def is_none(self, known: float) -> bool:
+    def is_none(self, known: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        """(N,)."""
         assert self.reject is not None
         return known <= self.reject
 

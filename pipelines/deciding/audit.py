@@ -181,9 +181,8 @@ def _audit(cache: FeatureCache, count: int | None) -> Audit:
     alone = (np.bincount(labels, minlength=len(names)) == 1)[labels]
     suspicion = np.where(alone, -np.inf, share - own)
     order = np.argsort(-suspicion, kind="stable")
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    listed = ~alone & ((place < count) if count is not None else (own < UNLIKELY))
+    listed = ~alone & (own < UNLIKELY) if count is None else ~alone
+    listed[order[len(order) if count is None else count :]] = False
     twins = find_twins(features, _keys(cache, features), of_split)
     one, near = (alike(head.weights, least) for least in (ONE_TEXT, NEAR_TEXT))
     ids = [name for each in images for name in each.ids]

@@ -90,7 +90,7 @@ def hide_each_class(
                 known = _known(answers, label, arrays, features[own], encoded[own])
                 found.names.append(adapter.info.class_names[label])
                 found.images.append(int(own.sum()))
-                found.shares.append(float(np.mean([answers.is_none(k) for k in known.tolist()])))
+                found.shares.append(float(np.mean(answers.is_none(known))))
                 advance(1, adapter.info.class_names[label])
     return found
 

@@ -54,7 +54,7 @@ class Found:
         array = fitting[named[0]]
         if not array.size:
             raise UserError(f"{self.path} holds no rows.")
-        return array if array.dtype == np.float16 else array.astype(np.float32)
+        return array if array.dtype == np.float16 else array.astype(np.float32, copy=False)
 
 
 def read_found(path: Path) -> Found:

@@ -83,7 +83,7 @@ class Suggestions:
 
     ids: (n,) of the cache. paths: (n,) as the table has them: from its folder to the image, or the
     id where there is no such file. guesses: (n,) the most probable class, and `probabilities` its
-    probability. unsure: (n,) 1 − the difference of the two largest probabilities. candidates: how
+    probability. candidates: how
     many images have no label; of these `known` are near-equal to a labelled one. labelled: how many
     have labels.
     """
@@ -92,7 +92,6 @@ class Suggestions:
     paths: Sequence[str]
     guesses: Sequence[str]
     probabilities: npt.NDArray[np.float64]
-    unsure: npt.NDArray[np.float64]
     candidates: int
     known: int
     labelled: int
@@ -118,8 +117,8 @@ class Suggestions:
 def suggest(config: SuggestConfig, listener: Listener | None = None) -> Suggestions:
     """Choose the images and write the table.
 
-    Nothing is random. Images without labels are read block by block, three numbers of each are
-    kept, and the features of those that have labels.
+    Nothing is random. Images without labels are read block by block, some seventy numbers of each
+    are kept, and the features of those that have labels.
 
     Raises UserError for a cache without such images, for another backbone than the adapter's, and
     where the table cannot be written or is there already.
@@ -199,7 +198,6 @@ def _suggest(
         _paths(ids, _root(config, cache), Path(config.out)),
         [names[label] for label in guesses[chosen].tolist()],
         best[chosen],
-        doubts[chosen],
         candidates=count,
         known=int(np.count_nonzero(distances <= reach)),
         labelled=len(known),

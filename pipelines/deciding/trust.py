@@ -66,7 +66,7 @@ def trust_of(
         sets = answers.sets(shares)
         trust = replace(trust, covered=sets[every, labels], sizes=sets.sum(axis=1))
     if answers and answers.reject is not None:
-        trust = replace(trust, rejected=answers.known(shares, encoded) <= answers.reject)
+        trust = replace(trust, rejected=answers.is_none(answers.known(shares, encoded)))
     return trust
 
 

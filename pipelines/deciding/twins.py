@@ -21,11 +21,10 @@ OWN_CUT = "stratified by class, seed"  # how a split's origin ends that `extract
 
 @dataclass(frozen=True)
 class Twins:
-    """Of N images: pairs of equal and of near-equal ones, (P, 2), and the number of the group that
-    they make together, (N,), −1 for others. of_split: (N,) which split each is of."""
+    """Of N images: pairs of equal ones, (P, 2), and the number of the group that they and those
+    that are near-equal make, (N,), −1 for others. of_split: (N,) which split each is of."""
 
     equal: Rows
-    near: Rows
     groups: Rows
     of_split: Rows
 
@@ -44,7 +43,7 @@ class Twins:
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         rest = self.groups[order], self.of_split[order]
-        return Twins(place[self.equal], place[self.near], *rest)
+        return Twins(place[self.equal], *rest)
 
     def disagree(self, labels: npt.NDArray[np.int32]) -> Mask:
         """(N,): whether an image has a twin with another label."""
@@ -68,8 +67,8 @@ def find_twins(
     order = np.argsort(keys, kind="stable")
     same = keys[order][1:] == keys[order][:-1]
     equal = np.stack([order[:-1][same], order[1:][same]], axis=1)
-    near = near_equal(features)
-    return Twins(equal, near, grouped(np.concatenate([equal, near]), len(keys)), of_split)
+    pairs = np.concatenate([equal, near_equal(features)])
+    return Twins(equal, grouped(pairs, len(keys)), of_split)
 
 
 def near_equal_across(cache: FeatureCache) -> dict[str, int]:
