@@ -1,10 +1,10 @@
 """CPU seconds and peak memory of `fit` at ImageNet's size: python benchmarks/scale.py --help
 
-The cache is made up and written in blocks: 1,281,167 training images of 1,000 classes, listed class
-by class, 1,024 float16 numbers each, and 50,000 test images; 2.8 GB, removed at the end. Each command
-is a process of its own that compiles anew, and a row as it ends: CPU seconds and the largest
-resident memory, as the kernel counted them, and what it said of a long search. CPU seconds, as what
-else runs on the machine changes them less than the wall's; its load stands beside them.
+The cache is made up, and written block by block: 1,281,167 training images of 1,000 classes, listed
+class by class, of 1,024 float16 numbers, and 50,000 test images; 2.8 GB, removed at the end. Each
+command is a process of its own, which compiles anew, and a row as it ends: CPU seconds and largest
+resident memory, as the kernel counts them, and what it said of a long search. CPU seconds, as what
+else runs on the machine changes them less than those of the wall; its load stands beside them.
 """
 
 import argparse
