@@ -8,6 +8,7 @@ takes it out of the loop over what did not fit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -30,7 +31,6 @@ from clip_adapter.adapters.engine.scoring import (
 )
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Arrays, Method, Rounds, Setting, Task, same_program
-from clip_adapter.words import counted
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -134,13 +134,13 @@ def note(method: Method, settings: int, task: Task, folds: Sequence[Task]) -> st
     of_folds = [np.asarray(fold.validation_labels) for fold in folds]
     judging = np.concatenate([np.zeros(0, np.int32), *of_folds])
     own = method.note(task._replace(validation_labels=judging)) if method.note else ""
-    minutes = round(settings * len(judging) * len(task.head.weights) / RATE / 60)
+    minutes = math.ceil(settings * len(judging) * len(task.head.weights) / RATE / 60)
     is_grid = method.after_training or not (method.is_trained or method.solver)
-    if own or not (is_grid and minutes):
+    if own or not is_grid or minutes < 2:
         return own
     return (
-        f"{method.name}: scoring {settings:,} settings takes about {counted(minutes, 'CPU minute')}"
-        " on this many classes and images; fewer settings take as much less."
+        f"{method.name}: scoring {settings:,} settings takes about {minutes:,} CPU minutes on this "
+        "many classes and images; fewer settings take as much less."
     )
 
 

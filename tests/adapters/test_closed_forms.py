@@ -435,7 +435,7 @@ def test_a_search_that_takes_long_is_announced():
     assert closed_form.note(METHODS["proker"], 2000, task, [task]) == proker.note(task)
     said = closed_form.note(METHODS["tip-adapter"], 4000, task, [task, task])
     assert said.startswith("tip-adapter: scoring 4,000 settings takes about 3 CPU minutes on")
-    assert "about 4 CPU minutes" in closed_form.note(METHODS["tip-adapter-f"], 12000, task, [task])
+    assert "about 5 CPU minutes" in closed_form.note(METHODS["tip-adapter-f"], 12000, task, [task])
     for short in ("clip-adapter", "gda"):
         assert closed_form.note(METHODS[short], 7, task, [task]) == ""
     assert closed_form.note(METHODS["clip-adapter"], 10**6, task, [task]) == "", (
