@@ -236,7 +236,7 @@ def _run_tasks(runner: TaskRunner, folder: RunFolder, listener: Listener) -> Non
     ]
     done = len(steps) - len(waiting)
     with listener.progress("fit", len(steps), done) as advance:
-        for rows, held, planned in waiting:
+        for place, (rows, held, planned) in enumerate(waiting):
             notes = [planned.method.name, *(f"{name} {value}" for name, value in held.items())]
             part = _Part(advance, ", ".join([*notes, shots_words(rows.shots)]))
             runner.engine.progress = part.settings_done
@@ -244,7 +244,9 @@ def _run_tasks(runner: TaskRunner, folder: RunFolder, listener: Listener) -> Non
             if METHOD in held and key in known:  # fitted already, as a method that counts
                 result = replace(known[key], held=held)
             else:
-                result = runner.run(planned, rows, folder, part.expect, held)
+                later = ((other, one) for other, _, one in waiting[place + 1 :] if one is planned)
+                peers = [other for other, _ in later if other.shots == rows.shots and not held]
+                result = runner.run(planned, rows, folder, part.expect, held, peers)
             folder.add_result(result)
             known[result.identity] = result
             part.end()
