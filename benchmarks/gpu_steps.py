@@ -326,6 +326,7 @@ def seeds(taken: Taken, sizes: Sizes, on_cpu: bool) -> str:
     alone = setting_step_us(task, grid, sizes.epochs)
     name = f"K {len(grid)}, 3 seeds one after another"
     taken.take(name, lambda: alone | {"floor_us": floor_us(sizes, batch, len(grid), rate)})
+    taken.take(f"K {len(grid)}, 3 seeds at once", lambda: seeds_us(task, grid, sizes.epochs))
 
     def accuracies(method: Any) -> Any:
         runs = Engine("vectorised").run(method, grid, task)
@@ -344,6 +345,25 @@ def seeds(taken: Taken, sizes: Sizes, on_cpu: bool) -> str:
 
         taken.take(name, measure)
     return device
+
+
+def seeds_us(task: Any, settings: Sequence[Any], epochs: int, count: int = 3) -> Figures:
+    """µs of a step of one setting of one seed, of so many seeds begun in one launch."""
+    from clip_adapter.adapters.engine.runner import Engine
+    from clip_adapter.adapters.methods.clip_adapter import CLIP_ADAPTER
+    from clip_adapter.adapters.optimisation import steps_and_batch
+
+    tasks = [task._replace(seed=task.seed + number) for number in range(count)]
+
+    def run(stop: int) -> float:
+        started = time.perf_counter()
+        Engine("vectorised").begin(CLIP_ADAPTER, settings, tasks, stop)
+        return time.perf_counter() - started
+
+    first = run(1)
+    seconds = min(run(1 + epochs) for _ in range(2)) - min(run(1) for _ in range(2))
+    steps, _ = steps_and_batch(task.features.shape[1], settings[0])
+    return {"us": 1e6 * seconds / (epochs * steps * len(settings) * count), "first_s": first}
 
 
 def narrow_methods() -> dict[str, Any]:
