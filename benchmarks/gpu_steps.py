@@ -1,6 +1,7 @@
 """The steps of gpu.sh, each a process: python benchmarks/gpu_steps.py STEP SECONDS [--cpu]
 
-A step takes figures until two thirds of its seconds are gone, and prints one JSON line. Figures in
+A step takes figures until four fifths of its seconds are gone, and prints one JSON line; so it does
+with those that it has where it is told to end before (SIGTERM, as `timeout` sends it). Figures in
 µs are of one step of one setting: settings of CLIP-Adapter (image, reduction 4) that run side by
 side, the difference of a long and a short run, so that starting and validating are left out; the
 smaller of two. Beside them stands the floor: what its products take at the product rate, or what
@@ -13,6 +14,8 @@ are no options of `fit`: they are tried here.
 import argparse
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -88,7 +91,7 @@ class Taken:
         self.left_out: list[str] = []
         self.errors: dict[str, str] = {}
         self._started = time.monotonic()
-        self._stop = self._started + seconds * 2 / 3
+        self._stop = self._started + seconds * 4 / 5
 
     def take(self, name: str, measure: Callable[[], Any]) -> None:
         """One figure, or several by name; an error is noted, and the others go on."""
@@ -128,6 +131,13 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true")
     arguments = parser.parse_args()
     taken = Taken(arguments.seconds)
+
+    def end(*_: object) -> None:
+        taken.errors["the rest"] = "not done in time"
+        print(taken.line(arguments.step, "ended"), flush=True)
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, end)
     device = STEPS[arguments.step](taken, SMALL if arguments.cpu else Sizes(), arguments.cpu)
     print(taken.line(arguments.step, device), flush=True)
 

@@ -50,6 +50,20 @@ def test_a_step_that_fails_is_a_line_and_the_others_go_on() -> None:
     assert {(line["ok"], line["reason"]) for line in lines} == {(False, "exit code 1")}
 
 
+def test_a_step_that_is_ended_says_what_it_has() -> None:
+    """As `timeout` ends it; gpu.sh's own line is for those that cannot say anything."""
+    command = [sys.executable, str(SCRIPT.with_name("gpu_steps.py")), "seeds", "90", "--cpu"]
+    pipe = subprocess.PIPE
+    environment = os.environ | {"XLA_FLAGS": QUICK}
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as step:
+        assert step.stderr and step.stderr.readline().startswith("K 2")
+        step.terminate()
+        written, _ = step.communicate()
+    line = json.loads(written)
+    assert (line["step"], line["ok"], len(line["figures"])) == ("seeds", False, 1)
+    assert line["errors"] == {"the rest": "not done in time"}
+
+
 def test_an_error_is_noted_and_what_time_does_not_reach_left_out() -> None:
     taken = Taken(1e3)
     taken.take("broken", lambda: 1 / 0)
