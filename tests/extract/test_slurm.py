@@ -10,15 +10,22 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from pyarrow import parquet
 
+from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.run import extract
+from clip_adapter.pipelines.commands.predict import PredictConfig, print_predictions
+from clip_adapter.pipelines.saved.adapter_file import AdapterInfo, SavedAdapter, save_adapter
+from clip_adapter.pipelines.scoring.zero_shot import zero_shot_weights
 from tests.cache.rewriting import datasets
 from tests.extract.image_folders import make_folder
+from tests.pipelines.test_predict_caches import new_images
 
 NOT_WHOLE = (
     "--shard auto is for a whole array from 0 or 1, and of this one 2 tasks from 3 to 7 are here"
@@ -134,11 +141,15 @@ def shell(lines: str, folder: Path, environment: Mapping[str, str]) -> None:
         time.sleep(0.1)
 
 
-def documented() -> str:
-    """The two lines of docs/cluster.md."""
+def documented(command: str, own: Mapping[str, str]) -> str:
+    """The lines of docs/cluster.md that submit the command, with one's own names in them."""
     page = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text(encoding="utf-8")
-    (lines,) = re.findall(r"^\$ (job=.*'extract .*)\n\$ (sbatch .*merge.*)$", page, re.MULTILINE)
-    return "\n".join(lines)
+    blocks = re.findall(r"^```console network\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (lines,) = (block for block in blocks if f"--wrap '{command} " in block)
+    for old, new in own.items():
+        assert old in lines
+        lines = lines.replace(old, new)
+    return re.sub(r"^\$ ", "", lines, flags=re.MULTILINE)
 
 
 def test_an_array_and_its_merge_make_the_undivided_cache(
@@ -146,15 +157,12 @@ def test_an_array_and_its_merge_make_the_undivided_cache(
 ) -> None:
     data = make_folder(tmp_path / "data", {"train": 6, "val": 2, "test": 3}, ("cat", "dog", "eel"))
     small = f"--dataset folder:{data} --backbone glyph-clip --batch-size 4"
-    lines = documented()
-    for old, new in {
+    own = {
         "--dataset imagenet --backbone ViT-B-16": small,
-        "--array=1-32": "--array=1-3",
+        "1-32": "1-3",
         "imagenet.h5": "whole.h5",
-    }.items():
-        assert old in lines
-        lines = lines.replace(old, new)
-    shell(lines, tmp_path, slurm)
+    }
+    shell(documented("extract", own), tmp_path, slurm)
     printed = "\n".join(path.read_text() for path in tmp_path.glob("slurm-*.out"))
     assert {path.name for path in tmp_path.glob("*.h5*")} == {
         "whole.h5", "part-1.h5", "part-2.h5", "part-3.h5"
@@ -167,6 +175,25 @@ def test_an_array_and_its_merge_make_the_undivided_cache(
     finally:
         torch.set_num_threads(threads)
     assert datasets(tmp_path / "whole.h5") == datasets(undivided)
+
+
+def test_an_array_makes_one_folder_of_answers(slurm: Mapping[str, str], tmp_path: Path) -> None:
+    config = PredictConfig(new_images(tmp_path / "new.h5", 9000), tmp_path / "run")
+    with FeatureCache(config.paths) as cache:
+        weights = zero_shot_weights(cache)
+        info = AdapterInfo(
+            *("zero-shot", {}, cache.class_names, cache.templates, cache.logit_scale, 0.0),
+            *(cache.backbone, cache.preprocess, cache.dataset, cache.content_sha256, {}),
+        )
+    save_adapter(config.adapter, SavedAdapter(info, {}, weights))
+    own = {"runs/first": "run", "imagenet.h5": "new.h5", "1-32": "1-2"}
+    shell(documented("clip-adapter predict", own), tmp_path, slurm)
+    whole = tmp_path / "whole.parquet"
+    assert print_predictions(replace(config, out=whole)) == 0
+    names = [path.name for path in sorted((tmp_path / "answers").iterdir())]
+    assert names == ["part-0000000000.parquet", "part-0000004096.parquet"]
+    answers = parquet.read_table(tmp_path / "answers")
+    assert answers.num_rows == 9000 and answers.equals(parquet.read_table(whole))
 
 
 @pytest.mark.parametrize(
