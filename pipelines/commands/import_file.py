@@ -106,7 +106,7 @@ def import_features(config: ImportConfig, listener: Listener) -> Path:
     ids = np.array(texts_of(columns.get("id", range(len(rows)))), object)
     if len(set(ids)) < len(ids):
         raise UserError(f"{found.path} names an image twice; give each a name of its own.")
-    check_features(rows[:, None], ids.tolist())
+    check_features(rows[:, None], ids.tolist(), f"leave it out of {found.path}, or encode it anew")
     text, stated = _encoded(config, class_names, listener) if config.backbone else _given(config)
     of_classes, _, width = text["text/features"].shape
     if (of_classes, width) != (len(class_names), rows.shape[1]):
