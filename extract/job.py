@@ -54,13 +54,15 @@ def run_job(config: ExtractConfig, shard: Shard, place: StagingFolder, listener:
     text = text_plan(config, dataset)
     device = find_device(config.device)
     precision = find_precision(config.precision, device)
-    backbone = load_backbone(config.backbone, config.pretrained, precision)
+    backbone = load_backbone(config.backbone, config.pretrained, precision).decoding(config.decode)
     if backbone.assumption:
         listener.warn(backbone.assumption)
     described, preprocess = dict(backbone.identity), backbone.preprocess_config
     weights = backbone.identity["weights_sha256"]
     taken = text_of(config.like, weights, preprocess) if config.like else None
-    also = config.also and load_second(config.also, config.also_pretrained, precision)
+    also = config.also and load_second(config.also, config.also_pretrained, precision).decoding(
+        config.decode
+    )
     tower = _tower(config, backbone, precision, dataset) if config.with_text_tower else None
     if tower is not None:
         described["text_tower_sha256"] = hashlib.sha256(tower).hexdigest()
