@@ -52,8 +52,9 @@ def extract(config: ExtractConfig, listener: Listener | None = None) -> Path:
         return config.out
     with _staging_folder(config, _own(config, shard)) as place:
         from clip_adapter.extract.job import run_job
+        from clip_adapter.extract.local_encoding import LocalEncoding
 
-        listener.result(run_job(config, shard, place, listener))
+        listener.result(run_job(config, shard, place, listener, LocalEncoding))
     return config.out
 
 
@@ -70,6 +71,7 @@ def _extract_together(config: ExtractConfig, launch: Launch, listener: Listener)
             pass
     from clip_adapter.extract.encoding.device import device_of_process
     from clip_adapter.extract.job import run_job
+    from clip_adapter.extract.local_encoding import LocalEncoding
     from clip_adapter.extract.outcome import join_parts
 
     out = part_path(config.out, launch.shard)
@@ -77,7 +79,7 @@ def _extract_together(config: ExtractConfig, launch: Launch, listener: Listener)
     own = replace(config, out=out, shard=None, device=device)
     if not _already_there(own, launch.shard, listener):
         with _staging_folder(own, _own(own, launch.shard)) as place:
-            run_job(own, launch.shard, place, listener)
+            run_job(own, launch.shard, place, listener, LocalEncoding)
     wait_for_all()
     if launch.rank == 0:
         parts = [
