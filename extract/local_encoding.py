@@ -97,6 +97,12 @@ class Encoding(Protocol):
         end is asked for again. Raises UserError as `encode_images` does."""
 
 
+def packages() -> dict[str, str]:
+    """Versions of what decodes and computes; that of open_clip is in the backbone's identity."""
+    versions = {name: version(name) for name in ("clip-adapter", "numpy", "pillow")}
+    return versions | {"torch": str(torch.__version__)}
+
+
 EncodingOf = Callable[[ExtractConfig, ImageDataset], Encoding]
 
 
@@ -122,8 +128,7 @@ class LocalEncoding:
             precision,
             str(self._device),
             threads_of_a_pass(self._device),
-            {name: version(name) for name in ("clip-adapter", "numpy", "pillow")}
-            | {"torch": str(torch.__version__)},
+            packages(),
             rows_sha256(dataset.splits),
         )
 
@@ -170,5 +175,5 @@ class LocalEncoding:
     def images(
         self, encoder: str, split: str, plan: Plan, watch: Stopwatch
     ) -> Iterator[EncodedBatch]:
-        plan = replace(plan, pinned=self._device.type == "cuda")
+        plan = replace(plan, workers=self._config.workers, pinned=self._device.type == "cuda")
         return encode_images(self._encoders[encoder], self._dataset.splits[split], plan, watch)
