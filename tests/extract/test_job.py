@@ -19,7 +19,7 @@ import torch
 
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.errors import UserError
-from clip_adapter.extract import job, stage
+from clip_adapter.extract import job, local_encoding
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset
@@ -196,17 +196,17 @@ def test_killed_or_interrupted_anywhere_it_ends_with_the_same_bytes(
 def test_text_goes_on_behind_its_last_batch(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = stage.encode_classes
+    encode = local_encoding.encode_classes
     starts: list[int] = []
 
-    def stopping(*arguments: Any, start: int, batch_size: int) -> Iterator[Any]:
+    def stopping(*arguments: Any, start: int, **how: Any) -> Iterator[Any]:
         starts.append(start)
-        for number, batch in enumerate(encode(*arguments, start=start, batch_size=batch_size)):
+        for number, batch in enumerate(encode(*arguments, start=start, **how)):
             if len(starts) == number == 1:
                 raise KeyboardInterrupt
             yield batch
 
-    monkeypatch.setattr(stage, "encode_classes", stopping)
+    monkeypatch.setattr(local_encoding, "encode_classes", stopping)
     out, templates = tmp_path / "features.h5", ("a {}", "the {}", "my {}")
     with pytest.raises(KeyboardInterrupt):
         run(folder, out, templates=templates)
@@ -233,7 +233,7 @@ def test_an_interruption_promises_what_is_true(
     with pytest.raises(UserError):
         run(folder, out, on_error="fail")
     capsys.readouterr()
-    monkeypatch.setattr(stage if where == "encode_images" else job, where, interrupt)
+    monkeypatch.setattr(local_encoding if where == "encode_images" else job, where, interrupt)
     assert said(out) == ("what is encoded is kept, and the same command goes on from there",)
     loaded = where != "open_dataset"
     assert ("goes on from image 12 of 51" in capsys.readouterr().err) is loaded
@@ -515,7 +515,7 @@ from clip_adapter.cache.staging import StagingFolder
 from clip_adapter.cache.writer import write_cache
 from clip_adapter.extract.datasets.source import Split
 from clip_adapter.extract.encoding.decode import Plan
-from clip_adapter.extract.encoding.encoder import Encoder, Stopwatch
+from clip_adapter.extract.encoding.encoder import Encoder, Stopwatch, encode_images
 from clip_adapter.extract.encoding.preprocess import Preprocess
 from clip_adapter.extract.known import Known, KnownRows
 from clip_adapter.extract.stage import stage_images
@@ -541,7 +541,8 @@ for rows in map(int, sys.argv[2:]):  # in one process: its peak after few is par
     known = Known({"train": train})
     with StagingFolder(Path(sys.argv[1]) / f"{rows}.h5") as place:
         plan = Plan(np.arange(rows), 128, 1)
-        for _ in stage_images(encoder, train, known, plan, place, Stopwatch()):
+        batches = encode_images(encoder, split, plan, Stopwatch())
+        for _ in stage_images(batches, train, known, place, Stopwatch()):
             pass
         text = {"features": np.ones((2, 1, 512), np.float32), "class_names": ["a", "b"]}
         text = {f"text/{name}": values for name, values in text.items()}
