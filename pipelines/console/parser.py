@@ -118,7 +118,7 @@ class _Once(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        if option_string and hasattr(namespace, self.dest):
+        if option_string and getattr(namespace, self.dest, self.default) is not self.default:
             several = ", with all its values behind it" if self.nargs else ""
             parser.error(f"{option_string} is given twice; give it once{several}")
         setattr(namespace, self.dest, values)
