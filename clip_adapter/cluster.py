@@ -43,6 +43,9 @@ def check_address(address: str) -> None:
         raise UserError("--ray needs the package ray: pip install 'clip-adapter[ray]'.")
 
 
+EVERY_GPU = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+
+
 @dataclass(frozen=True)
 class Cluster:
     """A cluster that this process is connected to. cores, gpus: of all its nodes at first."""
@@ -51,20 +54,26 @@ class Cluster:
     gpus: int
 
     def results(
-        self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], *, gpu: bool = False
+        self,
+        function: Callable[..., Any],
+        calls: Iterable[tuple[Any, ...]],
+        *,
+        gpu: bool = False,
+        kept: bool = True,
     ) -> Iterator[Any]:
         """What `function`, of an importable module, gives for each of the calls, in order.
 
-        calls: taken as tasks are begun. gpu: each has a GPU of its own.
+        calls: taken as tasks are begun. gpu: each has a GPU of its own. kept: a worker takes one
+            task after another; with GPUs it then sees all of them, and takes the one it is given.
         Raises the UserError that a call raises, and one where the cluster fails.
         """
         import ray
 
-        how: dict[str, Any] = {"num_gpus": 1, "runtime_env": {"env_vars": EVERY_GPU}} if gpu else {}
-        # max_calls: with GPUs a worker would end with its task, and its models be loaded again.
-        remote = ray.remote(
-            num_cpus=1, max_calls=0, max_retries=-1, scheduling_strategy="SPREAD", **how
-        )(_outcome)
+        how: dict[str, Any] = {"num_gpus": 1} if gpu else {}
+        if gpu and kept:
+            how["runtime_env"] = {"env_vars": EVERY_GPU}
+        how |= {"max_calls": 0 if kept else 1, "scheduling_strategy": "SPREAD"}
+        remote = ray.remote(num_cpus=1, max_retries=-1, **how)(_outcome)
         most = max(AHEAD, 2 * (self.gpus if gpu else self.cores))
         running: deque[Any] = deque()
         for call in calls:
@@ -79,10 +88,6 @@ class Cluster:
         import ray
 
         return ray.put(value)
-
-
-# A worker that is kept may be handed another GPU next time: it sees all, and takes the one it got.
-EVERY_GPU = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 
 
 def _outcome(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -144,6 +144,23 @@ def test_a_killed_run_goes_on_behind_its_finished_parts(
     assert parquet.read_table(out).equals(parquet.read_table(tmp_path / "whole.parquet"))
 
 
+def test_an_interruption_says_what_is_kept(
+    config: PredictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, left = SavedAdapter.logits, [1, 2, 3]
+
+    def interrupted(self: SavedAdapter, features: np.ndarray) -> np.ndarray:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return logits(self, features)
+
+    monkeypatch.setattr(SavedAdapter, "logits", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="finished parts are kept, and the same command"):
+        print_predictions(replace(config, out=tmp_path / "answers"))
+    assert names_in(tmp_path / "answers") == {min(PARTS)}
+
+
 def test_only_the_same_answers_go_on(config: PredictConfig, place: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers"
     config = replace(config, out=out, shard="1/2")
