@@ -35,6 +35,7 @@ from clip_adapter.pipelines.scoring.images import (
     images_of_folder,
     is_folder,
     match_classes,
+    refuse_encoding,
 )
 from clip_adapter.pipelines.scoring.prediction_formats import (
     adapt_of,
@@ -162,6 +163,7 @@ def _images(
         skip = config.on_error == "skip"
         yield images_of_folder(config.data, config.split, adapter, config, listener, skip=skip)
         return
+    refuse_encoding(config, "on_error")
     from clip_adapter.cache.reader import FeatureCache
 
     with FeatureCache(config.data) as cache:

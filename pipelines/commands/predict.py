@@ -22,7 +22,7 @@ from clip_adapter.pipelines.console.terminal import Terminal, no_advance, progre
 from clip_adapter.pipelines.deciding.answers import answers_of
 from clip_adapter.pipelines.saved.adapter_file import adapter_sha256, load_adapter
 from clip_adapter.pipelines.scoring.cached import Source, cached_sources, is_cache
-from clip_adapter.pipelines.scoring.images import encoded_files
+from clip_adapter.pipelines.scoring.images import encoded_files, refuse_encoding
 from clip_adapter.pipelines.scoring.predicted_images import PredictedImages
 from clip_adapter.pipelines.scoring.prediction_formats import (
     FORMATS,
@@ -139,6 +139,8 @@ def predict(config: PredictConfig, listener: Listener | None = None) -> Predicte
     named: Any = config.paths
     paths = [Path(path) for path in ([named] if isinstance(named, str | Path) else named)]
     caches = [path for path in paths if is_cache(path)]
+    if caches == paths != []:
+        refuse_encoding(config)
     if config.split and not caches:
         raise UserError("--split is of feature caches, and none is named; leave it out.")
     check_work(config.batch_size, config.workers)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +59,21 @@ class Encoding(Protocol):
     def workers(self) -> int: ...
     @property
     def device(self) -> str: ...
+
+
+OF_FILES = ("backbone", "pretrained", "also", "also_pretrained", "batch_size", "workers", "device")
+
+
+def refuse_encoding(config: Any, *others: str) -> None:
+    """Raises UserError where something says how files are encoded, or what is to become of them, as
+    `others` do, and there are none: all images lie in caches."""
+    usual = {field.name: field.default for field in fields(config)}
+    given = [name for name in (*OF_FILES, *others) if getattr(config, name) != usual[name]]
+    if given:
+        raise UserError(
+            f"--{given[0].replace('_', '-')} is for image files, and there are only images of "
+            "caches; leave it out."
+        )
 
 
 def is_folder(path: Path) -> bool:

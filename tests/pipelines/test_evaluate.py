@@ -215,6 +215,15 @@ def bad_cache(place: Path, tmp_path: Path, **changes: object) -> Path:
     return tmp_path / "other"
 
 
+def test_what_says_how_files_are_encoded_is_not_dropped(place: Path) -> None:
+    for given in ({"backbone": "RN50"}, {"on_error": "skip"}, {"also_pretrained": "x"}):
+        name = next(iter(given)).replace("_", "-")
+        with pytest.raises(UserError, match=f"--{name} is for image files"):
+            evaluate(
+                EvaluateConfig(place / "features.h5", adapter_of(place, "clip-adapter"), **given)
+            )
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

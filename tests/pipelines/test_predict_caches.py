@@ -115,6 +115,8 @@ def test_which_rows_are_said(place: Path, capsys: pytest.CaptureFixture[str]) ->
     [
         (["new.h5", "--split", "test"], "new.h5 has no test split, only unlabelled"),
         (["picture.png", "--split", "test"], "--split is of feature caches, and none is named"),
+        (["new.h5", "--device", "cpu"], "--device is for image files, and there are only images"),
+        (["new.h5", "--batch-size", "2"], "--batch-size is for image files"),
         (["other.h5"], "The adapter was fitted for other weights of tiny-clip"),
         (["foreign.h5"], "foreign.h5 is an HDF5 file but not a CLIP feature cache"),
         (["new.h5", "--format", "parquet"], "--format parquet is no text to print; give it a file"),
