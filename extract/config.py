@@ -93,6 +93,9 @@ class ExtractConfig:
         shard: Encode only part I of N, written I/N (1/4 … 4/4); `clip-adapter merge` joins
             the parts. `auto` takes the part of a task of a Slurm array or step, auto/N the one of N
             that the task's id says. Under torchrun every process takes its part by itself.
+        ray: Encode on the nodes of a Ray cluster: `auto` is the one that this machine belongs to,
+            HOST:PORT another, `local` one of its own cores. Each task decodes with its node's
+            cores; `workers` then only compare what is there already.
         with_text_tower: Store what CoOp needs: the text tower beside the cache, as
             NAME.text_tower.safetensors, and the prompts' tokens in it.
         with_projection: Store what ProLIP needs: the image encoder's last linear map and what it
@@ -138,6 +141,7 @@ class ExtractConfig:
     workers: int = available_cores()
     device: str = "auto"
     shard: str | None = None
+    ray: str | None = None
     with_text_tower: bool = False
     with_projection: bool = False
     also: str | None = None
@@ -183,7 +187,6 @@ class ExtractConfig:
                 "--update brings one whole cache up to date, in one process; leave out --force and "
                 "--shard, and torchrun."
             )
-
         self._check_classes()
 
     def _check_classes(self) -> None:

@@ -3,8 +3,9 @@
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +72,17 @@ def adapter_of(method: str, saved_adapters: Mapping[str, SavedAdapter]) -> Saved
     }
     info = replace(plain.info, method=method, setting=record.defaults())
     return SavedAdapter(info, arrays, plain.weights)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_table_of_operators() -> Iterator[None]:
+    """PyTorch makes its table of operators anew for each export, which is half of the time."""
+    from torch.onnx._internal.exporter import _registration
+
+    with pytest.MonkeyPatch.context() as patch:
+        if made := getattr(getattr(_registration, "ONNXRegistry", None), "from_torchlib", None):
+            patch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(cache(made)))
+        yield
 
 
 def run_onnx(content: bytes, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
