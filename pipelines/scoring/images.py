@@ -118,7 +118,7 @@ def images_of_folder(
 
 
 def encoded_files(
-    paths: Sequence[Path], refused: Mapping[Path, str], adapter: SavedAdapter, how: Encoding
+    paths: Sequence[str], refused: Mapping[str, str], adapter: SavedAdapter, how: Encoding
 ) -> Source:
     """The images of these files; of those that cannot be read, why.
 
@@ -133,19 +133,19 @@ def encoded_files(
         if path in refused:
             raise BadImage(refused[path])
         try:
-            return open_image(path)
+            return open_image(Path(path))
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from error
 
     labels = np.zeros(len(paths), np.int32)
-    split = Split([str(path) for path in paths], labels, read, "files")
+    split = Split(paths, labels, read, "files")
     digest = hashlib.sha256()
     for path in paths:
         digest.update(os.fsencode(path) + b"\0")
     return Source(
         range(len(paths)),
         _encoded(split, adapter, how, skip=True),
-        lambda rows: [paths[row] for row in rows.tolist()],
+        lambda rows: [Path(paths[row]) for row in rows.tolist()],
         _batch_size(split, how),
         digest.hexdigest(),
     )
