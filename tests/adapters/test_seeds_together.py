@@ -5,6 +5,7 @@ from typing import Any
 from unittest.mock import patch
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,10 +19,24 @@ RATES = [setting_of(learning_rate=rate, **SHORT) for rate in (1e-3, 3e-3, 1e-2)]
 SEEDS = (3, 4, 5)
 
 
-def tasks_of(**how: Any) -> list[Task]:
-    """Of one cache: they share the head."""
+def tasks_of(weighed: bool = False, **how: Any) -> list[Task]:
+    """Of one cache: they share the head. weighed: in loss and validation, by each its own."""
     several = [separable_task(noise=2.0, seed=seed, data_seed=seed, **how) for seed in SEEDS]
-    return [task._replace(head=several[0].head) for task in several]
+    several = [task._replace(head=several[0].head) for task in several]
+    if not weighed:
+        return several
+    rng = np.random.default_rng(0)
+
+    def weights(labels: jax.Array) -> jax.Array:
+        return jnp.asarray(rng.uniform(0.5, 1.5, labels.shape), jnp.float32)
+
+    return [
+        task._replace(
+            class_weights=weights(task.head.weights[:, 0]),
+            validation_weights=weights(task.validation_labels),
+        )
+        for task in several
+    ]
 
 
 def default(name: str) -> tuple[Method, list[Setting]]:
@@ -37,7 +52,7 @@ CASES: Mapping[str, tuple[Method, list[Setting], int | None, dict[str, Any]]] = 
     "best epoch": (CLIP_ADAPTER, [setting_of(**EACH_EPOCH)], None, {}),
     "views": (CLIP_ADAPTER, RATES, None, {"views": 3}),
     "no validation": (CLIP_ADAPTER, RATES[:1], None, {"validation": 0}),
-    "closed start": (*default("taskres"), None, {}),
+    "closed start": (*default("taskres"), None, {"weighed": True}),
 }
 
 

@@ -38,8 +38,8 @@ def test_an_adapter_decodes_as_its_cache(
             info = dataclasses.replace(full.info, preprocess=cache.preprocess)
         adapters[how] = dataclasses.replace(full, info=info)
         save_adapter(tmp_path / how, adapters[how])
-        blocks = encoded_files([path], {}, adapters[how], PredictConfig((), tmp_path))
-        features[how] = next(blocks()).features[0]
+        source = encoded_files([path], {}, adapters[how], PredictConfig((), tmp_path))
+        features[how] = next(source.blocks(source.rows)).features[0]
     assert np.abs(features["full"] - caches["full"]).max() < 1e-5
     assert np.abs(features["fast"] - caches["fast"]).max() < 1e-5
     assert np.abs(features["fast"] - features["full"]).max() > 1e-3
