@@ -171,18 +171,17 @@ def unlucky_coverage(images: int, coverage: float, chance: float = 0.1) -> float
     return float(betaincinv(rank, images + 1 - rank, chance))
 
 
-def prior_temperature(
-    logits: Float[np.ndarray, "N C"], zero_shot: Float[np.ndarray, "N C"]
-) -> float:
-    """T₀, by which logits spread as far as the zero-shot logits of the same images; 1 where either
-    spreads not at all."""
-    spreads = [
-        _by_rows(lambda rows: np.ptp(np.asarray(rows, np.float64), axis=1), own)
-        for own in (logits, zero_shot)
-    ]
-    if not len(logits) or min(map(np.min, spreads)) <= 0:
+def spreads(logits: Float[np.ndarray, "N C"]) -> Float[np.ndarray, " N"]:
+    """range(z), float64: how far each image's largest logit is above the smallest."""
+    return _by_rows(lambda rows: np.ptp(np.asarray(rows, np.float64), axis=1), logits)
+
+
+def prior_temperature(own: Float[np.ndarray, " N"], zero_shot: Float[np.ndarray, " N"]) -> float:
+    """T₀, by which logits spread as far as the zero-shot logits of the same images, by the spreads
+    of either; 1 where either spreads not at all."""
+    if not len(own) or min(own.min(), zero_shot.min()) <= 0:
         return 1.0
-    return float(np.clip(np.median(spreads[0] / spreads[1]), COLDEST, HOTTEST))
+    return float(np.clip(np.median(own / zero_shot), COLDEST, HOTTEST))
 
 
 def likeliest_temperature(

@@ -80,7 +80,7 @@ class Data:
     labels: Mapping[str, Labels]
     classes: slice
     class_weight: str = "none"
-    _rows: dict[tuple[str, str], Features] = field(default_factory=dict)
+    _rows: dict[tuple[str, str], npt.NDArray[np.floating]] = field(default_factory=dict)
     _taken: dict[str, tuple[str, Rows, jax.Array]] = field(default_factory=dict)
     _blocks: dict[tuple[str, int], Features] = field(default_factory=dict)
     _extra: dict[str, Any] = field(default_factory=dict)
@@ -276,8 +276,10 @@ class Data:
         if last and last[0] == source and len(last[2]) == views and np.array_equal(last[1], rows):
             return last[2]  # as of the task before, which was of another method
         if (split, source) not in self._rows:
-            stored = self.views if split == "train" else 1
-            self._rows[split, source] = self._read(split, source, self._needed[split], stored)
+            read = self._read(split, source, self._needed[split], self.views)
+            with np.errstate(over="ignore"):
+                half = read.astype(np.float16)  # as many a file has them
+            self._rows[split, source] = half if np.array_equal(half, read) else read
         taken = jnp.asarray(self._read(split, source, rows, views))
         self._taken[split] = source, rows, taken
         return taken
@@ -290,7 +292,8 @@ class Data:
         held = self._rows.get((split, source))
         if held is not None and np.isin(rows, union := self._needed[split]).all():
             order = np.argsort(union)
-            return held[:views, order[np.searchsorted(union, rows, sorter=order)]]
+            places = order[np.searchsorted(union, rows, sorter=order)]
+            return np.asarray(held[:views, places], np.float32)
         if split == "train" and len(joined := self.by_split(rows)["val"]):
             own = self._read("train", source, self.by_split(rows)["train"], views)
             # Only training images have augmented views; of the others each is taken as often.

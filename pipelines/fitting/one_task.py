@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from clip_adapter.adapters.engine.closed_form import note
 from clip_adapter.adapters.engine.evaluation import Evaluation, rounds_of
 from clip_adapter.adapters.engine.runner import Engine
 from clip_adapter.adapters.engine.scoring import make_classify
@@ -158,12 +159,8 @@ class TaskRunner:
             halving=self.plan.search == "halving",
             rounds=rounds and (task, rounds),
         )
-        if method.note:
-            # Left-out images of the support set judge, too: a search takes as long on them.
-            of_parts = [np.asarray(part.validation_labels) for part in parts]
-            judging = np.concatenate([np.zeros(0, np.int32), *of_parts])
-            if sentence := method.note(task._replace(validation_labels=judging)):
-                self.tell(sentence)
+        if sentence := note(method, len(method.settings(values)), task, parts):
+            self.tell(sentence)
         expect(work(method, values, len(parts), halving=asked.halving))
         epoch = self.taken.epoch if self.taken and not planned.baseline else None
         record = TaskRecord(folder, method, rows, sum(map(len, judged)))

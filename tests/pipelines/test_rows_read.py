@@ -1,6 +1,7 @@
 """What is read of a cache: each row that fits, chooses or is to be known again, once for all."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,8 +22,13 @@ METHODS = ("gda", "tip-adapter")
 @pytest.mark.parametrize(
     "asked", [{}, {"select": "cv"}, {"select": "cv", "validation": "join"}], ids=str
 )
-def test_every_row_is_read_once_for_all_tasks_and_methods(tmp_path: Path, asked: dict) -> None:
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_every_row_is_read_once_for_all_tasks_and_methods(
+    tmp_path: Path, asked: dict, kind: type
+) -> None:
     data, read = tiny_data(views=2), []
+    stored = {name: (rows.astype(kind), own) for name, (rows, own) in data.splits.items()}
+    data = replace(data, splits=stored)
     reading = FeatureCache.features
 
     def noted(cache: FeatureCache, split: str, rows: Any, views: int | None = None) -> np.ndarray:
@@ -39,5 +45,5 @@ def test_every_row_is_read_once_for_all_tasks_and_methods(tmp_path: Path, asked:
         for task in json.loads((result.run / "tasks.json").read_text()):
             place = result.run / "adapters" / method / f"shots-{task['shots']}-seed-{task['seed']}"
             names = [name.split("/") for name in [*task["support"], *task["validation"]]]
-            own = [data.splits[split][0][0, int(row)] for split, row in names]
-            assert np.array_equal(load_adapter(place).seen, np.unique(row_hashes(np.stack(own))))
+            own = np.float32([data.splits[split][0][0, int(row)] for split, row in names])
+            assert np.array_equal(load_adapter(place).seen, np.unique(row_hashes(own)))
