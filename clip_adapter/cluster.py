@@ -10,7 +10,7 @@ import re
 import secrets
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 from clip_adapter.cores import available_cores
 from clip_adapter.errors import UserError
+from clip_adapter.listener import Listener
 from clip_adapter.words import quoted, shortened
 
 AUTO, LOCAL = "auto", "local"
@@ -124,10 +125,11 @@ def this_node() -> str:
 
 
 @contextmanager
-def connected(address: str) -> Iterator[Cluster]:
+def connected(address: str, listener: Listener) -> Iterator[Cluster]:
     """The cluster at an address, or one on this machine alone while the context lasts.
 
     address: `auto` (RAY_ADDRESS, or what was started on this machine), HOST:PORT, or `local`.
+    listener: hears of nodes that are lost.
     Raises UserError where there is none, or none with a core for tasks.
     """
     for name, value in ENVIRONMENT.items():
@@ -142,8 +144,14 @@ def connected(address: str) -> Iterator[Cluster]:
     stated = {} if address in (AUTO, LOCAL) else {"RAY_ADDRESS": address}
     import ray
 
+    def tell(data: Mapping[str, Any], **_: Any) -> None:
+        for text in data["lines"]:  # with pages of a log below
+            listener.note(f"Ray: {shortened(text.strip().partition(chr(10))[0], 200)}")
+
+    # Ray would print what it says of nodes among the results, on standard output.
+    printing = patch("ray._private.worker.print_to_stdstream", tell, create=True)
     try:
-        with patch.dict(os.environ, stated):
+        with printing, patch.dict(os.environ, stated):
             if address != LOCAL:
                 _refuse_unreachable(address)
             ray.init(**how, log_to_driver=False, logging_level=logging.ERROR)
@@ -159,7 +167,8 @@ def connected(address: str) -> Iterator[Cluster]:
                 f"--ray {address}: no node of the cluster has a core for tasks; start some with "
                 "`ray start --address=HEAD:6379`."
             )
-        yield Cluster(int(there["CPU"]), int(there.get("GPU", 0)))
+        with printing:
+            yield Cluster(int(there["CPU"]), int(there.get("GPU", 0)))
     finally:
         ray.shutdown()
 

@@ -59,7 +59,10 @@ def extract(config: ExtractConfig, listener: Listener | None = None) -> Path:
     if _already_there(config, shard, listener):
         listener.result(_nothing_to_do(config.out))
         return config.out
-    with _staging_folder(config, _own(config, shard)) as place, _engine(config) as encoding_of:
+    with (
+        _staging_folder(config, _own(config, shard)) as place,
+        _engine(config, listener) as encoding_of,
+    ):
         from clip_adapter.extract.job import run_job
 
         listener.result(run_job(config, shard, place, listener, encoding_of))
@@ -67,14 +70,14 @@ def extract(config: ExtractConfig, listener: Listener | None = None) -> Path:
 
 
 @contextmanager
-def _engine(config: ExtractConfig) -> "Iterator[EncodingOf]":
+def _engine(config: ExtractConfig, listener: Listener) -> "Iterator[EncodingOf]":
     """What encodes: this process, or the nodes of a Ray cluster, found before PyTorch is loaded."""
     if config.ray is None:
         from clip_adapter.extract.local_encoding import LocalEncoding
 
         yield LocalEncoding
         return
-    with connected(config.ray) as cluster:
+    with connected(config.ray, listener) as cluster:
         from clip_adapter.extract.ray_encoding import RayEncoding
 
         yield partial(RayEncoding, cluster)

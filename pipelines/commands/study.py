@@ -135,7 +135,7 @@ def _fitted(config: StudyConfig, listener: Listener) -> tuple[dict[str, Path], d
     if config.ray is not None:
         from clip_adapter.pipelines.fitting.parts import fit_parts
 
-        with _said_to_go_on(), connected(config.ray) as cluster:
+        with _said_to_go_on(), connected(config.ray, listener) as cluster:
             fit_parts(each, cluster, listener)
     for own in each:
         assert own.cache and own.out
