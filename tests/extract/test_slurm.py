@@ -45,6 +45,7 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/%n.pid
+DependencyParameters=kill_invalid_depend
 PlugStackConfig={folder}/no-plugins
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
