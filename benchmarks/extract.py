@@ -214,7 +214,8 @@ def ours(case: Case, encoder: Encoder) -> None:
     train = KnownRows(case.split, np.zeros(rows, np.uint64), encoder.rows(1), range(rows))
     known = Known({"train": train})
     with StagingFolder(case.folder / "features.h5") as place:
-        for _ in stage_images(encoder, train, known, plan(case), place, Stopwatch()):
+        batches = encode_images(encoder, case.split, plan(case), Stopwatch())
+        for _ in stage_images(batches, train, known, place, Stopwatch()):
             pass
         text = {
             "text/features": np.ones((1, 1, encoder.dim), np.float32),

@@ -1,9 +1,8 @@
 """The encoding of one `extract`: what is known already, and what is not, split by split."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
-from typing import Any
 
 from clip_adapter.cache.content import Content, Tally
 from clip_adapter.cache.metadata import Part
@@ -13,9 +12,10 @@ from clip_adapter.cache.staging import Batch, StagingFolder
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.datasets.source import ImageDataset
 from clip_adapter.extract.encoding.decode import Plan
-from clip_adapter.extract.encoding.encoder import FEATURES2, Encoder, Stopwatch
+from clip_adapter.extract.encoding.encoder import FEATURES, FEATURES2, EncodedBatch, Stopwatch
 from clip_adapter.extract.encoding.unreadable import BrokenImage, name_all
 from clip_adapter.extract.known import IMAGES, Known, KnownRows, stamps
+from clip_adapter.extract.local_encoding import Encoding
 from clip_adapter.extract.outcome import describe, describe_skipped, refuse_skipped
 from clip_adapter.extract.shards import Shard
 from clip_adapter.extract.stage import SKIPPED, TEXT, StagedText, stage_images
@@ -32,49 +32,46 @@ class EncodeJob:
         config: ExtractConfig,
         shard: Shard,
         dataset: ImageDataset,
-        encoder: Encoder,
+        encoding: Encoding,
         place: StagingFolder,
         listener: Listener,
     ) -> None:
         self._config = config
         self._shard = shard
         self._dataset = dataset
-        self._encoder = encoder
+        self._encoding = encoding
         self._place = place
         self._listener = listener
         self._reason: str | None = None  # why the first image was skipped
         self._stamps = {n: stamps(s, dataset.provenance) for n, s in dataset.splits.items()}
-        self.known = self._nothing_known(encoder, IMAGES)
-        self._second: tuple[Encoder, Known, Mapping[str, Any]] | None = None
+        self.known = self._nothing_known(FEATURES, IMAGES)
+        self._second: Known | None = None
+        if stated := encoding.about.second:  # by which its batches are known
+            kind = f"{IMAGES} {json.dumps(stated, sort_keys=True)}"
+            self._second = self._nothing_known(FEATURES2, kind)
         self._text: dict[str, Batch] = {}  # by the id of the first of its classes
         self._kept = 0
         self._images = 0
         self._seconds = 0.0
         self.watch = Stopwatch()
 
-    def _nothing_known(self, encoder: Encoder, kind: str) -> Known:
+    def _nothing_known(self, encoder: str, kind: str) -> Known:
         rows = {
             name: KnownRows(
                 split,
                 self._stamps[name],
-                encoder.rows(self._views(name)),
+                self._encoding.rows(encoder, self._views(name)),
                 self._shard.rows(len(split.labels), self._config.batch_size),
             )
             for name, split in self._dataset.splits.items()
         }
         return Known(rows, kind)
 
-    def take_second(self, encoder: Encoder, stated: Mapping[str, Any]) -> None:
-        """Encode with this one, too. stated: what the cache says of it, by which its batches are
-        known."""
-        kind = f"{IMAGES} {json.dumps(stated, sort_keys=True)}"
-        self._second = encoder, self._nothing_known(encoder, kind), stated
-
     def content(self) -> Content:
         """What the cache has of the images."""
         content = {**self.known.content()}
         if self._second:
-            own = self._second[1].content()
+            own = self._second.content()
             content |= {path: own[path] for path in own if path.endswith(f"/{FEATURES2}")}
         return content
 
@@ -86,8 +83,7 @@ class EncodeJob:
 
         Raises UserError where images were skipped that should not be.
         """
-        known, workers = self.known, self._config.workers
-        second, stated = self._second[1:] if self._second else (None, None)
+        known, second, workers = self.known, self._second, self._config.workers
         for batch, ids in self._place.batches():
             if batch.kind == IMAGES:
                 known.look_in(batch, ids)
@@ -110,7 +106,8 @@ class EncodeJob:
                 known.look_in(StoredRows(earlier, split), earlier.ids(split))
             known.settle(workers)
             self._kept = known.count - done
-            if second and earlier.backbone2 == json.loads(json.dumps(stated)):
+            stated = json.loads(json.dumps(self._encoding.about.second))
+            if second and earlier.backbone2 == stated:
                 for split in earlier.all_splits:
                     second.look_in(StoredRows(earlier, split), earlier.ids(split))
         if second:
@@ -120,9 +117,9 @@ class EncodeJob:
     def text(self, plan: TextPlan, earlier: FeatureCache | None) -> Content:
         """What the cache has of the classes."""
         staged = StagedText(
-            self._encoder, plan, self._place, with_tokens=self._config.with_text_tower
+            self._encoding, plan, self._place, with_tokens=self._config.with_text_tower
         )
-        content = staged.content(self._text, earlier, self._config.batch_size)
+        content = staged.content(self._text, earlier)
         if too_long := staged.too_long:
             self._listener.warn(
                 f"the text tower reads only the beginning of {counted(len(too_long), 'prompt')}, "
@@ -142,38 +139,46 @@ class EncodeJob:
 
     def encode_split(self, name: str) -> None:
         """By each of the encoders, what is not known by it."""
-        self._encode(name, self._encoder, self.known)
-        if self._second:
-            encoder, second, stated = self._second
-            self.known.without_skipped_of(second)
-            self._encode(name, encoder, second, f" by {stated['name']}")
-            self.known.without_skipped_of(second)
+        self._encode(name, FEATURES, self.known)
+        if self._second and (stated := self._encoding.about.second):
+            self.known.without_skipped_of(self._second)
+            self._encode(name, FEATURES2, self._second, f" by {stated['name']}")
+            self.known.without_skipped_of(self._second)
 
-    def _encode(self, name: str, encoder: Encoder, every: Known, note: str = "") -> None:
+    def _encode(self, name: str, encoder: str, every: Known, note: str = "") -> None:
         known = every.splits[name]
         missing, total = known.missing, len(known.bounds)
+        shown = self._listener.progress(f"encode {name}{note}", total, total - len(missing))
+        clock = Stopwatch()
+        count = 0
+        with shown as advance, self._naming_all(name):
+            while len(known.missing):  # again, where something was lost on the way
+                before = count
+                with closing(self._staged(name, encoder, every)) as batches:
+                    for batch in batches:
+                        handled = len(batch.rows) + len(batch.skipped)
+                        count += handled
+                        self._images += len(batch.rows) if every is self.known else 0
+                        if batch.skipped and self._reason is None:
+                            self._reason = batch.skipped[0].reason
+                        advance(handled, self._note(count, len(missing) - count, clock.elapsed))
+                if count == before:
+                    raise RuntimeError(f"nothing came back of {len(known.missing)} images")
+        self._seconds += clock.elapsed
+
+    def _staged(self, name: str, encoder: str, every: Known) -> Generator[EncodedBatch, None, None]:
+        """What is missing of a split, kept as it comes."""
+        known = every.splits[name]
         plan = Plan(
-            rows=missing,
+            rows=known.missing,
             batch_size=self._config.batch_size,
             workers=self._config.workers,
             views=self._views(name),
             seed=self._config.augment_seed,
             skip=self._config.on_error == "skip",
-            pinned=encoder.device.type == "cuda",
         )
-        shown = self._listener.progress(f"encode {name}{note}", total, total - len(missing))
-        clock = Stopwatch()
-        count = 0
-        batches = stage_images(encoder, known, every, plan, self._place, self.watch)
-        with shown as advance, self._naming_all(name), closing(batches):
-            for batch in batches:
-                handled = len(batch.rows) + len(batch.skipped)
-                count += handled
-                self._images += len(batch.rows) if every is self.known else 0
-                if batch.skipped and self._reason is None:
-                    self._reason = batch.skipped[0].reason
-                advance(handled, self._note(count, len(missing) - count, clock.elapsed))
-        self._seconds += clock.elapsed
+        batches = self._encoding.images(encoder, name, plan, self.watch)
+        return stage_images(batches, known, every, self._place, self.watch)
 
     @contextmanager
     def _naming_all(self, name: str) -> Iterator[None]:
@@ -201,7 +206,7 @@ class EncodeJob:
             lines.append(f"{counted(self._kept, 'image')} kept as encoded before")
         if self._images:
             rate = self._images / self._seconds
-            compiled = self._encoder.compile_seconds
+            compiled = self._encoding.compile_seconds
             compiling = f"; {compiled:.0f} s to compile" if compiled else ""
             encoded = counted(self._images, "image")
             lines.append(

@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clip_adapter.cluster import check_address, connected
 from clip_adapter.errors import UserError
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.shards import (
@@ -21,6 +23,7 @@ from clip_adapter.listener import Listener
 
 if TYPE_CHECKING:
     from clip_adapter.cache.staging import StagingFolder
+    from clip_adapter.extract.local_encoding import EncodingOf
 
 
 def extract(config: ExtractConfig, listener: Listener | None = None) -> Path:
@@ -38,6 +41,12 @@ def extract(config: ExtractConfig, listener: Listener | None = None) -> Path:
     config = config.resolved()
     listener = listener or Listener()
     launch = find_launch()
+    if config.ray is not None:
+        check_address(config.ray)
+        if config.shard is not None or launch is not None:
+            raise UserError("--ray divides the work by itself; leave out --shard, and torchrun.")
+        if config.device not in ("auto", "cpu", "cuda"):
+            raise UserError("--ray hands out GPUs by itself: --device takes auto, cpu or cuda.")
     if launch is not None and launch.rank > 0:
         listener = Listener()
     if config.like is not None:
@@ -50,11 +59,28 @@ def extract(config: ExtractConfig, listener: Listener | None = None) -> Path:
     if _already_there(config, shard, listener):
         listener.result(_nothing_to_do(config.out))
         return config.out
-    with _staging_folder(config, _own(config, shard)) as place:
+    with (
+        _staging_folder(config, _own(config, shard)) as place,
+        _engine(config, listener) as encoding_of,
+    ):
         from clip_adapter.extract.job import run_job
 
-        listener.result(run_job(config, shard, place, listener))
+        listener.result(run_job(config, shard, place, listener, encoding_of))
     return config.out
+
+
+@contextmanager
+def _engine(config: ExtractConfig, listener: Listener) -> "Iterator[EncodingOf]":
+    """What encodes: this process, or the nodes of a Ray cluster, found before PyTorch is loaded."""
+    if config.ray is None:
+        from clip_adapter.extract.local_encoding import LocalEncoding
+
+        yield LocalEncoding
+        return
+    with connected(config.ray, listener) as cluster:
+        from clip_adapter.extract.ray_encoding import RayEncoding
+
+        yield partial(RayEncoding, cluster)
 
 
 def _extract_together(config: ExtractConfig, launch: Launch, listener: Listener) -> Path:
@@ -70,6 +96,7 @@ def _extract_together(config: ExtractConfig, launch: Launch, listener: Listener)
             pass
     from clip_adapter.extract.encoding.device import device_of_process
     from clip_adapter.extract.job import run_job
+    from clip_adapter.extract.local_encoding import LocalEncoding
     from clip_adapter.extract.outcome import join_parts
 
     out = part_path(config.out, launch.shard)
@@ -77,7 +104,7 @@ def _extract_together(config: ExtractConfig, launch: Launch, listener: Listener)
     own = replace(config, out=out, shard=None, device=device)
     if not _already_there(own, launch.shard, listener):
         with _staging_folder(own, _own(own, launch.shard)) as place:
-            run_job(own, launch.shard, place, listener)
+            run_job(own, launch.shard, place, listener, LocalEncoding)
     wait_for_all()
     if launch.rank == 0:
         parts = [

@@ -1,7 +1,7 @@
 """Encode what is not known yet, and keep it batch by batch in the staging folder."""
 
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -12,10 +12,10 @@ from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.staging import Batch, StagingFolder
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.datasets.source import ImageDataset
-from clip_adapter.extract.encoding.decode import Plan
-from clip_adapter.extract.encoding.encoder import EncodedBatch, Encoder, Stopwatch, encode_images
+from clip_adapter.extract.encoding.encoder import EncodedBatch, Stopwatch
 from clip_adapter.extract.known import Known, KnownRows
-from clip_adapter.extract.text.encode_text import TextPlan, encode_classes
+from clip_adapter.extract.local_encoding import Encoding
+from clip_adapter.extract.text.encode_text import TextPlan
 from clip_adapter.extract.text.prompts import (
     descriptions_in_order,
     random_templates,
@@ -28,22 +28,21 @@ BATCHES_BEHIND = 4
 
 
 def stage_images(
-    encoder: Encoder,
+    batches: Iterable[EncodedBatch],
     split: KnownRows,
     known: Known,
-    plan: Plan,
     place: StagingFolder,
     watch: Stopwatch,
 ) -> Generator[EncodedBatch, None, None]:
-    """Encode the planned rows of a split and keep them, while the batches are given out.
+    """Keep batches of a split as they are encoded, and give them out.
 
     They are written in a second thread, at most four behind, so that memory stays bounded; all are
-    on the disk at the end, whatever ends it. Raises UserError as `encode_images` does, and where
-    the disk is full.
+    on the disk at the end, whatever ends it. Raises UserError as what encodes does, and where the
+    disk is full.
     """
     pending: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
-        for batch in encode_images(encoder, split.split, plan, watch):
+        for batch in batches:
             with watch("write"):
                 while pending and (pending[0].done() or len(pending) >= BATCHES_BEHIND):
                     pending.popleft().result()
@@ -85,17 +84,15 @@ class StagedText:
     """
 
     def __init__(
-        self, encoder: Encoder, plan: TextPlan, place: StagingFolder, *, with_tokens: bool
+        self, encoding: Encoding, plan: TextPlan, place: StagingFolder, *, with_tokens: bool
     ) -> None:
-        self._encoder, self._plan, self._place = encoder, plan, place
+        self._encoding, self._plan, self._place = encoding, plan, place
         self._with_tokens = with_tokens
         # Known by all prompts and by their place: text of other batches has other last bits.
         self._ids = [f"{plan.sha256()} {label}" for label in range(len(plan.class_names))]
         self.too_long: list[str] = []
 
-    def content(
-        self, staged: Mapping[str, Batch], earlier: FeatureCache | None, batch_size: int
-    ) -> Content:
+    def content(self, staged: Mapping[str, Batch], earlier: FeatureCache | None) -> Content:
         """What the cache has of the classes: of an earlier one, where it has all of it.
 
         staged: what an interrupted run kept, by the id of each batch's first class.
@@ -105,7 +102,7 @@ class StagedText:
         if earlier and tokens_there and plan.is_in(earlier):
             arrays = {name: earlier.values_of(f"text/{name}") for name in names}
         else:
-            batches = list(self._batches(staged, batch_size))
+            batches = list(self._batches(staged))
             arrays = {
                 name: np.concatenate([batch.read(name, 0, batch.count) for batch in batches])
                 for name in names
@@ -118,16 +115,14 @@ class StagedText:
             content["text/prompts"] = [plan.filled(label) for label in labels]
         return content
 
-    def _batches(self, staged: Mapping[str, Batch], batch_size: int) -> Iterator[Batch]:
-        start = 0
-        while start < len(self._ids) and (batch := staged.get(self._ids[start])):
+    def _batches(self, staged: Mapping[str, Batch]) -> Iterator[Batch]:
+        start, count = 0, len(self._ids)
+        while start < count and (batch := staged.get(self._ids[start])):
             if self._with_tokens and "tokens" not in batch.rows:
                 break
             yield batch
             start += batch.count
-        for encoded in encode_classes(
-            self._encoder, self._plan, start=start, batch_size=batch_size
-        ):
+        for encoded in self._encoding.text(self._plan, range(start, count)):
             stop = start + len(encoded.features)
             check_features(encoded.features, self._plan.class_names[start:stop])
             arrays: dict[str, np.ndarray] = {"features": encoded.features}

@@ -33,6 +33,10 @@ class TextPlan:
         longest = max(map(len, self.descriptions)) if self.descriptions else 0
         return [*self.templates, *(f"description {row + 1}" for row in range(longest))]
 
+    def classes_of_a_batch(self, batch_size: int) -> int:
+        """How many are encoded at once. Last bits depend on it: batches begin at its multiples."""
+        return max(1, batch_size // len(self.stored_templates))
+
     def sha256(self) -> str:
         """Hash of the classes and their prompts."""
         stated = [list(self.class_names), list(self.templates), self.descriptions]
@@ -71,16 +75,16 @@ class EncodedClasses:
 
 
 def encode_classes(
-    encoder: "Encoder", plan: TextPlan, *, start: int, batch_size: int
+    encoder: "Encoder", plan: TextPlan, *, start: int, batch_size: int, stop: int | None = None
 ) -> Iterator[EncodedClasses]:
-    """Encode the classes from `start` on, about `batch_size` prompts at a time.
+    """Encode the classes from `start` on (to `stop`), about `batch_size` prompts at a time.
 
     A class with fewer prompts than others is filled up with the mean direction of its own, which
     leaves the classifier weights as they are (FORMAT.md).
     """
     rows = len(plan.stored_templates)
-    step = max(1, batch_size // rows)
-    count = len(plan.class_names)
+    step = plan.classes_of_a_batch(batch_size)
+    count = len(plan.class_names) if stop is None else stop
     starts = [start, *range((start // step + 1) * step, count, step)] if start < count else []
     batches = [
         [plan.prompts(label) for label in range(first, min(count, (first // step + 1) * step))]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
 from clip_adapter import files
+from clip_adapter.cluster import check_address, connected
 from clip_adapter.errors import UserError
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.fitting.config import FitConfig
@@ -22,6 +24,9 @@ Fit the same methods on every cache, each in a run folder of its own under --out
 over all data sets. The same command goes on where an interrupted one stopped. All other options are
 those of `fit`, but for --cache and --resume; `fit --help` lists them.
 
+--ray auto, HOST:PORT or local fits on the nodes of a Ray cluster, in tasks of a method at a number
+of shots. The working folder, caches and --out lie under one path on all nodes.
+
 --runs pools finished runs, such as those of jobs on a cluster: run folders of `fit`, or folders of
 studies. What is fitted here, too, is pooled with them; runs on one cache are one data set.
 """
@@ -34,12 +39,14 @@ NO_NAMES = {"", ".", "..", *FILES, *(f"{name}.new" for name in FILES)}
 @dataclass(frozen=True)
 class StudyConfig:
     """caches: feature caches, one for each data set; out: the folder of the study; fit: what to do
-    on each of them; runs: finished runs, or folders of them, that count as well."""
+    on each of them; runs: finished runs, or folders of them, that count as well; ray: the cluster
+    whose nodes fit, as in ExtractConfig."""
 
     caches: tuple[Path, ...]
     out: Path
     fit: FitConfig
     runs: tuple[Path, ...] = ()
+    ray: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,10 @@ def study(config: StudyConfig, listener: Listener | None = None) -> Study:
         raise UserError(
             f"--caches: {some(taken)} cannot be the name of a data set's folder; rename the file."
         )
+    if config.ray is not None:
+        check_address(config.ray)
+        if not names:
+            raise UserError("--ray has no effect without --caches.")
     finished = [read for folder in config.runs for read in _finished(folder)]
     fitted, failed = _fitted(config, listener)
     runs = _by_dataset(fitted, finished)
@@ -120,28 +131,40 @@ def _fitted(config: StudyConfig, listener: Listener) -> tuple[dict[str, Path], d
 
     runs: dict[str, Path] = {}
     failed: dict[str, str] = {}
-    for cache in config.caches:
-        name = cache.stem
-        listener.note(f"{name} ({len(runs) + len(failed) + 1} of {len(config.caches)})")
-        folder = config.out / name
-        own = replace(config.fit, cache=cache, out=folder)
+    each = [replace(config.fit, cache=path, out=config.out / path.stem) for path in config.caches]
+    if config.ray is not None:
+        from clip_adapter.pipelines.fitting.parts import fit_parts
+
+        with _said_to_go_on(), connected(config.ray, listener) as cluster:
+            fit_parts(each, cluster, listener)
+    for own in each:
+        assert own.cache and own.out
+        name = own.cache.stem
+        listener.note(f"{name} ({len(runs) + len(failed) + 1} of {len(each)})")
         try:
             # Data sets are compared by numbers of one kind: a run that was begun goes on only where
             # it was asked for the same.
-            result = run_fit(own, listener, may_go_on=True)
+            with _said_to_go_on():
+                result = run_fit(own, listener, may_go_on=True)
         except UserError as error:
             failed[name] = str(error)
-        except KeyboardInterrupt:
-            message = "what is finished is kept, and the same command goes on from there"
-            raise KeyboardInterrupt(message) from None
         else:
             if len(result.results) == len(result.tasks) * len(result.plan.methods):
-                runs[name] = folder
+                runs[name] = own.out
             if result.problem:
                 failed[name] = result.problem
         if name in failed:
             listener.warn(f"{name}: {failed[name]}")
     return runs, failed
+
+
+@contextmanager
+def _said_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        message = "what is finished is kept, and the same command goes on from there"
+        raise KeyboardInterrupt(message) from None
 
 
 def parse(arguments: Sequence[str] | None = None) -> StudyConfig:
@@ -159,6 +182,7 @@ def parse(arguments: Sequence[str] | None = None) -> StudyConfig:
     parser.add_argument("--caches", nargs="*", type=Path, default=[])
     parser.add_argument("--runs", nargs="*", type=Path, default=[])
     parser.add_argument("--out", type=Path, default=Path("study"))
+    parser.add_argument("--ray")
     parser.add_argument("--help", "-h", action="store_true", default=argparse.SUPPRESS)
     given, others = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
     if hasattr(given, "help"):
@@ -172,7 +196,7 @@ def parse(arguments: Sequence[str] | None = None) -> StudyConfig:
             raise UserError(
                 f"--{name.removesuffix('_run')} is for `fit`; a study takes --caches and --out."
             )
-    return StudyConfig(tuple(given.caches), given.out, config, tuple(given.runs))
+    return StudyConfig(tuple(given.caches), given.out, config, tuple(given.runs), given.ray)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

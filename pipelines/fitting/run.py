@@ -4,54 +4,34 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_adapter.adapters.engine.runner import Engine
-from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cores import available_cores
 from clip_adapter.errors import UserError
 from clip_adapter.frames import frame_of_rows, html_table
-from clip_adapter.listener import Listener
-from clip_adapter.pipelines.console.jax_setup import usable_jax
-from clip_adapter.pipelines.fitting.config import (
-    DEFAULT_CACHE,
-    FitConfig,
-    shots_words,
-)
-from clip_adapter.pipelines.fitting.data import Data
-from clip_adapter.pipelines.fitting.groups import identity_of, numbers_of, tested_twins
+from clip_adapter.listener import Advance, Listener
+from clip_adapter.pipelines.fitting.config import FitConfig, shots_words
 from clip_adapter.pipelines.fitting.kept import candidates, keep_one
-from clip_adapter.pipelines.fitting.make_plan import check_feasible
 from clip_adapter.pipelines.fitting.one_task import TaskRunner
-from clip_adapter.pipelines.fitting.plan import METHOD, TASKS, Plan
+from clip_adapter.pipelines.fitting.plan import METHOD, Plan
 from clip_adapter.pipelines.fitting.preparation import (
-    check_labelled,
-    drawn_tasks,
-    new_plan,
-    stated_tasks,
-    task_documents,
+    OpenedRun,
+    Step,
+    identity_of_step,
+    opened,
 )
-from clip_adapter.pipelines.fitting.provenance import PROVENANCE, Provenance
+from clip_adapter.pipelines.fitting.provenance import Provenance
 from clip_adapter.pipelines.fitting.results import (
     MEASURES,
     MethodSummary,
     TaskResult,
     summarise,
 )
-from clip_adapter.pipelines.fitting.run_folder import (
-    PLAN,
-    RunFolder,
-    new_folder,
-    read_plan,
-)
-from clip_adapter.pipelines.fitting.taken import Taken, taken_of
+from clip_adapter.pipelines.fitting.run_folder import RunFolder
 from clip_adapter.pipelines.fitting.tasks import TaskRows
-from clip_adapter.pipelines.fitting.unlabelled import Unlabelled, unlabelled_of
-from clip_adapter.pipelines.saved.adapter_file import know_method
-from clip_adapter.words import same_text
 
 if TYPE_CHECKING:
     import pandas
@@ -108,74 +88,14 @@ def run_fit(config: FitConfig, listener: Listener, *, may_go_on: bool = False) -
 
     may_go_on: where the folder holds a run that was asked for the same, go on with it.
     """
-    if config.resume and (others := config.beside_resume):
-        raise UserError(
-            f"--resume takes no --{others[0]}: a run goes on as it was begun. Beside it stand "
-            "--cache and --unlabelled, where those lie elsewhere now, and --method MODULE:NAME of "
-            "your own."
-        )
-    begun = config.out if may_go_on and config.out and (config.out / PLAN).exists() else None
-    begun = config.resume or begun
-    for name in config.method if config.resume else ():
-        if ":" in name:
-            know_method(name)
-    stored = read_plan(begun) if begun else None
-    path = config.cache or (Path(stored.cache) if stored else DEFAULT_CACHE)
-    with usable_jax(), FeatureCache(path) as cache:
-        if stored and stored.cache_sha256 != cache.content_sha256:
-            raise UserError(
-                f"{cache.path} is not the cache that {begun} was started on; start a new run, or "
-                "name with --cache where it lies now."
-            )
-        check_labelled(cache)
-        stated = stated_tasks(config, stored)
-        groups = numbers_of(cache)
-        if stored and stored.groups != identity_of(groups):
-            raise UserError(
-                f"{cache.path} has other groups than when {begun} was started; start a new run."
-            )
-        unlabelled = unlabelled_of(config, stored, cache, listener)
-        taken = taken_of(config, stored, cache, listener)
-        plan = stored if stored and config.resume else None
-        plan = plan or new_plan(config, cache, stated, groups, unlabelled, taken, listener)
-        if stored and (differing := stored.differing(plan)):
-            raise UserError(
-                f"{begun} was started with other arguments ({', '.join(differing)}); give those "
-                "again, or another --out."
-            )
-        plan = stored or plan
-        data, new, tasks = drawn_tasks(plan, cache, stated, groups)
-        if alike := data.classes_with_one_text():
-            listener.note(same_text(alike))
-        if plan.class_weight != "none" and all(map(data.is_even, data.tasks)):
-            listener.note(
-                f"--class-weight {plan.class_weight} has no effect: in every task all classes have "
-                "equally many training images."
-            )
-        if sentence := tested_twins(cache, join=plan.validation == "join"):
-            listener.note(sentence)
-        check_feasible(plan, data, data.tasks[0])
-        place = begun or config.out or new_folder()
-        with closing(RunFolder(place, plan, resume=begun is not None)) as folder:
-            documents = [asdict(task) for task in stated]
-            documents = documents or task_documents(data, tasks)
-            folder.write_json(TASKS, documents)
-            return _execute(plan, data, new, tasks, unlabelled, taken, folder, listener)
+    with opened(config, listener, may_go_on=may_go_on) as run:
+        run.folder.take_parts(run.plan, [*map(identity_of_step, run.steps)])
+        return _execute(run, listener)
 
 
-def _execute(
-    plan: Plan,
-    data: Data,
-    new: Data | None,
-    tasks: Sequence[TaskRows],
-    unlabelled: Unlabelled | None,
-    taken: Taken | None,
-    folder: RunFolder,
-    listener: Listener,
-) -> FitResult:
-    provenance = Provenance.of(data.cache)
-    folder.write_json(PROVENANCE, provenance.document())
-    engine = Engine(plan.placement, cores=available_cores())
+def runner_of(run: OpenedRun, listener: Listener) -> TaskRunner:
+    """What fits a run's steps; it tells a sentence once."""
+    engine = Engine(run.plan.placement, cores=available_cores())
     said: set[str] = set()
 
     def tell(sentence: str) -> None:
@@ -183,12 +103,20 @@ def _execute(
             said.add(sentence)
             listener.note(sentence)
 
+    data, unlabelled = run.data, run.unlabelled
     if unlabelled:
         unlabelled = unlabelled.without(data.hashes(data.taking_part()))
-    runner = TaskRunner(plan, data, new, provenance, engine, tell, unlabelled, taken)
+    where = Provenance.of(data.cache)
+    return TaskRunner(run.plan, data, run.new, where, engine, tell, unlabelled, run.taken)
+
+
+def _execute(run: OpenedRun, listener: Listener) -> FitResult:
+    plan, tasks, folder = run.plan, run.tasks, run.folder
+    runner = runner_of(run, listener)
     problem = ""
     try:
-        _run_tasks(runner, folder, listener)
+        with listener.progress("fit", len(run.steps), len(run.steps) - len(run.waiting)) as advance:
+            run_steps(runner, folder, run.waiting, advance)
     except KeyboardInterrupt:
         message = f"what is finished is kept; go on with: fit --resume {folder.path}"
         raise KeyboardInterrupt(message) from None
@@ -203,7 +131,7 @@ def _execute(
         if not problem:
             kept = keep_one(runner, tasks, folder, results, listener)
             folder.write_summary(summary)
-            _write_picture(folder, plan, provenance)
+            _write_picture(folder, plan, runner.provenance)
     except UserError as error:
         problem = str(error)
     if not problem and not candidates(plan, tasks, results):
@@ -212,42 +140,36 @@ def _execute(
     return FitResult(
         run=folder.path,
         plan=plan,
-        provenance=provenance,
+        provenance=runner.provenance,
         tasks=tasks,
         results=results,
         summary=summary,
         ablations=folder.results(held=True),
         kept=kept,
-        compilations=engine.compilations,
+        compilations=runner.engine.compilations,
         problem=problem,
     )
 
 
-def _run_tasks(runner: TaskRunner, folder: RunFolder, listener: Listener) -> None:
-    """Run every method on every task that the folder has no result of yet, then the ablations."""
-    known = {row.identity: row for held in (False, True) for row in folder.results(held=held)}
-    tasks, parts = runner.data.tasks, runner.plan.parts
-    steps = [(rows, held, planned) for rows in tasks for held, planned in parts if not held]
-    steps += [(rows, held, planned) for held, planned in parts if held for rows in tasks]
-    waiting = [
-        (rows, held, planned)
-        for rows, held, planned in steps
-        if ((planned.method.name, rows.shots, rows.seed), str(held)) not in known
-    ]
-    done = len(steps) - len(waiting)
-    with listener.progress("fit", len(steps), done) as advance:
-        for rows, held, planned in waiting:
-            notes = [planned.method.name, *(f"{name} {value}" for name, value in held.items())]
-            part = _Part(advance, ", ".join([*notes, shots_words(rows.shots)]))
-            runner.engine.progress = part.settings_done
-            key = (planned.method.name, rows.shots, rows.seed), str({})
-            if METHOD in held and key in known:  # fitted already, as a method that counts
-                result = replace(known[key], held=held)
-            else:
-                result = runner.run(planned, rows, folder, part.expect, held)
-            folder.add_result(result)
-            known[result.identity] = result
-            part.end()
+def run_steps(
+    runner: TaskRunner, folder: RunFolder, steps: Sequence[Step], advance: Advance
+) -> None:
+    """Run these and keep their results in the folder."""
+    known = {row.identity: row for row in folder.results()}
+    for place, (rows, held, planned) in enumerate(steps):
+        notes = [planned.method.name, *(f"{name} {value}" for name, value in held.items())]
+        part = _Part(advance, ", ".join([*notes, shots_words(rows.shots)]))
+        runner.engine.progress = part.settings_done
+        key = identity_of_step((rows, {}, planned))
+        if METHOD in held and key in known:  # fitted already, as a method that counts
+            result = replace(known[key], held=held)
+        else:
+            later = ((other, one) for other, _, one in steps[place + 1 :] if one is planned)
+            peers = [other for other, _ in later if other.shots == rows.shots and not held]
+            result = runner.run(planned, rows, folder, part.expect, held, peers)
+        folder.add_result(result)
+        known[result.identity] = result
+        part.end()
 
 
 def _write_picture(folder: RunFolder, plan: Plan, provenance: Provenance) -> None:

@@ -17,8 +17,9 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from io import StringIO
@@ -43,6 +44,7 @@ OUTCOME_COLUMNS = (
     *("status", "seconds", "images"),
 )
 PLAN, SELECTED, FITS = "run.json", "selected.jsonl", "results.csv"
+PARTS = "parts"  # run folders of this run's own, until it takes them over
 OWN_FOLDERS = ("adapters", "predictions", "halving", GRIDS)
 # Files of a run's first moments, before its plan is there: they hold nothing.
 BEFORE_THE_PLAN = {f"{PLAN}.new"}
@@ -72,7 +74,7 @@ class RunFolder:
             self._lock = _lock(path)
             undo.callback(os.close, self._lock)
             if resume:
-                files.refuse_links(path, OWN_FOLDERS)
+                files.refuse_links(path, (*OWN_FOLDERS, PARTS))
                 self._known = {self._key(row): row for row in self._read_fits()}
                 own, rows = plan.identities, read_selected(path)
                 self._results = {row.identity: row for row in rows if row.identity in own}
@@ -133,9 +135,35 @@ class RunFolder:
 
     def add_result(self, result: TaskResult) -> None:
         self._results[result.identity] = result
+        self._write_results()
+
+    def _write_results(self) -> None:
         rows = [json.dumps(asdict(row)) + "\n" for row in self._results.values()]
         with writing(self.path):
             files.write_text(self.path / SELECTED, "".join(rows))
+
+    @property
+    def identities(self) -> set[tuple[TaskKey, str]]:
+        """Of what has a result, ablations too."""
+        return {*self._results}
+
+    def take_parts(self, plan: Plan, order: Sequence[tuple[TaskKey, str]]) -> None:
+        """Take over what was fitted in parts of this run. order: of the results."""
+        paths = sorted(plan.parent for plan in (self.path / PARTS).glob(f"*/{PLAN}"))
+        for path in paths:
+            with closing(RunFolder(path, plan, resume=True)) as part, writing(self.path):
+                for name in OWN_FOLDERS:
+                    if (path / name).is_dir():
+                        shutil.copytree(path / name, self.path / name, dirs_exist_ok=True)
+                for key, row in part._known.items():
+                    if key not in self._known:
+                        self.add_fit(row)
+                        self._known[key] = row
+                self._results |= part._results
+        if paths:
+            self._results = {one: self._results[one] for one in order if one in self._results}
+            self._write_results()
+            shutil.rmtree(self.path / PARTS)
 
     def known(self, row: Row) -> Row | None:
         """What was noted of a fit."""

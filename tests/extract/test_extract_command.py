@@ -13,7 +13,7 @@ import pytest
 
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.staging import StagingFolder
-from clip_adapter.extract import job
+from clip_adapter.extract import job, local_encoding
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.pipelines.commands.extract import main
 from clip_adapter.pipelines.console import entry as commands
@@ -126,8 +126,8 @@ def test_bad_arguments(
 
 @pytest.fixture
 def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("open_dataset", "load_backbone"):
-        monkeypatch.setattr(job, name, lambda *_: pytest.fail("something was loaded"))
+    for module, name in ((job, "open_dataset"), (local_encoding, "load_backbone")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("something was loaded"))
 
 
 @pytest.mark.usefixtures("nothing_loads")

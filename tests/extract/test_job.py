@@ -4,9 +4,11 @@ import os
 import random
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.errors import UserError
-from clip_adapter.extract import job, stage
+from clip_adapter.extract import job, local_encoding
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.datasets.registry import open_dataset
 from clip_adapter.extract.datasets.source import ImageDataset
@@ -194,17 +196,17 @@ def test_killed_or_interrupted_anywhere_it_ends_with_the_same_bytes(
 def test_text_goes_on_behind_its_last_batch(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = stage.encode_classes
+    encode = local_encoding.encode_classes
     starts: list[int] = []
 
-    def stopping(*arguments: Any, start: int, batch_size: int) -> Iterator[Any]:
+    def stopping(*arguments: Any, start: int, **how: Any) -> Iterator[Any]:
         starts.append(start)
-        for number, batch in enumerate(encode(*arguments, start=start, batch_size=batch_size)):
+        for number, batch in enumerate(encode(*arguments, start=start, **how)):
             if len(starts) == number == 1:
                 raise KeyboardInterrupt
             yield batch
 
-    monkeypatch.setattr(stage, "encode_classes", stopping)
+    monkeypatch.setattr(local_encoding, "encode_classes", stopping)
     out, templates = tmp_path / "features.h5", ("a {}", "the {}", "my {}")
     with pytest.raises(KeyboardInterrupt):
         run(folder, out, templates=templates)
@@ -231,7 +233,7 @@ def test_an_interruption_promises_what_is_true(
     with pytest.raises(UserError):
         run(folder, out, on_error="fail")
     capsys.readouterr()
-    monkeypatch.setattr(stage if where == "encode_images" else job, where, interrupt)
+    monkeypatch.setattr(local_encoding if where == "encode_images" else job, where, interrupt)
     assert said(out) == ("what is encoded is kept, and the same command goes on from there",)
     loaded = where != "open_dataset"
     assert ("goes on from image 12 of 51" in capsys.readouterr().err) is loaded
@@ -403,21 +405,30 @@ def test_shards_cover_every_row_once_and_end_with_batches() -> None:
             parse_shard(bad)
 
 
-def test_torchrun_divides_and_joins_by_itself(whole: Path, folder: Path, tmp_path: Path) -> None:
+def test_torchrun_over_two_nodes_divides_and_joins_by_itself(
+    whole: Path, folder: Path, tmp_path: Path
+) -> None:
+    """With the one thread that it gives each of its processes, and texts all the same."""
     out = tmp_path / "features.h5"
     torchrun = "from torch.distributed.run import main; main()"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        host = f"localhost:{free.getsockname()[1]}"
     command = [
-        "python", "-c", torchrun, "--nproc-per-node=2", "--master-port=0",
-        "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--no-python",
+        "python", "-c", torchrun, "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={host}", "--rdzv-id=1", "--no-python",
         BIN / "extract", *arguments(folder, out),
     ]  # fmt: skip
-    finished = processes.run(command, tmp_path, ENVIRONMENT)
-    assert finished.returncode == 0, finished.stderr
+    environment = {name: own for name, own in ENVIRONMENT.items() if name != "OMP_NUM_THREADS"}
+    with ThreadPoolExecutor() as nodes:
+        both = list(nodes.map(lambda _: processes.run(command, tmp_path, environment), range(2)))
+    assert [each.returncode for each in both] == [0, 0], [each.stderr for each in both]
     size = f"{out.stat().st_size / 1024:.1f} KiB"
-    assert finished.stdout == (
-        f"{out} (joined from 2 parts): 26 train, 8 val, 15 test images, 3 classes, {size}\n"
-        "2 images skipped (1 train, 1 val), the first: train/dog/03.png\n"
-    )
+    assert sorted(each.stdout for each in both) == [
+        "",
+        f"{out} (joined from 4 parts): 26 train, 8 val, 15 test images, 3 classes, {size}\n"
+        "2 images skipped (1 train, 1 val), the first: train/dog/03.png\n",
+    ]
     assert [entry.name for entry in tmp_path.iterdir()] == ["features.h5"]
     assert datasets(out) == datasets(whole)
 
@@ -504,7 +515,7 @@ from clip_adapter.cache.staging import StagingFolder
 from clip_adapter.cache.writer import write_cache
 from clip_adapter.extract.datasets.source import Split
 from clip_adapter.extract.encoding.decode import Plan
-from clip_adapter.extract.encoding.encoder import Encoder, Stopwatch
+from clip_adapter.extract.encoding.encoder import Encoder, Stopwatch, encode_images
 from clip_adapter.extract.encoding.preprocess import Preprocess
 from clip_adapter.extract.known import Known, KnownRows
 from clip_adapter.extract.stage import stage_images
@@ -530,7 +541,8 @@ for rows in map(int, sys.argv[2:]):  # in one process: its peak after few is par
     known = Known({"train": train})
     with StagingFolder(Path(sys.argv[1]) / f"{rows}.h5") as place:
         plan = Plan(np.arange(rows), 128, 1)
-        for _ in stage_images(encoder, train, known, plan, place, Stopwatch()):
+        batches = encode_images(encoder, split, plan, Stopwatch())
+        for _ in stage_images(batches, train, known, place, Stopwatch()):
             pass
         text = {"features": np.ones((2, 1, 512), np.float32), "class_names": ["a", "b"]}
         text = {f"text/{name}": values for name, values in text.items()}

@@ -16,7 +16,6 @@ from clip_adapter.errors import UserError
 from clip_adapter.extract import encode_job
 from clip_adapter.extract.backbones.second import is_published, load_second
 from clip_adapter.extract.config import ExtractConfig
-from clip_adapter.extract.encoding.encoder import Encoder
 from clip_adapter.extract.run import extract
 from tests.cache.rewriting import datasets
 from tests.extract.image_folders import make_folder
@@ -84,9 +83,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch, *, stop_after: int = 10**9) -> list
     seen: list[str] = []
     stage = encode_job.stage_images
 
-    def noted(encoder: Encoder, known: Any, *others: Any) -> Any:
-        for batch in stage(encoder, known, *others):
-            seen.extend(f"{encoder.name} {known.split.ids[row]}" for row in batch.rows)
+    def noted(batches: Any, known: Any, *others: Any) -> Any:
+        for batch in stage(batches, known, *others):
+            seen.extend(f"{batch.name} {known.split.ids[row]}" for row in batch.rows)
             yield batch
             if len(seen) >= stop_after:
                 raise Interrupted

@@ -12,7 +12,7 @@ import pytest
 
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.errors import UserError
-from clip_adapter.extract import job
+from clip_adapter.extract import local_encoding
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.run import extract
 from clip_adapter.pipelines.commands.merge import MergeConfig, merge
@@ -251,7 +251,7 @@ def test_a_cache_of_another_backbone(
     shutil.copyfile(labelled, like)
     rewrite(like, lambda file, document: change(document))
     if change is of_mine:
-        monkeypatch.setattr(job, "load_backbone", None)
+        monkeypatch.setattr(local_encoding, "load_backbone", None)
     with pytest.raises(UserError, match=words):
         run(f"images:{new}", tmp_path / "new.h5", like=like)
     assert not list(tmp_path.glob("new.h5*"))

@@ -16,7 +16,7 @@ import pytest
 from clip_adapter.cache.reader import FeatureCache
 from clip_adapter.cache.text_tower import tower_path
 from clip_adapter.errors import UserError
-from clip_adapter.extract import job, stage
+from clip_adapter.extract import job, local_encoding
 from clip_adapter.extract.config import ExtractConfig
 from clip_adapter.extract.run import extract
 from clip_adapter.pipelines.console.terminal import Terminal
@@ -214,7 +214,9 @@ def test_text_is_kept_where_only_images_changed(
     cache.run()
     cache.save("train/cat/00", 600)
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "encode_classes", lambda *_, **__: pytest.fail("text was encoded"))
+        patch.setattr(
+            local_encoding, "encode_classes", lambda *_, **__: pytest.fail("text was encoded")
+        )
         cache.run(update=True)
     cache.update()
 
@@ -315,14 +317,14 @@ def test_features_of_another_model_are_not_kept(
 ) -> None:
     cache.run()
     cache.save("train/cat/00", 1000)
-    load = job.load_backbone
+    load = local_encoding.load_backbone
 
     def changed(*arguments: Any) -> Any:
         backbone = load(*arguments)
         change(backbone)
         return backbone
 
-    monkeypatch.setattr(job, "load_backbone", changed)
+    monkeypatch.setattr(local_encoding, "load_backbone", changed)
     cache.refused(rf"was made with other {words}, so --update can keep nothing", update=True)
 
 
