@@ -26,6 +26,7 @@ from clip_adapter.adapters.decisions import (
     likeliest_temperature,
     prior_temperature,
     probabilities,
+    spreads,
 )
 from clip_adapter.adapters.formulas import cosine_logits, cross_entropy, sum_by_class, unit
 from clip_adapter.adapters.method import Head, Task
@@ -151,7 +152,8 @@ def likeliest(
     losses = []
     for alpha in GDA.hyper["alpha"].tried:
         logits = zero_shot + float(alpha) * found
-        temperature = likeliest_temperature(logits, places, prior_temperature(logits, zero_shot))
+        prior = prior_temperature(spreads(logits), spreads(zero_shot))
+        temperature = likeliest_temperature(logits, places, prior)
         loss = float(cross_entropy(np, logits / temperature, places).mean())
         losses.append((loss, float(alpha), temperature))
     return min(losses)[1:]

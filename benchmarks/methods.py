@@ -106,13 +106,13 @@ def compare(method: Method, data: SyntheticTask, rounds: int) -> None:
         found = search(method, values, [task], engine, NoJournal())
         return max(evaluation.accuracy for evaluation in found)
 
-    rounds = rounds_of(data.labels)
-    assert rounds is not None
-    within = (own[own >= 0] for own in rounds.members)
+    left = rounds_of(data.labels)
+    assert left is not None
+    within = (own[own >= 0] for own in left.members)
     folds = [task._replace(validation_labels=task.labels[own]) for own in within]
 
     def left_out() -> float:
-        found = search(method, values, folds, engine, NoJournal(), rounds=(task, rounds))
+        found = search(method, values, folds, engine, NoJournal(), rounds=(task, left))
         return max(evaluation.accuracy for evaluation in found)
 
     cores = len(os.sched_getaffinity(0))
@@ -123,7 +123,8 @@ def compare(method: Method, data: SyntheticTask, rounds: int) -> None:
         grid = {outer: values[outer][::cut], **{other: values[other] for other in others}}
         for threads in {1, cores}:
             sides[name, threads] = (partial(limited, opponent, rows, grid, threads), cut)
-    print(f"\n{method.name}, {len(settings)} points, {len(data.weights)} classes, {SHOTS} shots")
+    points = len(method.settings(values))
+    print(f"\n{method.name}, {points} points, {len(data.weights)} classes, {SHOTS} shots")
     alternate(sides, rounds)
 
 

@@ -25,24 +25,33 @@ class SyntheticTask:
     weights: Floats
 
 
-def synthetic_task(dim: int, classes: int, shots: int, validation_shots: int) -> SyntheticTask:
-    """Zero-shot is right for about 70 % of the images, a fitted adapter for more."""
-    rng = np.random.default_rng(0)
-    basis = np.linalg.qr(rng.normal(size=(dim, DIRECTIONS)))[0].T
-    image_cone, text_cone = _unit(rng.normal(size=(2, dim)))
-    means = _unit(rng.normal(size=(classes, DIRECTIONS)) @ basis)
-    shifts = _unit(rng.normal(size=(classes, DIRECTIONS)) @ basis)
+class Population:
+    """Classes whose images and texts can be drawn; alike for equal arguments."""
 
-    def images(labels: Labels) -> Floats:
-        within = _unit(rng.normal(size=(len(labels), DIRECTIONS)) @ basis)
-        beyond = _unit(rng.normal(size=(len(labels), dim)))
-        clean = 0.8 * image_cone + 0.22 * means[labels] + 0.2 * shifts[labels]
+    def __init__(self, dim: int, classes: int) -> None:
+        self.rng = rng = np.random.default_rng(0)
+        self._dim = dim
+        self._basis = np.linalg.qr(rng.normal(size=(dim, DIRECTIONS)))[0].T
+        self._image_cone, text_cone = _unit(rng.normal(size=(2, dim)))
+        self._means = _unit(rng.normal(size=(classes, DIRECTIONS)) @ self._basis)
+        self._shifts = _unit(rng.normal(size=(classes, DIRECTIONS)) @ self._basis)
+        self.weights = _unit(0.85 * text_cone + 0.5 * self._means).astype(np.float32)
+
+    def images(self, labels: Labels, rng: np.random.Generator) -> Floats:
+        """(N, D), an image of each label."""
+        within = _unit(rng.normal(size=(len(labels), DIRECTIONS)) @ self._basis)
+        beyond = _unit(rng.normal(size=(len(labels), self._dim)))
+        clean = 0.8 * self._image_cone + 0.22 * self._means[labels] + 0.2 * self._shifts[labels]
         return (FEATURE_NORM * _unit(clean + 0.45 * within + 0.35 * beyond)).astype(np.float32)
 
+
+def synthetic_task(dim: int, classes: int, shots: int, validation_shots: int) -> SyntheticTask:
+    """Zero-shot is right for about 70 % of the images, a fitted adapter for more."""
+    drawn = Population(dim, classes)
     labels = np.repeat(np.arange(classes, dtype=np.int32), shots)
     validation = np.repeat(np.arange(classes, dtype=np.int32), validation_shots)
-    weights = _unit(0.85 * text_cone + 0.5 * means).astype(np.float32)
-    return SyntheticTask(images(labels), labels, images(validation), validation, weights)
+    images, judging = (drawn.images(own, drawn.rng) for own in (labels, validation))
+    return SyntheticTask(images, labels, judging, validation, drawn.weights)
 
 
 def _unit(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

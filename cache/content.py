@@ -41,9 +41,13 @@ def indistinct(class_names: Sequence[str]) -> str | None:
     return f"its {len(class_names)} class names are all {quoted(class_names[0])}"
 
 
-def check_features(features: np.ndarray, names: Sequence[str]) -> None:
+def check_features(
+    features: np.ndarray,
+    names: Sequence[str],
+    advice: str = "the weights are damaged or overflow in this precision",
+) -> None:
     """(B, …, D): each a finite direction of a usual size. Raises UserError with the name of the
-    first other."""
+    first other and the advice."""
     if features.dtype not in (np.float32, np.float16):
         raise UserError(f"The features are {features.dtype}, not float32 or float16.")
     largest = np.abs(features).max(axis=2).astype(np.float64)  # NaN where one is NaN
@@ -53,10 +57,7 @@ def check_features(features: np.ndarray, names: Sequence[str]) -> None:
         bad = int(usable.argmin())
         what = "far smaller or larger than CLIP's" if largest[bad].all() else "zero"
         what = what if np.isfinite(largest[bad]).all() else "not finite numbers"
-        raise UserError(
-            f"The features of {quoted(names[bad])} are {what}; the weights are damaged or overflow "
-            "in this precision."
-        )
+        raise UserError(f"The features of {quoted(names[bad])} are {what}; {advice}.")
 
 
 @dataclass(frozen=True)

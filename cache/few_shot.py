@@ -1,7 +1,6 @@
 """Few-shot subsets, drawn item for item as the literature draws them (CoOp, arXiv 2109.01134)."""
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,43 +74,41 @@ def draw_few_shot(
     val_groups, val_shots = _rows_by_label(val_labels), min(shots, VALIDATION_SHOTS)
     if groups is not None:
         taken = np.isin(groups[1], np.asarray(groups[0])[support])
-        free = (
-            (label, [row for row in own if not taken[row]]) for label, own in val_groups.items()
-        )
-        val_groups = {label: own for label, own in free if own}
+        free = ((label, own[~taken[own]]) for label, own in val_groups.items())
+        val_groups = {label: own for label, own in free if len(own)}
     validation = _draw(rng, val_groups, val_shots, repeat)
     every = range(max(classes, 1 + max([*train_groups, *val_groups])))
     return FewShotTask(
-        np.array(support, np.int64),
-        np.array(validation, np.int64),
+        support,
+        validation,
         _labels_with_fewer(train_groups, shots),
         _labels_with_fewer(val_groups, val_shots),
         tuple(label for label in every if label not in train_groups),
     )
 
 
-def _rows_by_label(labels: npt.ArrayLike) -> dict[int, list[int]]:
+def _rows_by_label(labels: npt.ArrayLike) -> dict[int, Rows]:
     """The rows of each label, in order; labels as they first appear."""
     given = np.asarray(labels)
     # Row by row, the 1,281,167 of ImageNet took a second for every draw.
     order = np.argsort(given, kind="stable")
     own, starts = np.unique(given[order], return_index=True)
-    groups = [rows.tolist() for rows in np.split(order, starts[1:])][: len(own)]
+    groups = np.split(order, starts[1:])[: len(own)]
     pairs = zip(own.tolist(), groups, strict=True)
-    return dict(sorted(pairs, key=lambda pair: pair[1][0]))
+    return dict(sorted(pairs, key=lambda pair: int(pair[1][0])))
 
 
-def _labels_with_fewer(groups: dict[int, list[int]], count: int) -> tuple[int, ...]:
+def _labels_with_fewer(groups: dict[int, Rows], count: int) -> tuple[int, ...]:
     return tuple(sorted(label for label, rows in groups.items() if len(rows) < count))
 
 
-def _draw(
-    rng: random.Random, groups: dict[int, list[int]], count: int, repeat: bool
-) -> Sequence[int]:
-    drawn: list[int] = []
+def _draw(rng: random.Random, groups: dict[int, Rows], count: int, repeat: bool) -> Rows:
+    """What `rng.sample(rows, count)` and `rng.choices(rows, k=count)` draw: both by place alone."""
+    drawn = [np.zeros(0, np.int64)]
     for rows in groups.values():
+        places = range(len(rows))
         if len(rows) >= count:
-            drawn += rng.sample(rows, count)
+            drawn.append(rows[rng.sample(places, count)])
         else:
-            drawn += rng.choices(rows, k=count) if repeat else rows
-    return drawn
+            drawn.append(rows[rng.choices(places, k=count)] if repeat else rows)
+    return np.concatenate(drawn)

@@ -172,6 +172,12 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path} cannot be written: there is no such folder, or it is one itself.")
 
 
+def check_new(path: Path, force: bool) -> None:
+    """Raises UserError where a file or folder has this name, which is not to be overwritten."""
+    if is_there(path) and not force:
+        raise UserError(f"{path} exists; choose another name, or --force to overwrite it.")
+
+
 def unreadable(path: Path, error: OSError) -> UserError:
     """The sentence for a file or folder that cannot be read."""
     reason = error.strerror or (os.strerror(error.errno) if error.errno else str(error))

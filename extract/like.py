@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from clip_adapter.errors import UserError
 from clip_adapter.words import quoted
@@ -11,6 +11,7 @@ from clip_adapter.words import quoted
 if TYPE_CHECKING:
     from clip_adapter.cache.reader import FeatureCache
 
+Decode = Literal["full", "fast"]
 OF_CLASSES = ("text/features", "text/class_names", "text/templates", "text/prompts")
 
 
@@ -35,6 +36,15 @@ def text_sha256(path: Path) -> str:
 def has_projection(path: Path) -> bool:
     with _opened(path) as cache:
         return cache.has("projection")
+
+
+def decode_of(path: Path, decode: Decode) -> Decode:
+    """How its images were decoded. Raises UserError where another way is asked for."""
+    with _opened(path) as cache:
+        own: Decode = "fast" if cache.preprocess.get("decode") == "fast" else "full"
+    if own != decode != "full":
+        raise UserError(f"--like: {path} was made without --decode {decode}; leave it out, too.")
+    return own
 
 
 def backbone_of(path: Path, pretrained: str | None) -> tuple[str, str | None]:

@@ -113,10 +113,12 @@ class LocalEncoding:
         self._config, self._dataset = config, dataset
         self._device = find_device(config.device)
         precision = find_precision(config.precision, self._device)
-        self._backbone = load_backbone(config.backbone, config.pretrained, precision)
+        backbone = load_backbone(config.backbone, config.pretrained, precision)
+        self._backbone = backbone.decoding(config.decode)
         self._also = second = None
         if config.also:
-            self._also = load_second(config.also, config.also_pretrained, precision)
+            also = load_second(config.also, config.also_pretrained, precision)
+            self._also = also.decoding(config.decode)
             second = {**self._also.identity, "preprocess": self._also.preprocess_config}
         self.about = About(
             self._backbone.identity,

@@ -67,8 +67,10 @@ def parse_shard(text: str | None) -> Shard:
 def _place_in_environment(asked: str, stated: int | None) -> tuple[int, int]:
     """The place of this process, from 0, among how many: RANK of WORLD_SIZE where these name
     several; else that of the task in Slurm's array, times the tasks of a step, plus that in the
-    step. A batch script has SLURM_PROCID and SLURM_NTASKS as well and is one process all the same:
-    they count in a step of `srun` only.
+    step. A batch script has SLURM_PROCID and SLURM_NTASKS as well and is one process all the same,
+    as the shell of `salloc` is: they count in a step of `srun` only. Not everything that has a
+    SLURM_STEP_ID is one: that shell has one, and a job submitted from a step has the step's. Of
+    both the step's number of tasks is another than SLURM_NTASKS.
 
     stated: how many parts there are, of which the array need not be whole.
     """
@@ -77,7 +79,8 @@ def _place_in_environment(asked: str, stated: int | None) -> tuple[int, int]:
         if stated not in (None, processes):
             raise UserError(f"{asked}: WORLD_SIZE is {processes}; write --shard auto.")
         return _number("RANK"), processes
-    in_array, in_step = "SLURM_ARRAY_TASK_ID" in os.environ, "SLURM_STEP_ID" in os.environ
+    in_array = "SLURM_ARRAY_TASK_ID" in os.environ
+    in_step = os.environ.get("SLURM_STEP_NUM_TASKS", "") == os.environ.get("SLURM_NTASKS")
     if not in_array and (stated or not in_step):
         raise UserError(
             f"{asked}: this is no task of a Slurm array{'' if stated else ' or step'}, and RANK "

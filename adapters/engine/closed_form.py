@@ -30,6 +30,7 @@ from clip_adapter.adapters.engine.scoring import (
 )
 from clip_adapter.adapters.hyper import Value
 from clip_adapter.adapters.method import Arrays, Method, Rounds, Setting, Task, same_program
+from clip_adapter.words import counted
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -41,6 +42,8 @@ SIDE_BY_SIDE_BYTES = 1 << 28
 # Up to so many validation rows are scored at once, so that what no number of the grid touches, such
 # as the products of rows and keys, is computed once for the whole grid.
 AT_ONCE = 4096
+# Settings × images × classes that are scored in a CPU second.
+RATE = 1.8e8
 
 
 def judged(method: Method, settings: Sequence[Setting], folds: Sequence[Task]) -> list[Judged]:
@@ -122,6 +125,23 @@ def _grid(
     program = _grid_program(method, tuple(static.items()), tuple(axes), sizes)
     with _arithmetic():
         return jax.device_get(program(values, task, rounds, counts))
+
+
+def note(method: Method, settings: int, task: Task, folds: Sequence[Task]) -> str:
+    """The method's own note of a search on these folds or, where it has none and so many settings
+    of a grid take long to score, how long."""
+    # Left-out images of the support set judge, too: a search takes as long on them.
+    of_folds = [np.asarray(fold.validation_labels) for fold in folds]
+    judging = np.concatenate([np.zeros(0, np.int32), *of_folds])
+    own = method.note(task._replace(validation_labels=judging)) if method.note else ""
+    minutes = round(settings * len(judging) * len(task.head.weights) / RATE / 60)
+    is_grid = method.after_training or not (method.is_trained or method.solver)
+    if own or not (is_grid and minutes):
+        return own
+    return (
+        f"{method.name}: scoring {settings:,} settings takes about {counted(minutes, 'CPU minute')}"
+        " on this many classes and images; fewer settings take as much less."
+    )
 
 
 def fit(method: Method, setting: Setting, task: Task) -> Arrays:

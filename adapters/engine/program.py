@@ -27,22 +27,44 @@ from clip_adapter.adapters.method import Method, Setting, Task
 # Between two calls of a program a run can be interrupted, and says how far it is.
 SECONDS_PER_CALL = 0.25
 MOST_KEPT = 256
+# Of several tasks, what there is once, and which axes of a Task tell them apart.
+SHARED: dict[str, Any] = {"head": None, "extra": None}
+OF_EACH: Any = Task._make(None if name in SHARED else 0 for name in Task._fields)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Settings of a method that share a program, on one task: what selects the program, and the
-    numbers of each of them."""
+    """Settings of a method that share a program, on one task or on several of equal shapes: what
+    selects the program, and the numbers of each of them.
+
+    others: the tasks beside `task`, of the same cache: they share its head and what is extra.
+    """
 
     method: Method
     static: Setting
     task: Task
     numbers: Sequence[Setting]
+    others: Sequence[Task] = ()
 
     @classmethod
-    def of(cls, method: Method, settings: Sequence[Setting], task: Task) -> Grid:
+    def of(cls, method: Method, settings: Sequence[Setting], *tasks: Task) -> Grid:
         divided = [method.split(setting) for setting in settings]
-        return cls(method, divided[0][0], task, [numbers for _, numbers in divided])
+        numbers = [numbers for _, numbers in divided]
+        return cls(method, divided[0][0], tasks[0], numbers, tasks[1:])
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """Of stacked numbers and states, the axes before that of the settings."""
+        return (1 + len(self.others),) if self.others else ()
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        return self.task, *self.others
+
+    def joined_task(self) -> Task:
+        """What the program takes; of several tasks with a leading axis, see OF_EACH."""
+        of_each = joined([task._replace(**SHARED) for task in self.tasks])
+        return of_each._replace(head=self.task.head, extra=self.task.extra)
 
     def run(self, task: Task, numbers: Setting) -> Run:
         """That of one setting. task: of the grid's shapes; within a program it is traced."""
@@ -58,6 +80,13 @@ class Grid:
             return self.run(task, numbers).initial_state()
 
         return jax.eval_shape(state, self.task, self.abstract_numbers())
+
+
+def joined(trees: Sequence[Any]) -> Any:
+    """Several alike with a leading axis, or the only one as it is."""
+    if len(trees) == 1:
+        return trees[0]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 class Program:
@@ -88,13 +117,17 @@ class Program:
 
             return each(one, (stacked, states))
 
-        alike, settings = PartitionSpec(), PartitionSpec("settings")
+        if grid.others:
+            start = jax.vmap(start, (OF_EACH, 0))
+            epochs = jax.vmap(epochs, (OF_EACH, 0, 0, 0, None, None, None))
+        alike, settings = PartitionSpec(), PartitionSpec(*(None for _ in grid.leading), "settings")
         spread = partial(jax.shard_map, mesh=mesh, out_specs=settings, check_vma=False)
         starts = spread(start, in_specs=(alike, settings))
         trains = spread(epochs, in_specs=(alike, alike, settings, settings, alike, alike, alike))
 
-        task, numbers = _abstract(grid.task), grid.abstract_numbers(size)
-        drawn = jax.eval_shape(lambda: draw(grid.task, grid.static, 0))
+        task, numbers = jax.eval_shape(grid.joined_task), grid.abstract_numbers(*grid.leading, size)
+        drawings = [grid.task] * len(grid.tasks)
+        drawn = jax.eval_shape(lambda: joined([draw(one, grid.static, 0) for one in drawings]))
         number = jax.ShapeDtypeStruct((), jnp.int32)
         with jax.default_matmul_precision("tensorfloat32"):
             lowered = jax.jit(starts).lower(task, numbers)
@@ -158,7 +191,7 @@ def program_of(grid: Grid, size: int, placement: str, mesh: Mesh) -> tuple[Progr
     leaves, structure = jax.tree.flatten(grid.task)
     shapes = tuple((np.shape(leaf), str(leaf.dtype)) for leaf in leaves)
     static, names = tuple(grid.static.items()), tuple(grid.numbers[0])
-    key = (grid.method, static, names, shapes, structure, size, placement, mesh)
+    key = (grid.method, static, names, shapes, structure, size, grid.leading, placement, mesh)
     with _LOCK:
         if key in _KEPT:
             _KEPT.move_to_end(key)
@@ -169,12 +202,6 @@ def program_of(grid: Grid, size: int, placement: str, mesh: Mesh) -> tuple[Progr
         if len(_KEPT) > MOST_KEPT:
             _KEPT.popitem(last=False)
     return program, True
-
-
-def _abstract(task: Task) -> Task:
-    """The shapes of a task: a program that is kept must not keep its arrays."""
-    abstract: Task = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), task)
-    return abstract
 
 
 _KEPT: OrderedDict[Any, Program] = OrderedDict()

@@ -12,9 +12,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Literal
 
 import jax
@@ -24,7 +25,7 @@ from jax.sharding import Mesh
 from clip_adapter.adapters.engine.epoch_draws import kept_draws
 from clip_adapter.adapters.engine.evaluation import Leaves
 from clip_adapter.adapters.engine.process import own_jax_in_thread
-from clip_adapter.adapters.engine.program import Grid, Program, program_of
+from clip_adapter.adapters.engine.program import Grid, Program, joined, program_of
 from clip_adapter.adapters.engine.training import RunState
 from clip_adapter.adapters.method import Method, Setting, Task
 from clip_adapter.adapters.optimisation import steps_and_batch
@@ -48,7 +49,8 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some settings of a grid after training: `state` is stacked (K, …), row i is `indices[i]`.
+    """Some settings of a grid after training: `state` is stacked (K, …), row i is `indices[i]`; of
+    several tasks (T, K, …).
 
     seconds: what the chunk took, beside others that may have run at the same time.
     """
@@ -93,6 +95,7 @@ class Engine:
         alone = not on_cpu or self.mesh.size > 1
         cores = cores or len(os.sched_getaffinity(0))
         self._at_once = 1 if alone else min(cores, MOST_AT_ONCE)
+        self._begun: dict[Hashable, tuple[Task, Chunk]] = {}
         # One pool for all runs: under cross-validation the folds are run in step.
         self._pool = ThreadPoolExecutor(
             self._at_once, thread_name_prefix="train", initializer=own_jax_in_thread
@@ -114,13 +117,49 @@ class Engine:
         states: one function per setting that gives its state at `first`, needed where that is
             not 0.
         """
-        grid = Grid.of(method, settings, task)
+        begun = None if first else self._begun.pop(_name(method, settings, task, stop), None)
+        if begun:
+            share = (stop or settings[0]["epochs"]) / settings[0]["epochs"]
+            self.progress(len(settings) * share)
+            yield begun[1]
+        else:
+            yield from self._chunks(Grid.of(method, settings, task), first, stop, states)
+
+    def begin(
+        self, method: Method, settings: Sequence[Setting], tasks: Sequence[Task], stop: int | None
+    ) -> None:
+        """Train settings on several tasks of one cache in one launch, for a `run` of each that
+        follows, from epoch 0 to `stop`; nothing where settings do not run side by side, where
+        shapes differ, and where all of it is more than one chunk: a few settings leave a device
+        waiting for launches, many do not.
+        """
+        shapes = {str(jax.tree.map(np.shape, task)) for task in tasks}
+        if self.placement == "sequential" or len(tasks) < 2 or len(shapes) > 1:
+            return
+        grid = Grid.of(method, settings, *tasks)
+        if self._chunk_size(grid) < len(settings):
+            return
+        (chunk,) = self._chunks(grid, 0, stop)
+        state = jax.device_get(chunk.state)  # so that tasks which wait take no room on the device
+        for number, task in enumerate(tasks):
+            own = jax.tree.map(itemgetter(number), state)
+            done = replace(chunk, state=own, seconds=chunk.seconds / len(tasks))
+            self._begun[_name(method, settings, task, stop)] = task, done
+
+    def _chunks(
+        self,
+        grid: Grid,
+        first: int,
+        stop: int | None,
+        states: Sequence[Callable[[], Leaves]] = (),
+    ) -> Iterator[Chunk]:
         numbers, epochs = grid.numbers, int(grid.static["epochs"])
         size = self._chunk_size(grid)
         program = self._program(grid, size)
         last = epochs if stop is None else stop
         cancelled = threading.Event()
-        drawn = kept_draws(task, grid.static)
+        task = grid.joined_task()
+        drawings = [kept_draws(one, grid.static) for one in grid.tasks]
 
         def advanced(
             indices: Sequence[int], start: int, end: int, state: RunState | None = None
@@ -128,8 +167,11 @@ class Engine:
             """state: at epoch `start`; None for that of the first one."""
             # The last chunk is filled up with copies, so that one program serves all.
             filled = [indices[min(row, len(indices) - 1)] for row in range(size)]
-            stacked = {
-                name: np.array([numbers[index][name] for index in filled], np.float32)
+            stacked: Setting = {
+                name: np.tile(
+                    np.array([numbers[index][name] for index in filled], np.float32),
+                    (*grid.leading, 1),
+                )
                 for name in numbers[0]
             }
             if state is None:
@@ -137,7 +179,8 @@ class Engine:
             for drawing, epoch, until in program.calls(start, end):
                 if cancelled.is_set():
                     raise Cancelled
-                state = program(task, drawn(drawing), stacked, state, epoch, until, end)
+                drawn = joined([of_task(drawing) for of_task in drawings])
+                state = program(task, drawn, stacked, state, epoch, until, end)
                 self.progress(len(indices) * (until - epoch) / epochs)
             return state
 
@@ -193,6 +236,9 @@ class Engine:
         memory = self.mesh.devices.flat[0].memory_stats()
         if memory:
             most = max(1, min(most, int(memory["bytes_limit"] * MEMORY_SHARE / _bytes_of(grid))))
+        most = most // len(grid.tasks)
+        if not most:
+            return 0
         # Chunks as equal as can be, so that the last one is not filled up with many copies.
         chunks = -(-settings // (devices * most))
         return devices * -(-settings // (devices * chunks))
@@ -203,6 +249,11 @@ class Engine:
         program, is_new = compiling.result()
         self.compilations += is_new
         return program
+
+
+def _name(method: Method, settings: Sequence[Setting], task: Task, stop: int | None) -> Hashable:
+    """Of what a run does. The task, which has to be kept beside it, is told by its identity."""
+    return method, str([*map(dict, settings)]), id(task), stop
 
 
 def _bytes_of(grid: Grid) -> int:

@@ -52,7 +52,7 @@ def search(
     if method.solver:
         yield from _solved(method, values, folds, engine, journal)
     elif method.is_trained:
-        runs = _runs(method, values)
+        runs = runs_of(method, values)
         rungs = rungs_of(runs[0][0], halving=halving)
         yield from successive_halving(runs, rungs, folds, journal, partial(_train, method, engine))
     else:
@@ -81,7 +81,7 @@ def work(method: Method, values: Values, folds: int, *, halving: bool = False) -
         return count
     if not method.is_trained:
         return len(method.settings(values))
-    runs = _runs(method, values)
+    runs = runs_of(method, values)
     rungs = rungs_of(runs[0][0], halving=halving)
     counts = survivors(len(runs), len(rungs))
     spans = [stop - first for first, stop in pairwise([0, *rungs])]
@@ -102,7 +102,7 @@ def fit(method: Method, setting: Setting, epoch: int | None, task: Task, engine:
     return _as_saved(method, closed_form.fit(method, setting, task))
 
 
-def _runs(method: Method, values: Values) -> list[list[Setting]]:
+def runs_of(method: Method, values: Values) -> list[list[Setting]]:
     """The settings, those together that differ in nothing that training sees."""
     runs: dict[tuple[Any, ...], list[Setting]] = {}
     for setting in method.settings(values):

@@ -7,7 +7,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -59,6 +59,13 @@ class Backbone:
     logit_bias: float
     dtype: torch.dtype = torch.float32
     assumption: str | None = None
+
+    def decoding(self, how: object) -> "Backbone":
+        """The same, and where `how` is fast for images that are decoded so, as its preprocessing
+        then says."""
+        if how != "fast":
+            return self
+        return replace(self, preprocess_config=self.preprocess_config | {"decode": how})
 
 
 def load_backbone(

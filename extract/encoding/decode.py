@@ -137,7 +137,7 @@ def _decode_rows(
         name = split.ids[row]
         try:
             with naming(name):
-                image = read_rgb(partial(split.read, row))
+                image = read_rgb(partial(split.read, row), preprocess.drafted)
                 for view in range(plan.views):
                     pixels[view, position] = preprocess.view(image, name, view, plan.seed)
         except BadImage as error:

@@ -159,8 +159,13 @@ def _png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
         start += length + 12
 
 
-def read_rgb(read: Callable[[], Image.Image]) -> Image.Image:
+def read_rgb(
+    read: Callable[[], Image.Image], drafted: tuple[int, int] | None = None
+) -> Image.Image:
     """Call `read` and turn what it gives, fully decoded, into an image of mode RGB.
+
+    drafted: decode a JPEG at that of 1/8, 1/4 and 1/2 of its size which leaves this width and
+        height, where one does. The decoder then skips most of its inverse transforms.
 
     Raises BadImage for content that cannot be decoded, takes more memory than there is, is of more
     pixels than Pillow takes for honest (`Image.MAX_IMAGE_PIXELS`), or has no agreed meaning as RGB
@@ -169,6 +174,8 @@ def read_rgb(read: Callable[[], Image.Image]) -> Image.Image:
     try:
         with read() as image:
             _refuse_bombs(image)
+            if drafted:
+                image.draft(None, drafted)
             return _to_rgb(image)
     except BadImage:
         raise

@@ -54,9 +54,19 @@ def height_and_width(config: Mapping[str, Any]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def drafted(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Width and height below which no side of a JPEG is decoded, where it is decoded fast: twice
+    what the shorter side is resized to."""
+    if config.get("decode") != "fast":
+        return None
+    height, width = (2 * math.ceil(n / config.get("crop_pct", 1)) for n in height_and_width(config))
+    return width, height
+
+
 def evaluation(config: Mapping[str, Any]) -> Compose:
     """PIL image → (3, height, width) float32, as the configuration says: timm's preprocessing
     where it has a `crop_pct`, else open_clip's."""
+    config = {name: value for name, value in config.items() if name != "decode"}
     if "crop_pct" not in config:
         return image_transform_v2(PreprocessCfg(**config), is_train=False)
     names = ("interpolation", "mean", "std", "crop_pct", "crop_mode")
@@ -67,7 +77,7 @@ def evaluation(config: Mapping[str, Any]) -> Compose:
 class Preprocess:
     """What `config` says, see `evaluation`, in two halves.
 
-    height, width: of the pixels that the encoder takes.
+    height, width: of the pixels that the encoder takes. drafted: see the function.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -80,6 +90,7 @@ class Preprocess:
         self._std = torch.as_tensor(normalize.std)
         self._config = config
         self.height, self.width = height_and_width(config)
+        self.drafted = drafted(config)
 
     def view(self, image: Image.Image, name: str, number: int, seed: int) -> npt.NDArray[np.uint8]:
         """View `number` of an RGB image, (height, width, 3).

@@ -35,6 +35,7 @@ from clip_adapter.pipelines.scoring.images import (
     images_of_folder,
     is_folder,
     match_classes,
+    refuse_encoding,
 )
 from clip_adapter.pipelines.scoring.prediction_formats import (
     adapt_of,
@@ -88,6 +89,7 @@ class EvaluateConfig:
         batch_size: Images per forward pass.
         workers: Threads that decode images.
         device: PyTorch device for images of a folder; auto takes a GPU where there is one.
+        force: Overwrite existing files.
     """
 
     data: Positional[Path]
@@ -110,6 +112,7 @@ class EvaluateConfig:
     batch_size: int = 64
     workers: int = available_cores()
     device: str = "auto"
+    force: bool = False
 
 
 def evaluate(config: EvaluateConfig, listener: Listener | None = None) -> Scores:
@@ -117,12 +120,12 @@ def evaluate(config: EvaluateConfig, listener: Listener | None = None) -> Scores
 
     Raises UserError for data of another backbone or width, for what `answers_of` and
     `hide_each_class` refuse, for classes that the adapter does not
-    know, and for files that cannot be read or written.
+    know, for files that cannot be read or written, and for those that exist.
     """
     check_work(config.batch_size, config.workers)
     for path in (config.confusion, config.predictions):
-        check_place(path, ".csv")
-    check_place(config.features, ".npz")
+        check_place(path, ".csv", force=config.force)
+    check_place(config.features, ".npz", force=config.force)
     tables = [os.path.realpath(path) for path in (config.confusion, config.predictions) if path]
     if len(set(tables)) < len(tables):
         raise UserError(
@@ -160,6 +163,7 @@ def _images(
         skip = config.on_error == "skip"
         yield images_of_folder(config.data, config.split, adapter, config, listener, skip=skip)
         return
+    refuse_encoding(config, "on_error")
     from clip_adapter.cache.reader import FeatureCache
 
     with FeatureCache(config.data) as cache:

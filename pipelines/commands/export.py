@@ -1,6 +1,5 @@
 """`clip-adapter export`: a fitted classifier, or the features of a cache, for other programs."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +8,12 @@ from typing import Any, NoReturn
 from clip_adapter.adapters.decisions import images_for
 from clip_adapter.cores import limit_openmp
 from clip_adapter.errors import UserError
-from clip_adapter.files import check_writable, is_there, read_bytes, write_bytes, write_text
+from clip_adapter.files import check_new, check_writable, write_bytes, write_text
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.parser import version
 from clip_adapter.pipelines.console.running import EXIT_PARTIAL, run_command
 from clip_adapter.pipelines.console.terminal import Terminal
-from clip_adapter.pipelines.saved.adapter_file import INFO_FILE, SavedAdapter, load_adapter
+from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, adapter_sha256, load_adapter
 from clip_adapter.words import counted, size
 
 ENDINGS = (".onnx", ".pt2")
@@ -63,8 +62,7 @@ def export(config: ExportConfig) -> int:
     card = config.out.with_suffix(".md")
     for path in (config.out, card) if config.adapter else (config.out,):
         check_writable(path)
-        if is_there(path) and not config.force:
-            raise UserError(f"{path} exists; choose another name, or --force to overwrite it.")
+        check_new(path, config.force)
     if config.adapter is None:
         return _table(config)
     return _classifier(config, config.adapter, card)
@@ -152,7 +150,7 @@ def described(adapter: SavedAdapter, folder: Path) -> dict[str, Any]:
         "preprocess": info.preprocess,
         "backbone": info.backbone,
         "method": info.method,
-        "adapter_sha256": hashlib.sha256(read_bytes(folder / INFO_FILE)).hexdigest(),
+        "adapter_sha256": adapter_sha256(folder),
     }
 
 

@@ -22,7 +22,7 @@ from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.source import DEFAULT_TEMPLATES, MINIMUM_CLASSES, splits_among
 from clip_adapter.extract.outcome import describe
 from clip_adapter.extract.text.prompts import read_class_names, resolve_templates
-from clip_adapter.files import is_there
+from clip_adapter.files import check_new
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.running import run_command
@@ -106,7 +106,7 @@ def import_features(config: ImportConfig, listener: Listener) -> Path:
     ids = np.array(texts_of(columns.get("id", range(len(rows)))), object)
     if len(set(ids)) < len(ids):
         raise UserError(f"{found.path} names an image twice; give each a name of its own.")
-    check_features(rows[:, None], ids.tolist())
+    check_features(rows[:, None], ids.tolist(), f"leave it out of {found.path}, or encode it anew")
     text, stated = _encoded(config, class_names, listener) if config.backbone else _given(config)
     of_classes, _, width = text["text/features"].shape
     if (of_classes, width) != (len(class_names), rows.shape[1]):
@@ -151,8 +151,7 @@ def import_features(config: ImportConfig, listener: Listener) -> Path:
 
 def _check(config: ImportConfig) -> None:
     """Raises UserError where nothing says what the texts are, or two things do."""
-    if is_there(config.out) and not config.force:
-        raise UserError(f"{config.out} exists; choose another name, or --force to overwrite it.")
+    check_new(config.out, config.force)
     by_text = config.text is not None or config.logit_scale is not None
     if (config.backbone is None) != by_text:
         raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from clip_adapter.errors import UserError
-from clip_adapter.files import is_there
+from clip_adapter.files import check_new
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.running import run_command
 from clip_adapter.pipelines.console.terminal import Terminal
@@ -35,8 +35,7 @@ def merge(config: MergeConfig) -> Path:
     """
     if not config.parts:
         raise UserError("Name the parts to join: clip-adapter merge OUT PART…")
-    if is_there(config.out) and not config.force:
-        raise UserError(f"{config.out} exists; choose another name, or --force to overwrite it.")
+    check_new(config.out, config.force)
     # Not Path.resolve, which ends at a link that leads to itself.
     if os.path.realpath(config.out) in map(os.path.realpath, config.parts):
         raise UserError(f"{config.out} is one of the parts; name the cache otherwise.")

@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from stat import S_ISDIR
 from typing import Any, Literal, NoReturn
@@ -12,15 +13,16 @@ from clip_adapter.cores import available_cores, limit_openmp
 from clip_adapter.errors import UserError, require_within
 from clip_adapter.extract.config import check_work
 from clip_adapter.extract.datasets.image_files import Listing
-from clip_adapter.files import check_writable, unreadable
+from clip_adapter.extract.shards import parse_shard
+from clip_adapter.files import check_new, check_writable, unreadable
 from clip_adapter.listener import Listener
 from clip_adapter.pipelines.console.argument_types import Positional
 from clip_adapter.pipelines.console.running import EXIT_PARTIAL, run_command
-from clip_adapter.pipelines.console.terminal import Advance, Terminal, no_advance, progress
+from clip_adapter.pipelines.console.terminal import Terminal, no_advance, progress
 from clip_adapter.pipelines.deciding.answers import answers_of
-from clip_adapter.pipelines.saved.adapter_file import SavedAdapter, load_adapter
+from clip_adapter.pipelines.saved.adapter_file import adapter_sha256, load_adapter
 from clip_adapter.pipelines.scoring.cached import Source, cached_sources, is_cache
-from clip_adapter.pipelines.scoring.images import encoded_files
+from clip_adapter.pipelines.scoring.images import encoded_files, refuse_encoding
 from clip_adapter.pipelines.scoring.predicted_images import PredictedImages
 from clip_adapter.pipelines.scoring.prediction_formats import (
     FORMATS,
@@ -28,6 +30,7 @@ from clip_adapter.pipelines.scoring.prediction_formats import (
     Prediction,
     write_file,
 )
+from clip_adapter.pipelines.scoring.prediction_parts import write_parts
 from clip_adapter.words import counted, printable
 
 MOST_CLASSES = 100_000
@@ -77,7 +80,12 @@ class PredictConfig:
             spreadsheet would take for a formula begins with an apostrophe.
         out: File to write instead of printing, by its suffix if --format does not say how: .csv,
             .json, .jsonl, .parquet, or .txt for the table. It gets its name when it is whole; a run
-            that was killed starts over.
+            that was killed starts over. A name without a suffix is a folder of Parquet files of
+            some thousand images each, which goes on where it stopped.
+        shard: Classify only part I of N, written I/N; parts one behind the other are the answers of
+            an undivided run. `auto` and auto/N as `extract` takes them. All parts may have one
+            folder as --out.
+        force: Overwrite an existing file.
         batch_size: Images per forward pass.
         workers: Threads that decode images.
         device: PyTorch device; auto takes a GPU where there is one.
@@ -102,13 +110,16 @@ class PredictConfig:
     top: int = 3
     format: Literal["table", "csv", "json", "jsonl", "parquet"] | None = None
     out: Path | None = None
+    shard: str | None = None
+    force: bool = False
     batch_size: int = 64
     workers: int = available_cores()
     device: str = "auto"
 
 
 def predict(config: PredictConfig, listener: Listener | None = None) -> PredictedImages:
-    """Load the adapter and its backbone, find the images, and return what classifies them.
+    """Load the adapter and its backbone, find the images, and return what classifies them, or those
+    of the part that `shard` asks for.
 
     Raises UserError for a coverage or a share to reject that the adapter's held-out images are too
     few for, where none of the paths can be read, when there is no image at all, for numbers
@@ -124,9 +135,12 @@ def predict(config: PredictConfig, listener: Listener | None = None) -> Predicte
         (899, 'two', True)
     """
     require_within("--top", config.top, MOST_CLASSES)
+    shard = parse_shard(config.shard)
     named: Any = config.paths
     paths = [Path(path) for path in ([named] if isinstance(named, str | Path) else named)]
     caches = [path for path in paths if is_cache(path)]
+    if caches == paths != []:
+        refuse_encoding(config)
     if config.split and not caches:
         raise UserError("--split is of feature caches, and none is named; leave it out.")
     check_work(config.batch_size, config.workers)
@@ -137,45 +151,55 @@ def predict(config: PredictConfig, listener: Listener | None = None) -> Predicte
             "--coverage and --reject speak of images that are classified one by one; leave them or "
             "--transductive out."
         )
+    if config.transductive and shard.of > 1:
+        raise UserError("--transductive classifies all images together; leave out --shard.")
     listener = listener or Listener()
-    sources = []
+    sources: list[Source] = []
     images = [path for path in paths if path not in caches]
     if images or not caches:
-        sources.append(_files(images, adapter, config, listener))
+        refused: dict[str, str] = {}
+        named_files = image_files(images, listener, refused)
+        sources.append(encoded_files(named_files, refused, adapter, config))
     for path in caches:
         for split, source in cached_sources(path, config.split, adapter, listener):
-            listener.note(f"{path}: {counted(source.count, f'{split} image')}")
+            listener.note(f"{path}: {counted(len(source.rows), f'{split} image')}")
             sources.append(source)
+    firsts = accumulate((len(source.rows) for source in sources), initial=0)
+    sources = [replace(own, first=first) for own, first in zip(sources, firsts, strict=False)]
     for sentence in answers.sentences() if answers else ():
         listener.note(sentence)
     tell = listener.note if config.transductive else None
-    return PredictedImages(adapter, sources, config.top, answers, tell)
+    identity = {
+        **{name: getattr(config, name) for name in ("top", "coverage", "reject")},
+        "adapter": adapter_sha256(Path(config.adapter)),
+        "images": [source.sha256 for source in sources],
+        "batch_size": [source.step for source in sources],
+        "shards": shard.of,
+    }
+    found = PredictedImages(adapter, sources, config.top, answers, tell, identity)
+    part = found.shard(shard)
+    if shard.of > 1:
+        share = f"{len(part):,} of {counted(len(found), 'image')}"
+        listener.note(f"part {shard.index} of {shard.of}: {share}")
+    return part
 
 
-def _files(
-    named: Sequence[Path], adapter: SavedAdapter, config: PredictConfig, listener: Listener
-) -> Source:
-    refused: dict[Path, str] = {}
-    paths = image_files(named, listener, refused)
-    blocks = encoded_files(paths, refused, adapter, config)
-    return Source(len(paths), blocks, lambda rows: [paths[row] for row in rows.tolist()])
-
-
-def image_files(paths: Sequence[Path], listener: Listener, refused: dict[Path, str]) -> list[Path]:
-    """The files among `paths` and the image files below the folders among them, in their order.
+def image_files(paths: Sequence[Path], listener: Listener, refused: dict[str, str]) -> list[str]:
+    """The files among `paths` and the image files below the folders among them, in their order; as
+    text, a fourth of the memory of a Path.
 
     refused: is told of those paths that cannot be read, which are in the list too, why.
     Raises UserError if nothing else is found.
     """
-    found: list[Path] = []
+    found: list[str] = []
     reason: UserError | None = None
     for path in paths:
         try:
             found += _images_at(path, listener)
         except UserError as error:
             reason = reason or error
-            refused[path] = str(error).removeprefix(f"Cannot read {path}: ").rstrip(".")
-            found.append(path)
+            refused[str(path)] = str(error).removeprefix(f"Cannot read {path}: ").rstrip(".")
+            found.append(str(path))
     if reason and refused.keys() == set(found):
         raise reason
     if not paths:
@@ -185,15 +209,15 @@ def image_files(paths: Sequence[Path], listener: Listener, refused: dict[Path, s
     return found
 
 
-def _images_at(path: Path, listener: Listener) -> list[Path]:
+def _images_at(path: Path, listener: Listener) -> list[str]:
     try:
         is_folder = S_ISDIR(path.stat().st_mode)
     except OSError as error:
         raise unreadable(path, error) from error
     if not is_folder:
-        return [path]
+        return [str(path)]
     listing = Listing(path, listener)
-    found = [path / inner for inner in listing.below(path)]
+    found = [str(path / inner) for inner in listing.below(path)]
     for remark in listing.remarks():
         listener.warn(remark)
     return found
@@ -208,16 +232,25 @@ def form_of(config: PredictConfig) -> str:
     if out is None:
         if form == PARQUET:
             raise UserError("--format parquet is no text to print; give it a file with --out.")
+        if config.force:
+            raise UserError("--force overwrites the file that --out names; leave it out.")
         return form or "table"
-    by_name = SUFFIXES.get(out.suffix)
+    in_parts = not out.suffix
+    by_name = PARQUET if in_parts else SUFFIXES.get(out.suffix)
     if by_name is None or (form and form != by_name):
         wanted = next((s for s, own in SUFFIXES.items() if own == form), ", ".join(SUFFIXES))
         raise UserError(f"{out} is not named for what it would hold; let it end in {wanted}.")
+    if in_parts and config.transductive:
+        raise UserError("--transductive classifies all images together; let --out name a file.")
+    if in_parts and config.force:
+        raise UserError(f"--force is for a file; remove the folder {out} to start again.")
     if by_name == PARQUET:
         from clip_adapter.pipelines.deciding.feature_table import require_pyarrow
 
         require_pyarrow(out)
-    check_writable(out)
+    if not in_parts:
+        check_writable(out)
+        check_new(out, config.force)
     return by_name
 
 
@@ -230,10 +263,11 @@ def print_predictions(config: PredictConfig) -> int:
     # Where the rows appear on a terminal, they show the progress themselves.
     shows_itself = out.isatty() and config.out is None
     bar = nullcontext(no_advance) if shows_itself else progress("predict", len(predictions))
+    parts: object = ""
 
-    def readable(advance: Advance) -> Iterator[Prediction]:
+    def readable(some: PredictedImages) -> Iterator[Prediction]:
         nonlocal unreadable_count
-        for prediction in predictions:
+        for prediction in some:
             if prediction.unreadable is None:
                 yield prediction
             else:
@@ -243,12 +277,16 @@ def print_predictions(config: PredictConfig) -> int:
             advance(1, "")
 
     with bar as advance:
-        if config.out:
-            write_file(config.out, form, predictions, readable(advance))
+        if config.out is None:
+            FORMATS[form](out, predictions, readable(predictions))
+        elif config.out.suffix:
+            write_file(config.out, form, predictions, readable(predictions))
         else:
-            FORMATS[form](out, predictions, readable(advance))
+            shard = parse_shard(config.shard)
+            parts = write_parts(config.out, shard, predictions, readable, advance)
+            unreadable_count += parts.unreadable
     if config.out:
-        print(f"{config.out}: {counted(len(predictions) - unreadable_count, 'image')}")
+        print(f"{config.out}: {counted(len(predictions) - unreadable_count, 'image')}{parts}")
     if unreadable_count:
         total = len(predictions)
         counts = f"{unreadable_count} of {counted(total, 'image')} cannot be read"

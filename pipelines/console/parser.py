@@ -23,7 +23,12 @@ LONGEST_SENTENCE = 400
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError with one sentence where argparse would print its usage and exit."""
+    """Raises UserError with one sentence where argparse would print its usage and exit, or take
+    the last of an option's several values and drop the others, lists too."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.register("action", None, _Once)  # what stores a value where no action is named
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ")
@@ -103,6 +108,20 @@ def config_from(config_type: type[Config], given: argparse.Namespace) -> Config:
 def parse(config_type: type[Config], program: str, arguments: Sequence[str] | None) -> Config:
     """`config_type` as the arguments say; raises what `Parser.parse` raises."""
     return config_from(config_type, parser_for(config_type, program).parse(arguments))
+
+
+class _Once(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if option_string and getattr(namespace, self.dest, self.default) is not self.default:
+            several = ", with all its values behind it" if self.nargs else ""
+            parser.error(f"{option_string} is given twice; give it once{several}")
+        setattr(namespace, self.dest, values)
 
 
 class _Version(argparse.Action):

@@ -51,6 +51,12 @@ class Answers:
             answers.append(Answer(classes, own, bool(none[row])))
         return answers
 
+    def columns(self) -> dict[str, type]:
+        """Those that stand before the most probable classes, with the types of their values."""
+        sets: dict[str, type] = {} if self.coverage is None else {"classes": list}
+        known: dict[str, type] = {} if self.reject is None else {"known": float}
+        return {"answer": str, **sets, **known}
+
     def sets(self, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         """(N, C)."""
         assert self.coverage is not None

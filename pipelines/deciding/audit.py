@@ -49,6 +49,7 @@ class AuditConfig:
         html: Page with the pictures of what is listed, which needs nothing from outside.
         images: Folder that the images' ids start from, for the pictures of the page; without it
             they are taken from the folder that was extracted where it lies in the cache's own.
+        force: Overwrite existing files.
 
     Examples:
         >>> from clip_adapter import AuditConfig
@@ -61,6 +62,7 @@ class AuditConfig:
     out: Path | None = None
     html: Path | None = None
     images: Path | None = None
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def audit(config: AuditConfig) -> Audit:
     adapters/neighbours.py, whose time grows with the square of their number. Views other than the
     first take no part. Features of all images are in memory.
 
-    Raises UserError for a cache with fewer than three labelled images or one class.
+    Raises UserError for a cache with fewer than three labelled images or one class, and where files
+    exist that are not to be overwritten.
 
     Examples:
         >>> from clip_adapter import AuditConfig, audit
@@ -151,8 +154,8 @@ def audit(config: AuditConfig) -> Audit:
     if config.images is not None:
         check_folder("--images", config.images)
     out, html = (path and Path(path) for path in (config.out, config.html))
-    check_place(out, ".csv")
-    check_place(html, ".html")
+    check_place(out, ".csv", force=config.force)
+    check_place(html, ".html", force=config.force)
     with FeatureCache(config.cache) as cache:
         found = _audit(cache, config.count)
         if html:

@@ -14,6 +14,7 @@ from clip_adapter.adapters.decisions import (
     class_means,
     nearest_cosines,
     prior_temperature,
+    spreads,
 )
 from clip_adapter.adapters.engine.evaluation import rounds_of
 from clip_adapter.adapters.engine.scoring import make_classify
@@ -36,12 +37,12 @@ Floats = npt.NDArray[np.float32]
 @dataclass(frozen=True)
 class _HeldOut:
     """Images and what was said of them by fits without them. cosines: to the nearest class mean,
-    and to the nearest text."""
+    and to the nearest text. zero_shot: how far the zero-shot logits spread."""
 
     logits: Floats
     labels: npt.NDArray[np.int32]
     cosines: Floats
-    features: Floats
+    zero_shot: npt.NDArray[np.float64]
 
 
 def with_decisions(
@@ -74,7 +75,7 @@ def with_decisions(
             adapter.logits(np.asarray(task.validation_features)[validation]),
             np.asarray(task.validation_labels)[validation],
             nearest_cosines(chosen_on, prototypes, adapter.weights),
-            chosen_on,
+            _zero_shot(chosen_on, adapter),
         )
     ]
     images = _labelled(runner) if refit else rows.support
@@ -92,14 +93,16 @@ def with_decisions(
             parts.append(left_out)
             held |= out
         advance(1, "")
-    logits, own, cosines, features = (
+    logits, own, cosines, zero_shot = (
         np.concatenate([getattr(part, name) for part in parts])
-        for name in ("logits", "labels", "cosines", "features")
+        for name in ("logits", "labels", "cosines", "zero_shot")
     )
-    shown = (logits, features)
+    parts.clear()  # at 1,000 classes of 20 images 160 MB
+    shown = spreads(logits)
     if not len(own):
-        shown = adapter.logits(np.asarray(task.features)[0]), encoded
-    prior = prior_temperature(shown[0], cosine_logits(np, shown[1], adapter.head))
+        shown = spreads(adapter.logits(np.asarray(task.features)[0]))
+        zero_shot = _zero_shot(encoded, adapter)
+    prior = prior_temperature(shown, zero_shot)
     chose = len(validation)
     if not chose and best.val_accuracy is not None:
         val = rows.validation + len(runner.data.labels["train"])
@@ -150,8 +153,12 @@ def _left_out(
         without.logits(features[0, rows]),
         labels[rows],
         nearest_cosines(encoded[rows], means, adapter.weights),
-        encoded[rows],
+        _zero_shot(encoded[rows], adapter),
     )
+
+
+def _zero_shot(encoded: Floats, adapter: SavedAdapter) -> npt.NDArray[np.float64]:
+    return spreads(cosine_logits(np, encoded, adapter.head))
 
 
 def _labelled(runner: TaskRunner) -> Rows:

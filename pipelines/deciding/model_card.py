@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_adapter.errors import UserError
-from clip_adapter.extract.encoding.preprocess import height_and_width
+from clip_adapter.extract.encoding.preprocess import drafted, height_and_width
 from clip_adapter.pipelines.reporting.runs import load_runs
 from clip_adapter.pipelines.saved.adapter_file import AdapterInfo
 from clip_adapter.words import counted, printable
@@ -36,13 +36,16 @@ import numpy as np
 from PIL import Image
 
 def preprocess(path):  # an image file → (3, {height}, {width}) float32
-    image = Image.open(path).convert("RGBA")  # what is transparent lies over white
+    image = Image.open(path){draft}.convert("RGBA")  # what is transparent lies over white
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 {geometry}
     pixels = np.asarray(image, np.float32) / 255
     pixels = (pixels - np.float32({mean})) / np.float32({std})
     return pixels.transpose(2, 0, 1)
 """
+DRAFT = """
+    image.draft(None, ({width}, {height}))  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size
+    image = image"""
 RUN = {
     ".onnx": """\
 import json
@@ -78,10 +81,12 @@ def preprocessing(config: Mapping[str, Any]) -> str:
     resampling = "BILINEAR" if config.get("interpolation") == "bilinear" else "BICUBIC"
     fill = (int(config.get("fill_color", 0)),) * 3
     sides = {"height": height, "width": width}
+    least = drafted(config)
     return PREPROCESS.format(
         geometry=geometry.format(**sides, resampling=resampling, fill=fill),
         mean=list(config["mean"]),
         std=list(config["std"]),
+        draft=DRAFT.format(width=least[0], height=least[1]) if least else "",
         **sides,
     )
 

@@ -132,7 +132,7 @@ def suggest(config: SuggestConfig, listener: Listener | None = None) -> Suggesti
     """
     out = Path(config.out)
     require_within("--count", config.count, MOST)
-    check_place(out, ".csv")
+    check_place(out, ".csv", force=True)
     if files.is_there(out):
         raise UserError(f"{out} is there, perhaps with labels filled in; choose another --out.")
     if config.images is not None:
@@ -208,12 +208,13 @@ def _classified(
     cache: FeatureCache, adapter: SavedAdapter | None
 ) -> Iterator[tuple[Rows, Features, npt.NDArray[np.float64]]]:
     """Block by block: rows, image features and probabilities of the images without labels."""
+    count = cache.shape(UNLABELLED)[1]
     if adapter:
-        for block in cached_blocks(cache, UNLABELLED, adapter)():
+        for block in cached_blocks(cache, UNLABELLED, adapter)(range(count)):
             shares = adapter.probabilities(adapter.logits(block.features))
             yield block.rows, block.encoded, shares
         return
-    head, count = zero_shot_head(cache), cache.shape(UNLABELLED)[1]
+    head = zero_shot_head(cache)
     for start in range(0, count, BLOCK_ROWS):
         rows = np.arange(start, min(start + BLOCK_ROWS, count))
         encoded = cache.features(UNLABELLED, rows, views=1)[0]

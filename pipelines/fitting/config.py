@@ -76,7 +76,7 @@ class FitConfig:
         refit: Fit the chosen setting once more on every labelled image of the cache, and keep that
             adapter; the accuracies shown are those of before.
         placement: How settings share a device: one after another, as auto does on a CPU, or side by
-            side.
+            side, and several seeds with them.
         unlabelled: Cache of images without labels (`extract`'s part of that name; it may be --cache
             itself), which refine each chosen classifier by StatA where labelled images that took no
             part say that this is no worse. None of them is one that fits, chooses or tests.

@@ -1,13 +1,14 @@
 """From a cache to the arrays of one task, and to blocks of test images.
 
-What fitting needs of the training images is read once, for the union of all tasks' rows, and lies
-on the device; test images are scored block by block. No split has to fit into memory.
+What fitting needs of the training images is read once, for the union of all tasks' rows; test
+images are scored block by block. No split has to fit into memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,8 @@ class Data:
     labels: Mapping[str, Labels]
     classes: slice
     class_weight: str = "none"
-    _rows: dict[tuple[str, str], jax.Array] = field(default_factory=dict)
+    _rows: dict[tuple[str, str], npt.NDArray[np.floating]] = field(default_factory=dict)
+    _taken: dict[str, tuple[str, Rows, jax.Array]] = field(default_factory=dict)
     _blocks: dict[tuple[str, int], Features] = field(default_factory=dict)
     _extra: dict[str, Any] = field(default_factory=dict)
 
@@ -102,17 +104,7 @@ class Data:
 
     def of_classes(self, classes: slice) -> Data:
         """The same for other classes; what was read already is shared."""
-        return Data(
-            self.cache,
-            self.views,
-            self.tasks,
-            self.labels,
-            classes,
-            self.class_weight,
-            self._rows,
-            self._blocks,
-            self._extra,
-        )
+        return replace(self, classes=classes)
 
     def head(self, method: Method) -> Head:
         """The zero-shot classifier of the classes, NumPy arrays; with text where that is needed."""
@@ -280,20 +272,28 @@ class Data:
         if not len(rows):
             width = self._read("train", source, np.zeros(1, np.int64), 1).shape[2]
             return jnp.zeros((views, 0, width), jnp.float32)
-        train, val = needed_rows(self.tasks)
-        union = train if split == "train" else val
+        last = self._taken.get(split)
+        if last and last[0] == source and len(last[2]) == views and np.array_equal(last[1], rows):
+            return last[2]  # as of the task before, which was of another method
         if (split, source) not in self._rows:
-            stored = self.views if split == "train" else 1
-            self._rows[split, source] = jnp.asarray(self._read(split, source, union, stored))
-        held = self._rows[split, source]
-        if views == len(held) and np.array_equal(rows, union):
-            return held  # of a single task, which nobody has to copy
-        order = np.argsort(union)
-        places = order[np.searchsorted(union, rows, sorter=order)]
-        # On the host, where this compiles nothing; of a CPU's arrays NumPy has a view.
-        return jnp.asarray(np.asarray(held)[:views, places])
+            read = self._read(split, source, self._needed[split], self.views)
+            with np.errstate(over="ignore"):
+                half = read.astype(np.float16)  # as many a file has them
+            self._rows[split, source] = half if np.array_equal(half, read) else read
+        taken = jnp.asarray(self._read(split, source, rows, views))
+        self._taken[split] = source, rows, taken
+        return taken
+
+    @cached_property
+    def _needed(self) -> dict[str, Rows]:
+        return dict(zip(("train", "val"), needed_rows(self.tasks), strict=True))
 
     def _read(self, split: str, source: str, rows: Rows, views: int) -> Features:
+        held = self._rows.get((split, source))
+        if held is not None and np.isin(rows, union := self._needed[split]).all():
+            order = np.argsort(union)
+            places = order[np.searchsorted(union, rows, sorter=order)]
+            return np.asarray(held[:views, places], np.float32)
         if split == "train" and len(joined := self.by_split(rows)["val"]):
             own = self._read("train", source, self.by_split(rows)["train"], views)
             # Only training images have augmented views; of the others each is taken as often.

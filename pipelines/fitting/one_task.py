@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from clip_adapter.adapters.engine.closed_form import note
 from clip_adapter.adapters.engine.evaluation import Evaluation, rounds_of
 from clip_adapter.adapters.engine.runner import Engine
-from clip_adapter.adapters.engine.scoring import balanced, make_classify
+from clip_adapter.adapters.engine.scoring import make_classify
 from clip_adapter.adapters.engine.search import fit, judge, work
-from clip_adapter.adapters.method import Arrays, Method, Setting, Task
+from clip_adapter.adapters.method import Arrays, Method, Setting
 from clip_adapter.adapters.registry import REFERENCE
 from clip_adapter.adapters.stata import Refinement, refined_logits
 from clip_adapter.pipelines.fitting.choice import (
@@ -25,6 +27,7 @@ from clip_adapter.pipelines.fitting.choice import (
 )
 from clip_adapter.pipelines.fitting.config import Shots
 from clip_adapter.pipelines.fitting.data import Data
+from clip_adapter.pipelines.fitting.given import Given
 from clip_adapter.pipelines.fitting.plan import Plan, PlannedMethod
 from clip_adapter.pipelines.fitting.predictions import Predictions, predictions_path
 from clip_adapter.pipelines.fitting.provenance import Provenance
@@ -32,7 +35,7 @@ from clip_adapter.pipelines.fitting.record import TaskRecord
 from clip_adapter.pipelines.fitting.results import Held, Spread, TaskResult, harmonic_mean
 from clip_adapter.pipelines.fitting.run_folder import RunFolder, adapter_folder, writing
 from clip_adapter.pipelines.fitting.taken import Taken
-from clip_adapter.pipelines.fitting.tasks import RULES, Fold, TaskRows, cross_validation
+from clip_adapter.pipelines.fitting.tasks import Fold, TaskRows, cross_validation
 from clip_adapter.pipelines.fitting.unlabelled import Refined, Unlabelled, refine_chosen
 from clip_adapter.pipelines.saved.adapter_check import takes_both
 from clip_adapter.pipelines.saved.adapter_file import AdapterInfo, SavedAdapter, save_adapter
@@ -59,6 +62,10 @@ class TaskRunner:
     _references: dict[tuple[Shots, int, int], Evaluation] = field(default_factory=dict)
     _seen: dict[tuple[Shots, int], npt.NDArray[np.uint64]] = field(default_factory=dict)
 
+    @cached_property
+    def given(self) -> Given:
+        return Given(self.plan, self.data, self.engine)
+
     def run(
         self,
         planned: PlannedMethod,
@@ -66,14 +73,16 @@ class TaskRunner:
         folder: RunFolder,
         expect: Callable[[float], None],
         held: Held,
+        peers: Sequence[TaskRows] = (),
     ) -> TaskResult:
         """Run a method on a task and leave in the folder what it predicted, and its adapter; of an
         ablation, where a factor is held, the result alone.
 
         expect: told how much the engine will report as progress, before it does.
+        peers: tasks of other seeds that the same will be run on, which may begin with this one.
         """
         method = planned.method
-        chosen = self.choose(planned, rows, folder, expect, held)
+        chosen = self.choose(planned, rows, folder, expect, held, peers)
         if chosen is None:
             return self.diverged(planned, rows, held)
         counts = not (planned.baseline or held)
@@ -108,7 +117,7 @@ class TaskRunner:
             if chosen.arrays or chosen.setting:
                 folds = cross_validation(rows, self.data.support_labels)
         judges = []
-        for fold, task in zip(folds, self._parts(method, rows, folds), strict=True):
+        for fold, task in zip(folds, self.given.parts(method, rows, folds), strict=True):
             arrays = chosen.arrays
             if fold.support is not rows.support:
                 arrays = fit(method, chosen.setting, chosen.epoch, task, self.engine)
@@ -124,20 +133,22 @@ class TaskRunner:
         folder: RunFolder,
         expect: Callable[[float], None],
         held: Held,
+        peers: Sequence[TaskRows],
     ) -> Chosen | None:
         """Choose a setting by the run's selection rule; None where every one diverged."""
         method = planned.method
         values = method.tried_at(len(rows.support) / self.data.count, planned.values)
-        task = self.data.task(method, rows)
-        divided = self._folds(method, rows)
+        begun = self.given.begun(method, rows)
+        task = begun[0] if begun else self.data.task(method, rows)
+        divided = self.given.folds(method, rows)
         rounds = None
         if self.plan.select == "loo" and method.left_out:
             rounds = rounds_of(np.asarray(task.labels), rows.support)
         if rounds is None:
-            parts = self._parts(method, rows, divided)
+            parts = begun[1] if begun else self.given.parts(method, rows, divided)
         else:  # nothing is fitted on them: their labels are enough
             labels = (task.labels[own[own >= 0]] for own in rounds.members)
-            parts = self._weighed([task._replace(validation_labels=own) for own in labels])
+            parts = self.given.weighed([task._replace(validation_labels=own) for own in labels])
         judged = [fold.validation for fold in divided]
         asked = Search(
             method,
@@ -148,17 +159,15 @@ class TaskRunner:
             halving=self.plan.search == "halving",
             rounds=rounds and (task, rounds),
         )
-        if method.note:
-            # Left-out images of the support set judge, too: a search takes as long on them.
-            of_parts = [np.asarray(part.validation_labels) for part in parts]
-            judging = np.concatenate([np.zeros(0, np.int32), *of_parts])
-            if sentence := method.note(task._replace(validation_labels=judging)):
-                self.tell(sentence)
+        if sentence := note(method, len(method.settings(values)), task, parts):
+            self.tell(sentence)
         expect(work(method, values, len(parts), halving=asked.halving))
-        if not parts:
-            epoch = self.taken.epoch if self.taken and not planned.baseline else None
-            return take_defaults(asked, task, self.engine, epoch)
+        epoch = self.taken.epoch if self.taken and not planned.baseline else None
         record = TaskRecord(folder, method, rows, sum(map(len, judged)))
+        if not begun:
+            self.given.begin(asked, (task, parts), peers, record, epoch)
+        if not parts:
+            return take_defaults(asked, task, self.engine, epoch)
         chosen = choose(asked, task, self.engine, record)
         if not held:
             record.finish()
@@ -167,23 +176,11 @@ class TaskRunner:
             chosen = replace(chosen, outdoes_zero_shot=chosen.outdoes(asked, reference))
         return chosen
 
-    def _folds(self, method: Method, rows: TaskRows) -> list[Fold]:
-        rule = RULES[self.plan.select]
-        is_closed = not (method.is_trained or method.solver)
-        divide = rule.folds if is_closed else rule.of_trained or rule.folds
-        return divide(rows, self.data.support_labels)
-
-    def _parts(self, method: Method, rows: TaskRows, divided: Sequence[Fold]) -> list[Task]:
-        return self._weighed([self.data.task(method, rows, fold) for fold in divided])
-
-    def _weighed(self, parts: list[Task]) -> list[Task]:
-        return balanced(parts) if parts and self.plan.score == "balanced-accuracy" else parts
-
     def _reference(self, rows: TaskRows, divided: Sequence[Fold]) -> Evaluation:
         """How zero-shot does on the images that validate; looked at once for all methods."""
         key = rows.shots, rows.seed, len(divided)  # as many folds are the same ones
         if key not in self._references:
-            parts = self._parts(REFERENCE, rows, divided)
+            parts = self.given.parts(REFERENCE, rows, divided)
             self._references[key] = judge(REFERENCE, parts)
         return self._references[key]
 

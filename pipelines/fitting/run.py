@@ -156,7 +156,7 @@ def run_steps(
 ) -> None:
     """Run these and keep their results in the folder."""
     known = {row.identity: row for row in folder.results()}
-    for rows, held, planned in steps:
+    for place, (rows, held, planned) in enumerate(steps):
         notes = [planned.method.name, *(f"{name} {value}" for name, value in held.items())]
         part = _Part(advance, ", ".join([*notes, shots_words(rows.shots)]))
         runner.engine.progress = part.settings_done
@@ -164,7 +164,9 @@ def run_steps(
         if METHOD in held and key in known:  # fitted already, as a method that counts
             result = replace(known[key], held=held)
         else:
-            result = runner.run(planned, rows, folder, part.expect, held)
+            later = ((other, one) for other, _, one in steps[place + 1 :] if one is planned)
+            peers = [other for other, _ in later if other.shots == rows.shots and not held]
+            result = runner.run(planned, rows, folder, part.expect, held, peers)
         folder.add_result(result)
         known[result.identity] = result
         part.end()

@@ -207,8 +207,9 @@ def _check_same(
             f"The adapter was fitted for other weights of {wanted.get('name')} (SHA-256 "
             f"{reprlib.repr(sha256)}) than those of {name} here ({reprlib.repr(found)}); {remedy}."
         )
+    preprocessed = {"decode": "full", **preprocessed}
     # What is compared has been through JSON on the adapter's side.
-    for key, value in json.loads(json.dumps(dict(preprocess))).items():
+    for key, value in json.loads(json.dumps({"decode": "full", **preprocess})).items():
         if preprocessed.get(key) != value:
             raise UserError(
                 f"The adapter was fitted on images preprocessed with {key} "

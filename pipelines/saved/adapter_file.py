@@ -229,6 +229,12 @@ def load_adapter(run: str | Path, method: str | None = None) -> SavedAdapter:
     return SavedAdapter(info, arrays, weights, seen, refinement, decisions)
 
 
+def adapter_sha256(run: Path) -> str:
+    """Of its adapter.json, which carries the arrays' own. run: as `load_adapter` takes it."""
+    folder = run.parent if run.name in (INFO_FILE, ARRAYS_FILE) else run
+    return hashlib.sha256(files.read_bytes(folder / INFO_FILE, DOCUMENT_MAX)).hexdigest()
+
+
 def _read_document(path: Path) -> dict[str, Any]:
     try:
         document = files.parse_json(files.read_text(path, DOCUMENT_MAX))

@@ -1,6 +1,7 @@
 """A fitted adapter inside its CLIP as one PyTorch module, for deployment without JAX."""
 
 import reprlib
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Self
@@ -157,6 +158,9 @@ class AdaptedClip(nn.Module):
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """What the encoder takes, (3, H, W) float32 on the CPU, of a picture of any mode.
 
+        The picture is taken as it is: of one decoded at a smaller size, as `predict` does for an
+        adapter of images that were decoded fast, after image.draft(None, (2 * W, 2 * H)).
+
         Raises BadImage for one that `extract` would not take either.
         """
         picture = read_rgb(image.copy)
@@ -197,14 +201,20 @@ def find_second(info: AdapterInfo, also: str | None, pretrained: str | None) -> 
         if also is not None or pretrained is not None:
             raise UserError("The adapter takes one encoder; leave --also and its weights out.")
         return None
-    name, weights = str(info.backbone2.get("name")), str(info.backbone2.get("pretrained"))
+    loaded = second.load_second(*_second_named(info.backbone2, also, pretrained))
+    return loaded.decoding(info.backbone2.get("preprocess", {}).get("decode"))
+
+
+def _second_named(
+    stated: Mapping[str, Any], also: str | None, pretrained: str | None
+) -> tuple[str, str | None]:
+    name, weights = str(stated.get("name")), str(stated.get("pretrained"))
     if also is not None:
-        return second.load_second(also, pretrained)
+        return also, pretrained
     if pretrained is not None and (second.is_of_timm(name) or ":" not in name):
-        return second.load_second(name, pretrained)
+        return name, pretrained
     if pretrained is None and second.is_published(name, weights):
-        own = None if name == GLYPH_CLIP or second.is_of_timm(name) else weights
-        return second.load_second(name, own)
+        return name, None if name == GLYPH_CLIP or second.is_of_timm(name) else weights
     raise UserError(
         f"The adapter takes {quoted(name)} with the weights {quoted(weights)} as well, which is no "
         "model and tag of timm's or open_clip's; name it with --also, and with --also-pretrained "
@@ -213,12 +223,20 @@ def find_second(info: AdapterInfo, also: str | None, pretrained: str | None) -> 
 
 
 def find_backbone(info: AdapterInfo, backbone: str | None, pretrained: str | None) -> Backbone:
-    """What the caller names; what the adapter names only where that is published.
+    """What the caller names; what the adapter names only where that is published. It decodes files
+    as those were decoded that the adapter was fitted on.
 
     Raises UserError where it is not, and where it cannot be had.
     """
+    loaded = load_backbone(*_backbone_named(info, backbone, pretrained))
+    return loaded.decoding(info.preprocess.get("decode"))
+
+
+def _backbone_named(
+    info: AdapterInfo, backbone: str | None, pretrained: str | None
+) -> tuple[str, str | None]:
     if backbone is not None:
-        return load_backbone(backbone, pretrained)
+        return backbone, pretrained
     name, weights = info.backbone.get("name"), info.backbone.get("pretrained")
     if not isinstance(name, str) or not isinstance(weights, str):
         raise UserError(
@@ -228,11 +246,11 @@ def find_backbone(info: AdapterInfo, backbone: str | None, pretrained: str | Non
     if pretrained is not None:
         if ":" in name and Path(pretrained).is_dir():
             # `local-dir:FOLDER` and `hf-hub:ORG/NAME` hold configuration and weights together.
-            return load_backbone(f"local-dir:{pretrained}")
+            return f"local-dir:{pretrained}", None
         if ":" not in name:
-            return load_backbone(name, pretrained)
+            return name, pretrained
     elif is_published(name, weights):
-        return load_backbone(name, None if name == GLYPH_CLIP else weights)
+        return name, None if name == GLYPH_CLIP else weights
     raise UserError(
         f"The adapter was fitted for {quoted(name)} with the weights {quoted(weights)}, which is "
         "no model and tag of open_clip's; name the backbone with --backbone, and with "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,17 +48,31 @@ class Block:
     unreadable: Mapping[int, str]
 
 
-Blocks = Callable[[], Iterator[Block]]
-"""Reads or encodes images, anew at each call, block by block: memory does not grow with them."""
+Blocks = Callable[[range], Iterator[Block]]
+"""Reads or encodes these rows, anew at each call, block by block: memory does not grow with
+them."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images in order, how many they are, and the names of some rows."""
+    """Images in order.
 
-    count: int
+    rows: which of them count. names: of some rows. step: how many a block has; where rows are cut
+    at other places than its multiples, last bits may differ. sha256: by which all of its images
+    are known again. first: how many images of other sources come before them.
+    """
+
+    rows: range
     blocks: Blocks
     names: Callable[[Rows], Sequence[Path | str]]
+    step: int
+    sha256: str
+    first: int = 0
+
+    def cut(self, blocks: range) -> Source:
+        """Some of its blocks alone, as far as it has them."""
+        start, stop = (max(0, at) * self.step for at in (blocks.start, blocks.stop))
+        return replace(self, rows=self.rows[start:stop])
 
 
 @dataclass(frozen=True)
@@ -70,14 +86,15 @@ class Labelled:
     name: str
     class_names: Sequence[str]
     labels: npt.NDArray[np.int32]
-    blocks: Blocks
+    blocks: Callable[[], Iterator[Block]]
     ids: Callable[[Rows], Sequence[str]]
     groups: Sequence[str] | None = None
 
 
 def cached_images(cache: FeatureCache, split: str, adapter: SavedAdapter) -> Labelled:
     """The labelled images of one split of a cache; raises UserError as `cached_blocks` does."""
-    labels, blocks = cache.labels(split), cached_blocks(cache, split, adapter)
+    labels = cache.labels(split)
+    blocks = partial(cached_blocks(cache, split, adapter), range(len(labels)))
     name = f"{cache.dataset.get('name', cache.path.name)} {split}"
     ids, groups = (lambda rows: cache.ids(split, rows)), cache.groups(split)
     return Labelled(name, cache.class_names, labels, blocks, ids, groups)
@@ -94,7 +111,7 @@ def cached_blocks(cache: FeatureCache, split: str, adapter: SavedAdapter) -> Blo
     info = adapter.info
     remedy = "extract with the adapter's backbone, or fit on features of this one"
     check_same_backbone(cache.backbone, cache.preprocess, info, remedy)
-    _, count, dim = cache.shape(split)
+    _, _, dim = cache.shape(split)
     check_same_width(dim, adapter.weights.shape[1], str(cache.path))
     before = "projection" in adapter.method.needs
     if before:
@@ -108,9 +125,9 @@ def cached_blocks(cache: FeatureCache, split: str, adapter: SavedAdapter) -> Blo
 
     digests = cache.hashes(split, "digests")
 
-    def blocks() -> Iterator[Block]:
-        for start in range(0, count, BLOCK_ROWS):
-            rows = np.arange(start, min(start + BLOCK_ROWS, count))
+    def blocks(wanted: range) -> Iterator[Block]:
+        for start in wanted[::BLOCK_ROWS]:
+            rows = np.arange(start, min(start + BLOCK_ROWS, wanted.stop))
             encoded = cache.features(split, rows, views=1)[0]
             features = cache.pre_projection(split, rows, views=1)[0] if before else encoded
             if both:
@@ -138,13 +155,16 @@ def cached_sources(
 
     Raises UserError as `cached_blocks` does.
     """
-    from clip_adapter.cache.reader import FeatureCache
+    from clip_adapter.cache.reader import BLOCK_ROWS, FeatureCache
 
     cache = FeatureCache(path)
+    hashes = cache.metadata.datasets_sha256
 
     def source(name: str) -> Source:
-        blocks = cached_blocks(cache, name, adapter)
-        return Source(cache.shape(name)[1], blocks, lambda rows: cache.ids(name, rows))
+        own = {of: sha for of, sha in hashes.items() if of.startswith(f"images/{name}/")}
+        sha256 = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+        rows, blocks = range(cache.shape(name)[1]), cached_blocks(cache, name, adapter)
+        return Source(rows, blocks, lambda rows: cache.ids(name, rows), BLOCK_ROWS, sha256)
 
     usual = cache.all_splits if split is None else (split,)
     if split is None and cache.has("unlabelled"):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +22,14 @@ from clip_adapter.pipelines.saved.adapter_check import (
     check_same_width,
 )
 from clip_adapter.pipelines.saved.adapter_file import AdapterInfo, SavedAdapter
-from clip_adapter.pipelines.scoring.cached import Block, Blocks, Labelled, Rows, width_of
+from clip_adapter.pipelines.scoring.cached import (
+    Block,
+    Blocks,
+    Labelled,
+    Rows,
+    Source,
+    width_of,
+)
 from clip_adapter.records import from_file
 from clip_adapter.words import counted, some
 
@@ -48,6 +59,21 @@ class Encoding(Protocol):
     def workers(self) -> int: ...
     @property
     def device(self) -> str: ...
+
+
+OF_FILES = ("backbone", "pretrained", "also", "also_pretrained", "batch_size", "workers", "device")
+
+
+def refuse_encoding(config: Any, *others: str) -> None:
+    """Raises UserError where something says how files are encoded, or what is to become of them, as
+    `others` do, and there are none: all images lie in caches."""
+    usual = {field.name: field.default for field in fields(config)}
+    given = [name for name in (*OF_FILES, *others) if getattr(config, name) != usual[name]]
+    if given:
+        raise UserError(
+            f"--{given[0].replace('_', '-')} is for image files, and there are only images of "
+            "caches; leave it out."
+        )
 
 
 def is_folder(path: Path) -> bool:
@@ -83,7 +109,7 @@ def images_of_folder(
     for remark in data.remarks:
         listener.warn(remark)
     images = data.splits["test"]
-    blocks = _encoded(images, adapter, how, skip=skip)
+    blocks = partial(_encoded(images, adapter, how, skip=skip), range(len(images.labels)))
 
     def ids(rows: Rows) -> list[str]:
         return [images.ids[row] for row in rows.tolist()]
@@ -92,8 +118,8 @@ def images_of_folder(
 
 
 def encoded_files(
-    paths: Sequence[Path], refused: Mapping[Path, str], adapter: SavedAdapter, how: Encoding
-) -> Blocks:
+    paths: Sequence[str], refused: Mapping[str, str], adapter: SavedAdapter, how: Encoding
+) -> Source:
     """The images of these files; of those that cannot be read, why.
 
     refused: why some of the paths cannot be read, as far as that is known already.
@@ -107,13 +133,27 @@ def encoded_files(
         if path in refused:
             raise BadImage(refused[path])
         try:
-            return open_image(path)
+            return open_image(Path(path))
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from error
 
     labels = np.zeros(len(paths), np.int32)
-    split = Split([str(path) for path in paths], labels, read, "files")
-    return _encoded(split, adapter, how, skip=True)
+    split = Split(paths, labels, read, "files")
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(os.fsencode(path) + b"\0")
+    return Source(
+        range(len(paths)),
+        _encoded(split, adapter, how, skip=True),
+        lambda rows: [Path(paths[row]) for row in rows.tolist()],
+        _batch_size(split, how),
+        digest.hexdigest(),
+    )
+
+
+def _batch_size(images: Split, how: Encoding) -> int:
+    """A batch is filled up to its size, and a few images need not be."""
+    return min(how.batch_size, len(images.labels))
 
 
 def _encoded(images: Split, adapter: SavedAdapter, how: Encoding, *, skip: bool) -> Blocks:
@@ -129,8 +169,7 @@ def _encoded(images: Split, adapter: SavedAdapter, how: Encoding, *, skip: bool)
     check_same_backbone(backbone.identity, backbone.preprocess_config, info, remedy)
     also = pytorch.find_second(info, how.also, how.also_pretrained)
     check_same_second(pytorch.stated(also), info, pytorch.OTHER_SECOND)
-    # A batch is filled up to its size, and a few images need not be.
-    size = min(how.batch_size, len(images.labels))
+    size = _batch_size(images, how)
     before = "projection" in adapter.method.needs
     encoder = Encoder(backbone, device, size, with_projection=before)
     name = backbone.identity["name"]
@@ -141,15 +180,15 @@ def _encoded(images: Split, adapter: SavedAdapter, how: Encoding, *, skip: bool)
     if also and second:
         width = encoder.dim + second.dim
         check_same_width(width, width_of(adapter), also.identity["name"])
-    plan = Plan(
-        np.arange(len(images.labels)),
-        batch_size=size,
-        workers=how.workers,
-        skip=skip,
-        pinned=device.type == "cuda",
-    )
 
-    def blocks() -> Iterator[Block]:
+    def blocks(wanted: range) -> Iterator[Block]:
+        plan = Plan(
+            np.array(wanted, np.int64),
+            batch_size=size,
+            workers=how.workers,
+            skip=skip,
+            pinned=device.type == "cuda",
+        )
         others = second and encode_images(second, images, plan, Stopwatch())
         for batch in encode_images(encoder, images, plan, Stopwatch()):
             unreadable = {each.row: each.reason for each in batch.skipped}

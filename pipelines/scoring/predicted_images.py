@@ -1,10 +1,12 @@
 """What `predict` says of images, one after another."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,7 @@ from clip_adapter.adapters.decisions import probabilities
 from clip_adapter.adapters.formulas import cosine_logits
 from clip_adapter.adapters.stata import FEWEST, classes_found, refine, temperature_of
 from clip_adapter.errors import UserError
+from clip_adapter.extract.shards import Shard
 from clip_adapter.frames import frame_of_rows, html_table
 from clip_adapter.pipelines.deciding.answers import Answers
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter
@@ -32,7 +35,7 @@ class PredictedImages:
     They are computed batch by batch, anew for each iteration: memory does not grow with their
     number. answers: makes what is answered beside the most probable classes; None where nothing is
     promised. tell: for transductive ones, all of which are encoded before the first is there; it is
-    told how many classes they show.
+    told how many classes they show. identity: what decides what is said, as JSON.
     """
 
     def __init__(
@@ -42,7 +45,9 @@ class PredictedImages:
         top: int,
         answers: Answers | None = None,
         tell: Callable[[str], None] | None = None,
+        identity: Mapping[str, Any] | None = None,
     ):
+        self.identity = dict(identity or {})
         self.class_names = adapter.info.class_names
         self._adapter = adapter
         self._sources = sources
@@ -51,13 +56,47 @@ class PredictedImages:
         self._tell = tell
 
     def __len__(self) -> int:
-        return sum(source.count for source in self._sources)
+        return sum(len(source.rows) for source in self._sources)
 
     def names(self) -> Iterator[Path | str]:
         """Those of the images."""
         for source in self._sources:
-            for start in range(0, source.count, ROWS_AT_ONCE):
-                yield from source.names(np.arange(start, min(start + ROWS_AT_ONCE, source.count)))
+            for start in range(0, len(source.rows), ROWS_AT_ONCE):
+                yield from source.names(np.array(source.rows[start : start + ROWS_AT_ONCE]))
+
+    def columns(self) -> dict[str, type]:
+        """Those of a table, with the types of their values."""
+        answers = self._answers
+        promised = {} if answers is None else answers.columns()
+        top: dict[str, type] = {}
+        for rank in range(1, self._top + 1):
+            top |= {f"class_{rank}": str, f"probability_{rank}": float}
+        return {"image": str, **promised, **top}
+
+    def shard(self, shard: Shard) -> "PredictedImages":
+        """Those of a part of the images, which are a run of whole blocks, so that all parts
+        together say what an undivided run does."""
+        blocks = [-(-len(source.rows) // source.step) for source in self._sources]
+        wanted, before = shard.rows(sum(blocks), 1), accumulate(blocks, initial=0)
+        cut = [
+            source.cut(range(wanted.start - first, wanted.stop - first))
+            for source, first in zip(self._sources, before, strict=False)
+        ]
+        return self._of([source for source in cut if source.rows])
+
+    def pieces(self, length: int) -> Iterator[tuple[range, "PredictedImages"]]:
+        """Those of about so many images each, with their places among all images."""
+        for source in self._sources:
+            blocks = max(1, length // source.step)
+            for first in range(0, -(-len(source.rows) // source.step), blocks):
+                part = source.cut(range(first, first + blocks))
+                start = part.first + part.rows.start
+                yield range(start, start + len(part.rows)), self._of([part])
+
+    def _of(self, sources: Sequence[Source]) -> "PredictedImages":
+        part = copy(self)
+        part._sources = sources
+        return part
 
     def __iter__(self) -> Iterator[Prediction]:
         together = self._together(self._tell) if self._tell else self._one_by_one()
@@ -91,7 +130,7 @@ class PredictedImages:
         )
 
     def _blocks(self) -> Iterator[tuple[Source, Block]]:
-        return ((source, block) for source in self._sources for block in source.blocks())
+        return ((source, block) for source in self._sources for block in source.blocks(source.rows))
 
     def _one_by_one(self) -> Iterator[tuple[Source, Block, Logits]]:
         return ((s, block, self._adapter.logits(block.features)) for s, block in self._blocks())

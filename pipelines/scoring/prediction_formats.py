@@ -4,10 +4,10 @@ as they come; and the files that `evaluate` writes beside its scores."""
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO, StringIO
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -43,6 +43,8 @@ class Scope(Protocol):
 
     def names(self) -> Iterator[Path | str]: ...
 
+    def columns(self) -> Mapping[str, type]: ...
+
     @property
     def class_names(self) -> Sequence[str]: ...
 
@@ -50,7 +52,7 @@ class Scope(Protocol):
 def write_table(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> None:
     """Aligned columns: the path, then name and probability of each class; or the classes of its
     set, or that it shows none of them."""
-    path_width = max(cell_len(printable(str(path))) for path in scope.names())
+    path_width = max((cell_len(printable(str(path))) for path in scope.names()), default=0)
     name_width = max(cell_len(printable(name)) for name in scope.class_names)
     for prediction in predictions:
         cells = [_padded(str(prediction.path), path_width)]
@@ -73,10 +75,8 @@ def write_csv(out: TextIO, scope: Scope, predictions: Iterable[Prediction]) -> N
     Names that begin with = + - @ get an apostrophe before them; in JSON names are exact.
     """
     writer = csv.writer(out, lineterminator="\n")
-    rows = map(columns_of, predictions)
-    first = list(islice(rows, 1))
-    writer.writerow(first[0] if first else ["image"])
-    for row in chain(first, rows):
+    writer.writerow(scope.columns())
+    for row in map(columns_of, predictions):
         texts = (class_words(own) if isinstance(own, list) else own for own in row.values())
         writer.writerow([cell(own) if isinstance(own, str) else own for own in texts])
 
@@ -101,25 +101,27 @@ def write_json_lines(out: TextIO, scope: Scope, predictions: Iterable[Prediction
         print(_json(prediction), file=out)
 
 
-def write_parquet(path: Path, scope: Scope, predictions: Iterable[Prediction]) -> None:
+def write_parquet(
+    path: Path,
+    scope: Scope,
+    predictions: Iterable[Prediction],
+    stated: Mapping[bytes, str] | None = None,
+) -> None:
     """A row per image with the columns of the CSV file; names are exact but for bytes
-    that are no UTF-8. Some rows at a time are in
-    memory."""
+    that are no UTF-8. Some rows at a time are in memory.
+
+    stated: what stands in the schema's metadata.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
     types = {str: pa.string(), float: pa.float64(), list: pa.list_(pa.string())}
-    with ExitStack() as stack:
-        writer = None
+    schema = pa.schema([(name, types[kind]) for name, kind in scope.columns().items()], stated)
+    with parquet.ParquetWriter(path, schema) as writer:
         columns = map(columns_of, predictions)
         while rows := list(islice(columns, ROWS_AT_ONCE)):
-            if writer is None:
-                schema = pa.schema([(name, types[type(own)]) for name, own in rows[0].items()])
-                writer = stack.enter_context(parquet.ParquetWriter(path, schema))
             exact = [{name: _unicode(value) for name, value in row.items()} for row in rows]
             writer.write_table(pa.Table.from_pylist(exact, schema))
-        if writer is None:
-            parquet.write_table(pa.table({"image": pa.array([], pa.string())}), path)
 
 
 def _unicode(value: Any) -> Any:
@@ -271,11 +273,13 @@ def _shown(value: Any) -> Any:
     return cell(value) if isinstance(value, str) else value
 
 
-def check_place(path: Path | None, suffix: str) -> None:
-    """Raises UserError for a file of another kind, and where none can be written."""
+def check_place(path: Path | None, suffix: str, *, force: bool) -> None:
+    """Raises UserError for a file of another kind, where none can be written, and where one is that
+    is not to be overwritten."""
     if path is None:
         return
     if path.suffix != suffix:
         kind = suffix[1:].upper()
         raise UserError(f"{path} is written as {kind}; give it a name that ends in {suffix}.")
     files.check_writable(path)
+    files.check_new(path, force)

@@ -432,6 +432,16 @@ def test_a_search_that_takes_long_is_announced():
         head=Head(np.empty((1000, 1)), 20.0, 0.0),
     )
     assert "whole grid of 2,000 points takes about 27 CPU minutes" in proker.note(task)
+    assert closed_form.note(METHODS["proker"], 2000, task, [task]) == proker.note(task)
+    said = closed_form.note(METHODS["tip-adapter"], 4000, task, [task, task])
+    assert said.startswith("tip-adapter: scoring 4,000 settings takes about 3 CPU minutes on")
+    assert "about 4 CPU minutes" in closed_form.note(METHODS["tip-adapter-f"], 12000, task, [task])
+    for short in ("clip-adapter", "gda"):
+        assert closed_form.note(METHODS[short], 7, task, [task]) == ""
+    assert closed_form.note(METHODS["clip-adapter"], 10**6, task, [task]) == "", (
+        "training is what takes long"
+    )
+    assert closed_form.note(METHODS["tip-adapter"], 4000, task, []) == "", "nothing chooses"
 
 
 @pytest.mark.parametrize("room", [1, 50_000, 1 << 28])

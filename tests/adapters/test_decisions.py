@@ -21,6 +21,7 @@ from clip_adapter.adapters.decisions import (
     prior_temperature,
     probabilities,
     rank_of,
+    spreads,
     unlucky_coverage,
 )
 
@@ -73,13 +74,33 @@ def test_many_images_say_the_temperature_and_none_leave_the_prior() -> None:
     assert 0.01 < likeliest_temperature(right[:20], labels[:20], 0.2) < 0.2
 
 
+@pytest.mark.parametrize("at_once", [1, 20, 10**6])
+def test_how_many_images_are_looked_at_at_a_time_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """Of 30: one by one, by four with two left over, all."""
+    logits, labels = drawn(30, 5)
+    zero_shot = 3 * logits[:, ::-1] + logits
+    cosines, prototypes = np.zeros((30, 2)), np.eye(CLASSES, DIM, dtype=np.float32)
+    monkeypatch.setattr("clip_adapter.adapters.decisions.AT_ONCE", at_once)
+    prior = prior_temperature(spreads(logits), spreads(zero_shot))
+    found = Decisions.of(logits, labels, cosines, prior, folds=4, chose=0, prototypes=prototypes)
+    ratios = np.ptp(logits.astype(np.float64), axis=1) / np.ptp(zero_shot.astype(float), axis=1)
+    assert prior == pytest.approx(np.median(ratios))
+    shares = softmax(logits.astype(np.float64) / found.temperature, axis=1)
+    assert found.scores == pytest.approx(1 - shares[np.arange(30), labels], abs=1e-6)
+    assert found.known[:, 0] == pytest.approx(shares.max(axis=1), abs=1e-6)
+
+
 def test_the_prior_needs_no_labels_and_follows_the_scale_of_the_logits() -> None:
     zero_shot = np.array([[0.0, 2, 1], [1, 1, 5], [3, 0, 0]])
-    assert prior_temperature(7 * zero_shot - 3, zero_shot) == pytest.approx(7)
+    assert prior_temperature(spreads(7 * zero_shot - 3), spreads(zero_shot)) == pytest.approx(7)
     other = zero_shot * np.array([[1.0], [2], [30]])
-    assert prior_temperature(other, zero_shot) == pytest.approx(2), "the median of the images"
-    assert prior_temperature(np.ones((2, 3)), zero_shot[:2]) == 1
-    assert prior_temperature(zero_shot[:0], zero_shot[:0]) == 1
+    assert prior_temperature(spreads(other), spreads(zero_shot)) == pytest.approx(2), (
+        "the median of the images"
+    )
+    assert prior_temperature(spreads(np.ones((2, 3))), spreads(zero_shot[:2])) == 1
+    assert prior_temperature(spreads(zero_shot[:0]), spreads(zero_shot[:0])) == 1
 
 
 def test_no_temperature_changes_the_order_of_the_classes() -> None:

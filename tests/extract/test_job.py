@@ -4,9 +4,11 @@ import os
 import random
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -403,21 +405,30 @@ def test_shards_cover_every_row_once_and_end_with_batches() -> None:
             parse_shard(bad)
 
 
-def test_torchrun_divides_and_joins_by_itself(whole: Path, folder: Path, tmp_path: Path) -> None:
+def test_torchrun_over_two_nodes_divides_and_joins_by_itself(
+    whole: Path, folder: Path, tmp_path: Path
+) -> None:
+    """With the one thread that it gives each of its processes, and texts all the same."""
     out = tmp_path / "features.h5"
     torchrun = "from torch.distributed.run import main; main()"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        host = f"localhost:{free.getsockname()[1]}"
     command = [
-        "python", "-c", torchrun, "--nproc-per-node=2", "--master-port=0",
-        "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--no-python",
+        "python", "-c", torchrun, "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={host}", "--rdzv-id=1", "--no-python",
         BIN / "extract", *arguments(folder, out),
     ]  # fmt: skip
-    finished = processes.run(command, tmp_path, ENVIRONMENT)
-    assert finished.returncode == 0, finished.stderr
+    environment = {name: own for name, own in ENVIRONMENT.items() if name != "OMP_NUM_THREADS"}
+    with ThreadPoolExecutor() as nodes:
+        both = list(nodes.map(lambda _: processes.run(command, tmp_path, environment), range(2)))
+    assert [each.returncode for each in both] == [0, 0], [each.stderr for each in both]
     size = f"{out.stat().st_size / 1024:.1f} KiB"
-    assert finished.stdout == (
-        f"{out} (joined from 2 parts): 26 train, 8 val, 15 test images, 3 classes, {size}\n"
-        "2 images skipped (1 train, 1 val), the first: train/dog/03.png\n"
-    )
+    assert sorted(each.stdout for each in both) == [
+        "",
+        f"{out} (joined from 4 parts): 26 train, 8 val, 15 test images, 3 classes, {size}\n"
+        "2 images skipped (1 train, 1 val), the first: train/dog/03.png\n",
+    ]
     assert [entry.name for entry in tmp_path.iterdir()] == ["features.h5"]
     assert datasets(out) == datasets(whole)
 

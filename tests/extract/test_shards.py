@@ -10,7 +10,9 @@ from clip_adapter.pipelines.commands.extract import main
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 ARRAY = tuple(f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "MAX", "STEP", "COUNT"))
-STEP = ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS")
+STEP = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID")
+# Of its shell, where a cluster gives it one on a node (use_interactive_step).
+SALLOC = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "4294967290"}
 
 
 def ranks(rank: object, processes: object) -> dict[str, str]:
@@ -24,8 +26,8 @@ def array(*numbers: object) -> dict[str, str]:
 
 def step(place: object, places: object, *, srun: bool = True) -> dict[str, str]:
     """Without srun: what a batch script of so many tasks finds."""
-    values = dict(zip(STEP, ("0", f"{place}", f"{places}"), strict=True))
-    return values if srun else {name: values[name] for name in STEP[1:]}
+    values = dict(zip(STEP, map(str, (place, places, places, 0)), strict=True))
+    return values if srun else {name: values[name] for name in STEP[:2]}
 
 
 @pytest.fixture
@@ -54,6 +56,8 @@ def set_all(environment: pytest.MonkeyPatch, values: dict[str, str]) -> None:
         ("auto", array(3, 0, 3, 1, 4) | step(1, 2), (8, 8)),
         # A batch script is one process, whatever its job's tasks are.
         ("auto", array(3, 1, 4, 1, 4) | step(0, 2, srun=False), (3, 4)),
+        # Nor is one that was submitted from within a step, whose variables it has.
+        ("auto", array(3, 1, 4, 1, 4) | step(0, 2) | {"SLURM_STEP_NUM_TASKS": "1"}, (3, 4)),
         ("auto", ranks(1, 2), (2, 2)),
         ("auto", ranks(1, 2) | array(3, 1, 4, 1, 4) | step(0, 2), (2, 2)),
         ("auto", ranks(0, 1) | array(3, 1, 4, 1, 4), (3, 4)),
@@ -104,7 +108,8 @@ def test_an_array_of_steps_takes_every_part_once(
         ("auto", array("x", 1, 4, 1, 4), "SLURM_ARRAY_TASK_ID .* is 'x'"),
         ("auto", array("-1", 1, 4, 1, 4), "SLURM_ARRAY_TASK_ID .* is '-1'"),
         ("auto", array(1, 1, 4, 1, ""), "SLURM_ARRAY_TASK_COUNT .* is not set"),
-        ("auto", {"SLURM_STEP_ID": "0"}, "SLURM_PROCID .* is not set"),
+        ("auto", step(0, 2) | SALLOC, "no task of a Slurm array or step"),
+        ("auto", {name: "2" for name in STEP[1:]}, "SLURM_PROCID .* is not set"),
         ("auto", step(2, 2), "SLURM_PROCID is 2 and SLURM_NTASKS 2"),
         ("auto", ranks(2, 2), "finds part 3 of 2"),
         ("auto", ranks(0, 0), "finds part 1 of 0"),

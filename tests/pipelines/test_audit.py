@@ -130,15 +130,21 @@ def test_the_table_and_the_frame(tmp_path: Path, capsys: pytest.CaptureFixture[s
     data, _ = mislabelled()
     data = with_twins(data, 4)
     cache = write_cache(tmp_path / "c.h5", data, ["=1+1", "b", "c", "d"])
-    config = AuditConfig(cache, out=tmp_path / "audit.csv")
-    print_audit(config)
+    out, page = tmp_path / "audit.csv", tmp_path / "audit.html"
+    for old in (out, page):
+        old.write_text("of before")
+    for refused in (AuditConfig(cache, out=out), AuditConfig(cache, html=page)):
+        with pytest.raises(UserError, match="exists; choose another name, or --force to overwrite"):
+            audit(refused)
+    assert out.read_text() == page.read_text() == "of before"
+    print_audit(AuditConfig(cache, out=out, force=True))
     said = capsys.readouterr().out
     assert "labels: look at " in said and "wrong" not in said
     assert "4 of 44 test images have a twin in another split: gda on train gets" in said
     assert "8 images in 4 groups of near-equal ones, 4 of them equal" in said
     found = audit(AuditConfig(cache))
     frame = found.to_frame()
-    with config.out.open(newline="") as file:  # type: ignore[union-attr]
+    with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == list(frame.columns) == list(found.columns())
     assert [row["image"] for row in rows] == list(frame["image"])

@@ -140,6 +140,9 @@ def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--mode", "none"], "--mode: invalid choice: 'none' .*one.*two.*"),
         (["--mode", "\x1b[2J\n"], r"--mode: invalid choice: '\\x1b\[2J\\n' .*"),
         (["--" + "x" * 5000], r"Unknown option --x{100,}…"),
+        (["--count", "1", "--count", "2"], "--count is given twice; give it once"),
+        (["--count", "1", "--count=1"], "--count is given twice; give it once"),
+        (["--shots", "1", "--shots", "4"], "--shots is given twice; .* all its values behind it"),
     ],
 )
 def test_what_does_not_parse_is_a_sentence(arguments: list[str], words: str) -> None:

@@ -190,11 +190,11 @@ def test_after_a_refit_there_is_no_accuracy(
     """But on images that came since, and of zero-shot, which saw none."""
     cache = write_cache(tmp_path / "features.h5", DATA)
     run = fit(short(cache, tmp_path / "run", refit=True)).run
-    table = tmp_path / "p.csv"
     for split, count in (("train", 36), ("val", 24), ("test", 240)):
         sentence = f"all of the {count} images of tiny {split}: right .*; `fit` printed the one of"
         with pytest.raises(UserError, match=sentence):
             evaluate(EvaluateConfig(cache, run, split))
+        table = tmp_path / f"{split}.csv"
         run_main("--adapter", run, cache, "--split", split, "--predictions", table)
         assert capsys.readouterr().out == f"left out {count} images {SEEN}\n"
         assert len(table.read_text().splitlines()) == 1 + count
@@ -213,6 +213,15 @@ def bad_cache(place: Path, tmp_path: Path, **changes: object) -> Path:
     info = dataclasses.replace(adapter.info, **changes)
     save_adapter(tmp_path / "other", dataclasses.replace(adapter, info=info))
     return tmp_path / "other"
+
+
+def test_what_says_how_files_are_encoded_is_not_dropped(place: Path) -> None:
+    for given in ({"backbone": "RN50"}, {"on_error": "skip"}, {"also_pretrained": "x"}):
+        name = next(iter(given)).replace("_", "-")
+        with pytest.raises(UserError, match=f"--{name} is for image files"):
+            evaluate(
+                EvaluateConfig(place / "features.h5", adapter_of(place, "clip-adapter"), **given)
+            )
 
 
 @pytest.mark.parametrize(
@@ -245,6 +254,14 @@ def test_features_of_another_width_are_refused(place: Path, tmp_path: Path) -> N
         (["nowhere.h5"], "nowhere.h5 does not exist"),
         (["features.h5", "--confusion", "features.h5"], "name that ends in .csv"),
         (["features.h5", "--predictions", "nowhere/p.csv"], "cannot be written"),
+        (
+            ["features.h5", "--confusion", "old.csv"],
+            "old.csv exists; choose another name, or --force",
+        ),
+        (
+            ["features.h5", "--features", "old.npz"],
+            "old.npz exists; choose another name, or --force",
+        ),
         (["features.h5", "--classes", "nowhere.json"], "Cannot read nowhere.json: No such file"),
         (["features.h5", "--classes", "list.json"], "is not a JSON file {class of"),
         (["features.h5", "--classes", "deep.json"], "is not JSON: it is nested too deep"),
@@ -269,6 +286,8 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     monkeypatch.chdir(place)
     Path("list.json").write_text("[1]")
+    for name in ("old.csv", "old.npz"):
+        Path(name).touch()
     Path("deep.json").write_text("[" * 100_000)
     Path("strange.json").write_text('{"x": "class 1"}')
     Path("wrong.json").write_text('{"class 1": "x"}')

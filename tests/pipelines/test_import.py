@@ -284,8 +284,12 @@ def labelled(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Callable[[
 PAIR = ["path", "label"]
 ALL = [[path, "ant"] for path in PATHS]
 REFUSED: dict[str, tuple[Callable[[str], None], str, str]] = {
-    "NaN": (lambda _: damaged("f.npy", np.nan), "f.npy", "of '7' are not finite numbers"),
-    "zero": (lambda _: damaged("f.npy", 0), "f.npy", "of '7' are zero"),
+    "NaN": (
+        lambda _: damaged("f.npy", np.nan),
+        "f.npy",
+        "of '7' are not finite numbers; leave it out",
+    ),
+    "zero": (lambda _: damaged("f.npy", 0), "f.npy", "of '7' are zero; leave it out"),
     "pickle": (pickled, "f.npy", "holds Python objects, which are not run"),
     "code": (code, "f.pt", "holds Python objects, which are not run"),
     "narrow": (

@@ -106,13 +106,14 @@ def test_images_are_decoded_as_extract_decodes_them(run: Path, tmp_path: Path, d
     assert found[0].top == found[1].top == found[2].top
 
 
-def test_a_table_of_no_readable_image_has_its_header(run: Path, tmp_path: Path) -> None:
+def test_a_table_of_no_readable_image_has_its_columns(run: Path, tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(b"no image")
     for form in ("csv", "parquet"):
         out = tmp_path / f"out.{form}"
         assert print_predictions(PredictConfig((tmp_path / "1.png",), run, out=out)) == 1
-    assert (tmp_path / "out.csv").read_text() == "image\n"
-    assert parquet.read_table(tmp_path / "out.parquet").column_names == ["image"]
+    columns = ["image", *(f"{what}_{n}" for n in (1, 2, 3) for what in ("class", "probability"))]
+    assert (tmp_path / "out.csv").read_text() == ",".join(columns) + "\n"
+    assert parquet.read_table(tmp_path / "out.parquet").column_names == columns
 
 
 def test_images_are_read_as_they_are_needed(run: Path, image_folder: Path) -> None:

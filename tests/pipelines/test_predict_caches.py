@@ -115,6 +115,8 @@ def test_which_rows_are_said(place: Path, capsys: pytest.CaptureFixture[str]) ->
     [
         (["new.h5", "--split", "test"], "new.h5 has no test split, only unlabelled"),
         (["picture.png", "--split", "test"], "--split is of feature caches, and none is named"),
+        (["new.h5", "--device", "cpu"], "--device is for image files, and there are only images"),
+        (["new.h5", "--batch-size", "2"], "--batch-size is for image files"),
         (["other.h5"], "The adapter was fitted for other weights of tiny-clip"),
         (["foreign.h5"], "foreign.h5 is an HDF5 file but not a CLIP feature cache"),
         (["new.h5", "--format", "parquet"], "--format parquet is no text to print; give it a file"),
@@ -188,7 +190,7 @@ def test_nothing_is_half_written(
     for suffix in ("csv", "parquet"):
         out = tmp_path / f"a.{suffix}"
         out.write_text("of before")
-        config = PredictConfig((cache,), place / "run", out=out)
+        config = PredictConfig((cache,), place / "run", out=out, force=True)
         with pytest.raises(UserError, match=r"bad.h5 cannot be used"):
             print_predictions(config)
         assert out.read_text() == "of before"
@@ -201,6 +203,7 @@ def test_nothing_is_half_written(
         "from clip_adapter.pipelines.console.entry import main; main()"
     )
     arguments = ["predict", "--adapter", place / "run", place / "new.h5", "--out", "a.csv"]
+    arguments += ["--force"]
     killed = subprocess.run([sys.executable, "-c", program, *arguments], cwd=tmp_path, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "a.csv").read_text() == "of before"
@@ -246,13 +249,17 @@ def test_memory_does_not_grow_with_the_rows(place: Path, tmp_path: Path) -> None
     program = (
         "import resource; from clip_adapter.pipelines.console.entry import main\n"
         "try: main()\n"
-        "except SystemExit: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "except SystemExit as ended: assert not ended.code\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     peaks = []
     for cache in (place / "new.h5", tmp_path / "many.h5"):
         command = [sys.executable, "-c", program, "predict", "--adapter", place / "run", cache]
         done = subprocess.run(
-            [*command, "--out", tmp_path / "p.csv"], capture_output=True, text=True, check=True
+            [*command, "--out", tmp_path / f"{cache.stem}.csv"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         peaks.append(int(done.stdout.splitlines()[-1]) / 1024)
     # Hashes and labels of all rows: 16 bytes each. All features and names would be 26 MB, objects
