@@ -107,14 +107,17 @@ def _result(task: Any) -> Any:
     except ray.exceptions.RayTaskError:  # a mistake in this program, with its traceback
         raise
     except ray.exceptions.RayError as error:
-        reason = shortened(" ".join(str(error).split()), 300).rstrip(".")
         raise UserError(
-            f"The Ray cluster failed ({reason}); what is finished is kept, and the same command "
-            "goes on from there."
+            f"The Ray cluster failed ({_reason(error)}); what is finished is kept, and the same "
+            "command goes on from there."
         ) from error
     if isinstance(outcome, UserError):
         raise outcome
     return outcome
+
+
+def _reason(error: Exception) -> str:
+    return shortened(" ".join(str(error).split()), 300).rstrip(".")
 
 
 def this_node() -> str:
@@ -155,11 +158,13 @@ def connected(address: str, listener: Listener) -> Iterator[Cluster]:
             if address != LOCAL:
                 _refuse_unreachable(address)
             ray.init(**how, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = shortened(" ".join(str(error).split()), 300).rstrip(".")
-        raise UserError(f"--ray {address} cannot be used: {reason}.") from error
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"--ray {address} cannot be used ({_reason(error)}); RAY_AUTH_MODE, the token and the "
+            "versions of Ray and Python have to be those of the cluster."
+        ) from error
     try:
         there = ray.cluster_resources()
         if there.get("CPU", 0) < 1:

@@ -145,7 +145,7 @@ def _opened(config: ExtractConfig, folder: str, *gpu: object) -> LocalEncoding:
     torch.set_num_threads(1)
     own = replace(config, device="cpu", workers=1)
     if gpu:
-        workers = max(1, available_cores() // torch.cuda.device_count())
+        workers = max(1, available_cores() // max(1, torch.cuda.device_count()))
         own = replace(config, device=f"cuda:{gpu[0]}", workers=workers)
     encoding = LocalEncoding(own, open_dataset(own.dataset, own.source_options()))
     encoding.about = replace(encoding.about, device="cuda" if gpu else "cpu")

@@ -99,6 +99,12 @@ def _merge(arguments: list[str]) -> object:
     return parse(MergeConfig, "clip-adapter merge", arguments)
 
 
+def _study(arguments: list[str]) -> object:
+    from clip_adapter.pipelines.commands.study import parse
+
+    return parse(arguments)
+
+
 PARSERS = {
     "extract": _extract,
     "fit": _fit,
@@ -106,6 +112,7 @@ PARSERS = {
     "merge": _merge,
     "predict": _predict,
     "reproduce": _reproduce,
+    "study": _study,
 }
 
 

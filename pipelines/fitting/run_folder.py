@@ -67,6 +67,7 @@ class RunFolder:
         self._images_alike = plan.score == "accuracy"
         self._known: dict[tuple[str, ...], Row] = {}
         self._results: dict[tuple[TaskKey, str], TaskResult] = {}
+        self._places: dict[tuple[TaskKey, str], int] = {}
         with ExitStack() as undo, writing(path):
             if path.exists() and not path.is_dir():
                 raise UserError(f"{path} is a file; a run is kept in a folder.")
@@ -138,6 +139,8 @@ class RunFolder:
         self._write_results()
 
     def _write_results(self) -> None:
+        found = sorted(self._results.items(), key=lambda item: self._places.get(item[0], -1))
+        self._results = dict(found)
         rows = [json.dumps(asdict(row)) + "\n" for row in self._results.values()]
         with writing(self.path):
             files.write_text(self.path / SELECTED, "".join(rows))
@@ -148,9 +151,11 @@ class RunFolder:
         return {*self._results}
 
     def take_parts(self, plan: Plan, order: Sequence[tuple[TaskKey, str]]) -> None:
-        """Take over what was fitted in parts of this run. order: of the results."""
-        paths = sorted(plan.parent for plan in (self.path / PARTS).glob(f"*/{PLAN}"))
-        for path in paths:
+        """Take over what was fitted in parts of this run. order: of the results from now on."""
+        self._places = {one: place for place, one in enumerate(order)}
+        if not (self.path / PARTS).is_dir():
+            return
+        for path in sorted(plan.parent for plan in (self.path / PARTS).glob(f"*/{PLAN}")):
             with closing(RunFolder(path, plan, resume=True)) as part, writing(self.path):
                 for name in OWN_FOLDERS:
                     if (path / name).is_dir():
@@ -160,8 +165,7 @@ class RunFolder:
                         self.add_fit(row)
                         self._known[key] = row
                 self._results |= part._results
-        if paths:
-            self._results = {one: self._results[one] for one in order if one in self._results}
+        with writing(self.path):
             self._write_results()
             shutil.rmtree(self.path / PARTS)
 
