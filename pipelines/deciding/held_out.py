@@ -99,10 +99,11 @@ def with_decisions(
         for name in ("logits", "labels", "cosines", "rows")
     )
     parts.clear()  # at 1,000 classes of 20 images 160 MB
-    shown, features = spreads(logits), np.concatenate([chosen_on, encoded[places]])
+    shown = spreads(logits)
     if not len(own):
-        shown, features = spreads(adapter.logits(np.asarray(task.features)[0])), encoded
-    prior = prior_temperature(shown, _zero_shot(features, adapter))
+        shown = spreads(adapter.logits(np.asarray(task.features)[0]))
+        places = np.arange(len(encoded))
+    prior = prior_temperature(shown, _zero_shot(adapter, chosen_on, encoded, places))
     chose = len(validation)
     if not chose and best.val_accuracy is not None:
         val = rows.validation + len(runner.data.labels["train"])
@@ -157,10 +158,18 @@ def _left_out(
     )
 
 
-def _zero_shot(encoded: Floats, adapter: SavedAdapter) -> npt.NDArray[np.float64]:
-    """How far the zero-shot logits of images spread, of some thousand at a time."""
-    blocks = np.array_split(encoded, max(1, -(-len(encoded) // AT_ONCE)))
-    return np.concatenate([spreads(cosine_logits(np, block, adapter.head)) for block in blocks])
+def _zero_shot(
+    adapter: SavedAdapter, chosen_on: Floats, encoded: Floats, places: Rows
+) -> npt.NDArray[np.float64]:
+    """How far the zero-shot logits spread of all rows of `chosen_on`, and behind them of some of
+    `encoded`, some thousand at a time."""
+    first, count = len(chosen_on), len(chosen_on) + len(places)
+    found = []
+    for rows in np.array_split(np.arange(count), max(1, -(-count // AT_ONCE))):
+        own, others = rows[rows < first], rows[rows >= first] - first
+        features = np.concatenate([chosen_on[own], encoded[places[others]]])
+        found.append(spreads(cosine_logits(np, features, adapter.head)))
+    return np.concatenate(found)
 
 
 def _labelled(runner: TaskRunner) -> Rows:
