@@ -30,6 +30,7 @@ from clip_adapter.pipelines.fitting.results import TaskResult
 from clip_adapter.pipelines.fitting.tasks import MAX_FOLDS, TaskRows
 from clip_adapter.pipelines.saved.adapter_file import SavedAdapter
 
+AT_ONCE = 4096
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
@@ -37,12 +38,12 @@ Floats = npt.NDArray[np.float32]
 @dataclass(frozen=True)
 class _HeldOut:
     """Images and what was said of them by fits without them. cosines: to the nearest class mean,
-    and to the nearest text. zero_shot: how far the zero-shot logits spread."""
+    and to the nearest text. rows: which they are of the support set; none of validation images."""
 
     logits: Floats
     labels: npt.NDArray[np.int32]
     cosines: Floats
-    zero_shot: npt.NDArray[np.float64]
+    rows: Rows
 
 
 def with_decisions(
@@ -75,7 +76,7 @@ def with_decisions(
             adapter.logits(np.asarray(task.validation_features)[validation]),
             np.asarray(task.validation_labels)[validation],
             nearest_cosines(chosen_on, prototypes, adapter.weights),
-            _zero_shot(chosen_on, adapter),
+            validation[:0],
         )
     ]
     images = _labelled(runner) if refit else rows.support
@@ -93,16 +94,16 @@ def with_decisions(
             parts.append(left_out)
             held |= out
         advance(1, "")
-    logits, own, cosines, zero_shot = (
+    logits, own, cosines, places = (
         np.concatenate([getattr(part, name) for part in parts])
-        for name in ("logits", "labels", "cosines", "zero_shot")
+        for name in ("logits", "labels", "cosines", "rows")
     )
     parts.clear()  # at 1,000 classes of 20 images 160 MB
     shown = spreads(logits)
     if not len(own):
         shown = spreads(adapter.logits(np.asarray(task.features)[0]))
-        zero_shot = _zero_shot(encoded, adapter)
-    prior = prior_temperature(shown, zero_shot)
+        places = np.arange(len(encoded))
+    prior = prior_temperature(shown, _zero_shot(adapter, chosen_on, encoded, places))
     chose = len(validation)
     if not chose and best.val_accuracy is not None:
         val = rows.validation + len(runner.data.labels["train"])
@@ -153,12 +154,22 @@ def _left_out(
         without.logits(features[0, rows]),
         labels[rows],
         nearest_cosines(encoded[rows], means, adapter.weights),
-        _zero_shot(encoded[rows], adapter),
+        rows,
     )
 
 
-def _zero_shot(encoded: Floats, adapter: SavedAdapter) -> npt.NDArray[np.float64]:
-    return spreads(cosine_logits(np, encoded, adapter.head))
+def _zero_shot(
+    adapter: SavedAdapter, chosen_on: Floats, encoded: Floats, places: Rows
+) -> npt.NDArray[np.float64]:
+    """How far the zero-shot logits spread of all rows of `chosen_on`, and behind them of some of
+    `encoded`, some thousand at a time."""
+    first, count = len(chosen_on), len(chosen_on) + len(places)
+    found = []
+    for rows in np.array_split(np.arange(count), max(1, -(-count // AT_ONCE))):
+        own, others = rows[rows < first], rows[rows >= first] - first
+        features = np.concatenate([chosen_on[own], encoded[places[others]]])
+        found.append(spreads(cosine_logits(np, features, adapter.head)))
+    return np.concatenate(found)
 
 
 def _labelled(runner: TaskRunner) -> Rows:
