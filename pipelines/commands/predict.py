@@ -81,7 +81,7 @@ class PredictConfig:
         out: File to write instead of printing, by its suffix if --format does not say how: .csv,
             .json, .jsonl, .parquet, or .txt for the table. It gets its name when it is whole; a run
             that was killed starts over. A name without a suffix is a folder of Parquet files of
-            some thousand images each, which goes on where it stopped.
+            up to 8,192 images each, which goes on where it stopped.
         shard: Classify only part I of N, written I/N; parts one behind the other are the answers of
             an undivided run. `auto` and auto/N as `extract` takes them. All parts may have one
             folder as --out.
@@ -173,8 +173,8 @@ def predict(config: PredictConfig, listener: Listener | None = None) -> Predicte
         **{name: getattr(config, name) for name in ("top", "coverage", "reject")},
         "adapter": adapter_sha256(Path(config.adapter)),
         "images": [source.sha256 for source in sources],
-        "batch_size": [source.step for source in sources],
-        "shards": shard.of,
+        "batch_size": config.batch_size if images else None,
+        "number of shards": shard.of,
     }
     found = PredictedImages(adapter, sources, config.top, answers, tell, identity)
     part = found.shard(shard)
@@ -242,6 +242,10 @@ def form_of(config: PredictConfig) -> str:
         raise UserError(f"{out} is not named for what it would hold; let it end in {wanted}.")
     if in_parts and config.transductive:
         raise UserError("--transductive classifies all images together; let --out name a file.")
+    if in_parts and out.exists() and not out.is_dir():
+        raise UserError(
+            f"{out} is a file; name a folder, or a file by one of {', '.join(SUFFIXES)}."
+        )
     if in_parts and config.force:
         raise UserError(f"--force is for a file; remove the folder {out} to start again.")
     if by_name == PARQUET:

@@ -11,7 +11,7 @@ from typing import Any
 
 from clip_adapter.errors import UserError
 from clip_adapter.extract.shards import Shard
-from clip_adapter.files import parse_json
+from clip_adapter.files import parse_json, read_text
 from clip_adapter.listener import Advance
 from clip_adapter.pipelines.deciding.feature_table import STATED
 from clip_adapter.pipelines.scoring.predicted_images import PredictedImages
@@ -19,6 +19,7 @@ from clip_adapter.pipelines.scoring.prediction_formats import Prediction, write_
 from clip_adapter.words import counted
 
 PART_ROWS = 8192  # images of a part, as far as whole batches go into it
+ABOUT = "_answers.json"  # what all parts are made with, from before the first one on
 NAME = re.compile(r"part-[0-9]{10,}\.parquet")
 
 
@@ -58,6 +59,7 @@ def write_parts(
     # Readers of Parquet pass over names that begin so.
     with StagingFolder(folder / f"_{shard.index}-of-{shard.of}") as place:
         there = _rows_of_parts(folder, identity)
+        _agree(folder, place.folder / ABOUT, identity)
         try:
             for rows, part in predictions.pieces(PART_ROWS):
                 parts += 1
@@ -81,6 +83,36 @@ def write_parts(
     return Written(parts, kept, unreadable)
 
 
+def _agree(folder: Path, own: Path, identity: Mapping[str, Any]) -> None:
+    """Whoever comes first says what the answers are made with; the others have to agree, though no
+    part is there yet. own: a place for what this process would say."""
+    about = folder / ABOUT
+    own.write_text(json.dumps(identity), encoding="utf-8")
+    try:
+        os.link(own, about)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not about.exists():
+            own.replace(about)
+    try:
+        earlier = parse_json(read_text(about))
+    except ValueError as error:
+        raise UserError(f"{about} is damaged; name another folder.") from error
+    _refuse_other(folder, earlier, identity)
+
+
+def _refuse_other(folder: Path, stated: Any, identity: Mapping[str, Any]) -> None:
+    earlier = stated if isinstance(stated, dict) else {}
+    names = identity.keys() | earlier.keys()
+    if differing := sorted(n for n in names if earlier.get(n) != identity.get(n)):
+        raise UserError(
+            f"{folder} holds answers that were made with other arguments "
+            f"({', '.join(differing)} differ); repeat those arguments to go on, or name "
+            "another folder."
+        )
+
+
 def _rows_of_parts(folder: Path, identity: Mapping[str, Any]) -> dict[str, int]:
     """The names of the parts that are there, and how many rows each has."""
     from pyarrow import parquet
@@ -96,15 +128,10 @@ def _rows_of_parts(folder: Path, identity: Mapping[str, Any]) -> dict[str, int]:
         try:
             found = parquet.read_metadata(path)
             earlier = parse_json(found.metadata[STATED])
-            names = identity.keys() | earlier.keys()
-            differing = sorted(n for n in names if earlier.get(n) != identity.get(n))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged or no part of answers; remove it.") from error
-        if differing:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{folder} holds answers that were made with other arguments "
-                f"({', '.join(differing)} differ); repeat those arguments to go on, or name "
-                "another folder."
-            )
+                f"{path} is damaged or no part of answers; move it away, or name another folder."
+            ) from error
+        _refuse_other(folder, earlier, identity)
         there[path.name] = found.num_rows
     return there

@@ -22,6 +22,7 @@ from clip_adapter.pipelines.saved.adapter_file import SavedAdapter
 from tests.pipelines.test_predict_caches import DATA, names_in, new_images
 from tests.pipelines.tiny_cache import write_cache
 
+ABOUT = "_answers.json"
 PARTS = {f"part-{start:010}.parquet" for start in (0, 8192, 16384)}
 
 
@@ -103,7 +104,7 @@ def test_a_folder_of_parts_is_what_one_file_would_be(
     print_predictions(replace(config, out=tmp_path / "undivided"))
     for index in (3, 1, 2):
         print_predictions(replace(config, out=tmp_path / "shared", shard=f"{index}/3"))
-    assert names_in(tmp_path / "undivided") == PARTS
+    assert names_in(tmp_path / "undivided") == PARTS | {ABOUT}
     whole = parquet.read_table(tmp_path / "whole.parquet")
     assert whole.num_rows == 20_000
     for name in ("undivided", "shared"):
@@ -139,7 +140,7 @@ def test_a_killed_run_goes_on_behind_its_finished_parts(
     assert print_predictions(replace(config, out=out)) == 0
     assert blocks == [4096, 4096, 20_000 - 4 * 4096]
     assert finished.stat().st_mtime_ns == before.st_mtime_ns
-    assert names_in(out) == PARTS
+    assert names_in(out) == PARTS | {ABOUT}
     print_predictions(replace(config, out=tmp_path / "whole.parquet"))
     assert parquet.read_table(out).equals(parquet.read_table(tmp_path / "whole.parquet"))
 
@@ -158,7 +159,7 @@ def test_an_interruption_says_what_is_kept(
     monkeypatch.setattr(SavedAdapter, "logits", interrupted)
     with pytest.raises(KeyboardInterrupt, match="finished parts are kept, and the same command"):
         print_predictions(replace(config, out=tmp_path / "answers"))
-    assert names_in(tmp_path / "answers") == {min(PARTS)}
+    assert names_in(tmp_path / "answers") == {min(PARTS), ABOUT}
 
 
 def test_only_the_same_answers_go_on(config: PredictConfig, place: Path, tmp_path: Path) -> None:
@@ -173,21 +174,43 @@ def test_only_the_same_answers_go_on(config: PredictConfig, place: Path, tmp_pat
         (replace(config, reject=0.2), "reject"),
         (replace(config, adapter=tmp_path / "other"), "adapter"),
         (replace(config, paths=(changed,)), "images"),
-        (replace(config, paths=(*config.paths, changed)), "batch_size, images"),
-        (replace(config, shard="2/3"), "shards"),
+        (replace(config, paths=(*config.paths, changed)), "images"),
+        (replace(config, shard="2/3"), "number of shards"),
     ):
         with pytest.raises(UserError, match=rf"other arguments \({named} differ\); repeat those"):
             print_predictions(other)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
     stated = parquet.read_metadata(out / min(PARTS)).metadata[b"clip_adapter"]
-    assert json.loads(stated)["shards"] == 2
+    assert json.loads(stated)["number of shards"] == 2
+
+
+def test_processes_agree_before_the_first_part(
+    config: PredictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which one would not see the other's parts, begun in one moment as they are."""
+    out = tmp_path / "answers"
+    others = [replace(config, out=out, shard=shard) for shard in ("1/2", "2/3")]
+    logits = SavedAdapter.logits
+
+    def meanwhile(self: SavedAdapter, features: np.ndarray) -> np.ndarray:
+        if others:
+            with pytest.raises(UserError, match="number of shards differ"):
+                print_predictions(others.pop())
+        return logits(self, features)
+
+    monkeypatch.setattr(SavedAdapter, "logits", meanwhile)
+    print_predictions(others.pop(0))
+    assert not others
+    (out / "_answers.json").write_text("[")
+    with pytest.raises(UserError, match=r"_answers\.json is damaged; name another folder"):
+        print_predictions(replace(config, out=out, shard="2/2"))
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
         ("notes.txt", "answers holds notes.txt, which is no part of answers; name another folder"),
-        (min(PARTS), "part-0000000000.parquet is damaged or no part of answers; remove it"),
+        (min(PARTS), "part-0000000000.parquet is damaged or no part of answers; move it away"),
         ("_1-of-1.partial", "Another process is writing .*answers/_1-of-1; wait for it"),
     ],
 )
@@ -222,7 +245,7 @@ def test_another_table_is_no_part(config: PredictConfig, tmp_path: Path) -> None
         ({"shard": "1/2", "transductive": True}, "all images together; leave out --shard"),
         ({"out": "answers", "transductive": True}, "all images together; let --out name a file"),
         ({"out": "answers", "force": True}, "--force is for a file; remove the folder"),
-        ({"out": "there"}, "Cannot write there/_1-of-1: there is not a folder"),
+        ({"out": "there"}, "there is a file; name a folder, or a file by one of"),
         ({"out": "there.csv"}, "there.csv exists; choose another name, or --force to overwrite"),
         ({"force": True}, "--force overwrites the file that --out names; leave it out"),
     ],
