@@ -58,8 +58,9 @@ class ExtractConfig:
             line, or `ensemble` for ImageNet's seven; by default the data set's own.
         descriptions: JSON file {class: [sentences]} of prompts for each class, in place of
             the data set's own templates and beside those given with --templates.
-        like: Feature cache whose classes, prompts and backbone images: takes.
-        classes: Text file with one class name per line, for images: without such a cache.
+        like: Feature cache whose classes, prompts and backbone images: takes, and wds: of tars
+            whose labels are not meant.
+        classes: Text file with one class name per line, for these without such a cache.
         prompt_control: Seed of random words and letters in place of what descriptions say: 30
             prompts that are the same for every class, to hold other prompts against. One number is
             one draw; several, with --update, show how much such prompts vary.
@@ -191,19 +192,20 @@ class ExtractConfig:
 
     def _check_classes(self) -> None:
         """Raises UserError where nothing says which classes there are, or two things do."""
-        unlabelled = self.dataset.startswith("images:")
-        if not unlabelled and (self.like or self.classes):
+        named = [given for given in (self.like, self.classes) if given is not None]
+        only_unlabelled = self.dataset.startswith("images:")
+        if named and not self.dataset.startswith(("images:", "wds:")):
             raise UserError(
-                "--like and --classes are for --dataset images:FOLDER, others have classes of "
-                "their own; leave them out."
+                "--like and --classes are for --dataset images:FOLDER and wds:TARS, others have "
+                "classes of their own; leave them out."
             )
-        if unlabelled and (self.like is None) == (self.classes is None):
+        if len(named) > 1 or (only_unlabelled and not named):
             raise UserError(
                 f"{self.dataset} has to be told the classes once, by a feature cache with "
                 "--like FILE or by a list of their names with --classes FILE."
             )
-        if unlabelled and self.views:
-            raise UserError("--views are of training images, which images: has none of.")
+        if named and self.views:
+            raise UserError("--views are of training images, which there are none of here.")
         prompts = self.templates or self.descriptions or self.prompt_control is not None
         if self.like and (prompts or self.with_text_tower):
             raise UserError(

@@ -15,6 +15,7 @@ from unicodedata import normalize
 import numpy as np
 from PIL import Image
 
+from clip_adapter.cache.schema import UNLABELLED
 from clip_adapter.errors import UserError
 from clip_adapter.extract.datasets.image_files import is_image, natural_order
 from clip_adapter.extract.datasets.source import (
@@ -89,6 +90,8 @@ def open_tars(where: str, options: SourceOptions) -> ImageDataset:
     or are the classes' names without it. Splits are what the first words of the tars' names mean
     (`train-0000.tar`), or else made as `complete_splits` says. ids are TAR/KEY.
 
+    Where `options` name classes, nobody looks for labels: all images are without, one split.
+
     Raises UserError for no tars, one that is compressed, cut or damaged, two images of one key, and
     labels that are none.
     """
@@ -98,7 +101,8 @@ def open_tars(where: str, options: SourceOptions) -> ImageDataset:
         words = ["train"] * len(words)
     ids: list[str] = []
     places: list[tuple[int, int, int]] = []
-    tars, labels, remarks = [], [], []
+    tars, remarks = [], []
+    labels: list[int | str | None] = []
     others: Counter[str] = Counter()  # members of other kinds, and where the first lies
     first: dict[str, Path] = {}
     for number, path in enumerate(paths):
@@ -108,7 +112,7 @@ def open_tars(where: str, options: SourceOptions) -> ImageDataset:
         for key, files in found.items():
             ids.append(f"{path.name}/{key}")
             places.append((number, *files["image"]))
-            labels.append(_label(tars[-1], key, files))
+            labels.append(None if options.class_names else _label(tars[-1], key, files))
         remarks += left_out
         others.update(index.others)
         first = {kind: path for kind in index.others} | first
@@ -116,8 +120,20 @@ def open_tars(where: str, options: SourceOptions) -> ImageDataset:
         remarks.append(f"left out {counted(count, kind)}, the first in {first[kind]}.")
     if not ids:
         raise UserError(f"The tars of wds:{where} hold no images. {' '.join(remarks)}".strip())
-    class_names, numbers = _numbered(where, paths[0].parent / CLASS_NAMES, labels)
     images = _TarImages(tars, places)
+    name = paths[0].parent.resolve().name
+    about = {"name": name, "source": "wds", "version": None}
+    if options.class_names:
+        without = np.full(len(ids), NO_LABEL, np.int32)
+        split = Split(ids, without, images, "images without labels", stamp=images.stamp)
+        splits = complete_splits({UNLABELLED: split}, (), options)
+        return ImageDataset(name, options.class_names, DEFAULT_TEMPLATES, splits, about, remarks)
+    if all(label is None for label in labels):
+        raise UserError(
+            f"No image of wds:{where} has a label; name the classes with --like FILE or --classes "
+            "FILE to take them as images without labels."
+        )
+    class_names, numbers = _numbered(where, paths[0].parent / CLASS_NAMES, labels)
     own = np.array([words[number] for number, _, _ in places])
     whole = Split(ids, numbers, images, "", stamp=images.stamp)
 
@@ -128,16 +144,10 @@ def open_tars(where: str, options: SourceOptions) -> ImageDataset:
         part = take(whole, rows, origin) if len(rows) else None
         return part, int(of_word.sum()) - len(rows)
 
-    splits, left_out = labelled_splits(f"wds:{where}", Counter(own.tolist()), labelled)
-    name = paths[0].parent.resolve().name
-    return ImageDataset(
-        name,
-        class_names,
-        DEFAULT_TEMPLATES,
-        complete_splits(splits, class_names, options),
-        {"name": name, "source": "wds", "version": None},
-        [*remarks, *left_out],
-    )
+    published, left_out = labelled_splits(f"wds:{where}", Counter(own.tolist()), labelled)
+    splits = complete_splits(published, class_names, options)
+    remarks += left_out
+    return ImageDataset(name, class_names, DEFAULT_TEMPLATES, splits, about, remarks)
 
 
 def _tar_paths(where: str) -> list[Path]:
@@ -204,11 +214,12 @@ def _label(tar: Tar, key: str, files: dict[str, tuple[int, int]]) -> int | str |
             text = tar.read(offset, length).decode("utf-8-sig").strip()
             if kind == "txt":
                 return normalize("NFC", text) or None
-            value: Any = int(text) if kind == "cls" else _stated(parse_json(text))
+            value: Any = _stated(parse_json(text)) if kind == "json" else _number(text)
         except OSError as error:
             raise UserError(f"Cannot read {tar.path}: {error.strerror}; try again.") from error
         except ValueError:
-            raise UserError(f"{place} is no label; write the number of a class.") from None
+            name = " (names go into .txt or .json)" if kind == "cls" else ""
+            raise UserError(f"{place} is no label; write the number of a class{name}.") from None
         if value is None:
             continue
         if isinstance(value, str):
@@ -219,6 +230,12 @@ def _label(tar: Tar, key: str, files: dict[str, tuple[int, int]]) -> int | str |
             )
         return value
     return None
+
+
+def _number(text: str) -> int:
+    if not re.fullmatch("-?[0-9]+", text):  # int() takes underscores and digits of every script
+        raise ValueError
+    return int(text)
 
 
 def _stated(document: Any) -> Any:

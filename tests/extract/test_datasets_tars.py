@@ -171,7 +171,9 @@ def test_what_is_no_tar_is_one_sentence(tmp_path: Path, name: str, change: Any, 
         ([("a.jpg", IMAGE), ("a.txt", b"\xff")], r"a\.txt is no label"),
         (sample("a", "x" * 2**21, "txt"), r"a\.txt is no label"),
         ([*sample("a"), *sample("b", "cat", "txt")], r"numbers \(0\) and names \('cat'\)"),
-        (sample("a", "", "txt"), "has no train, validation or test split with labels"),
+        (sample("a", "", "txt"), "No image of wds:.* has a label; name the classes with --like"),
+        (sample("a", "1_0"), r"a\.cls is no label; .* \(names go into \.txt or \.json\)"),
+        (sample("a", "١"), r"a\.cls is no label"),
     ],
 )
 def test_samples_that_cannot_be_used(
@@ -200,6 +202,36 @@ def test_labels_of_every_kind(tmp_path: Path) -> None:
     assert data.remarks == ["left out 1 image of the split 'train' without a label."]
     (tmp_path / "classnames.txt").write_text("cat\ndog\n")
     refused(tmp_path, "lacks the class 'eel'|go up to 2, counted from 0")
+
+
+def test_images_with_captions_are_taken_without_labels(tmp_path: Path) -> None:
+    """As img2dataset packs them: a caption, and an object that says nothing of a class."""
+    for number in range(2):
+        members = [
+            *sample("a", f"a photo of {number}", "txt"), ("a.json", b'{"caption": "x"}'),
+            *sample("b", "no number"),
+        ]  # fmt: skip
+        write_tar(tmp_path / f"{number:05}.tar", members)
+    data = opened(tmp_path, class_names=("cat", "dog"))
+    assert data.class_names == ("cat", "dog")
+    (split,) = data.splits.values()
+    assert list(data.splits) == ["unlabelled"] and split.labels.tolist() == [-1] * 4
+    assert split.ids == ["00000.tar/a", "00000.tar/b", "00001.tar/a", "00001.tar/b"]
+    assert np.array_equal(split.read(3), split.read(0))
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\n")
+    out = extract(ExtractConfig(f"wds:{tmp_path}", classes=names, out=tmp_path / "f.h5"))
+    with h5py.File(out) as file:
+        assert list(file["images"]) == ["unlabelled"]
+        assert file["images/unlabelled/features"].shape[:2] == (1, 4)
+    for others, words in (
+        ({"like": out}, "has to be told the classes once"),
+        ({"views": 2}, "--views are of training images"),
+        ({"val": 0.1}, "of images without labels; leave out --val"),
+    ):
+        other = ExtractConfig(f"wds:{tmp_path}", classes=names, out=tmp_path / "g.h5", **others)
+        with pytest.raises(UserError, match=words):
+            extract(other)
 
 
 def test_splits_are_the_first_words_of_the_tars(tmp_path: Path) -> None:

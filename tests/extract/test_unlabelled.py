@@ -195,8 +195,8 @@ def test_arguments_that_say_too_little_or_too_much(labelled: Path, new: Path) ->
     for dataset, options, words in (
         (images, {}, "has to be told the classes once, by a feature cache with --like"),
         (images, {"like": labelled, "classes": names}, "has to be told the classes once"),
-        ("digits", {"like": labelled}, "are for --dataset images:FOLDER, others have"),
-        ("digits", {"classes": names}, "are for --dataset images:FOLDER, others have"),
+        ("digits", {"like": labelled}, "are for --dataset images:FOLDER and wds:TARS, others"),
+        ("digits", {"classes": names}, "are for --dataset images:FOLDER and wds:TARS, others"),
         (images, {"like": labelled, "views": 2}, "--views are of training images"),
         (images, {"like": labelled, "templates": ("a {}",)}, "--like takes the prompts of its"),
         (images, {"like": labelled, "with_text_tower": True}, "--like takes the prompts of its"),
