@@ -32,19 +32,19 @@ ENVIRONMENT = {
     "RAY_grpc_client_keepalive_timeout_ms": "3000",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+# So that a worker which is kept sees every GPU: the next task may be given another.
+EVERY_GPU = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 # The beginning of HTTP/2, which gRPC speaks, and an empty frame of settings (type 4).
 HTTP2, SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\0\0\0\4\0\0\0\0\0"
 
 
 def check_address(address: str) -> None:
     """Raises UserError for what names no cluster, and without the package."""
-    if address not in (AUTO, LOCAL) and not re.fullmatch(r"[^\s:/]+:[0-9]{1,5}", address):
+    named = re.fullmatch(r"[^\s:/]+:([0-9]{1,5})", address)
+    if address not in (AUTO, LOCAL) and not (named and 0 < int(named[1]) < 2**16):
         raise UserError(f"--ray takes auto, local or HOST:PORT, not {quoted(address)}.")
     if find_spec("ray") is None:
         raise UserError("--ray needs the package ray: pip install 'clip-adapter[ray]'.")
-
-
-EVERY_GPU = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,11 @@ def has_projection(path: Path) -> bool:
 
 
 def decode_of(path: Path, decode: Decode) -> Decode:
-    """How its images were decoded. Raises UserError where another way is asked for."""
+    """How its images were decoded. Raises UserError where `fast` is asked for and they were not."""
     with _opened(path) as cache:
         own: Decode = "fast" if cache.preprocess.get("decode") == "fast" else "full"
     if own != decode != "full":
-        raise UserError(f"--like: {path} was made without --decode {decode}; leave it out, too.")
+        raise UserError(f"--like {path}: that was made without --decode {decode}; leave it out.")
     return own
 
 

@@ -121,17 +121,17 @@ class LocalEncoding:
             self._also = also.decoding(config.decode)
             second = {**self._also.identity, "preprocess": self._also.preprocess_config}
         self.about = About(
-            self._backbone.identity,
-            self._backbone.preprocess_config,
-            self._backbone.logit_scale,
-            self._backbone.logit_bias,
-            self._backbone.assumption,
-            second,
-            precision,
-            str(self._device),
-            threads_of_a_pass(self._device),
-            packages(),
-            rows_sha256(dataset.splits),
+            backbone=self._backbone.identity,
+            preprocess=self._backbone.preprocess_config,
+            logit_scale=self._backbone.logit_scale,
+            logit_bias=self._backbone.logit_bias,
+            assumption=self._backbone.assumption,
+            second=second,
+            precision=precision,
+            device=str(self._device),
+            threads=threads_of_a_pass(self._device),
+            packages=packages(),
+            rows_sha256=rows_sha256(dataset.splits),
         )
 
     @cached_property

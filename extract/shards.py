@@ -75,11 +75,16 @@ def _place_in_environment(asked: str, stated: int | None) -> tuple[int, int]:
     stated: how many parts there are, of which the array need not be whole.
     """
     processes = _number("WORLD_SIZE") if os.environ.get("RANK") else 1
+    in_array = "SLURM_ARRAY_TASK_ID" in os.environ
     if processes != 1:
+        if in_array and os.environ.get("SLURM_ARRAY_TASK_COUNT") != "1":
+            raise UserError(
+                f"{asked}: this is a task of a Slurm array, and RANK and WORLD_SIZE name processes "
+                "beside it; unset these, or write --shard 1/4."
+            )
         if stated not in (None, processes):
             raise UserError(f"{asked}: WORLD_SIZE is {processes}; write --shard auto.")
         return _number("RANK"), processes
-    in_array = "SLURM_ARRAY_TASK_ID" in os.environ
     in_step = os.environ.get("SLURM_STEP_NUM_TASKS", "") == os.environ.get("SLURM_NTASKS")
     if not in_array and (stated or not in_step):
         raise UserError(
@@ -115,11 +120,11 @@ def _place_in_array(asked: str, task: int) -> tuple[int, int]:
 
 def _number(name: str) -> int:
     """Raises UserError where the variable is no natural number."""
-    text = os.environ.get(name, "")
-    if not re.fullmatch("[0-9]{1,9}", text):
+    text = os.environ.get(name)
+    if text is None or not re.fullmatch("[0-9]{1,9}", text):
         raise UserError(
             f"--shard auto reads {name} in the environment, which is "
-            f"{quoted(text) if text else 'not set'}; write --shard 1/4."
+            f"{'not set' if text is None else quoted(text)}; write --shard 1/4."
         )
     return int(text)
 

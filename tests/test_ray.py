@@ -246,6 +246,7 @@ def port() -> Iterator[int]:
     ("words", "sentence"),
     [
         ("everywhere", "--ray takes auto, local or HOST:PORT, not 'everywhere'."),
+        ("localhost:99999", "--ray takes auto, local or HOST:PORT, not 'localhost:99999'."),
         ("ray://a:10001", "--ray takes auto, local or HOST:PORT, not 'ray://a:10001'."),
         ("auto --shard 1/2", "--ray divides the work by itself; leave out --shard, and torchrun."),
         ("local --device cuda:1", "--device takes auto, cpu or cuda."),

@@ -98,6 +98,8 @@ class _Heard(Listener):
     def note(self, sentence: str) -> None:
         self.notes.append(sentence)
 
+    warn = note
+
 
 def _fit(folder: str, part: Part) -> tuple[list[str], str]:
     """In a worker. What it said, and a sentence on what could not be done, or ""."""

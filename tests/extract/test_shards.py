@@ -59,7 +59,7 @@ def set_all(environment: pytest.MonkeyPatch, values: dict[str, str]) -> None:
         # Nor is one that was submitted from within a step, whose variables it has.
         ("auto", array(3, 1, 4, 1, 4) | step(0, 2) | {"SLURM_STEP_NUM_TASKS": "1"}, (3, 4)),
         ("auto", ranks(1, 2), (2, 2)),
-        ("auto", ranks(1, 2) | array(3, 1, 4, 1, 4) | step(0, 2), (2, 2)),
+        ("auto", ranks(1, 2) | array(3, 3, 3, 1, 1) | step(0, 2), (2, 2)),
         ("auto", ranks(0, 1) | array(3, 1, 4, 1, 4), (3, 4)),
         # Tasks 3 and 7 submitted again are the parts that they were.
         ("auto/32", array(3, 3, 7, 4, 2), (3, 32)),
@@ -107,7 +107,9 @@ def test_an_array_of_steps_takes_every_part_once(
         ("auto", {"SLURM_ARRAY_TASK_ID": "3"}, "SLURM_ARRAY_TASK_MIN .* is not set"),
         ("auto", array("x", 1, 4, 1, 4), "SLURM_ARRAY_TASK_ID .* is 'x'"),
         ("auto", array("-1", 1, 4, 1, 4), "SLURM_ARRAY_TASK_ID .* is '-1'"),
-        ("auto", array(1, 1, 4, 1, ""), "SLURM_ARRAY_TASK_COUNT .* is not set"),
+        ("auto", array(1, 1, 4, 1, ""), "SLURM_ARRAY_TASK_COUNT .* is ''"),
+        # Else each task of the array would make the same two parts.
+        ("auto", ranks(1, 2) | array(3, 1, 4, 1, 4), "array, and RANK and WORLD_SIZE name"),
         ("auto", step(0, 2) | SALLOC, "no task of a Slurm array or step"),
         ("auto", {name: "2" for name in STEP[1:]}, "SLURM_PROCID .* is not set"),
         ("auto", step(2, 2), "SLURM_PROCID is 2 and SLURM_NTASKS 2"),
