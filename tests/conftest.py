@@ -13,8 +13,8 @@ MOST_MAPS = 20_000
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The README's commands, which take longest and are one test, are begun first."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """The files that take longest, and wait for other processes, are begun first."""
+    items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_ray.py"))
 
 
 @pytest.fixture(autouse=True)

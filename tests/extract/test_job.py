@@ -415,7 +415,7 @@ def test_torchrun_over_two_nodes_divides_and_joins_by_itself(
         free.bind(("localhost", 0))
         host = f"localhost:{free.getsockname()[1]}"
     command = [
-        "python", "-c", torchrun, "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d",
+        "python", "-c", torchrun, "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
         f"--rdzv-endpoint={host}", "--rdzv-id=1", "--no-python",
         BIN / "extract", *arguments(folder, out),
     ]  # fmt: skip
@@ -426,7 +426,7 @@ def test_torchrun_over_two_nodes_divides_and_joins_by_itself(
     size = f"{out.stat().st_size / 1024:.1f} KiB"
     assert sorted(each.stdout for each in both) == [
         "",
-        f"{out} (joined from 4 parts): 26 train, 8 val, 15 test images, 3 classes, {size}\n"
+        f"{out} (joined from 2 parts): 26 train, 8 val, 15 test images, 3 classes, {size}\n"
         "2 images skipped (1 train, 1 val), the first: train/dog/03.png\n",
     ]
     assert [entry.name for entry in tmp_path.iterdir()] == ["features.h5"]
