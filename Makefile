@@ -45,10 +45,9 @@ dev: .venv/installed
 
 # Strict editable mode links every file, so that type checkers and editors follow the mapped imports;
 # a folder's time stamp changes when a file is added or removed, and the links are then made anew.
-# Of 25,000 files of others' most are never imported, and the rest is compiled at its first import.
 .venv/installed: pyproject.toml constraints.txt $(ROOMS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --config-settings editable_mode=strict \
+	$(BIN)/python -m pip install --quiet --config-settings editable_mode=strict \
 	  $(CONSTRAINTS) --editable '.[test]'
 	touch $@
 
